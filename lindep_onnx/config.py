@@ -1,0 +1,128 @@
+"""All options with their defaults: the only place where a default is written down."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lindep_onnx.errors import UsageError
+
+__all__ = ["LOSSLESS_SITE_ERROR", "LOSSLESS_VERIFIED_ERROR", "Config", "Refit"]
+
+Refit = Literal["auto", "fold", "kernel", "sequential"]
+
+#: RMS relative error that one site may gain in lossless mode, on samples that were not fitted.
+LOSSLESS_SITE_ERROR = 1e-5
+#: Output error at which a lossless result is verified.
+LOSSLESS_VERIFIED_ERROR = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of one compression.
+
+    Naming any of the budgets (`max_error`, `min_agreement`, `params`, `macs`, `size`, `max_drop`) selects
+    budgeted mode; several must all hold. Without one the mode is lossless.
+
+    Attributes:
+        max_error: worst output error allowed, as `lindep_onnx.verify` defines it.
+        min_agreement: share of samples (0 to 1) whose arg-max must stay.
+        agreement_output: `NAME` or `NAME:AXIS`, the output and axis of the arg-max; None finds one.
+        params: share of the original parameters to keep at most (0 to 1].
+        macs: share of the original multiply-accumulates to keep at most (0 to 1].
+        size: share of the original weight bytes to keep at most (0 to 1].
+        eval: a user metric, called with an `onnxruntime.InferenceSession`; higher is better.
+        max_drop: how far `eval` may fall.
+        proven_only: remove only what the weights prove; needs no calibration data.
+        refit: how consumers are refitted; `auto` folds in lossless mode, else refits in sequence.
+        round_to: round kept counts up to this multiple; 1 leaves them as they are.
+        min_channels: no channel axis is cut below this.
+        include: glob on node names; when given, only matching consumers or producers are touched.
+        exclude: glob on node names that are left alone.
+        providers: ONNX Runtime execution providers.
+        threads: intra-op threads of ONNX Runtime; 0 lets it choose.
+        batch_size: samples per run for models with a dynamic batch.
+        max_samples: use at most this many calibration samples.
+        holdout: share of the samples kept out of fitting, half to select and half to verify.
+        seed: of the split and of the sampled positions.
+        force: keep a result that failed verification.
+    """
+
+    max_error: float | None = None
+    min_agreement: float | None = None
+    agreement_output: str | None = None
+    params: float | None = None
+    macs: float | None = None
+    size: float | None = None
+    eval: Callable[[Any], float] | None = None
+    max_drop: float | None = None
+    proven_only: bool = False
+    refit: Refit = "auto"
+    round_to: int = 1
+    min_channels: int = 1
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    providers: tuple[str, ...] = ("CPUExecutionProvider",)
+    threads: int = 0
+    batch_size: int = 16
+    max_samples: int | None = None
+    holdout: float = 0.3
+    seed: int = 0
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse values without a meaning.
+
+        Raises:
+            UsageError: naming the option, what is allowed and what was given.
+        """
+        positive = {"max_error": self.max_error, "max_drop": self.max_drop}
+        for name, value in positive.items():
+            if value is not None and not value >= 0:
+                raise UsageError(f"{_flag(name)} must be at least 0, not {value}.")
+        shares = {"params": self.params, "macs": self.macs, "size": self.size}
+        for name, value in shares.items():
+            if value is not None and not 0 < value <= 1:
+                raise UsageError(f"{_flag(name)} is a share to keep, above 0 and at most 1, not {value}.")
+        if self.min_agreement is not None and not 0 <= self.min_agreement <= 1:
+            raise UsageError(f"--min-agreement is a share from 0 to 1, not {self.min_agreement}.")
+        if (self.eval is None) != (self.max_drop is None):
+            raise UsageError("--eval and --max-drop belong together: give both or neither.")
+        if not 0 < self.holdout < 1:
+            raise UsageError(f"--holdout is a share between 0 and 1, not {self.holdout}.")
+        if self.proven_only and self.budgeted:
+            raise UsageError("--proven-only removes what costs nothing: it takes no budget.")
+        if self.refit not in ("auto", "fold", "kernel", "sequential"):
+            raise UsageError(f"--refit is one of auto, fold, kernel, sequential, not {self.refit!r}.")
+        least = {
+            "round_to": self.round_to,
+            "min_channels": self.min_channels,
+            "batch_size": self.batch_size,
+            "max_samples": self.max_samples,
+        }
+        for name, count in least.items():
+            if count is not None and count < 1:
+                raise UsageError(f"{_flag(name)} must be at least 1, not {count}.")
+        if self.threads < 0:
+            raise UsageError(f"--threads must be at least 0, not {self.threads}.")
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether any budget is named."""
+        budgets = (self.max_error, self.min_agreement, self.params, self.macs, self.size, self.max_drop)
+        return any(budget is not None for budget in budgets)
+
+    def described(self) -> dict[str, Any]:
+        """The options that differ from their defaults, as JSON values."""
+        changed = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        }
+        return {name: getattr(value, "__name__", value) for name, value in changed.items()}
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

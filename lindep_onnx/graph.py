@@ -1,0 +1,554 @@
+"""Reading an ONNX model into plain frozen values, and writing an edited one back.
+
+This module owns the file format: protobuf, external data, and onnx-graphsurgeon, which no other module imports.
+Everything else sees a `Model`: nodes in topological order, constants as arrays, a shape for every tensor.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+
+from lindep_onnx.errors import ModelError, OutputError
+
+__all__ = [
+    "METADATA_KEY",
+    "Edits",
+    "Insertion",
+    "Model",
+    "Node",
+    "edit",
+    "load",
+    "read_model",
+    "save",
+    "tensor_bytes",
+]
+
+logger = logging.getLogger(__name__)
+# graphsurgeon reports on its own logger, straight to the terminal; what matters is raised by us.
+gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.CRITICAL
+
+Array: TypeAlias = NDArray[Any]
+Dim: TypeAlias = "int | str"
+
+METADATA_KEY = "lindep_onnx"
+#: protobuf cannot hold or serialise a message beyond this.
+PROTOBUF_LIMIT = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operator call.
+
+    Attributes:
+        index: place in the topological order.
+        op: operator type; operators outside the default domain read `domain::type`.
+        name: the name in the file, or one made from the operator and its first output.
+        inputs: tensor names; an absent optional input is the empty string.
+        outputs: tensor names; an absent optional output is the empty string.
+        attributes: decoded attribute values; tensors as arrays.
+        captures: tensors of this graph that sub-graphs of the node read.
+    """
+
+    index: int
+    op: str
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: Mapping[str, Any]
+    captures: tuple[str, ...]
+
+    def input(self, position: int) -> str:
+        """Name of the input at `position`, empty where it is absent."""
+        return self.inputs[position] if position < len(self.inputs) else ""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as read from a file; nothing in it is ever changed.
+
+    Attributes:
+        proto: the protobuf, weights included.
+        nodes: in topological order, `Constant` nodes left out.
+        inputs: graph inputs that have to be fed (initializers left out).
+        outputs: graph outputs.
+        stored: every constant tensor the file holds, initializer or `Constant` node.
+        overridable: initializers that are graph inputs too, so that a caller may feed another value.
+        opset: version of the default operator set.
+    """
+
+    proto: onnx.ModelProto
+    nodes: tuple[Node, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    stored: Mapping[str, Array]
+    overridable: frozenset[str]
+    opset: int
+
+    @cached_property
+    def consumers(self) -> Mapping[str, tuple[Node, ...]]:
+        """The nodes that read each tensor, once per reading input; captures count."""
+        found: dict[str, list[Node]] = {}
+        for node in self.nodes:
+            for name in (*node.inputs, *node.captures):
+                if name:
+                    found.setdefault(name, []).append(node)
+        return MappingProxyType({name: tuple(nodes) for name, nodes in found.items()})
+
+    @cached_property
+    def producer(self) -> Mapping[str, Node]:
+        """The node that computes each tensor."""
+        return MappingProxyType({name: node for node in self.nodes for name in node.outputs if name})
+
+
+def read_model(source: str | Path | onnx.ModelProto) -> onnx.ModelProto:
+    """Read a model file with its weights.
+
+    Args:
+        source: a path, or a model that is in memory already and is returned as it is.
+
+    Raises:
+        ModelError: the file is missing, is no ONNX model, or refers to external data that cannot be read.
+    """
+    if isinstance(source, onnx.ModelProto):
+        return source
+    path = Path(source)
+    if not path.is_file():
+        raise ModelError(f"{path}: no such model file." if not path.exists() else f"{path}: is not a file.")
+    try:
+        proto = onnx.load(path, load_external_data=False)
+    except PermissionError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror}).") from error
+    except (DecodeError, ValueError, OSError) as error:
+        raise ModelError(
+            f"{path}: is not a readable ONNX model (damaged or cut short, or another format)."
+        ) from error
+    if not proto.ir_version or not proto.HasField("graph") or not proto.opset_import:
+        raise ModelError(f"{path}: is not an ONNX model (no graph, IR version or operator set in it).")
+    try:
+        onnx.load_external_data_for_model(proto, str(path.parent))
+    except (OSError, ValueError, onnx.checker.ValidationError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{path}: its external data cannot be read: {first}") from error
+    return proto
+
+
+def load(source: str | Path | onnx.ModelProto) -> Model:
+    """Read a model into a `Model`.
+
+    Raises:
+        ModelError: the file cannot be read, or the graph is not well formed.
+    """
+    proto = read_model(source)
+    opset = next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 0)
+    graph = proto.graph
+    where = str(source) if not isinstance(source, onnx.ModelProto) else (graph.name or "the model")
+
+    stored: dict[str, Array] = {}
+    try:
+        for tensor in graph.initializer:
+            stored[tensor.name] = onnx.numpy_helper.to_array(tensor)
+        sparse = {tensor.values.name for tensor in graph.sparse_initializer}
+        nodes, constants = _read_nodes(graph)
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{where}: a tensor or attribute in it is damaged: {first}") from error
+    for name, value in constants.items():
+        if name in stored:
+            raise ModelError(
+                f"{where}: tensor {name!r} is defined twice; every tensor needs a name of its own."
+            )
+        stored[name] = value
+
+    graph_inputs = [value.name for value in graph.input]
+    _check_order(where, nodes, {*stored, *sparse, *graph_inputs}, [value.name for value in graph.output])
+    return Model(
+        proto=proto,
+        nodes=tuple(nodes),
+        inputs=tuple(name for name in graph_inputs if name not in stored),
+        outputs=tuple(value.name for value in graph.output),
+        stored=MappingProxyType(stored),
+        overridable=frozenset(name for name in graph_inputs if name in stored and proto.ir_version >= 4),
+        opset=opset,
+    )
+
+
+def _read_nodes(graph: onnx.GraphProto) -> tuple[list[Node], dict[str, Array]]:
+    nodes: list[Node] = []
+    constants: dict[str, Array] = {}
+    for proto in graph.node:
+        if proto.op_type == "Constant" and proto.domain in ("", "ai.onnx"):
+            value = _constant_value(proto)
+            if value is not None:
+                constants[proto.output[0]] = value
+                continue
+        domain = "" if proto.domain in ("", "ai.onnx") else proto.domain + "::"
+        first_output = next((name for name in proto.output if name), "")
+        nodes.append(
+            Node(
+                index=len(nodes),
+                op=domain + proto.op_type,
+                name=proto.name or f"{proto.op_type}({first_output})",
+                inputs=tuple(proto.input),
+                outputs=tuple(proto.output),
+                attributes=MappingProxyType({a.name: _attribute(a) for a in proto.attribute}),
+                captures=tuple(sorted(set().union(*(_captures(g) for g in _subgraphs(proto))))),
+            )
+        )
+    return nodes, constants
+
+
+def _constant_value(proto: onnx.NodeProto) -> Array | None:
+    attribute = proto.attribute[0] if len(proto.attribute) == 1 else None
+    if attribute is None or attribute.name in ("sparse_value", "value_string", "value_strings"):
+        return None
+    value = _attribute(attribute)
+    dtype = {
+        "value_float": np.float32,
+        "value_floats": np.float32,
+        "value_int": np.int64,
+        "value_ints": np.int64,
+    }
+    return np.asarray(value, dtype.get(attribute.name)) if attribute.name in dtype else np.asarray(value)
+
+
+def _attribute(proto: onnx.AttributeProto) -> Any:
+    value = onnx.helper.get_attribute_value(proto) if not proto.ref_attr_name else None
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, onnx.TensorProto):
+        return onnx.numpy_helper.to_array(value)
+    return value
+
+
+def _subgraphs(proto: onnx.NodeProto) -> list[onnx.GraphProto]:
+    single = [a.g for a in proto.attribute if a.type == onnx.AttributeProto.GRAPH]
+    return single + [g for a in proto.attribute if a.type == onnx.AttributeProto.GRAPHS for g in a.graphs]
+
+
+def _captures(graph: onnx.GraphProto) -> set[str]:
+    own = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
+    read = {value.name for value in graph.output}
+    for node in graph.node:
+        read.update(node.input)
+        own.update(node.output)
+        for body in _subgraphs(node):
+            read |= _captures(body)
+    return read - own - {""}
+
+
+def _check_order(where: str, nodes: Iterable[Node], known: set[str], outputs: Iterable[str]) -> None:
+    produced: set[str] = set()
+    for node in nodes:
+        for name in (*node.inputs, *node.captures):
+            if name and name not in known:
+                raise ModelError(
+                    f"{where}: node {node.name!r} reads {name!r}, which nothing before it defines "
+                    "(a missing initializer, a cycle, or nodes out of order)."
+                )
+        for name in filter(None, node.outputs):
+            if name in known:
+                raise ModelError(
+                    f"{where}: tensor {name!r} is defined twice; every tensor needs a name of its own."
+                )
+            produced.add(name)
+            known.add(name)
+    for name in outputs:
+        if name not in known:
+            raise ModelError(f"{where}: the graph output {name!r} is not computed by any node.")
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """A node to add. `inputs` are tensor names or constant arrays."""
+
+    op: str
+    inputs: tuple[str | Array, ...]
+    output: str
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Edits:
+    """All changes to a graph, decided beforehand; `edit` carries them out.
+
+    Attributes:
+        constants: new values of constant tensors, for all of their readers. The name may also be a tensor that a
+            chain of nodes computes from constants: it becomes an initializer and the chain goes.
+        inputs: what one node reads at one position, as an array (a constant of its own) or a tensor name.
+        attributes: new attribute values of one node; None removes the attribute.
+        ops: nodes that become another operator.
+        dropped_inputs: nodes of which only the first n inputs stay.
+        before: nodes to put before a node, in order.
+        after: nodes to put behind a tensor: all readers of the tensor, and the graph output, move to the output of
+            the last one. Inside it the tensor goes by its old name.
+        dims: new sizes of (tensor, axis) for the shapes that the file records.
+    """
+
+    constants: Mapping[str, Array] = field(default_factory=dict)
+    inputs: Mapping[tuple[int, int], str | Array] = field(default_factory=dict)
+    attributes: Mapping[tuple[int, str], Any] = field(default_factory=dict)
+    ops: Mapping[int, str] = field(default_factory=dict)
+    dropped_inputs: Mapping[int, int] = field(default_factory=dict)
+    before: Mapping[int, Sequence[Insertion]] = field(default_factory=dict)
+    after: Mapping[str, Insertion] = field(default_factory=dict)
+    dims: Mapping[tuple[str, int], int] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return any((self.constants, self.inputs, self.attributes, self.ops, self.before, self.after))
+
+
+def edit(model: Model, edits: Edits, metadata: str) -> onnx.ModelProto:
+    """Carry out `edits` on a copy of the model.
+
+    graphsurgeon imports, rewires, cleans up and exports; what it does not carry (documentation strings, metadata,
+    annotations, the exact declaration of inputs and outputs) is put back from the original.
+
+    Args:
+        model: the original; not changed.
+        edits: what to change.
+        metadata: value of the metadata entry that names this package and its options.
+    """
+    result = _edited(model, edits) if edits else _copy(model.proto)
+    for entry in [entry for entry in result.metadata_props if entry.key == METADATA_KEY]:
+        result.metadata_props.remove(entry)
+    result.metadata_props.add(key=METADATA_KEY, value=metadata)
+    return result
+
+
+def _copy(proto: onnx.ModelProto) -> onnx.ModelProto:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    return copy
+
+
+def _edited(model: Model, edits: Edits) -> onnx.ModelProto:
+    graph = gs.import_onnx(model.proto)
+    tensors: dict[str, Any] = graph.tensors(check_duplicates=False)
+    by_output = {node.outputs[0].name: node for node in graph.nodes if node.outputs}
+    nodes = {
+        node.index: by_output[next(filter(None, node.outputs))] for node in model.nodes if any(node.outputs)
+    }
+    taken = set(tensors)
+
+    def constant(base: str, value: Array) -> Any:
+        name = _unused(base, taken)
+        return gs.Constant(name, _in_memory(value))
+
+    def operand(value: str | Array, base: str) -> Any:
+        return tensors[value] if isinstance(value, str) else constant(base, value)
+
+    for name, value in edits.constants.items():
+        _replace_constant(graph, tensors, by_output, name, _in_memory(value))
+    for index, insertions in edits.before.items():
+        for insertion in insertions:
+            output = gs.Variable(_unused(insertion.output, taken))
+            tensors[insertion.output] = output
+            operands = [operand(value, insertion.output + "_operand") for value in insertion.inputs]
+            added = gs.Node(insertion.op, insertion.output, dict(insertion.attributes), operands, [output])
+            graph.nodes.insert(graph.nodes.index(nodes[index]), added)
+    for (index, position), value in edits.inputs.items():
+        node = nodes[index]
+        while len(node.inputs) <= position:
+            node.inputs.append(gs.Variable.empty())
+        node.inputs[position] = operand(value, f"{node.outputs[0].name}_input{position}")
+    for index, count in edits.dropped_inputs.items():
+        del nodes[index].inputs[count:]
+    for index, op in edits.ops.items():
+        nodes[index].op = op
+    for (index, key), value in edits.attributes.items():
+        if value is None:
+            nodes[index].attrs.pop(key, None)
+        else:
+            nodes[index].attrs[key] = value
+    for name, insertion in edits.after.items():
+        _insert_after(graph, tensors, taken, name, insertion)
+
+    graph.cleanup(remove_unused_node_outputs=False, recurse_subgraphs=False, recurse_functions=False)
+    exported = gs.export_onnx(graph, do_type_check=False)
+    return _restored(model.proto, exported, edits)
+
+
+def _in_memory(value: Array) -> Array:
+    # `ascontiguousarray` alone would turn a 0-d array into a 1-d one.
+    return np.ascontiguousarray(value).reshape(np.shape(value))
+
+
+def _unused(base: str, taken: set[str]) -> str:
+    name, number = base, 0
+    while name in taken:
+        number += 1
+        name = f"{base}_{number}"
+    taken.add(name)
+    return name
+
+
+def _replace_constant(
+    graph: Any, tensors: dict[str, Any], by_output: dict[str, Any], name: str, value: Array
+) -> None:
+    tensor = tensors[name]
+    producer = by_output.get(name)
+    if producer is None:
+        tensor.values = value
+    elif producer.op == "Constant":
+        producer.attrs = {"value": gs.Constant(name + "_value", value)}
+    else:
+        replacement = gs.Constant(name, value)
+        for consumer in list(tensor.outputs):
+            consumer.inputs = [replacement if read is tensor else read for read in consumer.inputs]
+        producer.outputs = [gs.Variable.empty() if made is tensor else made for made in producer.outputs]
+        tensors[name] = replacement
+
+
+def _insert_after(
+    graph: Any, tensors: dict[str, Any], taken: set[str], name: str, insertion: Insertion
+) -> None:
+    tensor = tensors[name]
+    inner = gs.Variable(_unused(name + "_before_bias", taken), dtype=tensor.dtype)
+    producer = tensor.inputs[0]
+    producer.outputs = [inner if made is tensor else made for made in producer.outputs]
+    operands = [
+        inner
+        if isinstance(value, str) and value == name
+        else gs.Constant(_unused(name + "_bias", taken), _in_memory(value))
+        for value in insertion.inputs
+    ]
+    added = gs.Node(
+        insertion.op, _unused(insertion.output, taken), dict(insertion.attributes), operands, [tensor]
+    )
+    graph.nodes.insert(graph.nodes.index(producer) + 1, added)
+
+
+def _restored(original: onnx.ModelProto, exported: onnx.ModelProto, edits: Edits) -> onnx.ModelProto:
+    """The exported graph inside everything else of the original."""
+    result = onnx.ModelProto()
+    for descriptor, value in original.ListFields():
+        if descriptor.name == "graph":
+            continue
+        if descriptor.name in ("metadata_props", "opset_import", "functions", "training_info"):
+            getattr(result, descriptor.name).extend(value)
+        else:
+            setattr(result, descriptor.name, value)
+    graph, made = result.graph, exported.graph
+    graph.name, graph.doc_string = original.graph.name, original.graph.doc_string
+    graph.node.extend(made.node)
+    graph.initializer.extend(made.initializer)
+    graph.sparse_initializer.extend(original.graph.sparse_initializer)
+    graph.quantization_annotation.extend(original.graph.quantization_annotation)
+    graph.metadata_props.extend(original.graph.metadata_props)
+    graph.input.extend(original.graph.input)
+    graph.output.extend(original.graph.output)
+
+    before = {node.output[0]: node for node in original.graph.node if node.output}
+    for node in graph.node:
+        source = before.get(node.output[0]) if node.output else None
+        if source is not None and source.op_type == node.op_type:
+            node.doc_string = source.doc_string
+            node.metadata_props.extend(source.metadata_props)
+            if source.HasField("domain"):
+                node.domain = source.domain
+            _keep_attributes(source, node, edits)
+    documented = {
+        tensor.name: tensor.doc_string for tensor in original.graph.initializer if tensor.doc_string
+    }
+    initializers = set()
+    for tensor in graph.initializer:
+        initializers.add(tensor.name)
+        if tensor.name in documented:
+            tensor.doc_string = documented[tensor.name]
+        # Everything is in memory now; `save` decides where it goes.
+        tensor.ClearField("data_location")
+        tensor.ClearField("external_data")
+
+    alive = initializers | {name for node in graph.node for name in node.output}
+    graph.value_info.extend(value for value in original.graph.value_info if value.name in alive)
+    for value in (*graph.value_info, *graph.input):
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            if (value.name, axis) in edits.dims:
+                dim.dim_value = edits.dims[value.name, axis]
+    return result
+
+
+def _keep_attributes(source: onnx.NodeProto, node: onnx.NodeProto, edits: Edits) -> None:
+    """Take attributes bit by bit from the original where they were not edited (sub-graphs, types, order)."""
+    edited = {key for _, key in edits.attributes}
+    current = {attribute.name: attribute for attribute in node.attribute}
+    if node.op_type == "Constant" and node.output[0] in edits.constants:
+        return
+    kept = [
+        (attribute if attribute.name not in edited else current.get(attribute.name))
+        for attribute in source.attribute
+    ]
+    names = {attribute.name for attribute in source.attribute}
+    kept += [attribute for name, attribute in current.items() if name not in names]
+    copies = []
+    for attribute in kept:
+        if attribute is not None:
+            copy = onnx.AttributeProto()
+            copy.CopyFrom(attribute)
+            copies.append(copy)
+    del node.attribute[:]
+    node.attribute.extend(copies)
+
+
+def tensor_bytes(tensor: onnx.TensorProto) -> int:
+    """Size of a tensor's data in bytes, from its shape and type alone."""
+    count = int(np.prod(list(tensor.dims), dtype=np.int64)) if tensor.dims else 1
+    if tensor.data_type == onnx.TensorProto.STRING:
+        return sum(len(item) for item in tensor.string_data)
+    bits = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4}.get(onnx.TensorProto.DataType.Name(tensor.data_type))
+    return (
+        (count * bits + 7) // 8
+        if bits
+        else count * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    )
+
+
+def save(proto: onnx.ModelProto, path: Path, *, external_data: bool = False) -> None:
+    """Write a model so that `path` holds either its old content or the complete new one.
+
+    Args:
+        proto: the model; not changed.
+        path: where to; the folder must exist.
+        external_data: put the weights into `<name>.data` beside it; done anyway above 2 GB.
+
+    Raises:
+        OutputError: the folder is missing or cannot be written to.
+    """
+    total = sum(tensor_bytes(tensor) for tensor in proto.graph.initializer)
+    external = external_data or total > PROTOBUF_LIMIT - 2**20
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            staged = Path(folder) / path.name
+            if external:
+                data = path.name + ".data"
+                onnx.save(
+                    _copy(proto), staged, save_as_external_data=True, location=data, size_threshold=1024
+                )
+                if (Path(folder) / data).exists():
+                    _flush(Path(folder) / data)
+                    os.replace(Path(folder) / data, path.parent / data)
+            else:
+                staged.write_bytes(proto.SerializeToString(deterministic=True))
+            _flush(staged)
+            os.replace(staged, path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error}).") from error
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -133,9 +133,7 @@ def read_model(source: str | Path | onnx.ModelProto) -> onnx.ModelProto:
     except PermissionError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror}).") from error
     except (DecodeError, ValueError, OSError) as error:
-        raise ModelError(
-            f"{path}: is not a readable ONNX model (damaged or cut short, or another format)."
-        ) from error
+        raise ModelError(f"{path}: is not a readable ONNX model (damaged or cut short, or another format).") from error
     if not proto.ir_version or not proto.HasField("graph") or not proto.opset_import:
         raise ModelError(f"{path}: is not an ONNX model (no graph, IR version or operator set in it).")
     try:
@@ -168,9 +166,7 @@ def load(source: str | Path | onnx.ModelProto) -> Model:
         raise ModelError(f"{where}: a tensor or attribute in it is damaged: {first}") from error
     for name, value in constants.items():
         if name in stored:
-            raise ModelError(
-                f"{where}: tensor {name!r} is defined twice; every tensor needs a name of its own."
-            )
+            raise ModelError(f"{where}: tensor {name!r} is defined twice; every tensor needs a name of its own.")
         stored[name] = value
 
     graph_inputs = [value.name for value in graph.input]
@@ -261,9 +257,7 @@ def _check_order(where: str, nodes: Iterable[Node], known: set[str], outputs: It
                 )
         for name in filter(None, node.outputs):
             if name in known:
-                raise ModelError(
-                    f"{where}: tensor {name!r} is defined twice; every tensor needs a name of its own."
-                )
+                raise ModelError(f"{where}: tensor {name!r} is defined twice; every tensor needs a name of its own.")
             produced.add(name)
             known.add(name)
     for name in outputs:
@@ -339,9 +333,7 @@ def _edited(model: Model, edits: Edits) -> onnx.ModelProto:
     graph = gs.import_onnx(model.proto)
     tensors: dict[str, Any] = graph.tensors(check_duplicates=False)
     by_output = {node.outputs[0].name: node for node in graph.nodes if node.outputs}
-    nodes = {
-        node.index: by_output[next(filter(None, node.outputs))] for node in model.nodes if any(node.outputs)
-    }
+    nodes = {node.index: by_output[next(filter(None, node.outputs))] for node in model.nodes if any(node.outputs)}
     taken = set(tensors)
 
     def constant(base: str, value: Array) -> Any:
@@ -351,8 +343,8 @@ def _edited(model: Model, edits: Edits) -> onnx.ModelProto:
     def operand(value: str | Array, base: str) -> Any:
         return tensors[value] if isinstance(value, str) else constant(base, value)
 
-    for name, value in edits.constants.items():
-        _replace_constant(graph, tensors, by_output, name, _in_memory(value))
+    for name, new in edits.constants.items():
+        _replace_constant(graph, tensors, by_output, name, _in_memory(new))
     for index, insertions in edits.before.items():
         for insertion in insertions:
             output = gs.Variable(_unused(insertion.output, taken))
@@ -396,9 +388,7 @@ def _unused(base: str, taken: set[str]) -> str:
     return name
 
 
-def _replace_constant(
-    graph: Any, tensors: dict[str, Any], by_output: dict[str, Any], name: str, value: Array
-) -> None:
+def _replace_constant(graph: Any, tensors: dict[str, Any], by_output: dict[str, Any], name: str, value: Array) -> None:
     tensor = tensors[name]
     producer = by_output.get(name)
     if producer is None:
@@ -413,22 +403,16 @@ def _replace_constant(
         tensors[name] = replacement
 
 
-def _insert_after(
-    graph: Any, tensors: dict[str, Any], taken: set[str], name: str, insertion: Insertion
-) -> None:
+def _insert_after(graph: Any, tensors: dict[str, Any], taken: set[str], name: str, insertion: Insertion) -> None:
     tensor = tensors[name]
     inner = gs.Variable(_unused(name + "_before_bias", taken), dtype=tensor.dtype)
     producer = tensor.inputs[0]
     producer.outputs = [inner if made is tensor else made for made in producer.outputs]
     operands = [
-        inner
-        if isinstance(value, str) and value == name
-        else gs.Constant(_unused(name + "_bias", taken), _in_memory(value))
+        inner if isinstance(value, str) else gs.Constant(_unused(name + "_bias", taken), _in_memory(value))
         for value in insertion.inputs
     ]
-    added = gs.Node(
-        insertion.op, _unused(insertion.output, taken), dict(insertion.attributes), operands, [tensor]
-    )
+    added = gs.Node(insertion.op, _unused(insertion.output, taken), dict(insertion.attributes), operands, [tensor])
     graph.nodes.insert(graph.nodes.index(producer) + 1, added)
 
 
@@ -461,9 +445,7 @@ def _restored(original: onnx.ModelProto, exported: onnx.ModelProto, edits: Edits
             if source.HasField("domain"):
                 node.domain = source.domain
             _keep_attributes(source, node, edits)
-    documented = {
-        tensor.name: tensor.doc_string for tensor in original.graph.initializer if tensor.doc_string
-    }
+    documented = {tensor.name: tensor.doc_string for tensor in original.graph.initializer if tensor.doc_string}
     initializers = set()
     for tensor in graph.initializer:
         initializers.add(tensor.name)
@@ -489,8 +471,7 @@ def _keep_attributes(source: onnx.NodeProto, node: onnx.NodeProto, edits: Edits)
     if node.op_type == "Constant" and node.output[0] in edits.constants:
         return
     kept = [
-        (attribute if attribute.name not in edited else current.get(attribute.name))
-        for attribute in source.attribute
+        (attribute if attribute.name not in edited else current.get(attribute.name)) for attribute in source.attribute
     ]
     names = {attribute.name for attribute in source.attribute}
     kept += [attribute for name, attribute in current.items() if name not in names]
@@ -510,11 +491,7 @@ def tensor_bytes(tensor: onnx.TensorProto) -> int:
     if tensor.data_type == onnx.TensorProto.STRING:
         return sum(len(item) for item in tensor.string_data)
     bits = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4}.get(onnx.TensorProto.DataType.Name(tensor.data_type))
-    return (
-        (count * bits + 7) // 8
-        if bits
-        else count * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    )
+    return (count * bits + 7) // 8 if bits else count * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
 
 
 def save(proto: onnx.ModelProto, path: Path, *, external_data: bool = False) -> None:
@@ -535,16 +512,14 @@ def save(proto: onnx.ModelProto, path: Path, *, external_data: bool = False) -> 
             staged = Path(folder) / path.name
             if external:
                 data = path.name + ".data"
-                onnx.save(
-                    _copy(proto), staged, save_as_external_data=True, location=data, size_threshold=1024
-                )
+                onnx.save(_copy(proto), staged, save_as_external_data=True, location=data, size_threshold=1024)
                 if (Path(folder) / data).exists():
                     _flush(Path(folder) / data)
-                    os.replace(Path(folder) / data, path.parent / data)
+                    (Path(folder) / data).replace(path.parent / data)
             else:
                 staged.write_bytes(proto.SerializeToString(deterministic=True))
             _flush(staged)
-            os.replace(staged, path)
+            staged.replace(path)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror or error}).") from error
 

@@ -155,9 +155,7 @@ def _fold(model: Model, constants: dict[str, Array], origins: dict[str, tuple[st
             continue
         try:
             results = _evaluate(model, node, operands)
-        except (
-            Exception
-        ):  # the reference implementation raises whatever it likes; the node just stays unknown
+        except Exception:  # the reference implementation raises whatever it likes; the node just stays unknown
             logger.debug("could not evaluate %s", node.name, exc_info=True)
             continue
         made = [(name, np.asarray(value)) for name, value in zip(node.outputs, results, strict=False) if name]
@@ -179,9 +177,7 @@ def _small_enough(node: Node, operands: Mapping[str, Array]) -> bool:
 
 def _evaluate(model: Model, node: Node, operands: Mapping[str, Array]) -> Sequence[Any]:
     inputs = [
-        onnx.helper.make_tensor_value_info(
-            name, onnx.helper.np_dtype_to_tensor_dtype(value.dtype), value.shape
-        )
+        onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
         for name, value in operands.items()
     ]
     outputs = [onnx.helper.make_empty_tensor_value_info(name) for name in node.outputs if name]
@@ -216,9 +212,7 @@ def _infer(
     skeleton = _skeleton(model, constants, shapes, dtypes)
     try:
         inferred = onnx.shape_inference.infer_shapes(skeleton, data_prop=True).graph
-    except (
-        Exception
-    ):  # it raises bare RuntimeErrors on graphs it cannot follow; what is unknown stays unknown
+    except Exception:  # it raises bare RuntimeErrors on graphs it cannot follow; what is unknown stays unknown
         logger.debug("shape inference gave up", exc_info=True)
         inferred = skeleton.graph
     for info in (*model.proto.graph.value_info, *inferred.value_info, *inferred.input, *inferred.output):
@@ -241,8 +235,7 @@ def _merged(known: Shape | None, found: Shape) -> Shape:
     if known is None or len(known) != len(found):
         return found
     return tuple(
-        old if isinstance(old, int) or not isinstance(new, int) else new
-        for old, new in zip(known, found, strict=True)
+        old if isinstance(old, int) or not isinstance(new, int) else new for old, new in zip(known, found, strict=True)
     )
 
 
@@ -315,38 +308,26 @@ def _record(name: str, result: Array, constants: dict[str, Array], values: dict[
 Reader: TypeAlias = Callable[[str], Array]
 
 
-def _shape(
-    node: Node, read: Reader, shapes: Mapping[str, Shape], opset: int, symbols: Iterator[str]
-) -> Array:
+def _shape(node: Node, read: Reader, shapes: Mapping[str, Shape], opset: int, symbols: Iterator[str]) -> Array:
     dims = np.array(shapes[node.inputs[0]], dtype=object)
     return dims[slice(node.attributes.get("start", 0), node.attributes.get("end"))]
 
 
-def _gather(
-    node: Node, read: Reader, shapes: Mapping[str, Shape], opset: int, symbols: Iterator[str]
-) -> Array:
-    return np.take(
-        read(node.inputs[0]), read(node.inputs[1]).astype(np.int64), axis=node.attributes.get("axis", 0)
-    )
+def _gather(node: Node, read: Reader, shapes: Mapping[str, Shape], opset: int, symbols: Iterator[str]) -> Array:
+    return np.take(read(node.inputs[0]), read(node.inputs[1]).astype(np.int64), axis=node.attributes.get("axis", 0))
 
 
-def _concat(
-    node: Node, read: Reader, shapes: Mapping[str, Shape], opset: int, symbols: Iterator[str]
-) -> Array:
+def _concat(node: Node, read: Reader, shapes: Mapping[str, Shape], opset: int, symbols: Iterator[str]) -> Array:
     return np.concatenate([read(name) for name in node.inputs], axis=node.attributes["axis"])
 
 
-def _slice(
-    node: Node, read: Reader, shapes: Mapping[str, Shape], opset: int, symbols: Iterator[str]
-) -> Array:
+def _slice(node: Node, read: Reader, shapes: Mapping[str, Shape], opset: int, symbols: Iterator[str]) -> Array:
     data = read(node.inputs[0])
     names = ("starts", "ends", "axes", "steps")
     if opset < 10:
         given = [node.attributes.get(name) for name in names]
     else:
-        given = [
-            list(read(node.input(i + 1)).astype(np.int64)) if node.input(i + 1) else None for i in range(4)
-        ]
+        given = [list(read(node.input(i + 1)).astype(np.int64)) if node.input(i + 1) else None for i in range(4)]
     starts, ends, axes, steps = given
     if starts is None or ends is None:
         raise KeyError(node.name)
@@ -367,9 +348,7 @@ def _same(node: Node, read: Reader, shapes: Mapping[str, Shape], opset: int, sym
     return read(node.inputs[0])
 
 
-def _reshaped(
-    node: Node, read: Reader, shapes: Mapping[str, Shape], opset: int, symbols: Iterator[str]
-) -> Array:
+def _reshaped(node: Node, read: Reader, shapes: Mapping[str, Shape], opset: int, symbols: Iterator[str]) -> Array:
     data = read(node.inputs[0])
     if node.op == "Reshape":
         return data.reshape([int(size) for size in read(node.inputs[1])])
@@ -383,12 +362,10 @@ def _reshaped(
     return np.expand_dims(data, tuple(axes))
 
 
-def _arithmetic(
-    node: Node, read: Reader, shapes: Mapping[str, Shape], opset: int, symbols: Iterator[str]
-) -> Array:
+def _arithmetic(node: Node, read: Reader, shapes: Mapping[str, Shape], opset: int, symbols: Iterator[str]) -> Array:
     left, right = np.broadcast_arrays(read(node.inputs[0]), read(node.inputs[1]))
 
-    def one(a: int | str, b: int | str) -> int | str:
+    def one(a: Any, b: Any) -> Any:
         if isinstance(a, str) or isinstance(b, str):
             neutral = {"Add": 0, "Sub": 0, "Mul": 1, "Div": 1}[node.op]
             if b == neutral:
@@ -423,7 +400,9 @@ PARTIAL: Mapping[str, Callable[..., Array]] = {
 
 def _reshape_target(node: Node, read: Reader, shapes: Mapping[str, Shape], symbols: Iterator[str]) -> Shape:
     data = shapes[node.inputs[0]]
-    target = [element if isinstance(element, str) else int(element) for element in read(node.inputs[1])]
+    target: list[int | str] = [
+        element if isinstance(element, str) else int(element) for element in read(node.inputs[1])
+    ]
     if not node.attributes.get("allowzero", 0):
         target = [data[axis] if size == 0 else size for axis, size in enumerate(target)]
     if -1 in target:
@@ -449,9 +428,12 @@ def _inferred(data: list[int | str], others: list[int | str], symbols: Iterator[
 
 def _expand_target(node: Node, read: Reader, shapes: Mapping[str, Shape], symbols: Iterator[str]) -> Shape:
     data = list(shapes[node.inputs[0]])
-    target = [element if isinstance(element, str) else int(element) for element in read(node.inputs[1])]
+    target: list[int | str] = [
+        element if isinstance(element, str) else int(element) for element in read(node.inputs[1])
+    ]
     rank = max(len(data), len(target))
-    data, target = [1] * (rank - len(data)) + data, [1] * (rank - len(target)) + target
+    data = [*[1] * (rank - len(data)), *data]
+    target = [*[1] * (rank - len(target)), *target]
     return tuple(wanted if size == 1 else size for size, wanted in zip(data, target, strict=True))
 
 

@@ -1,0 +1,338 @@
+"""Which channels must go together: atoms, units, sites, groups and refusals.
+
+A tensor carries labellings. A labelling gives every element along some axes an atom id; elements that share an id, or
+whose ids are linked, live and die together. `lindep_onnx.tracing` walks the graph once, forward, and asks the rule of
+each operator (see `lindep_onnx.ops`), which speaks to a `Tracer`; the connected components of all links are the units.
+Components that meet something that cannot shrink (an output, an unknown operator) are frozen and become refusals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lindep_onnx.graph import Model, Node
+from lindep_onnx.shapes import Resolved, Shape
+
+__all__ = [
+    "FROZEN",
+    "Atoms",
+    "Axes",
+    "Bias",
+    "Channels",
+    "Group",
+    "Labelling",
+    "Producer",
+    "Reader",
+    "Reason",
+    "Refusal",
+    "Site",
+    "Tracer",
+]
+
+Array: TypeAlias = NDArray[Any]
+Atoms: TypeAlias = NDArray[np.int64]
+#: Atoms by the axis they can be cut along.
+Axes: TypeAlias = "Mapping[int, Atoms]"
+
+#: Unit number of atoms that always stay.
+FROZEN = -1
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why channels are left alone: a stable code, and what to tell the user."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """Atom ids over some axes of one tensor.
+
+    Attributes:
+        axes: the axes along which ids vary, ascending.
+        atoms: ids, one axis of the array for each of `axes`.
+        cut: the axis along which elements may be removed. Ids that differ only along the other axes are linked, so
+            that what survives is a box.
+    """
+
+    axes: tuple[int, ...]
+    atoms: Atoms
+    cut: int
+
+    def along_cut(self) -> Atoms:
+        """One id for each place along the cut axis."""
+        place = self.axes.index(self.cut)
+        return np.moveaxis(self.atoms, place, 0).reshape(self.atoms.shape[place], -1)[:, 0]
+
+
+@dataclass(frozen=True)
+class Bias:
+    """Where a constant can be added to the output of a reader.
+
+    Attributes:
+        node: index of the node that takes the constant as an input; None if an Add has to be inserted.
+        position: the input it is, present or not.
+        name: the constant that is there now, empty if none.
+        scale: what to multiply an addition to the output by before it is stored.
+    """
+
+    node: int | None
+    position: int = 0
+    name: str = ""
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One node that multiplies the weight of a site.
+
+    Attributes:
+        node: index of the node.
+        tensor: the data input.
+        axis: the channel axis of `tensor`.
+        output: the product, before any bias that is a node of its own.
+        output_axis: the channel axis of `output`.
+        strides: spacing of the positions of `tensor` that are read at all, one for each axis behind the channel
+            axis; empty when all are read.
+        kernel: extent of the kernel, empty outside convolutions.
+        pads: zeros that the node itself adds around its input, (begins, ends) by spatial axis; empty if none.
+        bias: where the output can take a constant; None if nowhere.
+    """
+
+    node: int
+    tensor: str
+    axis: int
+    output: str
+    output_axis: int
+    strides: tuple[int, ...] = ()
+    kernel: tuple[int, ...] = ()
+    pads: tuple[tuple[int, int], ...] = ()
+    bias: Bias | None = None
+
+
+@dataclass(frozen=True)
+class Site:
+    """One constant weight and all nodes that multiply it.
+
+    Attributes:
+        weight: name of the constant.
+        inputs: axis of the weight that meets the channel axis of the data.
+        outputs: axis of the weight that becomes the channel axis of the product.
+        readers: the nodes, in topological order.
+        columns: atom of each place along the `inputs` axis.
+        rows: atom of each place along the `outputs` axis.
+        affine: whether a constant added to the output can make up for a constant channel: one reader, which sees no
+            zeros beyond the border, and a place for a bias.
+    """
+
+    weight: str
+    inputs: int
+    outputs: int
+    readers: tuple[Reader, ...]
+    columns: Atoms
+    rows: Atoms
+    affine: bool
+
+
+@dataclass(frozen=True)
+class Producer:
+    """The output channels of a Conv, ConvTranspose, Gemm or MatMul with a constant weight."""
+
+    node: int
+    atoms: Atoms
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that meet at common sites.
+
+    Attributes:
+        name: the first producer's node name.
+        units: unit numbers, ascending.
+        sites: indices into `Channels.sites`, in topological order.
+    """
+
+    name: str
+    units: NDArray[np.int64]
+    sites: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Channels that are left alone.
+
+    Attributes:
+        reason: why.
+        nodes: names of the nodes that cause it.
+        channels: number of output channels it costs.
+    """
+
+    reason: Reason
+    nodes: tuple[str, ...]
+    channels: int
+
+
+@dataclass(frozen=True)
+class Channels:
+    """What may be removed from a model, and what goes with what.
+
+    Attributes:
+        model: the model that was traced.
+        resolved: its constants and shapes.
+        labels: the labellings of every labelled tensor that is computed.
+        reads: for each constant, the atoms along its axes as each (node index, input position) reads them.
+        unit: unit number of every atom; -1 where it always stays.
+        units: number of units.
+        sites: in topological order of their first reader.
+        producers: in topological order.
+        groups: in topological order of their first site.
+        refusals: the most costly first.
+        least: sets of units of which at least that many must survive.
+    """
+
+    model: Model
+    resolved: Resolved
+    labels: Mapping[str, tuple[Labelling, ...]]
+    reads: Mapping[str, Mapping[tuple[int, int], Axes]]
+    unit: NDArray[np.int64]
+    units: int
+    sites: tuple[Site, ...]
+    producers: tuple[Producer, ...]
+    groups: tuple[Group, ...]
+    refusals: tuple[Refusal, ...]
+    least: tuple[tuple[NDArray[np.int64], int], ...]
+
+    def kept(self, tensor: str, removed: NDArray[np.bool_]) -> dict[int, NDArray[np.bool_]]:
+        """Which places survive on each axis of `tensor` that loses some.
+
+        Args:
+            tensor: name of any tensor.
+            removed: (units,) bool.
+        """
+        masks = {label.cut: self.mask(label.along_cut(), removed) for label in self.labels.get(tensor, ())}
+        return {axis: mask for axis, mask in masks.items() if not mask.all()}
+
+    def mask(self, atoms: Atoms, removed: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Which of these atoms survive when the units in `removed` go."""
+        gone = np.append(removed, False)  # the last entry answers for FROZEN
+        return np.asarray(~gone[self.unit[atoms]])
+
+
+@dataclass
+class Tracer:
+    """What the operator rules read and write while a graph is traced. It lives inside `trace` only."""
+
+    model: Model
+    resolved: Resolved
+    labels: dict[str, tuple[Labelling, ...]] = field(default_factory=dict)
+    atoms: int = 0
+    links: list[tuple[Atoms, Atoms]] = field(default_factory=list)
+    frozen: list[tuple[Atoms, Reason, Node | None]] = field(default_factory=list)
+    claims: dict[str, dict[tuple[int, int], dict[int, Atoms]]] = field(default_factory=dict)
+    sites: list[tuple[str, int, int, Reader, bool]] = field(default_factory=list)
+    producers: list[Producer] = field(default_factory=list)
+
+    # ---- reading -----------------------------------------------------------------------------------------------
+
+    def constant(self, name: str) -> Array | None:
+        """Value of a tensor that never changes; None for others and for absent inputs."""
+        return self.resolved.constants.get(name)
+
+    def shape(self, name: str) -> Shape | None:
+        """Shape of a tensor, None if not even its rank is known."""
+        return self.resolved.shapes.get(name)
+
+    def rank(self, name: str) -> int | None:
+        """Number of axes of a tensor, None if unknown."""
+        shape = self.shape(name)
+        return None if shape is None else len(shape)
+
+    def axes(self, name: str) -> dict[int, Atoms]:
+        """The atoms of a tensor by the axis they can be cut along."""
+        return {label.cut: label.along_cut() for label in self.labels.get(name, ())}
+
+    # ---- writing -----------------------------------------------------------------------------------------------
+
+    def fresh(self, count: int) -> Atoms:
+        """New atoms, linked to nothing."""
+        self.atoms += count
+        return np.arange(self.atoms - count, self.atoms, dtype=np.int64)
+
+    def distinct(self, atoms: Atoms, used: Iterable[Atoms] = ()) -> Atoms:
+        """The same atoms with fresh, linked ones wherever an atom occurs again on the axis.
+
+        An axis built from the same channels twice has two features for one unit; only a Reshape puts one atom on an
+        axis several times, and means positions of one channel by it.
+        """
+        seen = np.concatenate([np.empty(0, np.int64), *used])
+        first = np.zeros(len(atoms), dtype=bool)
+        first[np.unique(atoms, return_index=True)[1]] = True
+        again = ~first | np.isin(atoms, seen)
+        result = atoms.copy()
+        result[again] = self.fresh(int(again.sum()))
+        self.link(result[again], atoms[again])
+        return result
+
+    def link(self, left: Atoms, right: Atoms) -> None:
+        """Make atoms live and die together, pair by pair; the arrays broadcast."""
+        left, right = np.broadcast_arrays(left, right)
+        differ = left != right
+        if differ.any():
+            self.links.append((left[differ], right[differ]))
+
+    def freeze(self, atoms: Atoms, reason: Reason, node: Node | None) -> None:
+        """Keep atoms for ever."""
+        if atoms.size:
+            self.frozen.append((np.unique(atoms), reason, node))
+
+    def freeze_tensor(self, name: str, reason: Reason, node: Node | None, axes: Iterable[int] | None = None) -> None:
+        """Keep all channels of a tensor, or those along `axes`."""
+        rank = self.rank(name) or 0
+        chosen = None if axes is None else {axis % rank if rank else axis for axis in axes}
+        for label in self.labels.get(name, ()):
+            if chosen is None or label.cut in chosen:
+                self.freeze(label.atoms.ravel(), reason, node)
+
+    def label(self, name: str, labels: Iterable[Labelling]) -> None:
+        """Say which labellings a computed tensor carries. Axes of size 1 never carry one."""
+        if name:
+            kept = tuple(label for label in labels if label.atoms.shape[label.axes.index(label.cut)] > 1)
+            if kept:
+                self.labels[name] = kept
+
+    def label_axes(self, name: str, axes: Mapping[int, Atoms]) -> None:
+        """`label` with one labelling for each axis."""
+        self.label(name, [Labelling((axis,), atoms, axis) for axis, atoms in sorted(axes.items())])
+
+    def claim(self, node: Node, position: int, axes: Mapping[int, Atoms]) -> None:
+        """Say that a node can read its constant input at `position` with these axes sliced, and no others.
+
+        Readers of one matrix have to agree (see `lindep_onnx.tracing`); a vector is sliced for each reader alone.
+        """
+        name = node.input(position)
+        if self.constant(name) is not None:
+            wanted = {axis: atoms for axis, atoms in axes.items() if len(atoms) > 1}
+            self.claims.setdefault(name, {})[node.index, position] = wanted
+
+    def refuse(self, node: Node, reason: Reason) -> None:
+        """Leave everything alone that a node reads; its outputs carry no channels."""
+        for name in (*node.inputs, *node.captures):
+            if name:
+                self.freeze_tensor(name, reason, node)
+
+    def produce(self, node: Node, channels: int) -> Atoms:
+        """Start the output channels of a node with a constant weight."""
+        atoms = self.fresh(channels)
+        self.producers.append(Producer(node.index, atoms))
+        return atoms
+
+    def site(self, weight: str, inputs: int, outputs: int, reader: Reader, affine: bool) -> None:
+        """Record that a node multiplies a constant weight along a labelled axis."""
+        self.sites.append((weight, inputs, outputs, reader, affine))

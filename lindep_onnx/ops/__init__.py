@@ -1,0 +1,26 @@
+"""What each operator does to channels: one file per behaviour, one registry.
+
+A tracing rule reads the labellings of a node's inputs and writes those of its outputs through a
+`lindep_onnx.channels.Tracer`; a rewriting rule, for the few operators that hold sizes or indices, adjusts the node
+through a `lindep_onnx.draft.Draft`. An operator without a tracing rule is a refusal.
+"""
+
+from __future__ import annotations
+
+from lindep_onnx.ops import elementwise, join, linear, normalization, pooling, shape
+from lindep_onnx.ops.registry import UNKNOWN, Rewriting, Tracing, rewriting_rule, supported, tracing_rule
+
+__all__ = [
+    "UNKNOWN",
+    "Rewriting",
+    "Tracing",
+    "elementwise",
+    "join",
+    "linear",
+    "normalization",
+    "pooling",
+    "rewriting_rule",
+    "shape",
+    "supported",
+    "tracing_rule",
+]

@@ -1,0 +1,278 @@
+"""Operators that multiply by a weight: where channels start, and where their weight can move to others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lindep_onnx.channels import Atoms, Bias, Reader, Reason, Tracer
+from lindep_onnx.draft import Draft
+from lindep_onnx.graph import Node
+from lindep_onnx.ops.registry import rewrites, traces
+
+__all__: list[str] = []
+
+GROUPED = Reason("grouped_convolution", "a grouped convolution needs all groups of the same size")
+DYNAMIC_WEIGHT = Reason("runtime_weight", "the weight is computed at run time")
+WEIGHT_RANK = Reason("weight_rank", "a constant weight of rank over 2 is a batch of matrices")
+TRANSPOSED = Reason("transposed_data", "Gemm reads its data transposed (transA)")
+CONTRACTED = Reason("contracted", "two computed tensors are multiplied along them")
+FROZEN_INPUT = Reason("frozen_input", "a depthwise convolution computes them one by one from channels that stay")
+VECTOR = Reason("vector_product", "a product with a vector reads them")
+SPATIAL = Reason("spatial_axis", "they lie along an axis that a window moves over")
+
+
+@traces("Conv")
+def convolution(node: Node, tracer: Tracer) -> None:
+    """Starts output channels; depthwise passes its input channels through."""
+    data, weight = node.inputs[0], node.inputs[1]
+    kernel = tracer.constant(weight)
+    shape = tracer.shape(data)
+    if kernel is None or shape is None:
+        tracer.refuse(node, DYNAMIC_WEIGHT)
+        return
+    group = int(node.attributes.get("group", 1))
+    axes = tracer.axes(data)
+    tracer.freeze_tensor(data, SPATIAL, node, [axis for axis in axes if axis > 1])
+    outputs = {axis: atoms for axis, atoms in axes.items() if axis == 0}
+    if group > 1 and kernel.shape[1] == 1:
+        _depthwise(node, tracer, group, kernel.shape[0] // group)
+        return
+    made = tracer.produce(node, kernel.shape[0])
+    if group > 1:
+        tracer.freeze_tensor(data, GROUPED, node, [1])
+        tracer.freeze(made, GROUPED, node)
+    columns = axes.get(1) if group == 1 else None
+    tracer.claim(node, 1, {0: made} if columns is None else {0: made, 1: columns})
+    bias = _convolution_bias(node, tracer)
+    if node.input(2):
+        if bias is None:
+            tracer.freeze(made, DYNAMIC_WEIGHT, node)
+        tracer.claim(node, 2, {0: made})
+    tracer.label_axes(node.outputs[0], {**outputs, 1: made})
+    if columns is not None:
+        reader = _convolution_reader(node, tracer, kernel.shape[2:], bias)
+        tracer.site(weight, 1, 0, reader, bias is not None and not any(map(any, reader.pads)))
+
+
+def _depthwise(node: Node, tracer: Tracer, group: int, multiplier: int) -> None:
+    """Each input channel and the `multiplier` output channels that it alone makes are one unit."""
+    data = node.inputs[0]
+    axes = tracer.axes(data)
+    given = axes.get(1)
+    made = tracer.produce(node, group * multiplier)
+    if given is None:
+        tracer.freeze(made, FROZEN_INPUT, node)
+    else:
+        tracer.link(made.reshape(group, multiplier), given[:, None])
+    tracer.claim(node, 1, {0: made})
+    if node.input(2) and tracer.constant(node.input(2)) is None:
+        tracer.freeze(made, DYNAMIC_WEIGHT, node)
+    tracer.claim(node, 2, {0: made})
+    passing = {axis: atoms for axis, atoms in axes.items() if axis == 0}
+    tracer.label_axes(node.outputs[0], {**passing, 1: made})
+
+
+def _convolution_bias(node: Node, tracer: Tracer) -> Bias | None:
+    name = node.input(2)
+    if name and tracer.constant(name) is None:
+        return None
+    return Bias(node.index, 2, name)
+
+
+def _convolution_reader(node: Node, tracer: Tracer, kernel: Sequence[int], bias: Bias | None) -> Reader:
+    spatial = len(kernel)
+    strides = tuple(node.attributes.get("strides", [1] * spatial))
+    dilations = node.attributes.get("dilations", [1] * spatial)
+    pads = _pads(node, tracer, kernel, strides, dilations)
+    # A window of one position skips the others; wider windows are taken to see all of them.
+    skipped = strides if all(size == 1 for size in kernel) and not any(map(any, pads)) else (1,) * spatial
+    return Reader(
+        node=node.index,
+        tensor=node.inputs[0],
+        axis=1,
+        output=node.outputs[0],
+        output_axis=1,
+        strides=skipped if any(step > 1 for step in skipped) else (),
+        kernel=tuple(kernel),
+        pads=pads,
+        bias=bias,
+    )
+
+
+def _pads(
+    node: Node, tracer: Tracer, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
+) -> tuple[tuple[int, int], ...]:
+    spatial = len(kernel)
+    mode = node.attributes.get("auto_pad", "NOTSET")
+    if mode == "VALID":
+        return ((0, 0),) * spatial
+    if mode == "NOTSET":
+        flat = node.attributes.get("pads", [0] * (2 * spatial))
+        return tuple((int(flat[axis]), int(flat[axis + spatial])) for axis in range(spatial))
+    pads = []
+    shape = tracer.shape(node.inputs[0]) or ()
+    for axis in range(spatial):
+        reach = (kernel[axis] - 1) * dilations[axis] + 1
+        size = shape[axis + 2]
+        if isinstance(size, int):
+            total = max(0, (-(-size // strides[axis]) - 1) * strides[axis] + reach - size)
+        else:
+            total = reach - 1  # the size is unknown: at most this much
+        small, large = total // 2, total - total // 2
+        pads.append((small, large) if mode == "SAME_UPPER" else (large, small))
+    return tuple(pads)
+
+
+@rewrites("Conv")
+def convolution_groups(node: Node, draft: Draft) -> None:
+    """The `group` of a depthwise convolution follows its input channels."""
+    if node.attributes.get("group", 1) > 1:
+        kept = draft.kept(node.inputs[0])
+        if 1 in kept:
+            draft.set_attribute(node, "group", int(kept[1].sum()))
+
+
+@traces("ConvTranspose")
+def transposed_convolution(node: Node, tracer: Tracer) -> None:
+    """Starts output channels; the weight has its input channels first."""
+    data, weight = node.inputs[0], node.inputs[1]
+    kernel = tracer.constant(weight)
+    if kernel is None:
+        tracer.refuse(node, DYNAMIC_WEIGHT)
+        return
+    group = int(node.attributes.get("group", 1))
+    axes = tracer.axes(data)
+    tracer.freeze_tensor(data, SPATIAL, node, [axis for axis in axes if axis > 1])
+    made = tracer.produce(node, kernel.shape[1] * group)
+    if group > 1:
+        tracer.freeze_tensor(data, GROUPED, node, [1])
+        tracer.freeze(made, GROUPED, node)
+        columns = None
+    else:
+        columns = axes.get(1)
+    wanted = {} if group > 1 else {1: made}
+    tracer.claim(node, 1, wanted if columns is None else {**wanted, 0: columns})
+    if node.input(2) and tracer.constant(node.input(2)) is None:
+        tracer.freeze(made, DYNAMIC_WEIGHT, node)
+    tracer.claim(node, 2, {0: made})
+    tracer.label_axes(node.outputs[0], {1: made})
+    if columns is not None:
+        # Its border mixes fewer taps, so that a constant channel is not a constant of the output.
+        reader = Reader(node.index, data, 1, node.outputs[0], 1, kernel=tuple(kernel.shape[2:]))
+        tracer.site(weight, 0, 1, reader, affine=False)
+
+
+@traces("Gemm")
+def gemm(node: Node, tracer: Tracer) -> None:
+    """Y = alpha A B + beta C with a constant B."""
+    data, weight = node.inputs[0], node.inputs[1]
+    matrix = tracer.constant(weight)
+    if matrix is None:
+        tracer.refuse(node, DYNAMIC_WEIGHT)
+        return
+    inputs, outputs = (1, 0) if node.attributes.get("transB", 0) else (0, 1)
+    axes = tracer.axes(data)
+    made = tracer.produce(node, matrix.shape[outputs])
+    passing = {0: axes[0]} if 0 in axes else {}
+    columns = axes.get(1)
+    if node.attributes.get("transA", 0):
+        tracer.freeze_tensor(data, TRANSPOSED, node)
+        columns, passing = None, {}
+    tracer.claim(node, 1, {outputs: made} if columns is None else {outputs: made, inputs: columns})
+    bias = _gemm_bias(node, tracer, made, passing)
+    tracer.label_axes(node.outputs[0], {**passing, 1: made})
+    if columns is not None:
+        reader = Reader(node.index, data, 1, node.outputs[0], 1, bias=bias)
+        tracer.site(weight, inputs, outputs, reader, affine=bias is not None)
+
+
+def _gemm_bias(node: Node, tracer: Tracer, made: Atoms, passing: dict[int, Atoms]) -> Bias | None:
+    """Label C, which broadcasts to (M, N), and say whether it can take an addition of shape (N,)."""
+    alpha, beta = float(node.attributes.get("alpha", 1.0)), float(node.attributes.get("beta", 1.0))
+    name = node.input(2)
+    if not name:
+        return Bias(node.index, 2, "", alpha / beta) if beta else None
+    value = tracer.constant(name)
+    if value is None:
+        tracer.freeze(made, DYNAMIC_WEIGHT, node)
+        tracer.freeze_tensor(name, DYNAMIC_WEIGHT, node)
+        return None
+    rank = value.ndim
+    wanted = {}
+    if rank >= 1 and value.shape[-1] > 1:
+        wanted[rank - 1] = made
+    if rank == 2 and value.shape[0] > 1 and 0 in passing:
+        wanted[0] = passing[0]
+    tracer.claim(node, 2, wanted)
+    rows = rank == 2 and value.shape[0] > 1
+    return Bias(node.index, 2, name, alpha / beta) if beta and not rows else None
+
+
+@traces("MatMul")
+def matmul(node: Node, tracer: Tracer) -> None:
+    """A product with a constant matrix on either side, or of two computed tensors."""
+    left, right = (tracer.constant(name) for name in node.inputs[:2])
+    if left is None and right is None:
+        _computed_product(node, tracer)
+    elif left is not None and right is not None:
+        tracer.refuse(node, DYNAMIC_WEIGHT)
+    elif right is not None:
+        _constant_product(node, tracer, position=1, mixed=-1)
+    else:
+        _constant_product(node, tracer, position=0, mixed=-2)
+
+
+def _constant_product(node: Node, tracer: Tracer, position: int, mixed: int) -> None:
+    weight, data, result = node.inputs[position], node.inputs[1 - position], node.outputs[0]
+    matrix = tracer.resolved.constants[weight]
+    rank = tracer.rank(data)
+    if matrix.ndim != 2 or rank is None or rank < 2:
+        tracer.refuse(node, WEIGHT_RANK if matrix.ndim > 2 else VECTOR)
+        return
+    inputs, outputs = (0, 1) if position == 1 else (1, 0)
+    axis = rank + mixed
+    axes = tracer.axes(data)
+    made = tracer.produce(node, matrix.shape[outputs])
+    columns = axes.get(axis)
+    tracer.claim(node, position, {outputs: made} if columns is None else {outputs: made, inputs: columns})
+    tracer.label_axes(result, {**{other: atoms for other, atoms in axes.items() if other != axis}, axis: made})
+    if columns is not None:
+        bias = _following_bias(node, tracer, axis)
+        tracer.site(weight, inputs, outputs, Reader(node.index, data, axis, result, axis, bias=bias), affine=True)
+
+
+def _following_bias(node: Node, tracer: Tracer, axis: int) -> Bias:
+    """The constant of an Add right behind the product, or a new Add."""
+    result = node.outputs[0]
+    shape = tracer.shape(result) or ()
+    readers = tracer.model.consumers.get(result, ())
+    if len(readers) == 1 and readers[0].op == "Add" and result not in tracer.model.outputs:
+        add = readers[0]
+        place = 1 if add.inputs[0] == result else 0
+        value = tracer.constant(add.inputs[place])
+        behind = len(shape) - axis
+        if value is not None and value.ndim >= behind and value.shape[value.ndim - behind] == shape[axis]:
+            return Bias(add.index, place, add.inputs[place])
+    return Bias(None)
+
+
+def _computed_product(node: Node, tracer: Tracer) -> None:
+    """The contracted axes of the two operands meet; the others pass."""
+    left, right, result = node.inputs[0], node.inputs[1], node.outputs[0]
+    ranks = tracer.rank(left), tracer.rank(right)
+    if ranks[0] is None or ranks[1] is None or min(ranks[0], ranks[1]) < 2:
+        tracer.refuse(node, CONTRACTED)
+        return
+    rank = max(ranks[0], ranks[1])
+    left_axes = {axis + rank - ranks[0]: atoms for axis, atoms in tracer.axes(left).items()}
+    right_axes = {axis + rank - ranks[1]: atoms for axis, atoms in tracer.axes(right).items()}
+    tracer.freeze_tensor(left, CONTRACTED, node, [-1])
+    tracer.freeze_tensor(right, CONTRACTED, node, [-2])
+    for axis in range(rank - 2):  # batch axes
+        for name in (left, right):
+            own = axis - (rank - (tracer.rank(name) or 0))
+            if own >= 0:
+                tracer.freeze_tensor(name, CONTRACTED, node, [own])
+    passing = {axis: atoms for axis, atoms in left_axes.items() if axis == rank - 2}
+    passing.update({axis: atoms for axis, atoms in right_axes.items() if axis == rank - 1})
+    tracer.label_axes(result, passing)

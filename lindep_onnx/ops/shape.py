@@ -1,0 +1,230 @@
+"""Operators that move or regroup elements without computing anything, and the ones that handle shapes as numbers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from lindep_onnx.channels import Atoms, Labelling, Reason, Tracer
+from lindep_onnx.draft import Draft
+from lindep_onnx.graph import Node
+from lindep_onnx.ops.registry import rewrites, traces
+
+__all__: list[str] = []
+
+REGROUPED = Reason("reshape", "a Reshape regroups them with axes of unknown size or other channels")
+COUNTED = Reason("counted", "a Size operator counts them")
+REPEATED = Reason("repeated", "a Tile or Expand repeats them")
+RUNTIME_SHAPE = Reason("runtime_shape", "the shape they are given is computed at run time")
+
+
+@traces("Transpose")
+def transpose(node: Node, tracer: Tracer) -> None:
+    """Axes change places."""
+    data = node.inputs[0]
+    rank = tracer.rank(data)
+    if rank is None:
+        return
+    order = list(node.attributes.get("perm", range(rank)[::-1]))
+    labels = []
+    for label in tracer.labels.get(data, ()):
+        places = [order.index(axis) for axis in label.axes]
+        atoms = np.transpose(label.atoms, np.argsort(places))
+        labels.append(Labelling(tuple(sorted(places)), atoms, order.index(label.cut)))
+    tracer.label(node.outputs[0], labels)
+
+
+@traces("Reshape", "Flatten", "Squeeze", "Unsqueeze")
+def regroup(node: Node, tracer: Tracer) -> None:
+    """Elements keep their order; axes are merged and split."""
+    data, result = node.inputs[0], node.outputs[0]
+    if not tracer.labels.get(data):
+        return
+    before, after = tracer.shape(data), tracer.shape(result)
+    if before is None or after is None:
+        tracer.refuse(node, REGROUPED)
+        return
+    labels: list[Labelling] = []
+    done: set[int] = set()
+    for ins, outs in _blocks(before, after):
+        inside = [label for label in tracer.labels[data] if label.cut in ins]
+        done.update(label.cut for label in inside)
+        if len(inside) > 1 and len(outs) != len(ins):
+            for label in inside:
+                tracer.freeze(label.atoms.ravel(), REGROUPED, node)
+        elif len(inside) == 1:
+            labels.extend(_regrouped(inside[0], ins, outs, before, after, tracer))
+    for label in tracer.labels[data]:
+        if label.cut not in done:
+            tracer.freeze(label.atoms.ravel(), REGROUPED, node)
+    tracer.label(result, labels)
+
+
+def _blocks(before: tuple[int | str, ...], after: tuple[int | str, ...]) -> list[tuple[list[int], list[int]]]:
+    """Smallest runs of axes that hold the same elements on both sides, matched from both ends.
+
+    Runs that cannot be matched, because of sizes that are not known, are left out.
+    """
+    ins = [axis for axis, size in enumerate(before) if size != 1]
+    outs = [axis for axis, size in enumerate(after) if size != 1]
+    front = _runs(before, after, ins, outs)
+    used_in, used_out = sum(len(run[0]) for run in front), sum(len(run[1]) for run in front)
+    back = _runs(before, after, ins[used_in:][::-1], outs[used_out:][::-1])
+    return front + [(run[0][::-1], run[1][::-1]) for run in back]
+
+
+def _runs(
+    before: tuple[int | str, ...], after: tuple[int | str, ...], ins: list[int], outs: list[int]
+) -> list[tuple[list[int], list[int]]]:
+    runs = []
+    i = j = 0
+    while i < len(ins) and j < len(outs):
+        if before[ins[i]] == after[outs[j]]:
+            runs.append(([ins[i]], [outs[j]]))
+            i, j = i + 1, j + 1
+            continue
+        left, right = [ins[i]], [outs[j]]
+        i, j = i + 1, j + 1
+        while True:
+            sizes = [before[axis] for axis in left], [after[axis] for axis in right]
+            if any(isinstance(size, str) for size in (*sizes[0], *sizes[1])):
+                return runs
+            have, want = math.prod(map(int, sizes[0])), math.prod(map(int, sizes[1]))
+            if have == want:
+                break
+            if have < want and i < len(ins):
+                left.append(ins[i])
+                i += 1
+            elif want < have and j < len(outs):
+                right.append(outs[j])
+                j += 1
+            else:
+                return runs
+        runs.append((left, right))
+    return runs
+
+
+def _regrouped(
+    label: Labelling,
+    ins: list[int],
+    outs: list[int],
+    before: tuple[int | str, ...],
+    after: tuple[int | str, ...],
+    tracer: Tracer,
+) -> list[Labelling]:
+    if any(axis not in ins for axis in label.axes):
+        label = Labelling((label.cut,), label.along_cut(), label.cut)
+    if len(ins) == len(outs) == 1:
+        return [Labelling((outs[0],), label.along_cut(), outs[0])]
+    full = np.broadcast_to(_spread(label, ins), [int(before[axis]) for axis in ins])
+    atoms = full.reshape([int(after[axis]) for axis in outs])
+    varying = [place for place in range(len(outs)) if (np.diff(atoms, axis=place) != 0).any()]
+    if not varying:
+        # One unit all along: nothing can be cut here.
+        return []
+    index = tuple(slice(None) if place in varying else 0 for place in range(len(outs)))
+    atoms = atoms[index]
+    axes = [outs[place] for place in varying]
+    cut = max(range(len(axes)), key=lambda place: (atoms.shape[place], place))
+    # What survives has to be a box again: all places along the other axes go together.
+    first = np.take(np.moveaxis(atoms, cut, 0).reshape(atoms.shape[cut], -1), [0], axis=1)
+    tracer.link(np.moveaxis(atoms, cut, 0).reshape(atoms.shape[cut], -1), first)
+    return [Labelling(tuple(axes), atoms, axes[cut])]
+
+
+def _spread(label: Labelling, ins: list[int]) -> Atoms:
+    shape = [label.atoms.shape[label.axes.index(axis)] if axis in label.axes else 1 for axis in ins]
+    return label.atoms.reshape(shape)
+
+
+@rewrites("Reshape")
+def reshape_target(node: Node, draft: Draft) -> None:
+    """New sizes where the target names them; -1 and 0 stay where they still say the right thing."""
+    result = node.outputs[0]
+    kept = draft.kept(result)
+    data_kept = draft.kept(node.inputs[0])
+    if not kept and not data_kept:
+        return
+    target = draft.channels.resolved.integers(node.inputs[1])
+    new = draft.new_shape(result)
+    old_data, new_data = draft.shape(node.inputs[0]), draft.new_shape(node.inputs[0])
+    zero_copies = not node.attributes.get("allowzero", 0)
+    elements = {}
+    for axis, size in enumerate(new):
+        given = target[axis] if target is not None else None
+        if given == -1:
+            continue
+        if given == 0 and zero_copies:
+            if new_data[axis] != size and old_data[axis] != new_data[axis]:
+                elements[axis] = size
+            continue
+        if axis in kept:
+            elements[axis] = size
+    draft.set_elements(node, 1, {axis: int(size) for axis, size in elements.items()})
+
+
+@rewrites("Squeeze")
+def squeeze_axes(node: Node, draft: Draft) -> None:
+    """Axes are named, so that a channel axis that shrinks to 1 is not squeezed too."""
+    named = node.attributes.get("axes") is not None or node.input(1)
+    if named or not draft.kept(node.inputs[0]):
+        return
+    axes = [axis for axis, size in enumerate(draft.shape(node.inputs[0])) if size == 1]
+    if draft.channels.model.opset >= 13:
+        draft.set_input(node, 1, np.array(axes, dtype=np.int64))
+    else:
+        draft.set_attribute(node, "axes", axes)
+
+
+@traces("Expand")
+def expand(node: Node, tracer: Tracer) -> None:
+    """Axes of the data that keep their size pass; their place in the target vector is rewritten."""
+    data, result = node.inputs[0], node.outputs[0]
+    before, after = tracer.shape(data), tracer.shape(result)
+    if before is None or after is None or tracer.rank(node.inputs[1]) is None:
+        tracer.refuse(node, RUNTIME_SHAPE)
+        return
+    offset = len(after) - len(before)
+    tracer.label_axes(result, {axis + offset: atoms for axis, atoms in tracer.axes(data).items()})
+
+
+@rewrites("Expand")
+def expand_target(node: Node, draft: Draft) -> None:
+    """The number of channels, where the target names it."""
+    target = draft.channels.resolved.integers(node.inputs[1])
+    shape = draft.shape(node.inputs[1])
+    offset = len(draft.shape(node.outputs[0])) - int(shape[0])
+    elements = {}
+    for axis, mask in draft.kept(node.outputs[0]).items():
+        if axis >= offset and (target is None or target[axis - offset] != 1):
+            elements[axis - offset] = int(mask.sum())
+    draft.set_elements(node, 1, elements)
+
+
+@traces("Tile")
+def tile(node: Node, tracer: Tracer) -> None:
+    """Axes that are repeated once pass."""
+    data = node.inputs[0]
+    repeats = tracer.resolved.integers(node.inputs[1])
+    axes = tracer.axes(data)
+    repeated = [axis for axis in axes if repeats is None or repeats[axis] != 1]
+    tracer.freeze_tensor(data, REPEATED, node, repeated)
+    tracer.label_axes(node.outputs[0], {axis: atoms for axis, atoms in axes.items() if axis not in repeated})
+
+
+@traces("Shape")
+def shape(node: Node, tracer: Tracer) -> None:
+    """Reads sizes only. `lindep_onnx.rewrite` keeps the numbers as they were wherever somebody computes with them."""
+
+
+@traces("Size")
+def size(node: Node, tracer: Tracer) -> None:
+    """Counts all elements, and somebody may compute with the number."""
+    tracer.freeze_tensor(node.inputs[0], COUNTED, node)
+
+
+@traces("ConstantOfShape", "Range", "RandomNormal", "RandomUniform", "EyeLike", "NonZero")
+def made(node: Node, tracer: Tracer) -> None:
+    """Makes elements out of sizes: no channels come in or go out."""
+    tracer.refuse(node, RUNTIME_SHAPE)

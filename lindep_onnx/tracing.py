@@ -1,0 +1,249 @@
+"""The walk over the graph that finds units, sites, groups and refusals (see `lindep_onnx.channels` for the words)."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from lindep_onnx.channels import (
+    FROZEN,
+    Atoms,
+    Channels,
+    Group,
+    Labelling,
+    Reader,
+    Reason,
+    Refusal,
+    Site,
+    Tracer,
+)
+from lindep_onnx.graph import Model, Node
+from lindep_onnx.ops import UNKNOWN, tracing_rule
+from lindep_onnx.shapes import Resolved
+
+__all__ = ["trace"]
+
+GRAPH_OUTPUT = Reason("graph_output", "they are an output of the model, whose shape is kept")
+TWO_WAYS = Reason("shared_weight", "a weight is used in two ways that would need different slices")
+COMPUTED_WEIGHT = Reason(
+    "computed_weight", "a weight is computed in the graph from other tensors; fold constants first"
+)
+OVERRIDABLE = Reason("overridable", "a weight is a graph input as well, so that a caller may replace it")
+EXCLUDED = Reason("excluded", "the options --include and --exclude leave these nodes alone")
+SUBGRAPH = Reason("subgraph", "a node with sub-graphs (If, Loop, Scan) reads them")
+
+
+def trace(
+    model: Model,
+    resolved: Resolved,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    min_channels: int = 1,
+) -> Channels:
+    """Find units, sites, groups and refusals of a model.
+
+    Args:
+        model: the model.
+        resolved: its constants and shapes.
+        include: globs on node names; when given, only channels that a matching node produces or reads are touched.
+        exclude: globs on node names whose input and output channels are left alone.
+        min_channels: no axis is cut below this.
+    """
+    tracer = Tracer(model, resolved)
+    for node in model.nodes:
+        if all(name in resolved.constants for name in node.outputs if name) and not node.captures:
+            continue
+        rule = tracing_rule(node.op)
+        if rule is None or node.captures:
+            tracer.refuse(node, UNKNOWN if rule is None else SUBGRAPH)
+        else:
+            rule(node, tracer)
+        _leave_alone(tracer, node, include, exclude)
+    for name in model.outputs:
+        tracer.freeze_tensor(name, GRAPH_OUTPUT, model.producer.get(name))
+    _check_claims(tracer)
+    return _components(tracer, min_channels)
+
+
+def _leave_alone(tracer: Tracer, node: Node, include: Sequence[str], exclude: Sequence[str]) -> None:
+    def matches(globs: Sequence[str]) -> bool:
+        return any(fnmatch.fnmatchcase(node.name, glob) for glob in globs)
+
+    weighted = bool(tracer.producers) and tracer.producers[-1].node == node.index
+    if weighted and (matches(exclude) or (include and not matches(include))):
+        for name in (*node.inputs, *node.outputs) if matches(exclude) else node.outputs:
+            if name and name not in tracer.resolved.constants:
+                tracer.freeze_tensor(name, EXCLUDED, node)
+
+
+def _check_claims(tracer: Tracer) -> None:
+    """Link the readers of each constant, and freeze what some reader needs whole or nothing can replace.
+
+    A vector is cheap and may end up different for each of its readers: exporters share one vector of zeros between
+    layers that have nothing else in common. A matrix stays one matrix.
+    """
+    model = tracer.model
+    for name, claims in tracer.claims.items():
+        first = model.nodes[min(claims)[0]]
+        labelled = [atoms for axes in claims.values() for atoms in axes.values()]
+        if name in model.overridable:
+            for atoms in labelled:
+                tracer.freeze(atoms, OVERRIDABLE, first)
+        if sum(size > 1 for size in tracer.resolved.constants[name].shape) <= 1 or not labelled:
+            continue
+        readers = {(node.index, place) for node in model.consumers[name] for place in _places(node, name)}
+        partial = readers != set(claims) or name in model.outputs
+        for axis in {axis for axes in claims.values() for axis in axes}:
+            asked = [axes[axis] for axes in claims.values() if axis in axes]
+            for atoms in asked:
+                tracer.link(atoms, asked[0])
+            if partial or len(asked) < len(claims):
+                blame = next((model.nodes[index] for index, _ in sorted(readers - set(claims))), first)
+                tracer.freeze(asked[0], TWO_WAYS, blame)
+        layouts = [entry for entry in tracer.sites if entry[0] == name]
+        if layouts and (len({entry[1:3] for entry in layouts}) > 1 or len(layouts) != len(claims)):
+            # A fold changes the weight for every reader, so all must multiply it in the same way.
+            for atoms in labelled:
+                tracer.freeze(atoms, TWO_WAYS, first)
+        if name not in model.stored and not _replaceable(tracer, name):
+            reason = TWO_WAYS if name in tracer.resolved.origins else COMPUTED_WEIGHT
+            for atoms in labelled:
+                tracer.freeze(atoms, reason, model.producer[name])
+
+
+def _places(node: Node, name: str) -> list[int]:
+    places = [place for place, read in enumerate(node.inputs) if read == name]
+    return places if places else [-1]  # a capture
+
+
+def _replaceable(tracer: Tracer, name: str) -> bool:
+    """Whether the chain of nodes from the stored constant to `name` serves nothing else."""
+    model = tracer.model
+    if name not in tracer.resolved.origins:
+        return False
+    while name not in model.stored:
+        name = model.producer[name].input(0)
+        if len(model.consumers[name]) != 1 or name in model.outputs or name in tracer.claims:
+            return False
+    return name not in model.overridable
+
+
+def _components(tracer: Tracer, min_channels: int) -> Channels:
+    sites = _sites(tracer)
+    count = tracer.atoms
+    pairs = [
+        np.concatenate([pair[side].ravel() for pair in tracer.links] or [np.empty(0, np.int64)]) for side in (0, 1)
+    ]
+    edges = coo_array((np.ones(len(pairs[0]), dtype=np.int8), (pairs[0], pairs[1])), shape=(count, count))
+    component = np.asarray(connected_components(edges, directed=False)[1], dtype=np.int64)
+    cause = np.full(component.max(initial=-1) + 1, -1, dtype=np.int64)
+    for index in reversed(range(len(tracer.frozen))):  # the first cause in graph order is the one to tell
+        cause[component[tracer.frozen[index][0]]] = index
+
+    read = np.zeros(len(cause), dtype=bool)
+    for site in sites:
+        read[component[site.columns]] = True
+    free = read & (cause < 0)
+    number = np.where(free, np.cumsum(free) - 1, FROZEN)
+    unit = number[component] if count else np.empty(0, np.int64)
+    units = int(free.sum())
+    sites = [site for site in sites if (unit[site.columns] != FROZEN).any()]
+    labels = MappingProxyType(dict(tracer.labels))
+    return Channels(
+        model=tracer.model,
+        resolved=tracer.resolved,
+        labels=labels,
+        reads=MappingProxyType(dict(tracer.claims)),
+        unit=unit,
+        units=units,
+        sites=tuple(sites),
+        producers=tuple(tracer.producers),
+        groups=_groups(tracer, sites, unit, units),
+        refusals=_refusals(tracer, component, cause),
+        least=_least(labels, tracer.claims, unit, min_channels),
+    )
+
+
+def _sites(tracer: Tracer) -> list[Site]:
+    found: dict[str, list[tuple[str, int, int, Reader, bool]]] = {}
+    for entry in tracer.sites:
+        found.setdefault(entry[0], []).append(entry)
+    sites = []
+    for name, entries in found.items():
+        _, inputs, outputs, first, affine = entries[0]
+        axes = next(axes for (node, _), axes in tracer.claims[name].items() if node == first.node and inputs in axes)
+        size = tracer.resolved.constants[name].shape[outputs]
+        rows = axes[outputs] if outputs in axes else tracer.fresh(size)  # a single output is never labelled
+        readers = tuple(entry[3] for entry in entries)
+        sites.append(Site(name, inputs, outputs, readers, axes[inputs], rows, affine and len(readers) == 1))
+    return sites
+
+
+def _groups(tracer: Tracer, sites: Sequence[Site], unit: Atoms, units: int) -> tuple[Group, ...]:
+    left, right = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for index, site in enumerate(sites):
+        met = np.unique(unit[site.columns])
+        met = met[met != FROZEN]
+        left.append(met)
+        right.append(np.full(len(met), units + index))
+    rows, columns = np.concatenate(left), np.concatenate(right)
+    size = units + len(sites)
+    member = connected_components(coo_array((np.ones(len(rows)), (rows, columns)), shape=(size, size)), directed=False)[
+        1
+    ]
+    owner: dict[int, str] = {}
+    for producer in tracer.producers:
+        made = unit[producer.atoms]
+        for group in np.unique(member[made[made != FROZEN]]):
+            owner.setdefault(int(group), tracer.model.nodes[producer.node].name)
+    groups = []
+    for group in dict.fromkeys(member[units:].tolist()):
+        indices = tuple(int(index) for index in np.flatnonzero(member[units:] == group))
+        name = owner.get(group, tracer.model.nodes[sites[indices[0]].readers[0].node].name)
+        groups.append(Group(name, np.flatnonzero(member[:units] == group), indices))
+    return tuple(groups)
+
+
+def _refusals(tracer: Tracer, component: Atoms, cause: Atoms) -> tuple[Refusal, ...]:
+    channels: dict[int, int] = {}
+    for producer in tracer.producers:
+        causes = cause[component[producer.atoms]]
+        for index, count in zip(*np.unique(causes[causes >= 0], return_counts=True), strict=True):
+            channels[int(index)] = channels.get(int(index), 0) + int(count)
+    merged: dict[tuple[str, str], tuple[Reason, int]] = {}
+    for index, count in channels.items():
+        _, reason, node = tracer.frozen[index]
+        key = (reason.code, node.name if node is not None else "")
+        merged[key] = (reason, merged.get(key, (reason, 0))[1] + count)
+    refusals = [Refusal(reason, (name,) if name else (), count) for (_, name), (reason, count) in merged.items()]
+    return tuple(sorted(refusals, key=lambda refusal: (-refusal.channels, refusal.reason.code, refusal.nodes)))
+
+
+def _least(
+    labels: Mapping[str, tuple[Labelling, ...]],
+    reads: Mapping[str, Mapping[tuple[int, int], Mapping[int, Atoms]]],
+    unit: Atoms,
+    min_channels: int,
+) -> tuple[tuple[NDArray[np.int64], int], ...]:
+    """Sets of units that make up a whole axis: something of it has to stay."""
+    computed = [label.along_cut() for tensor in sorted(labels) for label in labels[tensor]]
+    constant = [atoms for name in sorted(reads) for axes in reads[name].values() for atoms in axes.values()]
+    found: dict[bytes, tuple[NDArray[np.int64], int]] = {}
+    for atoms in (*computed, *constant):
+        on_axis = unit[atoms]
+        members = np.unique(on_axis[on_axis != FROZEN])
+        # An axis of n places made of fewer units cannot promise more places than each unit brings at least.
+        wanted = min(min_channels, len(on_axis)) - int((on_axis == FROZEN).sum())
+        if len(members) and wanted > 0:
+            bound = min(wanted, len(members))
+            key = members.tobytes()
+            if key not in found or found[key][1] < bound:
+                found[key] = (members, bound)
+    return tuple(found.values())

@@ -34,6 +34,7 @@ class Draft:
         self._dropped: dict[int, int] = {}
         self._before: dict[int, list[Insertion]] = {}
         self._after: dict[str, Insertion] = {}
+        self._elements: dict[tuple[int, int], dict[int, int]] = {}
         self._dims: dict[tuple[str, int], int] = {}
 
     def kept(self, tensor: str) -> dict[int, NDArray[np.bool_]]:
@@ -83,32 +84,39 @@ class Draft:
         self._after[tensor] = insertion
 
     def set_elements(self, node: Node, position: int, elements: Mapping[int, int]) -> None:
-        """Change some elements of an integer vector that a node reads as a shape.
+        """Change some elements of an integer vector that a node reads as a shape; later calls win.
 
         A constant vector is replaced. One that is computed at run time keeps its other elements: two inserted nodes
         mask out the old numbers and add the new ones.
         """
-        if not elements:
-            return
-        name = node.input(position)
-        value = self.constant(name)
-        if value is not None:
-            changed = value.copy()
-            for index, element in elements.items():
-                changed[index] = element
-            self.set_input(node, position, changed)
-            return
-        (size,) = self.shape(name)
-        mask, new = np.ones(int(size), np.int64), np.zeros(int(size), np.int64)
-        for index, element in elements.items():
-            mask[index], new[index] = 0, element
-        base = f"{name}_kept_{node.outputs[0]}"
-        self.insert_before(node, Insertion("Mul", (name, mask), base + "_masked"))
-        self.insert_before(node, Insertion("Add", (base + "_masked", new), base))
-        self.set_input(node, position, base)
+        if elements:
+            self._elements.setdefault((node.index, position), {}).update(elements)
+
+    def _apply_elements(self) -> None:
+        for (index, position), elements in self._elements.items():
+            node = self.channels.model.nodes[index]
+            name = node.input(position)
+            value = self.constant(name)
+            if value is not None:
+                changed = value.copy()
+                for place, element in elements.items():
+                    changed[place] = element
+                if (changed != value).any():
+                    self.set_input(node, position, changed)
+                continue
+            (size,) = self.shape(name)
+            mask, new = np.ones(int(size), np.int64), np.zeros(int(size), np.int64)
+            for place, element in elements.items():
+                mask[place], new[place] = 0, element
+            base = f"{name}_for_{node.outputs[0]}"
+            self.insert_before(node, Insertion("Mul", (name, mask), base + "_masked"))
+            self.insert_before(node, Insertion("Add", (base + "_masked", new), base))
+            self.set_input(node, position, base)
+        self._elements.clear()
 
     def edits(self) -> Edits:
         """Everything collected so far."""
+        self._apply_elements()
         return Edits(
             constants=self._constants,
             inputs=self._inputs,

@@ -14,7 +14,7 @@ from lindep_onnx.ops.registry import rewrites, traces
 __all__: list[str] = []
 
 REGROUPED = Reason("reshape", "a Reshape regroups them with axes of unknown size or other channels")
-COUNTED = Reason("counted", "a Size operator counts them")
+COUNTED = Reason("counted", "their number is an output of the model, or a Size operator counts them")
 REPEATED = Reason("repeated", "a Tile or Expand repeats them")
 RUNTIME_SHAPE = Reason("runtime_shape", "the shape they are given is computed at run time")
 
@@ -215,7 +215,36 @@ def tile(node: Node, tracer: Tracer) -> None:
 
 @traces("Shape")
 def shape(node: Node, tracer: Tracer) -> None:
-    """Reads sizes only. `lindep_onnx.rewrite` keeps the numbers as they were wherever somebody computes with them."""
+    """Reads sizes only; the numbers stay as they were, for whoever computes with them."""
+    result = node.outputs[0]
+    captured = any(result in reader.captures for reader in tracer.model.consumers.get(result, ()))
+    if result in tracer.model.outputs or captured:
+        tracer.freeze_tensor(node.inputs[0], COUNTED, node)
+
+
+@rewrites("Shape")
+def original_numbers(node: Node, draft: Draft) -> None:
+    """Whoever reads a size that changed gets the original number: removing a channel never changes a number.
+
+    The operators that need the new size of a shape set it themselves, after this.
+    """
+    result = node.outputs[0]
+    shape = draft.shape(node.inputs[0])
+    axes = range(len(shape))[slice(node.attributes.get("start", 0), node.attributes.get("end"))]
+    kept = draft.kept(node.inputs[0])
+    changed = {axes.index(axis): int(shape[axis]) for axis in kept if axis in axes}
+    for reader in draft.channels.model.consumers.get(result, ()) if changed else ():
+        for position, name in enumerate(reader.inputs):
+            if name == result and not _picks_others(reader, position, len(axes), changed, draft):
+                draft.set_elements(reader, position, changed)
+
+
+def _picks_others(reader: Node, position: int, size: int, changed: dict[int, int], draft: Draft) -> bool:
+    """Whether a node reads none of the changed elements."""
+    indices = draft.constant(reader.input(1))
+    if reader.op != "Gather" or position != 0 or indices is None:
+        return False
+    return not {int(index) % size for index in indices.ravel()} & changed.keys()
 
 
 @traces("Size")

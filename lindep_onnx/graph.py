@@ -358,7 +358,7 @@ def _edited(model: Model, edits: Edits) -> onnx.ModelProto:
             node.inputs.append(gs.Variable.empty())
         node.inputs[position] = operand(value, f"{node.outputs[0].name}_input{position}")
     for index, count in edits.dropped_inputs.items():
-        del nodes[index].inputs[count:]
+        nodes[index].inputs = list(nodes[index].inputs)[:count]
     for index, op in edits.ops.items():
         nodes[index].op = op
     for (index, key), value in edits.attributes.items():

@@ -110,8 +110,13 @@ class Resolved:
         return list(np.ravel(self.values[name])) if name in self.values else None
 
 
-def resolve(model: Model) -> Resolved:
-    """Fold constants, infer shapes and follow shape arithmetic, until nothing new is found."""
+def resolve(model: Model, inputs: Mapping[str, Shape] = MappingProxyType({})) -> Resolved:
+    """Fold constants, infer shapes and follow shape arithmetic, until nothing new is found.
+
+    Args:
+        model: the model.
+        inputs: shapes of graph inputs to assume instead of the ones the file declares.
+    """
     constants: dict[str, Array] = dict(model.stored)
     for name in model.overridable:
         del constants[name]
@@ -122,7 +127,7 @@ def resolve(model: Model) -> Resolved:
     dtypes: dict[str, int] = {}
     _fold(model, constants, origins)
     for _ in range(8):
-        _infer(model, constants, shapes, values, dtypes, symbols)
+        _infer(model, inputs, constants, shapes, dtypes, symbols)
         known = len(constants), len(values), sum(_fixed(shape) for shape in shapes.values())
         values = _follow(model, constants, shapes, symbols)
         _fold(model, constants, origins)
@@ -200,16 +205,16 @@ def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 def _infer(
     model: Model,
+    inputs: Mapping[str, Shape],
     constants: Mapping[str, Array],
     shapes: dict[str, Shape],
-    values: Mapping[str, Array],
     dtypes: dict[str, int],
     symbols: Iterator[str],
 ) -> None:
     """ONNX shape inference on a skeleton: weights become inputs, so that no weight is copied or serialised."""
     for name, value in constants.items():
         shapes[name] = tuple(value.shape)
-    skeleton = _skeleton(model, constants, shapes, dtypes)
+    skeleton = _skeleton(model, inputs, constants, shapes, dtypes)
     try:
         inferred = onnx.shape_inference.infer_shapes(skeleton, data_prop=True).graph
     except Exception:  # it raises bare RuntimeErrors on graphs it cannot follow; what is unknown stays unknown
@@ -240,12 +245,20 @@ def _merged(known: Shape | None, found: Shape) -> Shape:
 
 
 def _skeleton(
-    model: Model, constants: Mapping[str, Array], shapes: Mapping[str, Shape], dtypes: Mapping[str, int]
+    model: Model,
+    inputs: Mapping[str, Shape],
+    constants: Mapping[str, Array],
+    shapes: Mapping[str, Shape],
+    dtypes: Mapping[str, int],
 ) -> onnx.ModelProto:
     graph = onnx.GraphProto(name="skeleton")
     graph.output.extend(model.proto.graph.output)
     declared = {value.name for value in model.proto.graph.input if value.name not in constants}
     graph.input.extend(value for value in model.proto.graph.input if value.name in declared)
+    for value in graph.input:
+        if value.name in inputs:
+            dtype = value.type.tensor_type.elem_type
+            value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, dtype, inputs[value.name]))
     for name, value in constants.items():
         if value.size <= 64 and value.dtype.kind in "iufb":
             graph.initializer.append(onnx.numpy_helper.from_array(value, name))

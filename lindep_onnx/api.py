@@ -1,0 +1,308 @@
+"""The stages in order: load, trace, calibrate, analyse, plan, reconstruct, rewrite, verify, report."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx
+import onnxruntime
+import scipy
+
+from lindep_onnx import analysis, calibration, graph, plan, verify
+from lindep_onnx._version import __version__
+from lindep_onnx.channels import Channels
+from lindep_onnx.config import LOSSLESS_SITE_ERROR, LOSSLESS_VERIFIED_ERROR, Config
+from lindep_onnx.cost import cost
+from lindep_onnx.data import InputSpec, Part, Samples, open_samples
+from lindep_onnx.errors import LindepError, OutputError, UsageError, VerificationError
+from lindep_onnx.reconstruct import fold_sites
+from lindep_onnx.report import GroupReport, RefusalReport, Report, Size, Verification
+from lindep_onnx.rewrite import rewrite
+from lindep_onnx.shapes import Resolved, resolve
+from lindep_onnx.tracing import trace
+
+__all__ = ["Outcome", "Result", "compress", "run"]
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `compress` returns.
+
+    Attributes:
+        model: the smaller model.
+        report: what was done and measured.
+    """
+
+    model: onnx.ModelProto
+    report: Report
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run, good or bad.
+
+    Attributes:
+        model: the smaller model.
+        report: what was done and measured.
+        failure: why the result must not be used; None if all is well.
+    """
+
+    model: onnx.ModelProto
+    report: Report
+    failure: LindepError | None
+
+
+def compress(
+    model: str | Path | onnx.ModelProto,
+    calib: Any = None,
+    *,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Result:
+    """Remove channels that are linear combinations of others, and move their weight onto the survivors.
+
+    Args:
+        model: a path or a model in memory; never changed.
+        calib: calibration data: a path (see the README), a dict of arrays with samples along the leading axis, an
+            iterable of such dicts, or an object with `get_next()`. None only with `proven_only=True`.
+        progress: called with (stage, samples done, samples in all).
+        **options: fields of `lindep_onnx.Config`.
+
+    Raises:
+        UsageError: an option has no meaning.
+        ModelError: the model cannot be read or run.
+        CalibrationError: the data does not fit the model.
+        VerificationError: the result differs by more than allowed (not raised with `force=True`).
+        BudgetError: no plan meets the budgets.
+    """
+    unknown = options.keys() - Config.__dataclass_fields__.keys()
+    if unknown:
+        raise UsageError(f"Unknown option {sorted(unknown)[0]!r}; the options are the fields of lindep_onnx.Config.")
+    config = Config(**options)
+    outcome = run(model, calib, config, output=None, progress=progress or _silent)
+    if outcome.failure is not None and not config.force:
+        raise outcome.failure
+    return Result(outcome.model, outcome.report)
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    pass
+
+
+def run(
+    source: str | Path | onnx.ModelProto,
+    calib: Any,
+    config: Config,
+    *,
+    output: Path | None,
+    external_data: bool = False,
+    progress: Progress = _silent,
+) -> Outcome:
+    """`compress`, but failed verification is a value, and the result is written if `output` is given."""
+    if calib is None and not config.proven_only:
+        raise UsageError("Calibration data is missing: give --calib DATA, or --proven-only to use the weights alone.")
+    if output is not None:
+        _check_output(source, output)
+    clock = _Clock()
+    with clock.stage("load"):
+        model = graph.load(source)
+        resolved = resolve(model)
+    with clock.stage("trace"):
+        channels = trace(
+            model,
+            resolved,
+            include=config.include,
+            exclude=config.exclude,
+            min_channels=config.min_channels,
+        )
+    with clock.stage("read data"):
+        samples = open_samples(
+            calib,
+            _inputs(model, resolved),
+            seed=config.seed,
+            holdout=config.holdout,
+            max_samples=config.max_samples,
+            batch_size=config.batch_size,
+        )
+    with samples:
+        return _run(model, channels, samples, config, clock, output, external_data, progress)
+
+
+def _run(
+    model: graph.Model,
+    channels: Channels,
+    samples: Samples,
+    config: Config,
+    clock: _Clock,
+    output: Path | None,
+    external_data: bool,
+    progress: Progress,
+) -> Outcome:
+    runtime: dict[str, Any] = {"providers": config.providers, "threads": config.threads}
+    with clock.stage("calibrate"):
+        seen = calibration.calibrate(channels, samples, seed=config.seed, progress=progress, **runtime)
+        evidence = analysis.evidence(channels, seen)
+        nodes = analysis.margin_nodes(channels, evidence.silent)
+        ranges = calibration.observe_flats(channels, nodes, samples, progress=progress, **runtime) if nodes else ()
+        doubtful = analysis.unexplained(channels, nodes, ranges, evidence.samples)
+    with clock.stage("plan"):
+        decision = plan.plan_lossless(channels, evidence, doubtful, tolerance=LOSSLESS_SITE_ERROR)
+    with clock.stage("reconstruct"):
+        new = fold_sites(channels, decision.folds, evidence.sites, decision.removed)
+    with clock.stage("rewrite"):
+        metadata = json.dumps({"version": __version__, "options": config.described()}, sort_keys=True)
+        result = rewrite(channels, new, metadata)
+        smaller = graph.load(result)
+    with clock.stage("verify"):
+        verify.check_model(result, original_passed=verify.full_check_passes(model.proto) is None)
+        verification, group_errors, latency = _verify(model, result, channels, decision, samples, config, progress)
+    report = _report(model, smaller, channels, decision, samples, config, clock, verification, group_errors, latency)
+    failure: LindepError | None = None
+    if verification is not None and not verification.passed:
+        failure = VerificationError(
+            f"The result differs from the original by {verification.relative_error:.2g} on unseen samples, more than "
+            f"the {_allowed(config):.2g} allowed. Nothing was written; give more or more varied calibration data."
+        )
+    if output is not None and (failure is None or config.force):
+        graph.save(result, output, external_data=external_data)
+    return Outcome(result, report, failure)
+
+
+def _allowed(config: Config) -> float:
+    return LOSSLESS_VERIFIED_ERROR if config.max_error is None else config.max_error
+
+
+class _Clock:
+    """Seconds spent in each stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def _check_output(source: str | Path | onnx.ModelProto, output: Path) -> None:
+    if not isinstance(source, onnx.ModelProto) and output.exists() and Path(source).exists():
+        if output.samefile(source):
+            raise UsageError(f"{output}: is the input model; name another file to write.")
+    if output.is_dir():
+        raise OutputError(f"{output}: is a directory; name a file to write.")
+    folder = output.parent
+    if not folder.is_dir():
+        raise OutputError(f"{output}: the folder {folder} does not exist.")
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"{output}: the folder {folder} cannot be written to.")
+
+
+def _inputs(model: graph.Model, resolved: Resolved) -> list[InputSpec]:
+    specs = []
+    for value in model.proto.graph.input:
+        if value.name in model.inputs:
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+            specs.append(InputSpec(value.name, dtype, resolved.shapes.get(value.name, ())))
+    return specs
+
+
+def _verify(
+    model: graph.Model,
+    result: onnx.ModelProto,
+    channels: Channels,
+    decision: plan.Plan,
+    samples: Samples,
+    config: Config,
+    progress: Progress,
+) -> tuple[Verification | None, Mapping[int, float], tuple[float | None, float | None]]:
+    if not len(samples.parts[Part.VERIFY]):
+        return None, {}, (None, None)
+    runtime: dict[str, Any] = {"providers": config.providers, "threads": config.threads}
+    original = verify.open_session(model.proto, **runtime)
+    candidate = verify.open_session(result, **runtime)
+    found = verify.compare(original, candidate, samples.batches(Part.VERIFY), agreement_output=config.agreement_output)
+    verification = Verification(
+        samples=found.samples,
+        relative_error=found.relative_error,
+        max_abs_error=found.max_abs_error,
+        agreement=found.agreement,
+        passed=found.relative_error <= _allowed(config),
+        data="calibration samples that nothing was fitted to or chosen by",
+        worst_samples=found.worst_samples,
+        outputs=found.outputs,
+    )
+    feeds = next(iter(samples.batches(Part.VERIFY, limit=1))).feeds
+    before, after = verify.measure_latency((original, candidate), feeds, seconds=1.0)
+    return verification, {}, (before, after)
+
+
+def _report(
+    model: graph.Model,
+    smaller: graph.Model,
+    channels: Channels,
+    decision: plan.Plan,
+    samples: Samples,
+    config: Config,
+    clock: _Clock,
+    verification: Verification | None,
+    group_errors: Mapping[int, float],
+    latency: tuple[float | None, float | None],
+) -> Report:
+    first = next(iter(samples.batches(limit=1)))
+    shapes = {name: tuple(value.shape) for name, value in first.feeds.items()}
+    sizes = []
+    for counted, milliseconds in zip((model, smaller), latency, strict=True):
+        spent = cost(counted, shapes, first.size)
+        sizes.append(Size(spent.parameters, spent.macs, spent.bytes, spent.channels, milliseconds))
+    return Report(
+        before=sizes[0],
+        after=sizes[1],
+        verification=verification,
+        groups=tuple(_group_reports(channels, decision, group_errors)),
+        refusals=tuple(
+            RefusalReport(refusal.reason.code, refusal.nodes, refusal.channels, refusal.reason.message)
+            for refusal in channels.refusals
+        ),
+        budget=(),
+        seconds=clock.seconds,
+        versions={
+            "lindep_onnx": __version__,
+            "onnx": onnx.__version__,
+            "onnxruntime": onnxruntime.__version__,
+            "numpy": np.__version__,
+            "scipy": scipy.__version__,
+            "python": platform.python_version(),
+        },
+        options=config.described(),
+        notes=tuple(samples.notes),
+        mode="lossless",
+    )
+
+
+def _group_reports(channels: Channels, decision: plan.Plan, errors: Mapping[int, float]) -> Iterator[GroupReport]:
+    for number, group in enumerate(channels.groups):
+        gone = decision.removed[group.units]
+        kinds = decision.kind[group.units][gone]
+        yield GroupReport(
+            name=group.name,
+            channels_before=len(group.units),
+            channels_after=int((~gone).sum()),
+            error=errors.get(number),
+            proven=0,
+            sites=tuple(channels.model.nodes[channels.sites[site].readers[0].node].name for site in group.sites),
+            kinds={plan.KINDS[kind]: int((kinds == kind).sum()) for kind in sorted(set(kinds.tolist()))},
+        )

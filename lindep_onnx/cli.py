@@ -1,0 +1,212 @@
+"""The command line: arguments to options, errors to exit codes. No logic."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from lindep_onnx import api, report
+from lindep_onnx._version import __version__
+from lindep_onnx.config import Config
+from lindep_onnx.errors import LindepError, UsageError
+
+__all__ = ["main"]
+
+OK, FAILURE = 0, 1
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake in one line, without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message[:1].upper()}{message[1:]}. See {self.prog} --help.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="lindep-onnx",
+        description="Make a trained ONNX model smaller and faster: find channels that are linear combinations of "
+        "others, move their weight onto the survivors, and delete them.",
+        epilog="Without a budget only what changes nothing is removed (lossless mode). "
+        "Exit codes: 0 done, 1 failure, 2 wrong usage, 3 budget or verification not met.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="IN.onnx", help="the model to compress")
+    parser.add_argument("output", metavar="OUT.onnx", nargs="?", help="where to write the result")
+    parser.add_argument("--version", action="version", version=f"lindep-onnx {__version__}")
+
+    data = parser.add_argument_group("calibration data")
+    data.add_argument(
+        "--calib",
+        metavar="DATA",
+        help=".npz with input names as keys, .npy, a directory of shards or of ONNX test_data_set_* folders, or "
+        "FILE.py:FUNC that yields dicts of arrays",
+    )
+    data.add_argument("--max-samples", type=int, metavar="N", help="use at most N samples")
+    data.add_argument("--batch-size", type=int, metavar="N", help="samples per run, where the batch is dynamic")
+    data.add_argument("--holdout", type=float, metavar="F", help="share of samples kept out of fitting (0.3)")
+    data.add_argument("--seed", type=int, metavar="N", help="of the split and of sampled positions (0)")
+
+    budget = parser.add_argument_group("budgets (none: lossless; several: all must hold)")
+    budget.add_argument("--max-error", type=float, metavar="E", help="worst relative error of an output slice")
+    budget.add_argument("--min-agreement", type=float, metavar="A", help="share of samples with the same arg-max")
+    budget.add_argument("--agreement-output", metavar="NAME[:AXIS]", help="the output that the arg-max is taken of")
+    budget.add_argument("--params", type=float, metavar="F", help="keep at most this share of the parameters")
+    budget.add_argument("--macs", type=float, metavar="F", help="keep at most this share of the MACs")
+    budget.add_argument("--size", type=float, metavar="F", help="keep at most this share of the file size")
+    budget.add_argument("--eval", metavar="FILE.py:FUNC", help="FUNC(session) -> float, higher is better")
+    budget.add_argument("--max-drop", type=float, metavar="D", help="how far the --eval metric may fall")
+    budget.add_argument("--proven-only", action="store_true", default=None, help="only what the weights prove")
+
+    how = parser.add_argument_group("how")
+    how.add_argument("--refit", choices=("auto", "fold", "kernel", "sequential"), help="refit of the survivors")
+    how.add_argument("--min-channels", type=int, metavar="N", help="no channel axis is cut below N")
+    how.add_argument("--round-to", metavar="auto|N", help="round kept counts up to a multiple")
+    how.add_argument("--include", action="append", metavar="GLOB", help="touch only matching nodes")
+    how.add_argument("--exclude", action="append", metavar="GLOB", help="leave matching nodes alone")
+    how.add_argument("--providers", nargs="+", metavar="NAME", help="ONNX Runtime execution providers")
+    how.add_argument("--threads", type=int, metavar="N", help="threads of ONNX Runtime")
+
+    out = parser.add_argument_group("output")
+    out.add_argument("--dry-run", action="store_true", help="report only, write no model")
+    out.add_argument("--report", metavar="FILE.json|FILE.html", help="write the report")
+    out.add_argument("--save-as-external-data", action="store_true", help="weights go into OUT.onnx.data")
+    out.add_argument("--force", action="store_true", help="write OUT even if verification fails (exit code stays 3)")
+    out.add_argument("-v", "--verbose", action="store_true", help="show every group and refusal")
+    out.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    out.add_argument("--debug", action="store_true", help="full traceback on errors, log of all stages")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: what follows the program name; None takes `sys.argv`.
+
+    Returns:
+        The exit code.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        options = _parser().parse_args(given)
+        logging.basicConfig(level=logging.DEBUG if options.debug else logging.ERROR, stream=sys.stderr)
+        return _run(options, errors)
+    except LindepError as error:
+        if "--debug" in given:
+            raise
+        errors.print(f"lindep-onnx: {error}", markup=False)
+        return error.exit_code
+    except KeyboardInterrupt:
+        errors.print("lindep-onnx: interrupted; nothing was written.", markup=False)
+        return FAILURE
+    except MemoryError:
+        errors.print("lindep-onnx: out of memory; use fewer samples per run (--batch-size 1).", markup=False)
+        return FAILURE
+
+
+def _run(options: argparse.Namespace, errors: Console) -> int:
+    changed = {
+        name: getattr(options, name)
+        for name in Config.__dataclass_fields__
+        if getattr(options, name, None) is not None and name != "eval"
+    }
+    for name in ("include", "exclude", "providers"):
+        if name in changed:
+            changed[name] = tuple(changed[name])
+    if options.round_to is not None:
+        changed["round_to"] = _round_to(options.round_to)
+    if options.eval is not None:
+        changed["eval"] = _function(options.eval, "--eval")
+    config = Config(**changed)
+    if options.output is None and not options.dry_run:
+        raise UsageError("OUT.onnx is missing: name the file to write, or use --dry-run.")
+    report_path = Path(options.report) if options.report else None
+    if report_path is not None:
+        report.check_path(report_path)
+    output = Path(options.output) if options.output and not options.dry_run else None
+    with _progress(errors, options.quiet) as progress:
+        result = api.run(
+            options.model,
+            options.calib,
+            config,
+            output=output,
+            external_data=options.save_as_external_data,
+            progress=progress,
+        )
+    if not options.quiet:
+        report.render(result.report, Console(highlight=False), verbose=options.verbose)
+    if report_path is not None:
+        report.write_report(result.report, report_path)
+    if result.failure is not None:
+        raise result.failure
+    return OK
+
+
+def _round_to(text: str) -> int:
+    if text == "auto":
+        raise UsageError("--round-to auto is not available yet: give a number.")
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"--round-to must be a number or auto, not {text!r}.") from None
+
+
+def _function(text: str, flag: str) -> Callable[..., Any]:
+    """Load `FILE.py:FUNC`.
+
+    Raises:
+        UsageError: the file or the function is not there, or the file fails to load.
+    """
+    path, _, name = text.rpartition(":")
+    if not path or not name.isidentifier() or not Path(path).is_file():
+        raise UsageError(f"{flag} takes FILE.py:FUNC with an existing file, not {text!r}.")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"{flag}: {path} is not a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UsageError(f"{flag}: {path} cannot be loaded: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UsageError(f"{flag}: {path} has no function {name!r}.")
+    return function  # type: ignore[no-any-return]
+
+
+class _progress:  # noqa: N801 - used like a function
+    """A progress line on stderr while stages run; nothing when it is not a terminal or not wanted."""
+
+    def __init__(self, console: Console, quiet: bool) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description:<12}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=quiet or not console.is_terminal,
+        )
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> Callable[[str, int, int], None]:
+        self._bar.start()
+        return self._update
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def _update(self, stage: str, done: int, total: int) -> None:
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bar.add_task(stage, total=total)
+        self._bar.update(self._tasks[stage], completed=done, total=total)

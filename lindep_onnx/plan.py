@@ -1,0 +1,140 @@
+"""Which units go: everything that costs nothing, or as much as a budget allows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lindep_onnx.analysis import Evidence, problem
+from lindep_onnx.channels import FROZEN, Channels, Group
+from lindep_onnx.dependence import SiteProblem, lossless_removals
+
+__all__ = ["Fold", "Plan", "plan_lossless"]
+
+#: Rounds over all groups: each can free weight for the groups before it. Two are enough unless paths cross.
+ROUNDS = 4
+
+KINDS = ("kept", "constant", "collinear", "joint")
+
+
+@dataclass(frozen=True)
+class Fold:
+    """How one site makes up for its removed features.
+
+    Attributes:
+        kept: (F,) bool.
+        matrix: (kept, removed) T with Z_R ~ Z_K T.
+    """
+
+    kept: NDArray[np.bool_]
+    matrix: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A decision, ready to be carried out.
+
+    Attributes:
+        removed: (units,) bool.
+        kind: (units,) index into `KINDS`, how each unit is made up for.
+        folds: by site index, for sites that lose something.
+    """
+
+    removed: NDArray[np.bool_]
+    kind: NDArray[np.int8]
+    folds: Mapping[int, Fold]
+
+
+def plan_lossless(channels: Channels, evidence: Evidence, doubtful: NDArray[np.bool_], *, tolerance: float) -> Plan:
+    """Everything whose removal adds at most `tolerance` at every site, on unseen samples too.
+
+    Groups go from outputs to inputs: what a group loses are rows of the weights that read the groups before it, and
+    weights that are gone no longer have to be made up for.
+
+    Args:
+        channels: the traced model.
+        evidence: what the data says.
+        doubtful: (units,) bool, constant so far but without a margin.
+        tolerance: RMS relative error that one site may gain.
+    """
+    removed = np.zeros(channels.units, dtype=bool)
+    kind = np.zeros(channels.units, dtype=np.int8)
+    folds: dict[int, Fold] = {}
+    rows: dict[int, bytes] = {}
+    for _ in range(ROUNDS):
+        changed = False
+        for number in reversed(range(len(channels.groups))):
+            group = channels.groups[number]
+            current = b"".join(channels.mask(channels.sites[site].rows, removed).tobytes() for site in group.sites)
+            if rows.get(number) == current:
+                continue
+            rows[number] = current
+            before = removed[group.units].copy()
+            _plan_group(channels, evidence, doubtful, group, removed, kind, folds, tolerance)
+            changed |= bool((removed[group.units] != before).any())
+        if not changed:
+            break
+    return Plan(removed, kind, folds)
+
+
+def _plan_group(
+    channels: Channels,
+    evidence: Evidence,
+    doubtful: NDArray[np.bool_],
+    group: Group,
+    removed: NDArray[np.bool_],
+    kind: NDArray[np.int8],
+    folds: dict[int, Fold],
+    tolerance: float,
+) -> None:
+    """Decide one group from scratch and write the decision into `removed`, `kind` and `folds`."""
+    removed[group.units] = False
+    kind[group.units] = 0
+    local = np.full(channels.units + 1, FROZEN, dtype=np.int64)  # the last entry answers for FROZEN
+    local[group.units] = np.arange(len(group.units))
+    problems = []
+    unread = np.ones(channels.units + 1, dtype=bool)
+    constant = np.ones(channels.units + 1, dtype=bool)
+    for index in group.sites:
+        posed = problem(channels, evidence.sites[index], removed)
+        nothing = np.diagonal(posed.outer) == 0.0
+        unit = evidence.sites[index].unit
+        unread[unit[~nothing]] = False
+        constant[unit[~nothing & ~evidence.sites[index].constant]] = False
+        problems.append(_localised(posed, local))
+    units = group.units
+    sure = ~(evidence.silent & doubtful)[units]
+    result = lossless_removals(
+        problems,
+        len(units),
+        candidates=(sure & evidence.active[units]) | unread[units] | (constant[units] & sure),
+        constant=unread[units] | (constant[units] & sure),
+        tolerance=tolerance,
+        minimum_kept=_least(channels, local),
+    )
+    removed[units] = result.removed
+    kind[units] = result.kind
+    for index, matrix in zip(group.sites, result.folds, strict=True):
+        kept = ~np.append(removed, False)[evidence.sites[index].unit]
+        if kept.all():
+            folds.pop(index, None)
+        else:
+            folds[index] = Fold(kept, matrix)
+
+
+def _localised(posed: SiteProblem, local: NDArray[np.int64]) -> SiteProblem:
+    return SiteProblem(posed.gram, posed.holdout, posed.outer, local[posed.unit], posed.energy, posed.joint)
+
+
+def _least(channels: Channels, local: NDArray[np.int64]) -> list[tuple[NDArray[np.int64], int]]:
+    """The constraints of one group in its own numbers. Members of other groups are not counted on."""
+    found = []
+    for members, bound in channels.least:
+        own = local[members]
+        own = own[own != FROZEN]
+        if len(own):
+            found.append((own, min(bound, len(own))))
+    return found

@@ -1,0 +1,241 @@
+"""Every operator rule, against an independent oracle.
+
+The oracle needs no statistics: with zeros in the weights that multiply some units, the model without these units has
+to compute the same. So random units are removed from each graph, and both models run in ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+import pytest
+from build import build, feed, ignoring, run, traced
+
+from lindep_onnx.ops import supported
+from lindep_onnx.rewrite import Reconstruction, rewrite
+
+
+@dataclass(frozen=True)
+class Case:
+    """A graph, and how many of its channels can shrink."""
+
+    name: str
+    body: str
+    weights: dict = field(default_factory=dict)
+    units: int = 8
+    x: tuple = ("N", 3, 8, 8)
+    outputs: str = "y"
+    opset: int = 17
+    inputs: dict = field(default_factory=dict)
+
+
+W = {"w": (8, 3, 3, 3), "v": (4, 8, 3, 3)}
+FIRST = "h = Conv<pads=[1,1,1,1]>(x, w)"
+LAST = "y = Conv<pads=[1,1,1,1]>(t, v)"
+
+
+def unary(op: str, **options: object) -> Case:
+    return Case(op, f"{FIRST}\nt = {op}(h)\n{LAST}", W, **options)
+
+
+def between(name: str, middle: str, extra: dict | None = None, **options: object) -> Case:
+    return Case(name, f"{FIRST}\n{middle}\n{LAST}", {**W, **(extra or {})}, **options)
+
+
+def ints(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.int64)
+
+
+C = (8, 1, 1)
+CASES = [
+    *[unary(op) for op in ("Relu", "Sigmoid", "LeakyRelu", "Elu", "HardSwish", "Abs", "Neg", "Identity", "Exp", "Tanh")],
+    *[unary(op) for op in ("Softplus", "HardSigmoid", "Erf", "Floor", "Softsign", "Selu", "Dropout", "Sin", "Ceil")],
+    *[between(op, f"t = {op}(h, b)", {"b": C}) for op in ("Add", "Sub", "Mul", "PRelu", "Max", "Min", "Sum", "Mean")],
+    between("Div by a constant", "t = Div(h, b)", {"b": np.full(C, 3, np.float32)}),
+    between("Pow", "a = Abs(h)\nt = Pow(a, b)", {"b": np.full((1, 8, 1, 1), 2, np.float32)}),
+    between("constant of size 1", "t = Add(h, b)", {"b": (1, 1, 1)}),
+    between("constant with spatial axes", "t = Mul(h, b)", {"b": (8, 8, 8)}),
+    between("PRelu with one slope", "t = PRelu(h, b)", {"b": (1,)}),
+    between("Clip", "t = Clip(h, a, b)", {"a": np.float32(0), "b": np.float32(6)}),
+    between("Clip of opset 6", "t = Clip<min=0.0, max=6.0>(h)", opset=10),
+    between("Where", "c = Greater(h, b)\nt = Where(c, h, b)", {"b": C}),
+    between("Cast", "d = Cast<to=11>(h)\nt = Cast<to=1>(d)"),
+    between("swish", "s = Sigmoid(h)\nt = Mul(h, s)"),
+    between(
+        "BatchNormalization",
+        "t = BatchNormalization(h, s, b, m, q)",
+        {"s": (8,), "b": (8,), "m": (8,), "q": np.linspace(1, 2, 8, dtype=np.float32)},
+    ),
+    between("InstanceNormalization", "t = InstanceNormalization(h, s, b)", {"s": (8,), "b": (8,)}),
+    between("MaxPool", "t = MaxPool<kernel_shape=[2,2], strides=[2,2]>(h)"),
+    between("AveragePool", "t = AveragePool<kernel_shape=[3,3], pads=[1,1,1,1]>(h)"),
+    between("GlobalAveragePool", "t = GlobalAveragePool(h)"),
+    between("GlobalMaxPool", "t = GlobalMaxPool(h)"),
+    between("squeeze and excite", "g = GlobalAveragePool(h)\ns = Conv(g, k)\nr = Sigmoid(s)\nt = Mul(h, r)", {"k": (8, 8, 1, 1)}),
+    between("ReduceMean", "t = ReduceMean<axes=[2,3]>(h)"),
+    between("ReduceSum over an input", "t = ReduceSum(h, a)", {"a": ints(2, 3)}),
+    between("ReduceMax without keepdims", "m = ReduceMax<axes=[2], keepdims=0>(h)\nt = Unsqueeze(m, a)", {"a": ints(2)}),
+    between("Softmax over positions", "t = Softmax<axis=3>(h)"),
+    between("LayerNormalization over positions", "t = LayerNormalization<axis=2>(h, s)", {"s": (8, 8)}),
+    between("spatial Pad", "t = Pad(h, p)", {"p": ints(0, 0, 1, 1, 0, 0, 1, 1)}),
+    between("reflecting spatial Pad", 't = Pad<mode="reflect">(h, p)', {"p": ints(0, 0, 1, 1, 0, 0, 1, 1)}),
+    between("Resize by scales", "t = Resize(h, , s)", {"s": np.array([1, 1, 2, 2], np.float32)}),
+    between("Resize to sizes", "n = Shape(h)\nb = Slice(n, z, o)\ns = Concat<axis=0>(b, c)\nt = Resize(h, , , s)", {"z": ints(0), "o": ints(1), "c": ints(8, 16, 16)}),
+    between("Transpose there and back", "a = Transpose<perm=[0,2,3,1]>(h)\nt = Transpose<perm=[0,3,1,2]>(a)"),
+    between("Reshape there and back", "a = Reshape(h, p)\nt = Reshape(a, q)", {"p": ints(0, 8, 64), "q": ints(0, -1, 8, 8)}),
+    between("Reshape with the batch inferred", "a = Reshape(h, p)\nt = Reshape(a, q)", {"p": ints(-1, 8, 64), "q": ints(-1, 8, 8, 8)}),
+    between("Reshape to a computed shape", "s = Shape(h)\na = Relu(h)\nt = Reshape(a, s)"),
+    between("Reshape to a shape partly computed", "s = Shape(h)\ni = Gather(s, z)\nk = Concat<axis=0>(i, c)\nt = Reshape(h, k)", {"z": ints(0), "c": ints(8, 16, 4)}),
+    between("channel shuffle", "a = Reshape(h, p)\nb = Transpose<perm=[0,2,1,3,4]>(a)\nt = Reshape(b, q)", {"p": ints(0, 2, 4, 8, 8), "q": ints(0, 8, 8, 8)}, units=4),
+    between("Squeeze and Unsqueeze", "p = GlobalAveragePool(h)\na = Squeeze(p, k)\nt = Unsqueeze(a, k)", {"k": ints(2, 3)}),
+    between("Squeeze of opset 11", "p = GlobalAveragePool(h)\na = Squeeze<axes=[2,3]>(p)\nt = Unsqueeze<axes=[2,3]>(a)", opset=11),
+    between("Expand", "p = GlobalAveragePool(h)\nt = Expand(p, k)", {"k": ints(1, 8, 4, 4)}),
+    between("Expand to the shape of another", "p = GlobalAveragePool(h)\ns = Shape(h)\nt = Expand(p, s)"),
+    between("Tile over positions", "t = Tile(h, k)", {"k": ints(1, 1, 2, 2)}),
+    between("residual", "a = Relu(h)\nb = Conv<pads=[1,1,1,1]>(a, k)\nt = Add(b, h)", {"k": (8, 8, 3, 3)}),
+    between("depthwise", "t = Conv<group=8, pads=[1,1,1,1]>(h, k, b)", {"k": (8, 1, 3, 3), "b": (8,)}),
+    Case("depthwise with multiplier", f"{FIRST}\nt = Conv<group=8>(h, k)\ny = Conv(t, v)", {**W, "k": (16, 1, 3, 3), "v": (4, 16, 1, 1)}),
+    Case("no padding, with bias", "h = Conv(x, w, b)\nr = Relu(h)\ny = Conv(r, v, c)", {**W, "b": (8,), "c": (4,)}),
+    Case("1-D convolution", "h = Conv(x, w)\nr = Relu(h)\ny = Conv(r, v)", {"w": (8, 3, 3), "v": (4, 8, 3)}, x=("N", 3, 16)),
+    Case("3-D convolution", "h = Conv(x, w)\nr = Relu(h)\ny = Conv(r, v)", {"w": (8, 3, 2, 2, 2), "v": (4, 8, 1, 1, 1)}, x=(1, 3, 4, 4, 4)),
+    Case("ConvTranspose", "h = ConvTranspose(x, w, b)\nr = Relu(h)\ny = ConvTranspose(r, v)", {"w": (3, 8, 2, 2), "b": (8,), "v": (8, 4, 2, 2)}),
+    Case("Concat", f"{FIRST}\ng = Conv<pads=[1,1,1,1]>(x, k)\nt = Concat<axis=1>(h, g)\n{LAST}", {"w": (8, 3, 3, 3), "k": (4, 3, 3, 3), "v": (4, 12, 3, 3)}, units=12),
+    Case("Concat of the same tensor twice", f"{FIRST}\nt = Concat<axis=1>(h, h)\n{LAST}", {"w": (8, 3, 3, 3), "v": (4, 16, 3, 3)}),
+    Case("Concat with the input", f"{FIRST}\nt = Concat<axis=1>(x, h)\n{LAST}", {"w": (8, 3, 3, 3), "v": (4, 11, 3, 3)}),
+    Case("Concat over positions", f"{FIRST}\ng = Conv<pads=[1,1,1,1]>(x, k)\nt = Concat<axis=2>(h, g)\n{LAST}", {**W, "k": (8, 3, 3, 3)}),
+    Case("Concat with a constant", f"{FIRST}\nt = Concat<axis=1>(h, k)\n{LAST}", {"w": (8, 3, 3, 3), "k": (1, 2, 8, 8), "v": (4, 10, 3, 3)}, units=10, x=(1, 3, 8, 8)),
+    Case("Split", f"{FIRST}\na, b = Split<axis=1>(h, s)\nc = Relu(b)\nt = Concat<axis=1>(c, a)\n{LAST}", {**W, "s": ints(3, 5)}),
+    Case("Split in equal parts", f"{FIRST}\na, b = Split<axis=1>(h)\nt = Add(a, b)\n{LAST}", {"w": (8, 3, 3, 3), "v": (4, 4, 3, 3)}, units=4),
+    Case("Split of opset 11", f"{FIRST}\na, b = Split<axis=1, split=[3,5]>(h)\nt = Concat<axis=1>(b, a)\n{LAST}", W, opset=11),
+    Case("Split with a number of outputs", f"{FIRST}\na, b = Split<axis=1, num_outputs=2>(h)\nt = Concat<axis=1>(b, a)\n{LAST}", W, opset=18),
+    Case("Slice", f"{FIRST}\nt = Slice(h, a, b, c)\n{LAST}", {"w": (8, 3, 3, 3), "v": (4, 5, 3, 3), "a": ints(2), "b": ints(7), "c": ints(1)}, units=5),
+    Case("Slice with a step", f"{FIRST}\nt = Slice(h, a, b, c, d)\n{LAST}", {"w": (8, 3, 3, 3), "v": (4, 4, 3, 3), "a": ints(0), "b": ints(8), "c": ints(1), "d": ints(2)}, units=4),
+    Case("backward Slice of two axes", f"{FIRST}\nt = Slice(h, a, b, c, d)\n{LAST}", {**W, "a": ints(-1, 0), "b": ints(-9, 4), "c": ints(1, 2), "d": ints(-1, 2)}),
+    Case("Slice of opset 9", f"{FIRST}\nt = Slice<axes=[1], starts=[2], ends=[7]>(h)\n{LAST}", {"w": (8, 3, 3, 3), "v": (4, 5, 3, 3)}, opset=9, units=5),
+    between("spatial Slice", "t = Slice(h, a, b, c, d)", {"a": ints(0), "b": ints(8), "c": ints(2), "d": ints(2)}),
+    Case("Gather", f"{FIRST}\nt = Gather<axis=1>(h, i)\n{LAST}", {"w": (8, 3, 3, 3), "v": (4, 4, 3, 3), "i": ints(7, 0, 3, -2)}, units=4),
+    Case("Gather the same channel twice", f"{FIRST}\nt = Gather<axis=1>(h, i)\n{LAST}", {"w": (8, 3, 3, 3), "v": (4, 4, 3, 3), "i": ints(1, 1, 3, 2)}, units=3),
+    Case("channel Pad", f"{FIRST}\na = Pad(h, p)\nb = Conv<pads=[1,1,1,1]>(x, k)\nt = Add(a, b)\n{LAST}", {"w": (8, 3, 3, 3), "k": (12, 3, 3, 3), "v": (4, 12, 3, 3), "p": ints(0, 1, 0, 0, 0, 3, 0, 0)}, units=12),
+    Case("channel Pad of opset 10", f"{FIRST}\nt = Pad<pads=[0,1,0,0,0,3,0,0]>(h)\n{LAST}", {"w": (8, 3, 3, 3), "v": (4, 12, 3, 3)}, units=12, opset=10),
+    Case("Flatten into Gemm", f"{FIRST}\nr = Relu(h)\nf = Flatten(r)\ny = Gemm(f, v, b)", {"w": (8, 3, 3, 3), "v": (512, 5), "b": (5,)}),
+    Case("Reshape into Gemm", f"{FIRST}\nf = Reshape(h, p)\ny = Gemm<transB=1>(f, v)", {"w": (8, 3, 3, 3), "v": (5, 512), "p": ints(0, -1)}),
+    Case("Reshape with a number into Gemm", f"{FIRST}\nf = Reshape(h, p)\ny = Gemm<transB=1>(f, v)", {"w": (8, 3, 3, 3), "v": (5, 512), "p": ints(-1, 512)}),
+    Case("NHWC Flatten into Gemm", f"{FIRST}\nr = Transpose<perm=[0,2,3,1]>(h)\nf = Flatten(r)\ny = Gemm(f, v)", {"w": (8, 3, 3, 3), "v": (512, 5)}),
+    Case("Gemm chain", "a = Gemm<alpha=0.5, beta=2.0>(x, w, b)\nr = Relu(a)\ny = Gemm<transB=1>(r, v)", {"w": (6, 8), "b": (8,), "v": (5, 8)}, x=("N", 6)),
+    Case("Gemm with a row of bias", "a = Gemm(x, w, b)\nr = Relu(a)\ny = Gemm(r, v)", {"w": (6, 8), "b": (1, 8), "v": (8, 5)}, x=("N", 6)),
+    Case("Gemm with scalar bias", "a = Gemm(x, w, b)\nr = Relu(a)\ny = Gemm(r, v)", {"w": (6, 8), "b": (1,), "v": (8, 5)}, x=("N", 6)),
+    Case("Gemm with a full bias", "a = Gemm(x, w, b)\nr = Relu(a)\ny = Gemm(r, v)", {"w": (6, 8), "b": (3, 8), "v": (8, 5)}, x=(3, 6)),
+    Case("MatMul and Add", "a = MatMul(x, w)\nb = Add(a, c)\nr = Relu(b)\ny = MatMul(r, v)", {"w": (6, 8), "c": (8,), "v": (8, 5)}, x=("N", 4, 6)),
+    Case("MatMul with the weight on the left", "a = MatMul(w, x)\nr = Relu(a)\ny = MatMul(v, r)", {"w": (8, 6), "v": (5, 8)}, x=("N", 6, 4)),
+    Case("mixer", "t = Transpose<perm=[0,2,1]>(x)\na = MatMul(t, w)\nr = Relu(a)\nb = MatMul(r, v)\ny = Transpose<perm=[0,2,1]>(b)", {"w": (6, 8), "v": (8, 6)}, x=("N", 6, 4)),
+    Case("product of two computed tensors", "a = MatMul(x, w)\nk = MatMul(x, u)\nt = Transpose<perm=[0,2,1]>(k)\ns = MatMul(a, t)\np = Softmax(s)\nc = MatMul(x, q)\no = MatMul(p, c)\ny = MatMul(o, v)", {"w": (6, 8), "u": (6, 8), "q": (6, 8), "v": (8, 5)}, x=("N", 4, 6)),
+    Case("embedding", "i = Cast<to=7>(x)\ne = Gather(k, i)\ny = MatMul(e, v)", {"k": (5, 8), "v": (8, 3)}, x=("N", 4)),
+    Case("shared weight", "h = Conv(x, w)\na = Conv<pads=[1,1,1,1]>(h, k)\nb = Relu(a)\nc = Conv<pads=[1,1,1,1]>(b, k)\ny = Conv(c, v)", {"w": (8, 3, 1, 1), "k": (8, 8, 3, 3), "v": (4, 8, 1, 1)}),
+    Case("shared bias", "h = Conv(x, w, b)\na = Conv(h, k, b)\ny = Conv(a, v)", {"w": (8, 3, 1, 1), "k": (8, 8, 1, 1), "v": (4, 8, 1, 1), "b": (8,)}, units=16),
+    Case("two outputs", "h = Conv(x, w)\ny = Conv(h, v)\nz = Conv(h, k)", {"w": (8, 3, 1, 1), "v": (4, 8, 1, 1), "k": (2, 8, 1, 1)}, outputs="y z"),
+    Case("number of channels used as a number", f"{FIRST}\ns = Shape(h)\nc = Gather(s, i)\nf = Cast<to=1>(c)\nt = Div(h, f)\n{LAST}", {**W, "i": np.int64(1)}),
+    Case("shape used whole as numbers", f"{FIRST}\ns = Shape(h)\nf = Cast<to=1>(s)\nm = ReduceMax<keepdims=0>(f)\nt = Div(h, m)\n{LAST}", W),
+    Case("ArgMax over positions is no channel", f"{FIRST}\na = ArgMax<axis=2>(h)\nt = Cast<to=1>(a)\n{LAST}", W),
+    Case("TopK over positions", f"{FIRST}\nt, i = TopK<axis=3>(h, k)\n{LAST}", {**W, "k": ints(4)}),
+    Case("CumSum over positions", f"{FIRST}\nt = CumSum(h, k)\n{LAST}", {**W, "k": np.int64(2)}),
+]  # fmt: skip
+
+
+def removal(channels, share: float, seed: int) -> np.ndarray:
+    removed = np.random.default_rng(seed).random(channels.units) < share
+    removed[0] = True
+    for members, least in channels.least:
+        short = least - int((~removed[members]).sum())
+        if short > 0:
+            removed[members[removed[members]][:short]] = False
+    return removed
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("share", [0.4, 1.0])
+def test_removing_units_equals_multiplying_them_by_zero(case: Case, share: float) -> None:
+    model = build(case.body, case.weights, x=case.x, outputs=case.outputs, opset=case.opset, inputs=case.inputs)
+    onnx.checker.check_model(model, full_check=True)
+    channels = traced(model)
+    assert channels.units == case.units
+    removed = removal(channels, share, seed=7)
+    assert removed.any()
+    smaller = rewrite(channels, Reconstruction(removed), "test")
+    onnx.checker.check_model(smaller, full_check=True)
+    data = feed(model)
+    got, want, whole = run(smaller, data), run(ignoring(channels, removed), data), run(model, data)
+    for one, other, original in zip(got, want, whole, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4 * np.abs(other).max() + 1e-7)
+    # The negative control: these units do matter to the original model.
+    assert any(not np.allclose(one, original, rtol=1e-3) for one, original in zip(got, whole, strict=True))
+
+
+def test_every_case_loses_parameters() -> None:
+    for case in CASES:
+        model = build(case.body, case.weights, x=case.x, outputs=case.outputs, opset=case.opset)
+        channels = traced(model)
+        smaller = rewrite(channels, Reconstruction(removal(channels, 1.0, seed=1)), "test")
+        assert smaller.ByteSize() < model.ByteSize() + 200, case.name
+
+
+REFUSED = [
+    ("graph output", "y = Conv(x, w)", {"w": (8, 3, 1, 1)}, "graph_output"),
+    ("unknown operator", f"{FIRST}\nt = Det(h)\ny = Relu(t)", {"w": (8, 3, 3, 3)}, "unknown_operator"),
+    ("grouped convolution", f"{FIRST}\nt = Conv<group=2>(h, k)\ny = Conv(t, v)", {**W, "k": (8, 4, 1, 1)}, "grouped_convolution"),
+    ("Softmax over channels", f"{FIRST}\nt = Softmax<axis=1>(h)\n{LAST}", W, "mixed_axis"),
+    ("LRN", f"{FIRST}\nt = LRN<size=3>(h)\n{LAST}", W, "mixed_axis"),
+    ("reduced channels", f"{FIRST}\nt = ReduceSum(h, a)\ny = Relu(t)", {"w": (8, 3, 3, 3), "a": ints(1)}, "mixed_axis"),
+    ("sum with the input", "h = Conv(x, w)\nt = Add(h, x)\ny = Conv(t, v)", {"w": (3, 3, 1, 1), "v": (2, 3, 1, 1)}, "unlabelled_operand"),
+    ("weight used in two ways", "h = MatMul(x, w)\nr = Relu(h)\nt = MatMul(r, w)\ny = MatMul(t, v)", {"w": (4, 4), "v": (4, 3)}, "shared_weight"),
+    ("transposed Gemm", "h = MatMul(x, w)\ny = Gemm<transA=1>(h, v)", {"w": (6, 8), "v": (3, 5)}, "transposed_data"),
+    ("Size", f"{FIRST}\nn = Size(h)\nf = Cast<to=1>(n)\nt = Div(h, f)\n{LAST}", W, "counted"),
+    ("reflecting channel Pad", f'{FIRST}\nt = Pad<mode="reflect">(h, p)\ny = Relu(t)', {"w": (8, 3, 3, 3), "p": ints(0, 1, 0, 0, 0, 1, 0, 0)}, "pad_mode"),
+    ("indices of a MaxPool", f"{FIRST}\nt, i = MaxPool<kernel_shape=[2,2]>(h)\nj = Cast<to=1>(i)\ns = Add(t, j)\ny = Relu(s)", {"w": (8, 3, 3, 3)}, "pool_indices"),
+    ("rank-3 weight", "h = MatMul(x, w)\ny = MatMul(h, v)", {"w": (6, 8), "v": (1, 8, 5)}, "weight_rank"),
+    ("BatchNormalization in training mode", f"{FIRST}\nt, a, b = BatchNormalization<training_mode=1>(h, s, s, s, s)\n{LAST}", {**W, "s": np.ones(8, np.float32)}, "training_mode"),
+    ("Dropout in training mode", f"{FIRST}\nt = Dropout(h, r, m)\n{LAST}", {**W, "r": np.float32(0.5), "m": np.array(True)}, "training_mode"),
+    ("Reshape across channels and positions", f"{FIRST}\nt = Reshape(h, p)\ny = Relu(t)", {"w": (6, 3, 3, 3), "p": ints(0, 4, 12, 8)}, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case[0])
+def test_what_cannot_shrink_is_refused_with_its_reason(case: tuple) -> None:
+    name, body, weights, reason = case
+    rank = {"transposed Gemm": (3, 6), "rank-3 weight": ("N", 4, 6)}.get(name, ("N", 3, 8, 8))
+    if name == "weight used in two ways":
+        rank = (4, 4)
+    channels = traced(build(body, weights, x=rank))
+    assert not any(channels.units and site.columns.size for site in channels.sites) or channels.units < 8
+    if reason is not None:
+        assert reason in [refusal.reason.code for refusal in channels.refusals]
+        blamed = next(refusal for refusal in channels.refusals if refusal.reason.code == reason)
+        assert blamed.nodes and blamed.channels > 0
+
+
+def test_an_axis_never_becomes_empty() -> None:
+    channels = traced(build(f"{FIRST}\nt = Relu(h)\n{LAST}", W))
+    everything = np.ones(channels.units, dtype=bool)
+    assert all(bound >= 1 for _, bound in channels.least)
+    assert any(set(np.flatnonzero(everything)) == set(members) for members, _ in channels.least)
+
+
+def test_min_channels_bounds_every_axis() -> None:
+    channels = traced(build(f"{FIRST}\nt = Relu(h)\n{LAST}", W), min_channels=5)
+    assert {bound for _, bound in channels.least} == {5}
+
+
+def test_excluded_nodes_keep_their_channels() -> None:
+    body = "h = Conv(x, w)\nr = Relu(h)\ng = Conv(r, k)\ny = Conv(g, v)"
+    model = build(body, {"w": (8, 3, 1, 1), "k": (8, 8, 1, 1), "v": (4, 8, 1, 1)})
+    assert traced(model).units == 16
+    assert traced(model, exclude=["Conv_0"]).units == 8
+    assert traced(model, include=["Conv_2"]).units < 16
+
+
+def test_the_table_of_rules_covers_the_promised_operators() -> None:
+    promised = "Conv Gemm MatMul BatchNormalization Relu Add Sub Mul Div Sum Max Min Pow PRelu Clip Where MaxPool "
+    promised += "AveragePool GlobalAveragePool Pad Resize Dropout Identity Cast Concat Split Slice Gather Flatten "
+    promised += "Reshape Squeeze Unsqueeze Transpose ReduceMean ReduceSum ReduceMax Softmax"
+    assert set(promised.split()) <= set(supported())

@@ -200,7 +200,7 @@ class _Clock:
 
 def _check_output(source: str | Path | onnx.ModelProto, output: Path) -> None:
     in_file = not isinstance(source, onnx.ModelProto) and Path(source).exists()
-    if in_file and output.exists() and output.samefile(source):  # type: ignore[arg-type]
+    if in_file and output.exists() and output.samefile(source):
         raise UsageError(f"{output}: is the input model; name another file to write.")
     if output.is_dir():
         raise OutputError(f"{output}: is a directory; name a file to write.")

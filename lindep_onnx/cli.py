@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lindep_onnx import api, report
 from lindep_onnx._version import __version__
 from lindep_onnx.config import Config
+from lindep_onnx.data import load_function
 from lindep_onnx.errors import LindepError, UsageError
 
 __all__ = ["main"]
@@ -126,7 +126,7 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
     if options.round_to is not None:
         changed["round_to"] = _round_to(options.round_to)
     if options.eval is not None:
-        changed["eval"] = _function(options.eval, "--eval")
+        changed["eval"] = load_function(options.eval, "--eval")
     config = Config(**changed)
     if options.output is None and not options.dry_run:
         raise UsageError("OUT.onnx is missing: name the file to write, or use --dry-run.")
@@ -159,29 +159,6 @@ def _round_to(text: str) -> int:
         return int(text)
     except ValueError:
         raise UsageError(f"--round-to must be a number or auto, not {text!r}.") from None
-
-
-def _function(text: str, flag: str) -> Callable[..., Any]:
-    """Load `FILE.py:FUNC`.
-
-    Raises:
-        UsageError: the file or the function is not there, or the file fails to load.
-    """
-    path, _, name = text.rpartition(":")
-    if not path or not name.isidentifier() or not Path(path).is_file():
-        raise UsageError(f"{flag} takes FILE.py:FUNC with an existing file, not {text!r}.")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    if spec is None or spec.loader is None:
-        raise UsageError(f"{flag}: {path} is not a Python file.")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UsageError(f"{flag}: {path} cannot be loaded: {error}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise UsageError(f"{flag}: {path} has no function {name!r}.")
-    return function  # type: ignore[no-any-return]
 
 
 class _progress:  # noqa: N801 - used like a function

@@ -79,9 +79,9 @@ def _channels(node: Node, resolved: Resolved) -> int:
     if weight is None:
         return 0
     if node.op == "Conv":
-        return weight.shape[0]
+        return int(weight.shape[0])
     if node.op == "ConvTranspose":
-        return weight.shape[1] * int(node.attributes.get("group", 1))
+        return int(weight.shape[1]) * int(node.attributes.get("group", 1))
     if node.op == "Gemm":
-        return weight.shape[0 if node.attributes.get("transB", 0) else 1]
+        return int(weight.shape[0 if node.attributes.get("transB", 0) else 1])
     return 0

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from lindep_onnx.analysis import SiteEvidence, site_weight
 from lindep_onnx.channels import Channels, Reader
+from lindep_onnx.plan import Fold
 from lindep_onnx.rewrite import Reconstruction
 
 __all__ = ["fold_sites"]
@@ -16,7 +17,7 @@ __all__ = ["fold_sites"]
 
 def fold_sites(
     channels: Channels,
-    folds: Mapping[int, tuple[NDArray[np.bool_], NDArray[np.float64]]],
+    folds: Mapping[int, Fold],
     evidence: tuple[SiteEvidence, ...],
     removed: NDArray[np.bool_],
 ) -> Reconstruction:
@@ -27,21 +28,22 @@ def fold_sites(
 
     Args:
         channels: the traced model.
-        folds: by site index, which features stay (F,) and T of shape (kept, removed).
+        folds: by site index.
         evidence: of every site.
         removed: (units,) bool.
     """
     weights: dict[str, NDArray[np.float64]] = {}
     shifts: dict[Reader, NDArray[np.float64]] = {}
-    for number, (kept, fold) in folds.items():
+    for number, fold in folds.items():
+        kept, matrix = fold.kept, fold.matrix
         seen = evidence[number]
         site = seen.site
         weight = site_weight(channels, seen)  # (F, T, outputs, kernel)
         gone = weight[~kept]
-        weight[kept] += np.tensordot(fold, gone, axes=1)
+        weight[kept] += np.tensordot(matrix, gone, axes=1)
         weights[site.weight] = _original_layout(channels, seen, weight)
         if site.affine:
-            rest = seen.mean[~kept] - fold.T @ seen.mean[kept]
+            rest = seen.mean[~kept] - matrix.T @ seen.mean[kept]
             shifts[site.readers[0]] = np.tensordot(rest, gone, axes=1).sum(axis=(0, 2))
     return Reconstruction(removed, weights, shifts)
 

@@ -54,15 +54,15 @@ def constant(builder: Builder, data: st.DataObject, source: str) -> str:
 def normalization(builder: Builder, data: st.DataObject, source: str) -> str:
     width = builder.width[source]
     ones = np.ones(width, np.float32)
-    return builder.add(f"BatchNormalization({source}, @s, @b, @m, @v)", width, s=(width,), b=(width,), m=(width,), v=ones)
+    return builder.add(
+        f"BatchNormalization({source}, @s, @b, @m, @v)", width, s=(width,), b=(width,), m=(width,), v=ones
+    )
 
 
 def depthwise(builder: Builder, data: st.DataObject, source: str) -> str:
     width, times = builder.width[source], data.draw(st.integers(1, 2))
     assume(width > 1)
-    return builder.add(
-        f"Conv<group={width}, pads=[1,1,1,1]>({source}, @w)", width * times, w=(width * times, 1, 3, 3)
-    )
+    return builder.add(f"Conv<group={width}, pads=[1,1,1,1]>({source}, @w)", width * times, w=(width * times, 1, 3, 3))
 
 
 def pooling(builder: Builder, data: st.DataObject, source: str) -> str:

@@ -1,0 +1,678 @@
+"""Calibration data: where it comes from, whether it fits the model, and which samples are used for what.
+
+Whatever the source, samples end up in *shards*: arrays by input name whose leading axis counts samples. Arrays in files
+are memory maps and what a generator yields is spooled to a temporary folder, so that memory does not grow with the
+number of samples and every pass reads the same data. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import importlib.util
+import itertools
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any, BinaryIO, TypeAlias
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from lindep_onnx.errors import CalibrationError, UsageError
+from lindep_onnx.shapes import Shape
+
+__all__ = ["Batch", "InputSpec", "Part", "Samples", "load_function", "open_samples"]
+
+Array: TypeAlias = NDArray[Any]
+Arrays: TypeAlias = "Mapping[str, Array]"
+
+#: The name under which an unnamed array arrives (`.npy`, `numpy.savez` without keywords).
+UNNAMED = "arr_0"
+#: Fewer different samples than this cannot be split into three parts.
+LEAST_SAMPLES = 3
+SUFFIXES = (".npz", ".npy")
+
+
+class Part(enum.Enum):
+    """What a sample is used for."""
+
+    FIT = "fit"
+    SELECT = "select"
+    VERIFY = "verify"
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What the model declares about one of its inputs.
+
+    Attributes:
+        name: of the graph input.
+        dtype: element type.
+        shape: sizes; symbols are strings. Empty for scalars, None where the rank is not declared.
+    """
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: Shape | None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one run is fed with.
+
+    Attributes:
+        feeds: arrays by input name.
+        samples: (n,) numbers of the samples that count; what the feeds hold beyond them is filler.
+        size: samples in the feeds, filler included.
+    """
+
+    feeds: Arrays
+    samples: NDArray[np.int64]
+    size: int
+
+
+@dataclass(frozen=True)
+class _Header:
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """Arrays that are read when they are needed.
+
+    Attributes:
+        where: for messages.
+        headers: type and shape of each array.
+        read: returns the arrays, memory maps wherever that is possible.
+    """
+
+    where: str
+    headers: Mapping[str, _Header]
+    read: Callable[[], Arrays]
+
+
+class Samples:
+    """Calibration samples that fit the model, split into parts. A context manager: it may own temporary files.
+
+    Attributes:
+        parts: sample numbers of each part, ascending.
+        notes: what the user should know about the data.
+    """
+
+    def __init__(self, shards: Sequence[_Shard], plan: _Feeding, folder: tempfile.TemporaryDirectory[str]) -> None:
+        self._shards = shards
+        self._plan = plan
+        self._folder = folder
+        self._open: tuple[int, Arrays] | None = None
+        self._starts = np.concatenate([[0], np.cumsum([plan.count(shard) for shard in shards])])
+        self.parts: Mapping[Part, NDArray[np.int64]] = {}
+        self.notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts.values())
+
+    def __enter__(self) -> Samples:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open = None
+        self._folder.cleanup()
+
+    def batches(self, *parts: Part, limit: int | None = None) -> Iterator[Batch]:
+        """Feeds for one pass over some parts (all by default), in ascending order of the samples.
+
+        Args:
+            *parts: which samples.
+            limit: stop after so many samples.
+
+        Raises:
+            CalibrationError: a value is NaN or infinite, naming input and sample.
+        """
+        numbers = np.sort(np.concatenate([self.parts[part] for part in (parts or Part)]))[:limit]
+        shard = np.searchsorted(self._starts, numbers, side="right") - 1
+        for index in np.unique(shard).tolist():
+            own = numbers[shard == index]
+            for start in range(0, len(own), self._plan.batch):
+                yield self._batch(index, own[start : start + self._plan.batch])
+
+    def _batch(self, index: int, numbers: NDArray[np.int64]) -> Batch:
+        fixed = self._plan.fixed_batch
+        rows = numbers - self._starts[index]
+        if fixed is not None:
+            rows = np.concatenate([rows, np.repeat(rows[-1:], fixed - len(rows))])
+        arrays = self._arrays(index)
+        feeds = {}
+        for spec in self._plan.specs:
+            value = arrays[self._plan.source(spec, arrays)]
+            taken = np.asarray(value) if spec.name in self._plan.shared else np.asarray(value[rows])
+            if taken.dtype.kind == "f" and not np.isfinite(taken).all():
+                bad = rows[: len(numbers)] if spec.name in self._plan.shared else rows
+                finite = [np.isfinite(row).all() for row in taken] if spec.name not in self._plan.shared else [False]
+                raise CalibrationError(
+                    f"{self._shards[index].where}: input {spec.name!r} holds NaN or infinite values "
+                    f"(sample {int(bad[finite.index(False)] + self._starts[index])}); remove or repair this sample."
+                )
+            feeds[spec.name] = _cast(taken, spec.dtype)
+        return Batch(MappingProxyType(feeds), numbers, len(rows))
+
+    def _arrays(self, index: int) -> Arrays:
+        if self._open is None or self._open[0] != index:
+            self._open = (index, self._shards[index].read())
+        return self._open[1]
+
+    def digests(self) -> list[bytes]:
+        """A digest of the content of every sample, in order."""
+        found = []
+        for index, shard in enumerate(self._shards):
+            arrays = self._arrays(index)
+            names = [self._plan.source(spec, arrays) for spec in self._plan.specs if spec.name not in self._plan.shared]
+            for row in range(self._plan.count(shard)):
+                digest = hashlib.blake2b(digest_size=16)
+                for name in names:
+                    digest.update(np.ascontiguousarray(arrays[name][row]).tobytes())
+                found.append(digest.digest())
+        return found
+
+
+def open_samples(
+    source: Any,
+    inputs: Sequence[InputSpec],
+    *,
+    seed: int,
+    holdout: float,
+    max_samples: int | None,
+    batch_size: int,
+) -> Samples:
+    """Open calibration data, hold it against the inputs of the model, and split it.
+
+    Args:
+        source: a path (`.npz`, `.npy`, a folder of them or of ONNX `test_data_set_*` folders), `FILE.py:FUNC`, a dict
+            of arrays, an iterable of such dicts, or an object with `get_next()`.
+        inputs: what the model declares.
+        seed: of the split.
+        holdout: share of the samples that is not fitted: half of it selects, half verifies.
+        max_samples: use at most this many: spread over arrays, the first ones of a generator.
+        batch_size: samples per run where the model leaves the batch free.
+
+    Raises:
+        CalibrationError: the data is missing, damaged or does not fit.
+        UsageError: `FILE.py:FUNC` names nothing that can be called.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="lindep_onnx_")
+    try:
+        shards = _shards(source, [spec.name for spec in inputs], Path(folder.name), max_samples)
+        plan = _feeding(shards, inputs, batch_size)
+        samples = Samples(shards, plan, folder)
+        total = int(samples._starts[-1])
+        if not total:
+            raise CalibrationError(f"{shards[0].where}: holds no samples; give at least {LEAST_SAMPLES}.")
+        samples.parts, split_notes = _split(samples.digests(), seed, holdout, max_samples)
+        samples.notes = (*plan.notes, *split_notes)
+    except BaseException:
+        folder.cleanup()
+        raise
+    return samples
+
+
+def _split(
+    digests: Sequence[bytes], seed: int, holdout: float, max_samples: int | None
+) -> tuple[Mapping[Part, NDArray[np.int64]], tuple[str, ...]]:
+    """Part of every sample by a seeded hash of its number; identical samples share the number of the first."""
+    first: dict[bytes, int] = {}
+    number = np.array([first.setdefault(digest, index) for index, digest in enumerate(digests)])
+    ranks = {index: _hash(seed, index) for index in first.values()}
+    distinct = sorted(ranks, key=lambda index: (ranks[index], index))
+    notes = []
+    if len(distinct) < len(digests):
+        copies = len(digests) - len(distinct)
+        notes.append(f"{copies:,} of {len(digests):,} calibration samples are copies of others and count once.")
+    if max_samples is not None:
+        distinct = distinct[:max_samples]
+    share = {index: ranks[index] for index in distinct}
+    if len(distinct) < LEAST_SAMPLES:
+        notes.append(
+            f"{len(distinct)} different calibration sample(s) prove nothing about others: only what the weights "
+            f"imply can go. Give at least {LEAST_SAMPLES}, better some hundreds."
+        )
+        chosen: dict[Part, list[int]] = {Part.FIT: [], Part.SELECT: [], Part.VERIFY: list(distinct)}
+    else:
+        chosen = {Part.FIT: [], Part.SELECT: [], Part.VERIFY: []}
+        for index in distinct:
+            part = Part.FIT if share[index] >= holdout else Part.SELECT if share[index] >= holdout / 2 else Part.VERIFY
+            chosen[part].append(index)
+        for part in (Part.VERIFY, Part.SELECT, Part.FIT):
+            if not chosen[part]:
+                largest = max(Part, key=lambda other: len(chosen[other]))
+                chosen[part].append(chosen[largest].pop(0 if largest is Part.FIT else -1))
+    parts = {part: np.array(sorted(members), dtype=np.int64) for part, members in chosen.items()}
+    if max_samples is None:
+        # Copies weigh in where the original is: a data set that repeats a sample means to.
+        parts = {part: np.flatnonzero(np.isin(number, members)) for part, members in parts.items()}
+    return MappingProxyType(parts), tuple(notes)
+
+
+def _hash(seed: int, index: int) -> float:
+    digest = hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "big") / 2**56
+
+
+# ---- does it fit the model ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Feeding:
+    """How shards are fed to the model.
+
+    Attributes:
+        specs: the inputs.
+        shared: names of inputs that have no sample axis and are fed whole with every run.
+        batch: samples per run at most.
+        fixed_batch: samples per run exactly, where the model fixes it.
+        notes: casts.
+    """
+
+    specs: Sequence[InputSpec]
+    shared: frozenset[str]
+    batch: int
+    fixed_batch: int | None
+    notes: tuple[str, ...]
+
+    def source(self, spec: InputSpec, arrays: Mapping[str, object]) -> str:
+        """The key of the array for an input."""
+        return spec.name if spec.name in arrays else UNNAMED
+
+    def count(self, shard: _Shard) -> int:
+        """Number of samples in a shard."""
+        sampled = [spec for spec in self.specs if spec.name not in self.shared]
+        return min((shard.headers[self.source(spec, shard.headers)].shape[0] for spec in sampled), default=1)
+
+
+def _feeding(shards: Sequence[_Shard], specs: Sequence[InputSpec], batch_size: int) -> _Feeding:
+    notes: dict[str, None] = {}
+    shared: frozenset[str] | None = None
+    for shard in shards:
+        _check_names(shard, specs)
+        lengths = {}
+        whole = set()
+        for spec in specs:
+            header = shard.headers[spec.name if spec.name in shard.headers else UNNAMED]
+            _check_type(shard, spec, header, notes)
+            if _is_whole(spec, header):
+                whole.add(spec.name)
+            else:
+                _check_shape(shard, spec, header)
+                lengths[spec.name] = header.shape[0]
+        # An array of exactly the declared shape is one batch of samples, unless another input says how many there are.
+        for spec in specs:
+            if spec.name in whole and spec.shape:
+                size = spec.shape[0]
+                if not lengths or size in lengths.values():
+                    whole.discard(spec.name)
+                    lengths[spec.name] = int(size)
+        if len(set(lengths.values())) > 1:
+            found = ", ".join(f"{name}: {length}" for name, length in lengths.items())
+            raise CalibrationError(
+                f"{shard.where}: the arrays hold different numbers of samples along their leading axis ({found})."
+            )
+        if shared is not None and shared != whole:
+            raise CalibrationError(f"{shard.where}: not the same inputs have a sample axis as in {shards[0].where}.")
+        shared = frozenset(whole)
+    shared = shared or frozenset()
+    fixed = {
+        spec.shape[0] for spec in specs if spec.shape and spec.name not in shared and isinstance(spec.shape[0], int)
+    }
+    if len(fixed) > 1:
+        raise CalibrationError(
+            f"The model fixes different leading sizes for its inputs ({sorted(map(int, fixed))}), so that it is not "
+            "clear what a sample is; export it with a free batch axis."
+        )
+    fixed_batch = int(fixed.pop()) if fixed else None
+    return _Feeding(specs, shared, fixed_batch or batch_size, fixed_batch, tuple(notes))
+
+
+def _is_whole(spec: InputSpec, header: _Header) -> bool:
+    """Whether an array has exactly the fixed shape that the model declares."""
+    return spec.shape is not None and header.shape == spec.shape
+
+
+def _check_names(shard: _Shard, specs: Sequence[InputSpec]) -> None:
+    names = [spec.name for spec in specs]
+    found = list(shard.headers)
+    if found == [UNNAMED] and len(names) == 1:
+        return
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise CalibrationError(
+            f"{shard.where}: no array for the model input {missing[0]!r}; the inputs are {_listed(names)}, "
+            f"the arrays {_listed(found)}. Name the arrays after the inputs."
+        )
+    extra = [name for name in found if name not in names]
+    if extra:
+        raise CalibrationError(
+            f"{shard.where}: the model has no input {extra[0]!r}; the inputs are {_listed(names)}, "
+            f"the arrays {_listed(found)}. Leave it out."
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _kind(dtype: np.dtype[Any]) -> str:
+    if dtype.kind in "iu":
+        return "integer"
+    if dtype.kind == "f" or (dtype.kind == "V" and "float" in dtype.name):
+        return "float"
+    return {"b": "bool", "U": "string", "S": "string", "O": "string"}.get(dtype.kind, dtype.name)
+
+
+def _check_type(shard: _Shard, spec: InputSpec, header: _Header, notes: dict[str, None]) -> None:
+    if _kind(header.dtype) != _kind(spec.dtype):
+        hint = " Scale and normalise images the way the model was trained." if header.dtype == np.uint8 else ""
+        raise CalibrationError(
+            f"{shard.where}: input {spec.name!r} wants {spec.dtype}, the array is {header.dtype}; convert it.{hint}"
+        )
+    if header.dtype != spec.dtype and _kind(spec.dtype) != "string":
+        notes[f"Input {spec.name!r}: {header.dtype} data is cast to {spec.dtype}."] = None
+
+
+def _check_shape(shard: _Shard, spec: InputSpec, header: _Header) -> None:
+    wanted, found = spec.shape, header.shape
+    if wanted is None and found:
+        return
+    fits = wanted is not None and len(wanted) == len(found) > 0
+    for axis in range(1, len(found) if fits else 0):
+        assert wanted is not None
+        fits = fits and (not isinstance(wanted[axis], int) or wanted[axis] == found[axis])
+    if not fits:
+        sizes = ["?" if isinstance(size, str) and size.startswith("?") else str(size) for size in (wanted or ())[1:]]
+        raise CalibrationError(
+            f"{shard.where}: input {spec.name!r} wants arrays of shape [{', '.join(['samples', *sizes])}], "
+            f"this one is [{', '.join(map(str, found))}]."
+        )
+
+
+def _cast(value: Array, dtype: np.dtype[Any]) -> Array:
+    if dtype.kind == "O":
+        return value.astype(object)
+    if dtype.kind in "iu" and value.dtype != dtype and value.size:
+        limits = np.iinfo(dtype)
+        if int(value.min()) < limits.min or int(value.max()) > limits.max:
+            raise CalibrationError(f"The calibration data holds integers that do not fit {dtype}.")
+    return np.ascontiguousarray(value, dtype=dtype).reshape(value.shape)
+
+
+# ---- sources ------------------------------------------------------------------------------------------------------
+
+
+def _shards(source: Any, inputs: Sequence[str], folder: Path, max_samples: int | None) -> list[_Shard]:
+    if isinstance(source, str | Path):
+        text = str(source)
+        path = Path(text)
+        if not path.exists() and ".py:" in text:
+            made = load_function(text, "--calib")()
+            return _spooled(_feeds(made, text), text, folder, max_samples)
+        return _from_path(path, inputs, folder)
+    if isinstance(source, Mapping):
+        arrays = {str(name): np.asarray(value) for name, value in source.items()}
+        return [_in_memory("the calibration arrays", arrays)]
+    if source is None:
+        return [_in_memory("no calibration data", {})]
+    return _spooled(_feeds(source, "the calibration data"), "the calibration data", folder, max_samples)
+
+
+def _from_path(path: Path, inputs: Sequence[str], folder: Path) -> list[_Shard]:
+    if path.is_dir():
+        sets = sorted(path.glob("test_data_set_*")) or ([path] if (path / "input_0.pb").is_file() else [])
+        if sets:
+            return [_onnx_set(item, inputs) for item in sets]
+        files = sorted(item for item in path.iterdir() if item.suffix in SUFFIXES)
+        if not files:
+            raise CalibrationError(f"{path}: holds neither .npz or .npy files nor ONNX test_data_set_* folders.")
+        return [_file(item, folder) for item in files]
+    if not path.exists():
+        raise CalibrationError(f"{path}: no such calibration data.")
+    if path.suffix not in SUFFIXES:
+        raise CalibrationError(
+            f"{path}: calibration data is .npz, .npy, a folder or FILE.py:FUNC, not {path.suffix or 'a plain file'}."
+        )
+    return [_file(path, folder)]
+
+
+def _file(path: Path, folder: Path) -> _Shard:
+    read_headers = _npz_headers if path.suffix == ".npz" else _npy_headers
+    try:
+        headers = read_headers(path)
+    except PermissionError as error:
+        raise CalibrationError(f"{path}: cannot be read ({error.strerror}).") from error
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CalibrationError(f"{path}: is not a readable {path.suffix} file ({reason}).") from error
+    for name, header in headers.items():
+        if header.dtype.hasobject:
+            raise CalibrationError(
+                f"{path}: array {name!r} holds pickled Python objects, which are never loaded; save plain numbers."
+            )
+    if path.suffix == ".npy":
+        return _Shard(str(path), headers, lambda: {UNNAMED: np.load(path, mmap_mode="r", allow_pickle=False)})
+    return _Shard(str(path), headers, lambda: _npz_arrays(path, headers, folder))
+
+
+def _npy_headers(path: Path) -> dict[str, _Header]:
+    with path.open("rb") as file:
+        header, _ = _header(file)
+        size = file.seek(0, 2) - _
+    _check_size(header, size)
+    return {UNNAMED: header}
+
+
+def _header(file: Any) -> tuple[_Header, bool | int]:
+    version = npy.read_magic(file)
+    read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
+    if read is None:
+        raise ValueError(f"version {version} of the npy format is not supported")
+    shape, _, dtype = read(file)
+    return _Header(dtype, tuple(int(size) for size in shape)), file.tell()
+
+
+def _check_size(header: _Header, size: int) -> None:
+    wanted = int(np.prod([int(n) for n in header.shape], dtype=object)) * header.dtype.itemsize
+    if not header.dtype.hasobject and wanted > size:
+        raise ValueError(f"cut short: {wanted:,} bytes of data declared, {size:,} there")
+
+
+def _npz_headers(path: Path) -> dict[str, _Header]:
+    headers = {}
+    with zipfile.ZipFile(path) as archive:
+        for item in archive.infolist():
+            if not item.filename.endswith(".npy"):
+                continue
+            with archive.open(item) as file:
+                header, start = _header(file)
+            _check_size(header, item.file_size - start)
+            headers[item.filename[: -len(".npy")]] = header
+    if not headers:
+        raise ValueError("there is no array in it")
+    return headers
+
+
+def _npz_arrays(path: Path, headers: Mapping[str, _Header], folder: Path) -> Arrays:
+    """Memory maps into the archive where it stores arrays as they are; others are unpacked into `folder` first."""
+    arrays: dict[str, Array] = {}
+    for old in folder.glob("unpacked_*"):  # of the shard before this one; open maps outlive the name
+        old.unlink()
+    with zipfile.ZipFile(path) as archive:
+        for number, (name, header) in enumerate(headers.items()):
+            item = archive.getinfo(name + ".npy")
+            if not int(np.prod(header.shape, dtype=object)):
+                arrays[name] = np.zeros(header.shape, header.dtype)
+                continue
+            target = folder / f"unpacked_{number}.npy"
+            free = shutil.disk_usage(folder).free
+            if item.file_size > free:
+                raise CalibrationError(
+                    f"{path}: array {name!r} unpacks to {item.file_size:,} bytes, but only {free:,} are free for it."
+                )
+            try:
+                with archive.open(item) as packed, target.open("wb") as file:
+                    shutil.copyfileobj(packed, file, 1 << 20)
+            except (zipfile.BadZipFile, OSError, EOFError) as error:
+                raise CalibrationError(f"{path}: array {name!r} is damaged ({error}).") from error
+            arrays[name] = np.load(target, mmap_mode="r", allow_pickle=False)
+    return arrays
+
+
+def _onnx_set(folder: Path, inputs: Sequence[str]) -> _Shard:
+    arrays = {}
+    for file in sorted(folder.glob("input_*.pb")):
+        number = file.stem.removeprefix("input_")
+        if not number.isdigit():
+            continue
+        tensor = onnx.TensorProto()
+        try:
+            tensor.ParseFromString(file.read_bytes())
+            value = onnx.numpy_helper.to_array(tensor)
+        except (DecodeError, ValueError, TypeError, OSError, KeyError) as error:
+            raise CalibrationError(f"{file}: is not a readable ONNX tensor.") from error
+        at = int(number)
+        arrays[tensor.name if tensor.name in inputs else inputs[at] if at < len(inputs) else tensor.name] = value
+    return _in_memory(str(folder), arrays)
+
+
+def _in_memory(where: str, arrays: Arrays) -> _Shard:
+    for name, value in arrays.items():
+        if value.dtype.hasobject and not all(isinstance(item, str) for item in value.flat):
+            raise CalibrationError(f"{where}: array {name!r} holds Python objects; give plain numbers.")
+    headers = {name: _Header(value.dtype, value.shape) for name, value in arrays.items()}
+    return _Shard(where, headers, lambda: arrays)
+
+
+def _feeds(source: Any, where: str) -> Iterator[Mapping[str, Any]]:
+    """Dicts of arrays from an iterable, a generator, or an object with `get_next()` that ends with None."""
+    if hasattr(source, "get_next"):
+        yield from iter(source.get_next, None)
+        return
+    if isinstance(source, Mapping):
+        yield source
+        return
+    if not isinstance(source, Iterable):
+        raise CalibrationError(f"{where}: expected dicts of arrays by input name, found {type(source).__name__}.")
+    yield from source
+
+
+def _spooled(feeds: Iterator[Mapping[str, Any]], where: str, folder: Path, max_samples: int | None) -> list[_Shard]:
+    """Write what a generator yields to disk; dicts of the same layout follow each other in one shard."""
+    runs: list[_Spool] = []
+    count = 0
+    try:
+        for number in itertools.count():
+            try:
+                item = next(feeds)
+            except StopIteration:
+                break
+            except CalibrationError:
+                raise
+            except Exception as error:
+                raise CalibrationError(f"{where}: failed after {number} item(s): {error}") from error
+            if not isinstance(item, Mapping):
+                raise CalibrationError(
+                    f"{where}: item {number} is a {type(item).__name__}, not a dict of arrays by input name."
+                )
+            arrays = {str(name): np.asarray(value) for name, value in item.items()}
+            for name, value in arrays.items():
+                if value.dtype.hasobject:
+                    raise CalibrationError(f"{where}: array {name!r} of item {number} holds Python objects.")
+            if not runs or not runs[-1].takes(arrays):
+                if runs:
+                    runs[-1].close()
+                runs.append(_Spool(folder, len(runs), arrays))
+            runs[-1].write(arrays)
+            count += max((len(value) for value in arrays.values() if value.ndim), default=1)
+            if max_samples is not None and count >= max_samples:
+                break
+    finally:
+        if runs:
+            runs[-1].close()
+    if not runs:
+        raise CalibrationError(f"{where}: yields nothing; give at least {LEAST_SAMPLES} samples.")
+    return [spool.shard(where) for spool in runs]
+
+
+class _Spool:
+    """Files that arrays of one layout are appended to; scalars must be the same every time."""
+
+    def __init__(self, folder: Path, number: int, arrays: Arrays) -> None:
+        self._layout = self._of(arrays)
+        self._paths = {name: folder / f"spool_{number}_{place}.bin" for place, name in enumerate(arrays)}
+        self._files: dict[str, BinaryIO] = {name: path.open("wb") for name, path in self._paths.items()}
+        self._rows = dict.fromkeys(arrays, 0)
+
+    @staticmethod
+    def _of(arrays: Arrays) -> dict[str, tuple[np.dtype[Any], tuple[int, ...], bool]]:
+        return {name: (value.dtype, value.shape[1:], value.ndim > 0) for name, value in arrays.items()}
+
+    def takes(self, arrays: Arrays) -> bool:
+        return self._of(arrays) == self._layout and all(value.ndim for value in arrays.values())
+
+    def write(self, arrays: Arrays) -> None:
+        for name, value in arrays.items():
+            self._files[name].write(np.ascontiguousarray(value).tobytes())
+            self._rows[name] += len(value) if value.ndim else 0
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def shard(self, where: str) -> _Shard:
+        headers = {
+            name: _Header(dtype, (self._rows[name], *rest) if ranked else ())
+            for name, (dtype, rest, ranked) in self._layout.items()
+        }
+
+        def read() -> Arrays:
+            return {
+                name: np.memmap(self._paths[name], header.dtype, "r", shape=header.shape)
+                if int(np.prod(header.shape))
+                else np.zeros(header.shape, header.dtype)
+                for name, header in headers.items()
+            }
+
+        return _Shard(where, headers, read)
+
+
+def load_function(text: str, flag: str) -> Callable[..., Any]:
+    """Load the function that `FILE.py:FUNC` names.
+
+    Args:
+        text: what the user wrote.
+        flag: the option it was given to, for messages.
+
+    Raises:
+        UsageError: the file or the function is not there, or the file fails to load.
+    """
+    path, _, name = text.rpartition(":")
+    if not path or not name.isidentifier() or not Path(path).is_file():
+        raise UsageError(f"{flag} takes FILE.py:FUNC with an existing file, not {text!r}.")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"{flag}: {path} is not a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UsageError(f"{flag}: {path} cannot be loaded: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UsageError(f"{flag}: {path} has no function {name!r}.")
+    return function  # type: ignore[no-any-return]

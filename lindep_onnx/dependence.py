@@ -1,0 +1,626 @@
+"""Linear dependence between the features of a site: what can go, in which order, and what makes up for it.
+
+Notation. A site multiplies rows z of F features by weights w. `G` (F x F) is the second moment of z per row, about
+the mean where the site can absorb a constant. `A` (F x F) is the sum of w w' over outputs and taps. Features R are
+removed, K are kept, and z_R is replaced by T' z_K; T is the *fold*, and the weights become W_K + W_R T'. The added
+squared error is
+
+    E || W_R (z_R - T' z_K) ||^2 = tr(S A_RR),    S = second moment of z_R - T' z_K,
+
+which the least-squares fold T = G_KK^-1 G_KR makes as small as it can be. With H = G^-1 that minimum is
+tr(A_RR (H_RR)^-1) (the Schur complement of G_KK in G is the inverse of H_RR).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.linalg
+from numpy.typing import NDArray
+
+__all__ = [
+    "Collinear",
+    "Elimination",
+    "LosslessRemoval",
+    "SiteProblem",
+    "choose_ridge",
+    "collinear_classes",
+    "eliminate",
+    "fold",
+    "lossless_removals",
+    "removal_cost",
+]
+
+Matrix = NDArray[np.float64]
+Least = Sequence[tuple[NDArray[np.int64], int]]
+
+#: Ridge, relative to unit second moments, that keeps the inverse finite where features are exactly dependent. It adds
+#: `ridge` times a feature's own share to its cost: 1e-13 is an error of 3e-7, far below what counts as lossless.
+EXACT_RIDGE = 1e-13
+#: 1 - |cosine| below which two features are multiples of each other: a relative difference of 1.4e-5.
+COLLINEAR = 1e-10
+#: Folds with larger coefficients, in units of standard deviations, amplify rounding: they are solved with a cut-off.
+LARGEST_COEFFICIENT = 1e4
+#: Eigenvalues below this share of the largest one are noise.
+CUTOFF = 1e-12
+
+NONE, CONSTANT, COLLINEAR_KIND, JOINT = range(4)
+
+
+@dataclass(frozen=True)
+class SiteProblem:
+    """The least-squares problem of one site.
+
+    Attributes:
+        gram: (F, F) G of the fit samples.
+        holdout: (F, F) the same of unseen samples; None if there are none.
+        outer: (F, F) A.
+        unit: (F,) which unit each feature belongs to; -1 for features that stay. The features of a unit go together.
+        energy: mean square of the centred output of the site; errors are sqrt(cost / energy).
+        joint: whether there are rows enough to believe a dependence on several features.
+    """
+
+    gram: Matrix
+    holdout: Matrix | None
+    outer: Matrix
+    unit: NDArray[np.int64]
+    energy: float
+    joint: bool
+
+
+@dataclass(frozen=True)
+class Elimination:
+    """An order in which units can go.
+
+    Attributes:
+        order: (R,) units.
+        cost: (R,) squared relative error summed over the sites, on the fit samples, once the unit and all before it
+            are gone and the survivors are refitted.
+    """
+
+    order: NDArray[np.int64]
+    cost: NDArray[np.float64]
+
+
+# ---- elimination -----------------------------------------------------------------------------------------------
+
+
+def eliminate(
+    sites: Sequence[SiteProblem],
+    units: int,
+    *,
+    candidates: NDArray[np.bool_],
+    gain: NDArray[np.float64] | None = None,
+    limit: int | None = None,
+    stop: float | None = None,
+    ridge: float = 1e-10,
+    block: int = 64,
+    minimum_kept: Least = (),
+) -> Elimination:
+    """Remove units one by one, always the one that costs least for its gain, with all survivors refitted each time.
+
+    The cost of a unit is exact for least squares: the sum over its sites of tr(A_JJ (H_JJ)^-1) / energy for its
+    features J, with A and H of what is left. After a removal, with P = H_KJ (H_JJ)^-1 and Q = A_KJ - P A_JJ / 2,
+
+        H <- H - P H_JJ P',    A <- A - P Q' - Q P'.
+
+    These updates are delayed: only the columns that a step needs and the diagonal blocks are kept current, and every
+    `block` columns the whole is updated at once, matrix by matrix.
+
+    Args:
+        sites: the problems, which share units.
+        units: number of units.
+        candidates: (units,) bool, which may go.
+        gain: (units,) what removing a unit saves; all alike by default.
+        limit: stop after so many removals.
+        stop: stop before the summed cost passes this.
+        ridge: relative to unit second moments.
+        block: delayed columns.
+        minimum_kept: sets of units of which so many must survive.
+    """
+    states = [_State(site, ridge, block) for site in sites]
+    gain = np.ones(units) if gain is None else gain
+    guard = _Guard(units, minimum_kept)
+    allowed = candidates.copy()
+    price = np.zeros(units)
+    for state in states:
+        price[state.units] += state.cost
+    order: list[int] = []
+    cost: list[float] = []
+    spent = 0.0
+    while limit is None or len(order) < limit:
+        open_units = allowed & guard.free
+        if not open_units.any():
+            break
+        unit = int(np.argmin(np.where(open_units, price / gain, np.inf)))
+        if stop is not None and spent + price[unit] > stop:
+            break
+        spent += max(float(price[unit]), 0.0)
+        order.append(unit)
+        cost.append(spent)
+        allowed[unit] = False
+        guard.remove(unit)
+        for state in states:
+            if unit in state.place:
+                state.remove(unit)
+        price = np.zeros(units)
+        for state in states:
+            price[state.units] += state.cost
+    return Elimination(np.array(order, dtype=np.int64), np.array(cost))
+
+
+class _Guard:
+    """Keeps count of how many units of each set survive."""
+
+    def __init__(self, units: int, least: Least) -> None:
+        self.free = np.ones(units, dtype=bool)
+        self._sets = [(np.asarray(members), bound) for members, bound in least]
+        self._left = [len(members) - bound for members, bound in self._sets]
+        self._of: dict[int, list[int]] = {}
+        for number, (members, _) in enumerate(self._sets):
+            for unit in members.tolist():
+                self._of.setdefault(unit, []).append(number)
+            if self._left[number] <= 0:
+                self.free[members] = False
+
+    def remove(self, unit: int) -> None:
+        for number in self._of.get(unit, ()):
+            self._left[number] -= 1
+            if self._left[number] <= 0:
+                self.free[self._sets[number][0]] = False
+
+
+class _State:
+    """H and A of one site while units go, in coordinates in which every live feature has unit second moment.
+
+    Attributes:
+        units: (U,) the units at this site.
+        place: position of each unit in `units`.
+        cost: (U,) current cost of removing each, over energy.
+    """
+
+    def __init__(self, site: SiteProblem, ridge: float, block: int) -> None:
+        scale = np.sqrt(np.maximum(np.diagonal(site.gram), 0.0))
+        live = scale > 0
+        divisor = np.where(live, scale, 1.0)
+        gram = site.gram / np.outer(divisor, divisor)
+        gram[~live] = 0.0
+        gram[:, ~live] = 0.0
+        np.fill_diagonal(gram, 1.0)
+        self._inverse = _regular_inverse(gram, ridge)
+        self._outer = site.outer * np.outer(scale, scale) / site.energy
+        self.units = np.unique(site.unit[site.unit >= 0])
+        self.place = {unit: index for index, unit in enumerate(self.units.tolist())}
+        self._slots = _slots(site.unit, self.units)
+        self._block = block
+        size, width = len(scale), self._slots.shape[1]
+        self._pending = [np.zeros((size, block + width)) for _ in range(3)]
+        self._used = 0
+        self._diagonal_blocks()
+        self._price()
+
+    def _diagonal_blocks(self) -> None:
+        # Slots beyond a unit's features point at a feature that does not exist: an identity that costs nothing.
+        index = np.where(self._slots < 0, 0, self._slots)
+        rows, columns = index[:, :, None], index[:, None, :]
+        real = (self._slots >= 0)[:, :, None] & (self._slots >= 0)[:, None, :]
+        identity = np.eye(self._slots.shape[1])
+        self._inverse_blocks = np.where(real, self._inverse[rows, columns], identity)
+        self._outer_blocks = np.where(real, self._outer[rows, columns], 0.0)
+
+    def _price(self) -> None:
+        if self._slots.shape[1] == 1:
+            cost = self._outer_blocks[:, 0, 0] / self._inverse_blocks[:, 0, 0]
+        else:
+            cost = np.trace(np.linalg.solve(self._inverse_blocks, self._outer_blocks), axis1=1, axis2=2)
+        self.cost = np.maximum(cost, 0.0)
+
+    def remove(self, unit: int) -> None:
+        where = self.place[unit]
+        slots = self._slots[where]
+        own = slots[slots >= 0]
+        count = len(own)
+        p, pb, q = (pending[:, : self._used] for pending in self._pending)
+        inverse = self._inverse[:, own] - pb @ p[own].T
+        outer = self._outer[:, own] - p @ q[own].T - q @ p[own].T
+        inner = inverse[own]
+        new_p = inverse / inner[0, 0] if count == 1 else np.linalg.solve(inner.T, inverse.T).T
+        new_q = outer - 0.5 * new_p @ outer[own]
+        new_pb = new_p @ inner
+        for matrix in (new_p, new_q, new_pb):
+            matrix[own] = 0.0
+        span = slice(self._used, self._used + count)
+        for pending, column in zip(self._pending, (new_p, new_pb, new_q), strict=True):
+            pending[:, span] = column
+        self._used += count
+
+        index = np.where(self._slots < 0, 0, self._slots)
+        real = (self._slots >= 0)[:, :, None]
+        at_p, at_pb, at_q = (np.where(real, column[index], 0.0) for column in (new_p, new_pb, new_q))
+        across = at_p @ at_q.transpose(0, 2, 1)
+        self._inverse_blocks -= at_pb @ at_p.transpose(0, 2, 1)
+        self._outer_blocks -= across + across.transpose(0, 2, 1)
+        width = self._slots.shape[1]
+        self._inverse_blocks[where], self._outer_blocks[where] = np.eye(width), 0.0
+        self._slots[where] = -1
+        if self._used >= self._block:
+            self._flush()
+        self._price()
+
+    def _flush(self) -> None:
+        """Apply all delayed updates, and refresh the diagonal blocks from the result."""
+        p, pb, q = (pending[:, : self._used] for pending in self._pending)
+        self._inverse -= pb @ p.T
+        across = p @ q.T
+        self._outer -= across + across.T
+        self._used = 0
+        self._diagonal_blocks()
+
+
+def _slots(unit: NDArray[np.int64], units: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(U, m) features of each unit, filled up with -1."""
+    order = np.argsort(unit, kind="stable")
+    order = order[unit[order] >= 0]
+    if not len(units):
+        return np.empty((0, 1), dtype=np.int64)
+    counts = np.unique(unit[order], return_counts=True)[1]
+    slots = np.full((len(units), int(counts.max())), -1, dtype=np.int64)
+    rows = np.repeat(np.arange(len(units)), counts)
+    starts = np.repeat(np.cumsum(counts) - counts, counts)
+    slots[rows, np.arange(len(order)) - starts] = order
+    return slots
+
+
+def _regular_inverse(gram: Matrix, ridge: float) -> Matrix:
+    """(G + ridge I)^-1; the ridge grows until rounding no longer makes G indefinite."""
+    while True:
+        regular = gram.copy()
+        regular[np.diag_indices_from(regular)] += ridge
+        factor, info = scipy.linalg.lapack.dpotrf(regular, lower=True, overwrite_a=True)
+        if info == 0:
+            inverse, info = scipy.linalg.lapack.dpotri(factor, lower=True, overwrite_c=True)
+        if info == 0:
+            lower = np.tril(inverse)
+            return np.asarray(lower + np.tril(lower, -1).T)
+        ridge = max(ridge * 10.0, 1e-14)
+
+
+# ---- folds -----------------------------------------------------------------------------------------------------
+
+
+def fold(gram: Matrix, kept: NDArray[np.bool_], *, ridge: float = 0.0) -> Matrix:
+    """The T (kept x removed) that makes E || z_R - T' z_K ||^2 smallest.
+
+    Columns are scaled to unit second moment first. Without a ridge the normal equations are solved as they are
+    (Cholesky); where they are singular, or the solution has huge coefficients, eigenvalues below a cut-off are left
+    out.
+
+    Args:
+        gram: (F, F) G.
+        kept: (F,) bool.
+        ridge: relative to unit second moments.
+    """
+    scale = np.sqrt(np.maximum(np.diagonal(gram), 0.0))
+    divisor = np.where(scale > 0, scale, 1.0)
+    scaled = gram / np.outer(divisor, divisor)
+    live = np.flatnonzero(kept & (scale > 0))
+    gone = np.flatnonzero(~kept)
+    result = np.zeros((len(scale), len(gone)))
+    if len(live) and len(gone):
+        left, right = scaled[np.ix_(live, live)].copy(), scaled[np.ix_(live, gone)]
+        left[np.diag_indices_from(left)] += ridge
+        solution = _solve(left, right)
+        result[live] = solution / divisor[live, None] * scale[None, gone]
+    return result[kept]
+
+
+def _solve(left: Matrix, right: Matrix) -> Matrix:
+    try:
+        solution = scipy.linalg.cho_solve(scipy.linalg.cho_factor(left, lower=True), right)
+        if np.isfinite(solution).all() and np.abs(solution).max() <= LARGEST_COEFFICIENT:
+            return np.asarray(solution)
+    except scipy.linalg.LinAlgError:
+        pass
+    values, vectors = scipy.linalg.eigh(left)
+    large = values > CUTOFF * values[-1]
+    chosen = vectors[:, large]
+    return np.asarray(chosen @ ((chosen.T @ right) / values[large, None]))
+
+
+def residual_moments(gram: Matrix, kept: NDArray[np.bool_], matrix: Matrix) -> Matrix:
+    """(removed, removed) second moments of z_R - T' z_K, under any Gram matrix."""
+    cross = gram[np.ix_(kept, ~kept)]
+    product = matrix.T @ cross
+    inner = gram[np.ix_(~kept, ~kept)] - product - product.T + matrix.T @ gram[np.ix_(kept, kept)] @ matrix
+    return np.asarray(inner)
+
+
+def removal_cost(gram: Matrix, outer: Matrix, kept: NDArray[np.bool_], matrix: Matrix) -> float:
+    """tr(S A_RR): the added squared error of a fold, fitted to this Gram matrix or to another."""
+    residual = residual_moments(gram, kept, matrix)
+    return max(0.0, float(np.sum(residual * outer[np.ix_(~kept, ~kept)])))
+
+
+def choose_ridge(
+    site: SiteProblem,
+    kept: NDArray[np.bool_],
+    grid: Sequence[float] = (0.0, 1e-10, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1),
+) -> tuple[float, Matrix]:
+    """The ridge whose fold, fitted to the fit samples, costs least on unseen ones; the smaller one of equals."""
+    judge = site.gram if site.holdout is None else site.holdout
+    best: tuple[float, float, Matrix] | None = None
+    for ridge in grid if site.holdout is not None else grid[:1]:
+        matrix = fold(site.gram, kept, ridge=ridge)
+        cost = removal_cost(judge, site.outer, kept, matrix)
+        if best is None or cost < best[0] * (1 - 1e-9):
+            best = cost, ridge, matrix
+    if best is None:
+        raise ValueError("an empty grid of ridges")
+    return best[1], best[2]
+
+
+# ---- exact dependence ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Collinear:
+    """Classes of features that are multiples of each other.
+
+    Attributes:
+        label: (F,) class of each feature, named by its lowest member; -1 for features that are zero.
+        scale: (F,) each feature is this times the representative of its class.
+    """
+
+    label: NDArray[np.int64]
+    scale: NDArray[np.float64]
+
+
+def collinear_classes(gram: Matrix, holdout: Matrix | None, *, tolerance: float = COLLINEAR) -> Collinear:
+    """Find features that are multiples of others on the fit samples and stay so, by the same factor, on unseen ones.
+
+    Every member is compared with the representative itself, so that small differences do not add up along a chain.
+
+    Args:
+        gram: (F, F) G of the fit samples.
+        holdout: (F, F) of unseen samples, None to do without.
+        tolerance: largest 1 - |cosine|.
+    """
+    size = len(gram)
+    second = np.maximum(np.diagonal(gram), 0.0)
+    live = second > 0
+    divisor = np.sqrt(np.where(live, second, 1.0))
+    close = np.abs(gram) >= (1.0 - tolerance) * np.outer(divisor, divisor)
+    close &= live[:, None] & live
+    with np.errstate(invalid="ignore"):
+        factor = np.where(close, gram / np.where(live, second, 1.0)[:, None], 0.0)  # z_j = factor_ij z_i
+    if holdout is not None:
+        unseen = np.maximum(np.diagonal(holdout), 0.0)
+        other = factor**2 * unseen[:, None]
+        residual = unseen[None, :] - 2.0 * factor * holdout + other
+        close &= residual <= 4.0 * tolerance * np.maximum(unseen[None, :], other)
+    np.fill_diagonal(close, live)
+    label = np.where(live, close.argmax(axis=0), -1)
+    followers = live & (label[label] != label)  # close to a feature that is itself a multiple of an earlier one
+    label[followers] = np.flatnonzero(followers)
+    scale = np.where(live, factor[np.where(live, label, 0), np.arange(size)], 0.0)
+    scale[label == np.arange(size)] = 1.0
+    return Collinear(label, scale)
+
+
+@dataclass(frozen=True)
+class LosslessRemoval:
+    """What can go without a trace.
+
+    Attributes:
+        removed: (units,) bool.
+        kind: (units,) 0 kept, 1 constant, 2 a multiple of another, 3 a combination of several.
+        folds: for each site, T (kept x removed features).
+    """
+
+    removed: NDArray[np.bool_]
+    kind: NDArray[np.int8]
+    folds: tuple[Matrix, ...]
+
+
+def lossless_removals(
+    sites: Sequence[SiteProblem],
+    units: int,
+    *,
+    candidates: NDArray[np.bool_],
+    constant: NDArray[np.bool_] | None = None,
+    tolerance: float = 1e-5,
+    minimum_kept: Least = (),
+) -> LosslessRemoval:
+    """Remove everything that is constant, a multiple of another feature, or a combination of several, in this order.
+
+    Dependence on one feature shows in few rows; dependence on several needs many (`SiteProblem.joint`), or a full solve
+    finds it everywhere. All removals together may add at most `tolerance` at any site, on fit and on unseen samples.
+
+    Args:
+        sites: the problems, which share units.
+        units: number of units.
+        candidates: (units,) bool, which may go.
+        constant: (units,) bool, which may go because they are zero; all candidates by default.
+        tolerance: RMS relative error allowed at each site.
+        minimum_kept: sets of units of which so many must survive.
+    """
+    search = _Search(sites, units, tolerance, minimum_kept)
+    search.remove_constant(candidates if constant is None else candidates & constant)
+    search.remove_collinear(candidates)
+    search.restore_offenders()
+    search.remove_joint(candidates)
+    return LosslessRemoval(search.kind > 0, search.kind, tuple(search.folds()))
+
+
+class _Search:
+    """The state of `lossless_removals`: which units went, and as what."""
+
+    def __init__(self, sites: Sequence[SiteProblem], units: int, tolerance: float, least: Least) -> None:
+        self.sites = sites
+        self.kind = np.zeros(units, dtype=np.int8)
+        self._tolerance = tolerance
+        self._least = least
+        self._classes = [collinear_classes(site.gram, site.holdout) for site in sites]
+        self._zero = [
+            (np.diagonal(site.gram) == 0) & (True if site.holdout is None else np.diagonal(site.holdout) == 0)
+            for site in sites
+        ]
+
+    def _bounded(self) -> _Guard:
+        guard = _Guard(len(self.kind), self._least)
+        for unit in np.flatnonzero(self.kind):
+            guard.remove(int(unit))
+        return guard
+
+    def remove_constant(self, allowed: NDArray[np.bool_]) -> None:
+        silent = allowed.copy()
+        for site, zero in zip(self.sites, self._zero, strict=True):
+            silent[site.unit[(site.unit >= 0) & ~zero]] = False
+        guard = self._bounded()
+        for unit in np.flatnonzero(silent)[::-1]:
+            if guard.free[unit]:
+                guard.remove(int(unit))
+                self.kind[unit] = CONSTANT
+
+    def remove_collinear(self, allowed: NDArray[np.bool_]) -> None:
+        guard = self._bounded()
+        # How many features of each class are left, at each site, and which features a unit has there.
+        left, owned = [], []
+        for site, classes in zip(self.sites, self._classes, strict=True):
+            gone = np.append(self.kind > 0, False)[site.unit]
+            alive = (classes.label >= 0) & ~gone
+            left.append(np.bincount(classes.label[alive], minlength=len(site.unit)))
+            features: dict[int, list[int]] = {}
+            for feature, unit in enumerate(site.unit.tolist()):
+                if unit >= 0:
+                    features.setdefault(unit, []).append(feature)
+            owned.append(features)
+        several = self._has_partner(left)
+        for unit in np.flatnonzero(allowed & several & (self.kind == 0))[::-1].tolist():
+            if guard.free[unit] and self._replaceable(unit, left, owned):
+                guard.remove(unit)
+                self.kind[unit] = COLLINEAR_KIND
+                for counts, classes, features in zip(left, self._classes, owned, strict=True):
+                    for feature in features.get(unit, ()):
+                        if classes.label[feature] >= 0:
+                            counts[classes.label[feature]] -= 1
+
+    def _has_partner(self, left: Sequence[NDArray[np.int64]]) -> NDArray[np.bool_]:
+        """Units of which no feature at any site is alone in its class."""
+        possible = np.ones(len(self.kind), dtype=bool)
+        for site, classes, zero, counts in zip(self.sites, self._classes, self._zero, left, strict=True):
+            single = (classes.label >= 0) & (counts[classes.label] < 2)
+            single |= (classes.label < 0) & ~zero
+            possible[site.unit[single & (site.unit >= 0)]] = False
+        return possible
+
+    def _replaceable(self, unit: int, left: Sequence[NDArray[np.int64]], owned: Sequence[dict[int, list[int]]]) -> bool:
+        for counts, classes, features in zip(left, self._classes, owned, strict=True):
+            own = [int(classes.label[feature]) for feature in features.get(unit, ())]
+            if any(label >= 0 and counts[label] - own.count(label) < 1 for label in own):
+                return False
+        return True
+
+    def restore_offenders(self) -> None:
+        """Put back whatever adds too much error on fit or unseen samples, the worst first."""
+        while True:
+            worst, blamed = self._tolerance**2, -1
+            for number, site in enumerate(self.sites):
+                kept = self._kept(number)
+                if kept.all():
+                    continue
+                matrix = self._fold(number, kept)
+                for gram in (site.gram, site.holdout):
+                    if gram is None:
+                        continue
+                    residual = residual_moments(gram, kept, matrix) * site.outer[np.ix_(~kept, ~kept)]
+                    if residual.sum() / site.energy > worst:
+                        worst = residual.sum() / site.energy
+                        blamed = int(site.unit[~kept][np.argmax(np.diagonal(residual))])
+            if blamed < 0:
+                return
+            self.kind[blamed] = NONE
+
+    def remove_joint(self, candidates: NDArray[np.bool_]) -> None:
+        allowed = candidates & (self.kind == 0)
+        for site in self.sites:
+            if not site.joint:
+                allowed[site.unit[site.unit >= 0]] = False
+        if not allowed.any():
+            return
+        reduced = [self._reduced(number) for number in range(len(self.sites))]
+        least = [(members[self.kind[members] == 0], bound) for members, bound in self._least if bound > 0]
+        order = eliminate(
+            reduced,
+            len(self.kind),
+            candidates=allowed,
+            stop=len(self.sites) * self._tolerance**2,
+            ridge=EXACT_RIDGE,
+            minimum_kept=least,
+        ).order
+        before = self.kind.copy()
+        low, high = 0, len(order)  # order[:low] is known to pass
+        while low < high:
+            middle = (low + high + 1) // 2
+            self.kind = before.copy()
+            self.kind[order[:middle]] = JOINT
+            if self._passes():
+                low = middle
+            else:
+                high = middle - 1
+        self.kind = before
+        self.kind[order[:low]] = JOINT
+
+    def _reduced(self, number: int) -> SiteProblem:
+        """The problem of what is left of a site, with the weight of what went folded in."""
+        site, kept = self.sites[number], self._kept(number)
+        matrix = self._fold(number, kept)
+        cross = matrix @ site.outer[np.ix_(~kept, kept)]
+        outer = site.outer[np.ix_(kept, kept)] + cross + cross.T
+        outer += matrix @ site.outer[np.ix_(~kept, ~kept)] @ matrix.T
+        holdout = None if site.holdout is None else site.holdout[np.ix_(kept, kept)]
+        return SiteProblem(site.gram[np.ix_(kept, kept)], holdout, outer, site.unit[kept], site.energy, site.joint)
+
+    def _passes(self) -> bool:
+        for number, site in enumerate(self.sites):
+            kept = self._kept(number)
+            if kept.all():
+                continue
+            matrix = self._fold(number, kept)
+            for gram in (site.gram, site.holdout):
+                if gram is not None:
+                    cost = removal_cost(gram, site.outer, kept, matrix)
+                    if cost > self._tolerance**2 * site.energy:
+                        return False
+        return True
+
+    def _kept(self, number: int) -> NDArray[np.bool_]:
+        return np.asarray(~np.append(self.kind > 0, False)[self.sites[number].unit])
+
+    def folds(self) -> list[Matrix]:
+        """T of every site."""
+        return [self._fold(number, self._kept(number)) for number in range(len(self.sites))]
+
+    def _fold(self, number: int, kept: NDArray[np.bool_]) -> Matrix:
+        """Zero for constants, the partner alone for multiples, least squares for combinations."""
+        site, classes = self.sites[number], self._classes[number]
+        full = np.zeros((len(kept), len(kept)))  # column j: what makes up for feature j
+        kinds = np.append(self.kind, 0)[site.unit]
+        full[kept, kept] = 1.0
+        joint = kinds == JOINT
+        if joint.any():
+            base = kept | joint
+            inner = fold(site.gram[np.ix_(base, base)], kept[base])
+            full[np.ix_(kept, joint)] = inner
+        # The first survivor of each class answers for the others; next best is one that is a combination itself.
+        for own in (kept | joint,):
+            first = np.full(len(kept), -1)
+            alive = np.flatnonzero(own & (classes.label >= 0))[::-1]
+            first[classes.label[alive]] = alive
+        for feature in np.flatnonzero((kinds == COLLINEAR_KIND) & (classes.label >= 0)).tolist():
+            partner = first[classes.label[feature]]
+            ratio = classes.scale[feature] / classes.scale[partner]
+            full[:, feature] = ratio * full[:, partner]
+        return full[np.ix_(kept, ~kept)]

@@ -1,0 +1,163 @@
+"""Mergeable moments of activations: what calibration keeps instead of the activations themselves."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg.blas import dsyrk
+
+from lindep_onnx.errors import CalibrationError, OutputError
+
+__all__ = ["Moments", "MomentsAccumulator", "load_moments", "save_moments"]
+
+#: Rows of one sample are alike: so many of them count, at most, as evidence.
+ROWS_PER_SAMPLE = 16
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over the rows of Z (rows x F features).
+
+    Attributes:
+        rows: number of rows.
+        samples: number of samples the rows come from.
+        effective_rows: rows, but at most 16 for each sample.
+        sum: (F,) float64 column sums.
+        gram: (F, F) float64 uncentred second moments Z'Z.
+        low: (F,) smallest value.
+        high: (F,) largest value.
+        active: (F,) int64, number of samples with a value other than zero.
+    """
+
+    rows: int
+    samples: int
+    effective_rows: float
+    sum: NDArray[np.float64]
+    gram: NDArray[np.float64]
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+    active: NDArray[np.int64]
+
+    @property
+    def mean(self) -> NDArray[np.float64]:
+        """(F,) column means."""
+        return self.sum / max(1, self.rows)
+
+    def merge(self, other: Moments) -> Moments:
+        """Moments of the rows of both."""
+        return Moments(
+            rows=self.rows + other.rows,
+            samples=self.samples + other.samples,
+            effective_rows=self.effective_rows + other.effective_rows,
+            sum=self.sum + other.sum,
+            gram=self.gram + other.gram,
+            low=np.minimum(self.low, other.low),
+            high=np.maximum(self.high, other.high),
+            active=self.active + other.active,
+        )
+
+    def about(self, center: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(F, F) second moments per row about `center`: E z z' - c m' - m c' + c c'."""
+        cross = np.outer(center, self.mean)
+        return np.asarray(self.gram / max(1, self.rows) - cross - cross.T + np.outer(center, center))
+
+
+class MomentsAccumulator:
+    """Takes batches of rows and adds them up in float64.
+
+    Args:
+        features: F, the number of columns.
+    """
+
+    def __init__(self, features: int) -> None:
+        self._rows = self._samples = 0
+        self._effective = 0.0
+        self._sum = np.zeros(features)
+        self._gram = np.zeros((features, features), order="F")
+        self._low, self._high = np.full(features, np.inf), np.full(features, -np.inf)
+        self._active = np.zeros(features, dtype=np.int64)
+
+    def update(self, rows: NDArray[Any]) -> None:
+        """Add rows.
+
+        Args:
+            rows: (S, P, F) array: P rows of each of S samples.
+
+        Raises:
+            CalibrationError: a value is NaN or infinite.
+        """
+        samples, positions, features = rows.shape
+        # float32 products would lose the rank of the Gram matrix.
+        flat = np.ascontiguousarray(rows, dtype=np.float64).reshape(-1, features)
+        if not len(flat):
+            return
+        low, high = flat.min(axis=0), flat.max(axis=0)
+        if not (np.isfinite(low).all() and np.isfinite(high).all()):
+            raise CalibrationError("An activation is NaN or infinite.")
+        # The transpose of a C-ordered array is F-ordered: BLAS takes it as it is.
+        self._gram = dsyrk(1.0, flat.T, beta=1.0, c=self._gram, overwrite_c=True, lower=True)
+        self._sum += flat.sum(axis=0)
+        np.minimum(self._low, low, out=self._low)
+        np.maximum(self._high, high, out=self._high)
+        self._active += (rows != 0).any(axis=1).sum(axis=0)
+        self._rows += len(flat)
+        self._samples += samples
+        self._effective += samples * min(positions, ROWS_PER_SAMPLE)
+
+    def result(self) -> Moments:
+        """Everything added so far."""
+        lower = np.tril(self._gram)
+        return Moments(
+            rows=self._rows,
+            samples=self._samples,
+            effective_rows=self._effective,
+            sum=self._sum.copy(),
+            gram=np.ascontiguousarray(lower + np.tril(lower, -1).T),
+            low=self._low.copy(),
+            high=self._high.copy(),
+            active=self._active.copy(),
+        )
+
+
+_FIELDS = ("sum", "gram", "low", "high", "active")
+
+
+def save_moments(path: Path, named: Mapping[str, Moments]) -> None:
+    """Write moments to one `.npz`.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    arrays: dict[str, NDArray[Any]] = {"names": np.array(list(named), dtype=np.str_)}
+    for number, moments in enumerate(named.values()):
+        arrays[f"{number}.counts"] = np.array([moments.rows, moments.samples, moments.effective_rows])
+        arrays.update({f"{number}.{field}": getattr(moments, field) for field in _FIELDS})
+    try:
+        with path.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error}).") from error
+
+
+def load_moments(path: Path) -> dict[str, Moments]:
+    """Read what `save_moments` wrote.
+
+    Raises:
+        CalibrationError: the file is missing or damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            result = {}
+            for number, name in enumerate(data["names"].tolist()):
+                rows, samples, effective = data[f"{number}.counts"].tolist()
+                fields = {field: data[f"{number}.{field}"] for field in _FIELDS}
+                result[name] = Moments(int(rows), int(samples), float(effective), **fields)
+            return result
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise CalibrationError(f"{path}: is not a readable file of moments ({error}).") from error

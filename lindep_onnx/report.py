@@ -1,0 +1,659 @@
+"""What a run did and measured: plain values that are the JSON report, and three ways to show them.
+
+The dataclasses below are the JSON report, key by key. Names in a report come from the model file and may hold
+anything, so that every renderer treats them as hostile: no markup, no control characters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+import math
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lindep_onnx.errors import OutputError, UsageError
+from lindep_onnx.verify import OutputComparison
+
+__all__ = [
+    "BudgetReport",
+    "GroupReport",
+    "RefusalReport",
+    "Report",
+    "Size",
+    "Verification",
+    "check_path",
+    "render",
+    "write_report",
+]
+
+#: What is shown without `verbose`.
+MOST_GROUPS, MOST_REFUSALS = 12, 5
+
+#: What a user can do about each reason of a refusal.
+ADVICE: Mapping[str, str] = {
+    "computed_weight": "Fold constants before compressing, so that the weight is stored in the file.",
+    "contracted": "Nothing to do: both factors of such a product (attention scores) are data.",
+    "counted": "Export with fixed shapes, so that no Size or Shape operator counts channels at run time.",
+    "excluded": "Widen --include or drop --exclude to let these nodes take part.",
+    "frozen_input": "Nothing to do here; the channels become free where what feeds them does.",
+    "graph_output": "Nothing to do: the shapes of the outputs are part of the model.",
+    "grouped_convolution": "Nothing to do: removing a channel would leave groups of unequal size.",
+    "mixed_axis": "Nothing to do: the operator mixes all channels, so that each one changes the others.",
+    "overridable": "Take the weight out of the graph inputs, if no caller replaces it.",
+    "pad_mode": "Export with zero padding, or leave these channels as they are.",
+    "picked": "Nothing to do: a single channel that is picked out has to stay.",
+    "pool_indices": "Export without the indices of MaxPool, if nothing needs them.",
+    "repeated": "Export without Tile or Expand along the channels (broadcasting does the same).",
+    "reshape": "Export with fixed shapes, so that the Reshape can be followed.",
+    "runtime_indices": "Export with constant indices, if they do not depend on the data.",
+    "runtime_parameters": "Fold constants before compressing, so that scale and bias are stored in the file.",
+    "runtime_shape": "Export with fixed shapes, or fold constants before compressing.",
+    "runtime_weight": "Fold constants before compressing; a quantised model is best compressed before quantising.",
+    "shared_weight": "Export with a copy of the weight for each use, if the larger file is worth it.",
+    "spatial_axis": "Nothing to do: these are positions in space rather than channels.",
+    "subgraph": "Export without If, Loop or Scan around these channels, if the model allows it.",
+    "training_mode": "Export the model for inference (evaluation mode).",
+    "transposed_data": "Fold the transposition into the weight, or export without transA.",
+    "unknown_operator": "Export with standard operators (or a lower opset, which splits new ones into known ones).",
+    "unlabelled_operand": "Nothing to do here; the channels become free where the other operand does.",
+    "vector_product": "Store the vector as a matrix with one column.",
+    "weight_rank": "Export with a separate matrix for each product.",
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a model costs.
+
+    Attributes:
+        parameters: elements of floating-point tensors with more than one element.
+        macs: multiply-accumulates for one sample.
+        bytes: size of the file, weights included.
+        channels: output channels over Conv, ConvTranspose, Gemm and MatMul with constant weights.
+        latency_ms: median milliseconds of one run; None if it was not measured.
+    """
+
+    parameters: int
+    macs: int
+    bytes: int
+    channels: int
+    latency_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The result against the original, on samples that nothing was fitted to.
+
+    Attributes:
+        samples: how many were compared.
+        relative_error: worst output error, as `lindep_onnx.verify` defines it.
+        max_abs_error: largest absolute difference of a float output.
+        agreement: share of samples (0 to 1) with the same arg-max; None if no output has one.
+        passed: whether all that was asked for holds.
+        data: what the samples were, in words.
+        worst_samples: the samples that differ most, worst first.
+        outputs: one entry per output.
+    """
+
+    samples: int
+    relative_error: float
+    max_abs_error: float
+    agreement: float | None
+    passed: bool
+    data: str
+    worst_samples: tuple[int, ...] = ()
+    outputs: tuple[OutputComparison, ...] = ()
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """One group of channels that stay or go together with the same weights.
+
+    Attributes:
+        name: of the group.
+        channels_before: its channels in the original.
+        channels_after: its channels in the result.
+        error: measured error, never the surrogate; None if it was not measured.
+        proven: how many of the removed channels the weights prove redundant for all inputs.
+        sites: names of the nodes that read the group.
+        observed: how many of the removed channels are redundant on data like the calibration data.
+        kinds: removed channels by kind of redundancy.
+        note: a sentence on this group, or nothing.
+    """
+
+    name: str
+    channels_before: int
+    channels_after: int
+    error: float | None
+    proven: int
+    sites: tuple[str, ...]
+    observed: int = 0
+    kinds: Mapping[str, int] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def removed(self) -> int:
+        """Channels that went."""
+        return self.channels_before - self.channels_after
+
+
+@dataclass(frozen=True)
+class RefusalReport:
+    """Channels that were left alone.
+
+    Attributes:
+        reason: code of the reason.
+        nodes: names of the nodes that cause it.
+        channels: how many channels it costs.
+        message: the reason in words, a clause about "they", the channels.
+    """
+
+    reason: str
+    nodes: tuple[str, ...]
+    channels: int
+    message: str
+
+
+@dataclass(frozen=True)
+class BudgetReport:
+    """One budget and what became of it.
+
+    Attributes:
+        kind: its option, without dashes.
+        requested: the value asked for.
+        achieved: the value reached; None if it was not measured.
+    """
+
+    kind: str
+    requested: float
+    achieved: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything a run did and measured.
+
+    Attributes:
+        before: cost of the original.
+        after: cost of the result.
+        verification: None without unseen samples.
+        groups: in model order.
+        refusals: channels left alone.
+        budget: one entry per budget named.
+        seconds: time taken by each stage.
+        versions: of the packages that took part.
+        options: that differ from their defaults.
+        notes: sentences for the user.
+        mode: "lossless", "budgeted" or "proven".
+    """
+
+    before: Size
+    after: Size
+    verification: Verification | None
+    groups: tuple[GroupReport, ...]
+    refusals: tuple[RefusalReport, ...]
+    budget: tuple[BudgetReport, ...]
+    seconds: Mapping[str, float]
+    versions: Mapping[str, str]
+    options: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+    mode: str = "lossless"
+
+    def to_json(self) -> str:
+        """Strict JSON with sorted keys; infinity becomes the string "inf", a number that is none becomes null."""
+        return json.dumps(_plain(self), sort_keys=True, indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Read a report back; unknown keys are left out, so that a later version's report can be read.
+
+        Raises:
+            UsageError: the text is not such a report.
+        """
+        try:
+            values = json.loads(text)
+            verification = values["verification"]
+            if verification is not None:
+                outputs = tuple(_build(OutputComparison, output) for output in verification["outputs"])
+                verification = _build(Verification, {**verification, "outputs": outputs})
+            parts = {
+                "before": _build(Size, values["before"]),
+                "after": _build(Size, values["after"]),
+                "verification": verification,
+                "groups": tuple(_build(GroupReport, group) for group in values["groups"]),
+                "refusals": tuple(_build(RefusalReport, refusal) for refusal in values["refusals"]),
+                "budget": tuple(_build(BudgetReport, budget) for budget in values["budget"]),
+            }
+            report: Report = _build(cls, {**values, **parts})
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UsageError(f"This is no JSON report of lindep_onnx ({reason}); write one with --report.") from error
+        return report
+
+    @property
+    def changed(self) -> list[GroupReport]:
+        """Groups that lost channels, most first."""
+        return sorted((group for group in self.groups if group.removed), key=lambda group: -group.removed)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {entry.name: _plain(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def _build(kind: type[Any], values: Mapping[str, Any]) -> Any:
+    """An instance of a dataclass from JSON values: lists become tuples, "inf" a number where one is expected."""
+    given = {}
+    for entry in dataclasses.fields(kind):
+        if entry.name not in values:
+            continue
+        value = values[entry.name]
+        if isinstance(value, str) and "float" in str(entry.type):
+            value = float(value)
+        given[entry.name] = tuple(value) if isinstance(value, list) else value
+    return kind(**given)
+
+
+def check_path(path: Path) -> None:
+    """Find out before the work whether a report can be written.
+
+    Raises:
+        UsageError: the suffix is neither .json nor .html.
+        OutputError: the folder is missing, or cannot be written to.
+    """
+    if path.suffix.lower() not in (".json", ".html"):
+        raise UsageError(f"{path}: a report is written as .json or .html, not {path.suffix or 'without a suffix'}.")
+    if path.is_dir():
+        raise OutputError(f"{path}: is a directory; name a file to write the report to.")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: the folder {path.parent} does not exist; create it or name another.")
+    if not os.access(path.parent, os.W_OK):
+        raise OutputError(f"{path}: the folder {path.parent} cannot be written to; name another.")
+
+
+def write_report(report: Report, path: str | Path) -> None:
+    """Write a report so that `path` holds either its old content or the complete new one.
+
+    Args:
+        report: what to write.
+        path: a .json or .html file.
+
+    Raises:
+        UsageError: another suffix.
+        OutputError: the file cannot be written.
+    """
+    path = Path(path)
+    check_path(path)
+    text = report.to_json() if path.suffix.lower() == ".json" else _page(report)
+    # Not `tempfile`: its files are private to the user, and the report would stay so.
+    staged = path.with_name(f".lindep_onnx.{secrets.token_hex(8)}.tmp")
+    try:
+        try:
+            staged.write_text(text, encoding="utf-8", newline="\n")
+            staged.replace(path)
+        finally:
+            staged.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error}).") from error
+
+
+# ---------------------------------------------------------------------------------------------- words and numbers
+
+
+def _safe(text: object) -> str:
+    """Control and direction characters spelled out, so that a name cannot act on a terminal or a page."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def _share(value: float) -> str:
+    """A share of 1 in percent, never rounded up to all or down to nothing."""
+    percent = 100.0 * value if value in (0.0, 1.0) else min(max(100.0 * value, 0.01), 99.99)
+    return f"{percent:.2f}".rstrip("0").rstrip(".") + " %"
+
+
+def _error(value: float | None) -> str:
+    if value is None or math.isnan(value):
+        return ""
+    return f"{value:.2g}" if math.isfinite(value) else "infinite"
+
+
+def _bytes(count: float) -> str:
+    unit = 0
+    while count >= 1000 and unit < 4:
+        count, unit = count / 1000, unit + 1
+    return f"{count:,.0f} B" if not unit else f"{count:.3g} {('kB', 'MB', 'GB', 'TB')[unit - 1]}"
+
+
+def _totals(report: Report) -> Iterator[tuple[str, str, str, str]]:
+    """Rows of (what, before, after, change)."""
+    before, after = report.before, report.after
+    for name, attribute in (
+        ("parameters", "parameters"),
+        ("MACs", "macs"),
+        ("size", "bytes"),
+        ("channels", "channels"),
+    ):
+        old, new = getattr(before, attribute), getattr(after, attribute)
+        show = _bytes if attribute == "bytes" else "{:,}".format
+        yield name, show(old), show(new), _change(old, new)
+    if before.latency_ms is not None and after.latency_ms is not None:
+        old, new = before.latency_ms, after.latency_ms
+        yield "latency", f"{old:.3g} ms", f"{new:.3g} ms", _change(old, new)
+
+
+def _change(old: float, new: float) -> str:
+    if not old or old == new:
+        return "0 %" if old == new else ""
+    return f"{100 * (new - old) / old:+.1f} %"
+
+
+def _headline(report: Report) -> str:
+    removed = sum(group.removed for group in report.changed)
+    if removed:
+        way = {"lossless": "Lossless mode", "proven": "Proven-only mode"}.get(report.mode, "Budgeted mode")
+        channels = sum(group.channels_before for group in report.groups)
+        return f"{way}: {removed:,} of {channels:,} removable channels went, in {_many(len(report.changed), 'group')}."
+    if not report.groups:
+        held = sum(refusal.channels for refusal in report.refusals)
+        why = f"all {held:,} channels have to stay, for the reasons below" if held else "it has no channels to remove"
+    elif report.mode == "proven":
+        why = "the weights alone prove no channel redundant"
+    elif report.mode == "lossless":
+        why = "no channel is an exact combination of others on this data; a budget such as --max-error allows more"
+    else:
+        why = "no removal fits the budgets"
+    return f"Nothing was removed: {why}."
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def _verdict(report: Report) -> str:
+    found = report.verification
+    if found is None:
+        return "Not verified: there were no unseen samples to compare the two models on."
+    passed = "Verification passed" if found.passed else "VERIFICATION FAILED"
+    text = f"{passed}: on {_many(found.samples, 'sample')} ({_safe(found.data)}) "
+    text += f"the worst output error is {_error(found.relative_error)}"
+    text += f" and the largest absolute difference {_error(found.max_abs_error)}"
+    if found.agreement is not None:
+        text += f"; the arg-max agrees in {_share(found.agreement)}"
+    if not found.passed and found.worst_samples:
+        text += f". Samples that differ most: {', '.join(map(str, found.worst_samples))}"
+    return text + "."
+
+
+def _budget_lines(report: Report) -> Iterator[str]:
+    for budget in report.budget:
+        achieved = "not measured" if budget.achieved is None else f"{budget.achieved:.4g}"
+        yield f"Budget {_safe(budget.kind)}: {budget.requested:.4g} asked for, {achieved} reached."
+
+
+def _how(group: GroupReport) -> str:
+    """The kinds of redundancy of a group, in words."""
+    kinds = ", ".join(f"{count:,} {_safe(kind)}" for kind, count in sorted(group.kinds.items()) if count)
+    proven = f"{group.proven:,} proven" if group.proven else ""
+    return "; ".join(part for part in (kinds, proven, _safe(group.note)) if part)
+
+
+def _refusals(report: Report) -> list[RefusalReport]:
+    """Refusals by reason, the one that costs most channels first."""
+    by_reason: dict[str, list[RefusalReport]] = {}
+    for refusal in sorted(report.refusals, key=lambda refusal: -refusal.channels):
+        by_reason.setdefault(refusal.reason, []).append(refusal)
+    merged = [
+        RefusalReport(
+            reason,
+            tuple(dict.fromkeys(node for refusal in found for node in refusal.nodes)),
+            sum(refusal.channels for refusal in found),
+            found[0].message,
+        )
+        for reason, found in by_reason.items()
+    ]
+    return sorted(merged, key=lambda refusal: -refusal.channels)
+
+
+def _refusal_lines(refusal: RefusalReport, most_nodes: int | None) -> tuple[str, str]:
+    """What was refused and why; what to do about it."""
+    nodes = [_safe(node) for node in refusal.nodes]
+    rest = 0 if most_nodes is None else max(0, len(nodes) - most_nodes)
+    where = ", ".join(nodes[: len(nodes) - rest]) + (f" and {rest:,} more" if rest else "")
+    at = f" (at {where})" if where else ""
+    stays = "stays" if refusal.channels == 1 else "stay"
+    what = f"{_many(refusal.channels, 'channel')} {stays}: {_safe(refusal.message)}{at} [{_safe(refusal.reason)}]"
+    return what, ADVICE.get(refusal.reason, "No option changes this.")
+
+
+# ----------------------------------------------------------------------------------------------------- console
+
+
+def render(report: Report, console: Console, *, verbose: bool) -> None:
+    """Print a report for a person; readable at 80 columns.
+
+    Args:
+        report: what to print.
+        console: where to.
+        verbose: everything, instead of the groups and refusals that matter most.
+    """
+    # All text goes in as `Text`, which knows no markup: tensor names may look like it.
+    console.print(Text(_headline(report), style="bold"))
+    totals = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    totals.add_column("")
+    for title in ("before", "after", "change"):
+        totals.add_column(title, justify="right")
+    for row in _totals(report):
+        totals.add_row(*map(Text, row))
+    console.print(totals)
+
+    changed = report.changed
+    shown = changed if verbose else changed[:MOST_GROUPS]
+    if shown:
+        console.print(_group_table(shown, None if verbose else max(20, console.width - 53)))
+    if len(shown) < len(changed):
+        console.print(Text(f"... {_many(len(changed) - len(shown), 'more group')} (-v shows all)\n", style="dim"))
+
+    found = report.verification
+    style = "yellow" if found is None else "green" if found.passed else "bold red"
+    console.print(Text(_verdict(report), style=style))
+    if verbose and found is not None:
+        for output in found.outputs:
+            console.print(Text(f"  output {_safe(output.name)}: {_output_words(output)}"))
+    for line in _budget_lines(report):
+        console.print(Text(line))
+
+    refusals = _refusals(report)
+    lines = []
+    for refusal in refusals if verbose else refusals[:MOST_REFUSALS]:
+        what, advice = _refusal_lines(refusal, None if verbose else 3)
+        lines.append(Text.assemble(what, "\n", (advice, "dim")))
+    _print_list(console, "Left alone", lines)
+    if not verbose and len(refusals) > MOST_REFUSALS:
+        console.print(Text(f"... {_many(len(refusals) - MOST_REFUSALS, 'more reason')} (-v shows all)", style="dim"))
+    _print_list(console, "Notes", [Text(_safe(note)) for note in report.notes])
+
+
+def _print_list(console: Console, title: str, items: Sequence[Text]) -> None:
+    if not items:
+        return
+    grid = Table.grid(padding=(0, 1))
+    for item in items:
+        grid.add_row("-", item)
+    console.print(Text(f"\n{title}", style="bold"))
+    console.print(grid)
+
+
+def _group_table(groups: Sequence[GroupReport], name_width: int | None) -> Table:
+    """One row a group. Names longer than `name_width` lose their start: the end tells them apart."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("group", overflow="fold")
+    table.add_column("channels", justify="right", no_wrap=True)
+    measured = any(group.error is not None for group in groups)
+    if measured:
+        table.add_column("error", justify="right", no_wrap=True)
+    table.add_column("removed")
+    for group in groups:
+        name = _safe(group.name)
+        if name_width is not None and len(name) > name_width:
+            name = "..." + name[3 - name_width :]
+        cells = [name, f"{group.channels_before:,} -> {group.channels_after:,}"]
+        cells += [_error(group.error)] * measured
+        table.add_row(*map(Text, [*cells, _how(group) or f"{group.removed:,}"]))
+    return table
+
+
+def _output_words(output: OutputComparison) -> str:
+    if output.changed_share is not None:
+        return f"{_share(output.changed_share)} of the elements differ"
+    return f"error {_error(output.relative_error)}, as one tensor {_error(output.whole_error)}"
+
+
+# -------------------------------------------------------------------------------------------------------- HTML
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1c2530; --dim: #5c6773; --line: #d5dbe1; --page: #fff; --pale: #c9d4df;
+  --solid: #2166ac; --good: #1a7f37; --bad: #c2261b; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6eaee; --dim: #9aa5b1; --line: #38424d; --page: #12171d;
+  --pale: #3b4856; --solid: #6cb0f2; --good: #58c277; --bad: #ff7b70; } }
+@media print { :root { --ink: #000; --dim: #444; --line: #bbb; --page: #fff; --pale: #c9d4df; --solid: #2166ac;
+  --good: #1a7f37; --bad: #c2261b; } body { padding: 0; } tr, svg, li { break-inside: avoid; } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); max-width: 60rem;
+  margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
+table { border-collapse: collapse; width: 100%; } th, td { text-align: left; vertical-align: top;
+  padding: .3rem .6rem .3rem 0; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
+th { color: var(--dim); font-weight: 600; } .n { text-align: right; font-variant-numeric: tabular-nums;
+  white-space: nowrap; } .wide { overflow-x: auto; } .dim { color: var(--dim); } li { overflow-wrap: anywhere; }
+.good { color: var(--good); font-weight: 600; } .bad { color: var(--bad); font-weight: 600; }
+.before { fill: var(--pale); } .after { fill: var(--solid); } svg { width: 100%; height: 9rem; display: block; }
+@media (max-width: 36rem) { body { font-size: 15px; } }
+"""
+
+
+def _page(report: Report) -> str:
+    """The report as one HTML file that needs nothing else: no scripts, no network."""
+    found = report.verification
+    tone = "dim" if found is None else "good" if found.passed else "bad"
+    verdict = f'<p class="{tone}">{_escape(_verdict(report))}</p>'
+    verdict += "".join(f"<p>{_escape(line)}</p>" for line in _budget_lines(report))
+    if found is not None and found.outputs:
+        rows = [(o.name, _output_words(o), _error(o.max_abs_error), str(o.worst_sample)) for o in found.outputs]
+        verdict += _table(("output", "difference", "largest absolute", "worst sample"), rows, numbers={2, 3})
+    refusals = "".join(
+        f'<li>{_escape(what)}<br><span class="dim">{_escape(advice)}</span></li>'
+        for what, advice in (_refusal_lines(refusal, None) for refusal in _refusals(report))
+    )
+    seconds = [(stage, f"{taken:.2f}") for stage, taken in report.seconds.items()]
+    seconds.append(("all", f"{sum(report.seconds.values()):.2f}"))
+    options = [(name, json.dumps(_plain(value))) for name, value in report.options.items()]
+    sections = [
+        ("Totals", _table(("", "before", "after", "change"), _totals(report), numbers={1, 2, 3})),
+        ("Width before and after", _strip(report.groups)),
+        ("Groups", _groups_html(report)),
+        ("Left alone", f"<ul>{refusals}</ul>" if refusals else ""),
+        ("Verification", verdict),
+        ("Notes", "".join(f"<p>{_escape(note)}</p>" for note in report.notes)),
+        ("Options", _table(("option", "value"), options) if options else ""),
+        ("Seconds", _table(("stage", "seconds"), seconds, numbers={1})),
+        ("Versions", _table(("package", "version"), report.versions.items())),
+    ]
+    body = "\n".join(f"<section>\n<h2>{title}</h2>\n{content}\n</section>" for title, content in sections if content)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>lindep_onnx report</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<h1>lindep_onnx report</h1>
+<p>{_escape(_headline(report))}</p>
+{body}
+</body>
+</html>
+"""
+
+
+def _escape(text: object) -> str:
+    return html.escape(_safe(text))
+
+
+def _table(titles: Sequence[str], rows: Iterable[Sequence[object]], numbers: Iterable[int] = ()) -> str:
+    numeric = set(numbers)
+
+    def line(tag: str, cells: Sequence[object]) -> str:
+        marked = (f'<{tag} class="n">' if place in numeric else f"<{tag}>" for place in range(len(cells)))
+        return "<tr>" + "".join(f"{m}{_escape(cell)}</{tag}>" for m, cell in zip(marked, cells, strict=True)) + "</tr>"
+
+    body = "\n".join(line("td", row) for row in rows)
+    return f'<div class="wide"><table>\n<thead>{line("th", titles)}</thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
+
+
+def _strip(groups: Sequence[GroupReport]) -> str:
+    """Channels of every group as bars in model order: pale what was there, solid what is left."""
+    if not groups:
+        return ""
+    most = max(1, *(group.channels_before for group in groups))
+    bars = []
+    for place, group in enumerate(groups):
+        title = f"{place + 1}: {_safe(group.name)}, {group.channels_before:,} to {group.channels_after:,} channels"
+        rectangles = "".join(
+            f'<rect class="{name}" x="{10 * place + 1}" y="{100 - height:.2f}" width="8" height="{height:.2f}"/>'
+            for name, height in (
+                ("before", 100 * group.channels_before / most),
+                ("after", 100 * group.channels_after / most),
+            )
+        )
+        bars.append(f"<g><title>{html.escape(title)}</title>{rectangles}</g>")
+    width = 10 * max(len(groups), 8)  # a lone group is no wall
+    return (
+        f'<svg viewBox="0 0 {width} 100" preserveAspectRatio="none" role="img" '
+        f'aria-label="Channels of {len(groups)} groups before and after">\n' + "\n".join(bars) + "\n</svg>\n"
+        f'<p class="dim">One bar a group, in the order of the model; the tallest has {most:,} channels. '
+        "Pale: before. Solid: after.</p>"
+    )
+
+
+def _groups_html(report: Report) -> str:
+    if not report.groups:
+        return ""
+    number = {id(group): place + 1 for place, group in enumerate(report.groups)}
+    rows = [
+        (
+            str(number[id(group)]),
+            group.name,
+            f"{group.channels_before:,}",
+            f"{group.channels_after:,}",
+            _error(group.error),
+            _how(group),
+            ", ".join(group.sites),
+        )
+        for group in report.changed
+    ]
+    rest = len(report.groups) - len(rows)
+    unchanged = f'<p class="dim">{_escape(_many(rest, "group"))} unchanged.</p>' if rest else ""
+    titles = ("no.", "group", "before", "after", "error", "removed", "read by")
+    return (_table(titles, rows, numbers={0, 2, 3, 4}) if rows else "") + unchanged

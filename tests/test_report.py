@@ -1,0 +1,337 @@
+"""What a run reports, and how it is shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import pkgutil
+from html.parser import HTMLParser
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+import lindep_onnx.ops
+from lindep_onnx import report as module
+from lindep_onnx.errors import OutputError, UsageError
+from lindep_onnx.report import (
+    ADVICE,
+    BudgetReport,
+    GroupReport,
+    RefusalReport,
+    Report,
+    Size,
+    Verification,
+    check_path,
+    render,
+    write_report,
+)
+from lindep_onnx.verify import OutputComparison
+
+HOSTILE = '[red]x</title><script>alert("1")</script>\x1b[2J\u202e'
+
+
+def group(name: str = "conv1", before: int = 64, after: int = 48, **more: object) -> GroupReport:
+    return GroupReport(name, before, after, more.pop("error", 1e-6), 2, ("conv2",), **more)  # type: ignore[arg-type]
+
+
+def refusal(reason: str = "unknown_operator", channels: int = 10, node: str = "Foo_1") -> RefusalReport:
+    return RefusalReport(reason, (node,), channels, "an operator without a rule reads them")
+
+
+def a_report(**changes: object) -> Report:
+    report = Report(
+        before=Size(4_000_000, 900_000_000, 16_000_000, 1000, 12.5),
+        after=Size(3_000_000, 600_000_000, 12_000_000, 900, 10.0),
+        verification=Verification(
+            40, 1.5e-4, 2e-5, 0.975, True, "held-out calibration samples", (3, 17),
+            (OutputComparison("scores", 1.5e-4, 1e-5, 2e-5, 3, None), OutputComparison("ids", 0.0, 0.0, 0.0, 0, 0.0)),
+        ),
+        groups=(group(kinds={"joint": 12, "constant": 4}), group("conv3", 32, 32, error=None)),
+        refusals=(refusal(),),
+        budget=(BudgetReport("max_error", 1e-3, 1.5e-4),),
+        seconds={"load": 0.5, "calibrate": 2.25},
+        versions={"onnx": "1.2.3"},
+        options={"seed": 3},
+        notes=("Never active in 280 samples (95 % bound 3/n = 1.1 %).",),
+        mode="lossless",
+    )  # fmt: skip
+    return dataclasses.replace(report, **changes)  # type: ignore[arg-type]
+
+
+def shown(report: Report, *, verbose: bool = False, width: int = 80) -> str:
+    stream = StringIO()
+    render(report, Console(file=stream, width=width, highlight=False, force_terminal=False), verbose=verbose)
+    return stream.getvalue()
+
+
+class Page(HTMLParser):
+    """Collects the tags and the visible text of a page, and checks that tags are nested as they should be."""
+
+    VOID = ("meta", "rect")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in (*self.VOID, "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def page(report: Report, tmp_path: Path) -> tuple[str, Page]:
+    write_report(report, tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    return text, Page(text)
+
+
+# ---------------------------------------------------------------------------------------------------------------- JSON
+
+
+def test_a_report_survives_json_and_back() -> None:
+    assert Report.from_json(a_report().to_json()) == a_report()
+    without = a_report(verification=None, groups=())
+    assert Report.from_json(without.to_json()) == without != a_report()
+
+
+def test_json_has_the_stable_keys_in_sorted_order() -> None:
+    text = a_report().to_json()
+    values = json.loads(text)
+    assert text.endswith("}\n")
+    assert list(values) == sorted(values)
+    wanted = {
+        "before": {"parameters", "macs", "bytes", "channels", "latency_ms"},
+        "verification": {"samples", "relative_error", "max_abs_error", "agreement", "passed", "data"},
+        "groups": {"name", "channels_before", "channels_after", "error", "proven", "sites"},
+        "refusals": {"reason", "nodes", "channels", "message"},
+        "budget": {"kind", "requested", "achieved"},
+    }
+    for key, keys in wanted.items():
+        entry = values[key][0] if isinstance(values[key], list) else values[key]
+        assert keys <= entry.keys(), key
+    assert {"after", "seconds", "versions"} <= values.keys()
+
+
+def test_json_is_strict_where_numbers_are_not_finite() -> None:
+    def forbid(token: str) -> None:
+        raise AssertionError(token)
+
+    bad = dataclasses.replace(a_report().verification, relative_error=np.inf, agreement=np.nan)
+    text = a_report(verification=bad).to_json()
+    values = json.loads(text, parse_constant=forbid)["verification"]
+    assert (values["relative_error"], values["agreement"]) == ("inf", None)
+    again = Report.from_json(text).verification
+    assert again is not None and again.relative_error == np.inf
+    with pytest.raises(AssertionError, match="Infinity"):
+        json.loads(json.dumps(np.inf), parse_constant=forbid)
+
+
+def test_numbers_of_numpy_and_tuples_become_plain_json() -> None:
+    sized = Size(np.int64(3), np.int32(2), 1, 1, np.float32(0.5))  # type: ignore[arg-type]
+    values = json.loads(a_report(after=sized, options={"include": ("a*", "b*"), "file": Path("x")}).to_json())
+    assert values["after"] == {"parameters": 3, "macs": 2, "bytes": 1, "channels": 1, "latency_ms": 0.5}
+    assert values["options"] == {"include": ["a*", "b*"], "file": "x"}
+
+
+def test_a_key_of_a_later_version_is_skipped_and_a_missing_one_is_an_error() -> None:
+    values = json.loads(a_report().to_json())
+    values["groups"][0]["colour"] = "red"
+    assert Report.from_json(json.dumps(values)) == a_report()
+    del values["before"]
+    for text in (json.dumps(values), "[]", "null", "no json"):
+        with pytest.raises(UsageError, match="no JSON report") as raised:
+            Report.from_json(text)
+        assert "\n" not in str(raised.value)
+
+
+# ------------------------------------------------------------------------------------------------------------- console
+
+
+def test_totals_groups_and_verification_are_shown_in_80_columns() -> None:
+    text = shown(a_report())
+    flat = " ".join(text.split())
+    assert max(map(len, text.splitlines())) <= 80
+    for part in ("4,000,000 3,000,000 -25.0 %", "16 MB 12 MB", "12.5 ms 10 ms -20.0 %", "64 -> 48", "12 joint",
+                 "Verification passed: on 40 samples (held-out calibration samples)", "agrees in 97.5 %",
+                 "Budget max_error: 0.001 asked for, 0.00015 reached", "Never active in 280 samples"):  # fmt: skip
+        assert part in flat
+    assert "conv3" not in text  # it did not change
+
+
+def test_latency_that_was_not_measured_is_left_out() -> None:
+    size = Size(1, 1, 1, 1)
+    assert "latency" in shown(a_report())
+    assert "latency" not in shown(a_report(before=size, after=size))
+
+
+def test_failed_and_missing_verification_are_said_in_plain_words() -> None:
+    failed = dataclasses.replace(a_report().verification, passed=False, relative_error=np.inf)
+    text = " ".join(shown(a_report(verification=failed)).split())
+    assert "VERIFICATION FAILED" in text and "error is infinite" in text and "differ most: 3, 17" in text
+    assert "passed" not in text
+    assert "Not verified" in shown(a_report(verification=None))
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"groups": ()}, "all 10 channels have to stay"),
+        ({"groups": (), "refusals": ()}, "it has no channels"),
+        ({"groups": (group(after=64),)}, "no channel is an exact combination"),
+        ({"groups": (group(after=64),), "mode": "proven"}, "the weights alone prove"),
+        ({"groups": (group(after=64),), "mode": "budgeted"}, "no removal fits the budgets"),
+    ],
+)
+def test_when_nothing_was_removed_it_says_so_first_and_why(changes: dict[str, object], why: str) -> None:
+    text = shown(a_report(**changes), width=200)
+    assert text.startswith("Nothing was removed") and why in text.splitlines()[0]
+    assert not shown(a_report()).startswith("Nothing")
+
+
+def test_the_most_changed_groups_come_first_and_verbose_shows_all() -> None:
+    groups = tuple(group(f"layer{k:02}", 64, 63 - k) for k in range(20))
+    short, full = (shown(a_report(groups=groups), verbose=v) for v in (False, True))
+    assert "layer19" in short and "layer07" not in short and "8 more groups" in short
+    assert short.index("layer19") < short.index("layer18")
+    assert "layer00" in full and "more groups" not in full
+
+
+def test_refusals_are_summed_by_reason_with_one_line_of_advice() -> None:
+    costs = {"reshape": 5, "subgraph": 4, "picked": 3, "repeated": 2, "pad_mode": 1}
+    refusals = (refusal(node="A"), refusal(node="B"), *(refusal(reason, cost) for reason, cost in costs.items()))
+    short, full = (" ".join(shown(a_report(refusals=refusals), verbose=v).split()) for v in (False, True))
+    assert "20 channels stay: an operator without a rule reads them (at A, B) [unknown_operator]" in short
+    assert short.index("unknown_operator") < short.index("[reshape]")
+    assert ADVICE["subgraph"] in short
+    assert "1 channel stays" not in short and "1 more reason (" in short
+    assert "1 channel stays" in full
+
+
+def test_every_reason_of_the_package_has_advice() -> None:
+    names = [f"lindep_onnx.ops.{entry.name}" for entry in pkgutil.iter_modules(lindep_onnx.ops.__path__)]
+    modules = [importlib.import_module(name) for name in ("lindep_onnx.tracing", "lindep_onnx.channels", *names)]
+    values = [value for loaded in modules for value in vars(loaded).values()]
+    codes = {value.code for value in values if type(value).__name__ == "Reason"}
+    assert len(codes) > 10
+    assert codes <= ADVICE.keys()
+
+
+def test_names_that_look_like_markup_or_terminal_codes_are_printed_as_they_are() -> None:
+    hostile = a_report(groups=(group(HOSTILE),), refusals=(refusal(node=HOSTILE),), notes=(HOSTILE,))
+    for verbose in (False, True):
+        text = shown(hostile, verbose=verbose, width=200)
+        assert text.count("[red]x") == 3
+        assert "\x1b" not in text and "\u202e" not in text and r"\x1b[2J\u202e" in text
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(1.0, "100 %"), (0.9999999, "99.99 %"), (0.975, "97.5 %"), (0.1, "10 %"), (1e-9, "0.01 %"), (0.0, "0 %")],
+)
+def test_a_share_is_never_rounded_to_all_or_nothing(share: float, text: str) -> None:
+    assert module._share(share) == text
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def test_html_is_one_file_that_needs_no_script_and_no_network(tmp_path: Path) -> None:
+    text, parsed = page(a_report(), tmp_path)
+    assert not {"script", "link", "img", "iframe"} & set(parsed.tags)
+    assert "http://" not in text and "https://" not in text and "url(" not in text
+    assert "prefers-color-scheme: dark" in text and "@media print" in text and "width=device-width" in text
+    for part in ("3,000,000", "conv1", "Width before and after", "Verification passed", "unknown_operator",
+                 "calibrate", "2.25", "1.2.3", "Never active"):  # fmt: skip
+        assert part in parsed.text
+
+
+def test_the_strip_shows_the_width_of_every_group_before_and_after(tmp_path: Path) -> None:
+    _, parsed = page(a_report(), tmp_path)
+    heights = [float(value or 0) for name, value in parsed.attributes if name == "height"]
+    assert heights == [100.0, 75.0, 50.0, 50.0]  # 64 -> 48 and 32 -> 32, of 64
+
+
+def test_html_escapes_hostile_names_wherever_they_are_shown(tmp_path: Path) -> None:
+    output = OutputComparison(HOSTILE, 0.1, 0.1, 0.1, 0, None)
+    hostile = a_report(
+        verification=dataclasses.replace(a_report().verification, data=HOSTILE, outputs=(output,)),
+        groups=(dataclasses.replace(group(HOSTILE), sites=(HOSTILE,), kinds={HOSTILE: 1}, note=HOSTILE),),
+        refusals=(RefusalReport(HOSTILE, (HOSTILE,), 3, HOSTILE),),
+        budget=(BudgetReport(HOSTILE, 1.0, None),),
+        seconds={HOSTILE: 1.0}, versions={HOSTILE: HOSTILE}, options={HOSTILE: HOSTILE}, notes=(HOSTILE,),
+    )  # fmt: skip
+    text, parsed = page(hostile, tmp_path)
+    assert "script" not in parsed.tags and text.count("</title>") == 2  # of the page and of the one bar
+    assert parsed.text.count("<script>alert(") == 17  # every place it was put in, as text
+    assert "\x1b" not in text and "\u202e" not in text
+
+
+def test_an_empty_report_is_still_a_page(tmp_path: Path) -> None:
+    size = Size(0, 0, 0, 0)
+    empty = Report(size, size, None, (), (), (), {}, {}, {})
+    assert "Nothing was removed" in page(empty, tmp_path)[1].text
+    assert "Nothing was removed" in shown(empty)
+
+
+def test_writing_replaces_the_file_whole_and_leaves_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    path.write_text("old")
+    write_report(a_report(), str(path))
+    first = path.read_bytes()
+    assert Report.from_json(first.decode()) == a_report()
+    write_report(a_report(), path)
+    assert path.read_bytes() == first
+    assert [entry.name for entry in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_a_failed_write_keeps_the_old_file_and_cleans_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "r.json"
+    path.write_text("old")
+
+    def full(self: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OutputError, match=r"r\.json: cannot be written \(No space left on device\)"):
+        write_report(a_report(), path)
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["r.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("r.txt", UsageError, r"written as \.json or \.html, not \.txt"),
+        ("r", UsageError, "not without a suffix"),
+        ("missing/r.json", OutputError, "does not exist"),
+        ("folder.html", OutputError, "is a directory"),
+    ],
+)
+def test_a_path_that_cannot_be_written_is_one_line(
+    tmp_path: Path, name: str, error: type[Exception], message: str
+) -> None:
+    (tmp_path / "folder.html").mkdir()
+    for attempt in (lambda p: write_report(a_report(), p), check_path):
+        with pytest.raises(error, match=message) as raised:
+            attempt(tmp_path / name)
+        assert "\n" not in str(raised.value)

@@ -38,6 +38,7 @@ class SiteEvidence:
         mean: (F,) mean over the fit rows; zero where the site cannot absorb a constant.
         gram: (F, F) second moments per row about `mean`, fit samples.
         holdout: the same over unseen samples, about the same `mean`; None if there are none.
+        offset: (F,) mean over the fit rows, less `mean`.
         constant: (F,) bool, the feature never changes.
         active: (F,) number of fit samples in which the feature is other than zero.
         joint: whether there are rows enough for dependence on several others.
@@ -49,7 +50,7 @@ class SiteEvidence:
     mean: NDArray[np.float64]
     gram: NDArray[np.float64]
     holdout: NDArray[np.float64] | None
-    covariance: NDArray[np.float64]
+    offset: NDArray[np.float64]
     constant: NDArray[np.bool_]
     active: NDArray[np.int64]
     joint: bool
@@ -99,9 +100,8 @@ def _site_evidence(channels: Channels, site: Site, calibration: Calibration) -> 
         low, high = np.minimum(low, unseen.low), np.maximum(high, unseen.high)
     constant = high - low <= CONSTANT_TOLERANCE * np.maximum(np.abs(low), np.abs(high))
     mean = fit.mean if site.affine else np.zeros(len(low))
-    gram = _about(fit, mean)
-    holdout = None if unseen is None else _about(unseen, mean)
-    covariance = _about(fit, fit.mean)
+    gram = fit.about(mean)
+    holdout = None if unseen is None else unseen.about(mean)
     if site.affine:
         # Rounding left over from the subtraction must not look like a signal.
         for matrix in (gram, holdout):
@@ -115,7 +115,7 @@ def _site_evidence(channels: Channels, site: Site, calibration: Calibration) -> 
         mean=mean,
         gram=gram,
         holdout=holdout,
-        covariance=covariance,
+        offset=fit.mean - mean,
         constant=constant,
         active=fit.active,
         joint=fit.effective_rows >= JOINT_ROWS * len(low),
@@ -127,12 +127,6 @@ def _merged(parts: Sequence[Moments]) -> Moments:
     for part in parts[1:]:
         total = total.merge(part)
     return total
-
-
-def _about(moments: Moments, center: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Second moments per row about `center`: E z z' - c m' - m c' + c c'."""
-    cross = np.outer(center, moments.mean)
-    return np.asarray(moments.gram / moments.rows - cross - cross.T + np.outer(center, center))
 
 
 def site_weight(channels: Channels, seen: SiteEvidence) -> NDArray[np.float64]:
@@ -159,7 +153,8 @@ def problem(channels: Channels, seen: SiteEvidence, removed: NDArray[np.bool_]) 
     unread = np.diagonal(outer) == 0.0
     gram = np.where(unread[:, None] | unread, 0.0, seen.gram)
     holdout = None if seen.holdout is None else np.where(unread[:, None] | unread, 0.0, seen.holdout)
-    energy = float(np.sum(seen.covariance * outer))
+    # The centred second moment is G - o o', so that the matrix need not be kept.
+    energy = float(np.sum(seen.gram * outer) - seen.offset @ outer @ seen.offset)
     return SiteProblem(
         gram=gram,
         holdout=holdout,

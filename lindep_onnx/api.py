@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import time
@@ -33,6 +34,9 @@ from lindep_onnx.tracing import trace
 __all__ = ["Outcome", "Result", "compress", "run"]
 
 Progress: TypeAlias = Callable[[str, int, int], None]
+
+#: Bytes that the activations of one run may take, were all of them kept, and the most samples in a run.
+ACTIVATION_BYTES, MOST_BATCH = 1 << 29, 32
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ def run(
             seed=config.seed,
             holdout=config.holdout,
             max_samples=config.max_samples,
-            batch_size=config.batch_size,
+            batch_size=config.batch_size or _batch_size(resolved),
         )
     with samples:
         return _run(model, channels, samples, config, clock, output, external_data, progress)
@@ -218,6 +222,13 @@ def _inputs(model: graph.Model, resolved: Resolved) -> list[InputSpec]:
             dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
             specs.append(InputSpec(value.name, dtype, resolved.shapes.get(value.name, ())))
     return specs
+
+
+def _batch_size(resolved: Resolved) -> int:
+    """As many samples as keep the activations of one run within `ACTIVATION_BYTES`, unknown sizes counted as 1."""
+    computed = (shape for name, shape in resolved.shapes.items() if name not in resolved.constants)
+    elements = sum(math.prod(size for size in shape[1:] if isinstance(size, int)) for shape in computed)
+    return max(1, min(MOST_BATCH, ACTIVATION_BYTES // max(1, 4 * elements)))
 
 
 def _verify(

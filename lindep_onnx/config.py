@@ -43,7 +43,7 @@ class Config:
         exclude: glob on node names that are left alone.
         providers: ONNX Runtime execution providers.
         threads: intra-op threads of ONNX Runtime; 0 lets it choose.
-        batch_size: samples per run for models with a dynamic batch.
+        batch_size: samples per run for models with a dynamic batch; None bounds the memory of the activations.
         max_samples: use at most this many calibration samples.
         holdout: share of the samples kept out of fitting, half to select and half to verify.
         seed: of the split and of the sampled positions.
@@ -66,7 +66,7 @@ class Config:
     exclude: tuple[str, ...] = ()
     providers: tuple[str, ...] = ("CPUExecutionProvider",)
     threads: int = 0
-    batch_size: int = 16
+    batch_size: int | None = None
     max_samples: int | None = None
     holdout: float = 0.3
     seed: int = 0

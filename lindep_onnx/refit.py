@@ -28,6 +28,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
+from scipy.linalg.blas import dsyrk
 
 from lindep_onnx.channels import Channels, Product, Window
 from lindep_onnx.data import Part, Samples
@@ -608,12 +609,14 @@ class _System:
     def __init__(self, patches: Array, prior: Matrix, constant: Matrix, free: bool) -> None:
         self._patches, self._prior, self._constant, self._free = patches, prior, constant, free
         count, unknowns = patches.shape
-        gram = np.zeros((unknowns, unknowns))
+        gram = np.zeros((unknowns, unknowns), order="F")
         total = np.zeros(unknowns)
         for start in range(0, count, CHUNK):
             part = patches[start : start + CHUNK].astype(np.float64)
-            gram += part.T @ part
+            # The transpose of a C-ordered array is F-ordered: BLAS takes it as it is.
+            gram = dsyrk(1.0, part.T, beta=1.0, c=gram, overwrite_c=True, lower=True)
             total += part.sum(axis=0)
+        gram = np.tril(gram) + np.tril(gram, -1).T
         self._mean = total / max(1, count) if free else np.zeros(unknowns)
         gram = gram / max(1, count) - np.outer(self._mean, self._mean)
         scale = np.sqrt(np.maximum(np.diagonal(gram), 0.0))
@@ -641,8 +644,9 @@ class _System:
         """V and b."""
         cross, mean = moments
         right = (cross - self._gram @ self._prior) / self._divisor[:, None]
-        left = self._scaled.copy()
+        left = self._scaled.copy(order="F")
         left[np.diag_indices_from(left)] += ridge
-        step = scipy.linalg.solve(left, right, assume_a="pos", check_finite=False)
+        factor = scipy.linalg.cho_factor(left, lower=True, overwrite_a=True, check_finite=False)
+        step = scipy.linalg.cho_solve(factor, right, check_finite=False)
         matrix = self._prior + step / self._divisor[:, None]
         return matrix, (mean - self._mean @ matrix if self._free else self._constant)

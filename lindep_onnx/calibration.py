@@ -127,10 +127,12 @@ def calibrate(
     for site in channels.sites:
         for reader in site.readers:
             wanted.setdefault(tap(site, reader), features(site.columns).index)
+    counts = len(samples.parts[Part.FIT]), len(samples.parts[Part.SELECT])
+    if not wanted:
+        return Calibration({}, {}, counts)
     tensors = sorted({place.tensor for place in wanted})
     session = open_session(with_outputs(channels.model, tensors), providers=providers, threads=threads)
-    total = len(samples.parts[Part.FIT]) + len(samples.parts[Part.SELECT])
-    done = 0
+    done, total = 0, sum(counts)
     rng = np.random.default_rng(seed)
     result: dict[Part, dict[Tap, MomentsAccumulator]] = {}
     for part in (Part.FIT, Part.SELECT):
@@ -152,11 +154,10 @@ def calibrate(
         part: {place: accumulator.result() for place, accumulator in accumulators.items()}
         for part, accumulators in result.items()
     }
-    unseen = len(samples.parts[Part.SELECT])
     return Calibration(
         fit=finished[Part.FIT],
-        select=finished[Part.SELECT] if unseen else None,
-        samples=(len(samples.parts[Part.FIT]), unseen),
+        select=finished[Part.SELECT] if counts[1] else None,
+        samples=counts,
     )
 
 

@@ -130,6 +130,8 @@ def calibrate(
         for reader in site.readers:
             wanted.setdefault(tap(site, reader), features(site.columns).index)
     counts = {part: len(samples.parts[part]) for part in (Part.FIT, Part.SELECT)}
+    if not wanted:
+        return Calibration({}, {}, (counts[Part.FIT], counts[Part.SELECT]))
     most: dict[Place, int] = {}
     for place, index in wanted.items():
         rows = int(np.clip(ROWS_PER_FEATURE * len(index) // max(1, counts[Part.FIT]), LEAST_POSITIONS, MOST_POSITIONS))

@@ -95,7 +95,7 @@ def eliminate(
     gain: NDArray[np.float64] | None = None,
     limit: int | None = None,
     stop: float | None = None,
-    ridge: float = 1e-10,
+    ridge: float | Sequence[float] = 1e-10,
     block: int = 64,
     minimum_kept: Least = (),
 ) -> Elimination:
@@ -116,11 +116,12 @@ def eliminate(
         gain: (units,) what removing a unit saves; all alike by default.
         limit: stop after so many removals.
         stop: stop before the summed cost passes this.
-        ridge: relative to unit second moments.
+        ridge: relative to unit second moments, one for all sites or one for each.
         block: delayed columns.
         minimum_kept: sets of units of which so many must survive.
     """
-    states = [_State(site, ridge, block) for site in sites]
+    ridges = [ridge] * len(sites) if isinstance(ridge, float) else ridge
+    states = [_State(site, own, block) for site, own in zip(sites, ridges, strict=True)]
     gain = np.ones(units) if gain is None else gain
     guard = _Guard(units, minimum_kept)
     allowed = candidates.copy()

@@ -433,7 +433,6 @@ def _restored(original: onnx.ModelProto, exported: onnx.ModelProto, edits: Edits
     graph.sparse_initializer.extend(original.graph.sparse_initializer)
     graph.quantization_annotation.extend(original.graph.quantization_annotation)
     graph.metadata_props.extend(original.graph.metadata_props)
-    graph.input.extend(original.graph.input)
     graph.output.extend(original.graph.output)
 
     before = {node.output[0]: node for node in original.graph.node if node.output}
@@ -446,22 +445,41 @@ def _restored(original: onnx.ModelProto, exported: onnx.ModelProto, edits: Edits
                 node.domain = source.domain
             _keep_attributes(source, node, edits)
     documented = {tensor.name: tensor.doc_string for tensor in original.graph.initializer if tensor.doc_string}
-    initializers = set()
     for tensor in graph.initializer:
-        initializers.add(tensor.name)
         if tensor.name in documented:
             tensor.doc_string = documented[tensor.name]
         # Everything is in memory now; `save` decides where it goes.
         tensor.ClearField("data_location")
         tensor.ClearField("external_data")
 
-    alive = initializers | {name for node in graph.node for name in node.output}
+    _declare(original, result, edits)
+    return result
+
+
+def _declare(original: onnx.ModelProto, result: onnx.ModelProto, edits: Edits) -> None:
+    """Inputs and recorded shapes: those of the original that still exist, at their new sizes.
+
+    Before IR version 4 every initializer is a graph input too.
+    """
+    graph = result.graph
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    gone = {tensor.name for tensor in original.graph.initializer} - stored.keys()
+    graph.input.extend(value for value in original.graph.input if value.name not in gone)
+    if original.ir_version < 4:
+        declared = {value.name for value in graph.input}
+        graph.input.extend(
+            onnx.helper.make_tensor_value_info(name, tensor.data_type, tensor.dims)
+            for name, tensor in stored.items()
+            if name not in declared
+        )
+    alive = stored.keys() | {name for node in graph.node for name in node.output}
     graph.value_info.extend(value for value in original.graph.value_info if value.name in alive)
     for value in (*graph.value_info, *graph.input):
+        sizes = dict(enumerate(stored[value.name].dims)) if value.name in stored else {}
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):
-            if (value.name, axis) in edits.dims:
-                dim.dim_value = edits.dims[value.name, axis]
-    return result
+            size = sizes.get(axis, edits.dims.get((value.name, axis)))
+            if size is not None:
+                dim.dim_value = size
 
 
 def _keep_attributes(source: onnx.NodeProto, node: onnx.NodeProto, edits: Edits) -> None:

@@ -12,7 +12,7 @@ from lindep_onnx.analysis import Evidence, problem
 from lindep_onnx.channels import FROZEN, Channels, Group
 from lindep_onnx.dependence import SiteProblem, lossless_removals
 
-__all__ = ["Fold", "Plan", "plan_lossless"]
+__all__ = ["Fold", "Plan", "local_problem", "local_units", "own_least", "plan_lossless"]
 
 #: Rounds over all groups: each can free weight for the groups before it. Two are enough unless paths cross.
 ROUNDS = 4
@@ -93,8 +93,7 @@ def _plan_group(
     """Decide one group from scratch and write the decision into `removed`, `kind` and `folds`."""
     removed[group.units] = False
     kind[group.units] = 0
-    local = np.full(channels.units + 1, FROZEN, dtype=np.int64)  # the last entry answers for FROZEN
-    local[group.units] = np.arange(len(group.units))
+    local = local_units(channels, group)
     problems = []
     unread = np.ones(channels.units + 1, dtype=bool)
     constant = np.ones(channels.units + 1, dtype=bool)
@@ -104,7 +103,7 @@ def _plan_group(
         unit = evidence.sites[index].unit
         unread[unit[~nothing]] = False
         constant[unit[~nothing & ~evidence.sites[index].constant]] = False
-        problems.append(_localised(posed, local))
+        problems.append(local_problem(posed, local))
     units = group.units
     sure = ~(evidence.silent & doubtful)[units]
     result = lossless_removals(
@@ -113,7 +112,7 @@ def _plan_group(
         candidates=(sure & evidence.active[units]) | unread[units] | (constant[units] & sure),
         constant=unread[units] | (constant[units] & sure),
         tolerance=tolerance,
-        minimum_kept=_least(channels, local),
+        minimum_kept=own_least(channels, local),
     )
     removed[units] = result.removed
     kind[units] = result.kind
@@ -125,11 +124,19 @@ def _plan_group(
             folds[index] = Fold(kept, matrix)
 
 
-def _localised(posed: SiteProblem, local: NDArray[np.int64]) -> SiteProblem:
+def local_units(channels: Channels, group: Group) -> NDArray[np.int64]:
+    """(units + 1,) the number of each unit within a group, -1 for others; the last entry answers for FROZEN."""
+    local = np.full(channels.units + 1, FROZEN, dtype=np.int64)
+    local[group.units] = np.arange(len(group.units))
+    return local
+
+
+def local_problem(posed: SiteProblem, local: NDArray[np.int64]) -> SiteProblem:
+    """The same problem in the unit numbers of a group."""
     return SiteProblem(posed.gram, posed.holdout, posed.outer, local[posed.unit], posed.energy, posed.joint)
 
 
-def _least(channels: Channels, local: NDArray[np.int64]) -> list[tuple[NDArray[np.int64], int]]:
+def own_least(channels: Channels, local: NDArray[np.int64]) -> list[tuple[NDArray[np.int64], int]]:
     """The constraints of one group in its own numbers. Members of other groups are not counted on."""
     found = []
     for members, bound in channels.least:

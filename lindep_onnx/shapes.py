@@ -273,7 +273,8 @@ def _skeleton(
             if name and name in shapes and name not in constants and name in dtypes:
                 dims = [dim if isinstance(dim, int) else None for dim in shapes[name]]
                 graph.value_info.append(onnx.helper.make_tensor_value_info(name, dtypes[name], dims))
-    result = onnx.ModelProto(ir_version=model.proto.ir_version, graph=graph)
+    # Before version 4 inference gives up on an initializer that is no graph input.
+    result = onnx.ModelProto(ir_version=max(4, model.proto.ir_version), graph=graph)
     result.opset_import.extend(model.proto.opset_import)
     result.functions.extend(model.proto.functions)
     return result

@@ -9,6 +9,7 @@ from lindep_onnx.ops.registry import traces
 __all__ = ["broadcast"]
 
 MISMATCH = Reason("unlabelled_operand", "they are combined with a tensor whose channels cannot shrink")
+UNKNOWN_RANK = Reason("unknown_rank", "the number of axes of a tensor they are combined with is not known")
 TRAINING = Reason("training_mode", "a node in training mode reads them; export the model for inference")
 
 UNARY = (
@@ -42,7 +43,11 @@ def dropout(node: Node, tracer: Tracer) -> None:
 
 def broadcast(node: Node, tracer: Tracer) -> list[Labelling]:
     """Link the labellings of all inputs place by place, label constants alike, and return those of the result."""
-    rank = _rank(node, tracer)
+    ranks = [tracer.rank(name) for name in node.inputs if name]
+    rank = max((known for known in ranks if known is not None), default=0)
+    if None in ranks and len(ranks) > 1:
+        tracer.refuse(node, UNKNOWN_RANK)
+        return []
     operands = [position for position, name in enumerate(node.inputs) if name and tracer.constant(name) is None]
     labels = [label for position in operands for label in _aligned(tracer, node.inputs[position], rank)]
     result: list[Labelling] = []
@@ -65,10 +70,6 @@ def broadcast(node: Node, tracer: Tracer) -> list[Labelling]:
             }
             tracer.claim(node, position, wanted)
     return result
-
-
-def _rank(node: Node, tracer: Tracer) -> int:
-    return max((tracer.rank(name) or 0) for name in (*node.inputs, node.outputs[0]) if name)
 
 
 def _aligned(tracer: Tracer, name: str, rank: int) -> list[Labelling]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,6 +22,8 @@ from lindep_onnx.errors import LindepError, UsageError
 __all__ = ["main"]
 
 OK, FAILURE = 0, 1
+#: A message is never longer.
+MOST_LINES = 3
 
 
 class _Parser(argparse.ArgumentParser):
@@ -96,22 +99,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    errors = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
     try:
         options = _parser().parse_args(given)
         logging.basicConfig(level=logging.DEBUG if options.debug else logging.ERROR, stream=sys.stderr)
         return _run(options, errors)
     except LindepError as error:
-        if "--debug" in given:
-            raise
-        errors.print(f"lindep-onnx: {error}", markup=False)
-        return error.exit_code
+        code, message = error.exit_code, str(error)
     except KeyboardInterrupt:
-        errors.print("lindep-onnx: interrupted; nothing was written.", markup=False)
-        return FAILURE
+        code, message = FAILURE, "interrupted; nothing was written."
     except MemoryError:
-        errors.print("lindep-onnx: out of memory; use fewer samples per run (--batch-size 1).", markup=False)
-        return FAILURE
+        code, message = FAILURE, "out of memory; use fewer samples per run (--batch-size 1)."
+    except Exception as error:
+        code, message = FAILURE, f"unexpected {type(error).__name__}: {error}\nRun again with --debug and report it."
+    if "--debug" in given:
+        traceback.print_exc()
+    else:
+        errors.print("lindep-onnx: " + _shortened(message), markup=False)
+    return code
+
+
+def _shortened(message: str) -> str:
+    """At most three lines, the last one among them: it says what to do."""
+    lines = [line for line in message.splitlines() if line.strip()]
+    return "\n".join(lines if len(lines) <= MOST_LINES else [*lines[: MOST_LINES - 1], lines[-1]])
 
 
 def _run(options: argparse.Namespace, errors: Console) -> int:

@@ -104,19 +104,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parser().parse_args(given)
         logging.basicConfig(level=logging.DEBUG if options.debug else logging.ERROR, stream=sys.stderr)
         return _run(options, errors)
-    except LindepError as error:
-        code, message = error.exit_code, str(error)
-    except KeyboardInterrupt:
-        code, message = FAILURE, "interrupted; nothing was written."
-    except MemoryError:
-        code, message = FAILURE, "out of memory; use fewer samples per run (--batch-size 1)."
-    except Exception as error:
-        code, message = FAILURE, f"unexpected {type(error).__name__}: {error}\nRun again with --debug and report it."
-    if "--debug" in given:
-        traceback.print_exc()
-    else:
-        errors.print("lindep-onnx: " + _shortened(message), markup=False)
-    return code
+    except (Exception, KeyboardInterrupt) as error:
+        if "--debug" in given:
+            traceback.print_exception(error)
+        else:
+            errors.print("lindep-onnx: " + _shortened(_message(error)), markup=False)
+        return error.exit_code if isinstance(error, LindepError) else FAILURE
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, LindepError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; nothing was written."
+    if isinstance(error, MemoryError):
+        return "out of memory; use fewer samples per run (--batch-size 1)."
+    return f"unexpected {type(error).__name__}: {error}\nRun again with --debug and report it."
 
 
 def _shortened(message: str) -> str:

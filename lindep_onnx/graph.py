@@ -47,6 +47,8 @@ Dim: TypeAlias = "int | str"
 METADATA_KEY = "lindep_onnx"
 #: protobuf cannot hold or serialise a message beyond this.
 PROTOBUF_LIMIT = 2**31 - 1
+#: Smaller tensors stay in the model file when the others go into a file of their own.
+EXTERNAL_BYTES = 1024
 
 
 @dataclass(frozen=True)
@@ -444,10 +446,11 @@ def _restored(original: onnx.ModelProto, exported: onnx.ModelProto, edits: Edits
     for node in graph.node:
         source = before.get(_first(node.output)) if any(node.output) else None
         if source is not None and source.op_type == node.op_type:
-            node.doc_string = source.doc_string
             node.metadata_props.extend(source.metadata_props)
-            if source.HasField("domain"):
-                node.domain = source.domain
+            for name in ("name", "domain", "doc_string"):
+                node.ClearField(name)
+                if source.HasField(name):
+                    setattr(node, name, getattr(source, name))
             _keep_attributes(source, node, edits)
     documented = {tensor.name: tensor.doc_string for tensor in original.graph.initializer if tensor.doc_string}
     initializers = set()
@@ -516,24 +519,35 @@ def save(proto: onnx.ModelProto, path: Path, *, external_data: bool = False) -> 
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
             staged = Path(folder) / path.name
             if external:
-                data = _data_name(path)
-                onnx.save(
-                    _copy(proto),
-                    staged,
-                    format="protobuf",
-                    save_as_external_data=True,
-                    location=data,
-                    size_threshold=1024,
-                )
-                if (Path(folder) / data).exists():
-                    _flush(Path(folder) / data)
-                    (Path(folder) / data).replace(path.parent / data)
-            else:
-                staged.write_bytes(proto.SerializeToString(deterministic=True))
+                data = Path(folder) / _data_name(path)
+                proto = _externalised(proto, data)
+                _flush(data)
+            staged.write_bytes(proto.SerializeToString(deterministic=True))
             _flush(staged)
+            if external and data.stat().st_size:
+                data.replace(path.parent / data.name)
             staged.replace(path)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror or error}).") from error
+
+
+def _externalised(proto: onnx.ModelProto, data: Path) -> onnx.ModelProto:
+    """A copy without the weights, which go into the file `data`.
+
+    Not by `onnx.save`: it refuses to write if a file of that name is in the working directory, and what it writes
+    cannot be read by other users.
+    """
+    copy = _copy(proto)
+    with data.open("wb") as file:
+        for tensor in copy.graph.initializer:
+            if len(tensor.raw_data) >= EXTERNAL_BYTES:
+                place = {"location": data.name, "offset": file.tell(), "length": len(tensor.raw_data)}
+                file.write(tensor.raw_data)
+                tensor.ClearField("raw_data")
+                tensor.data_location = onnx.TensorProto.EXTERNAL
+                for key, value in place.items():
+                    tensor.external_data.add(key=key, value=str(value))
+    return copy
 
 
 def _data_name(path: Path) -> str:

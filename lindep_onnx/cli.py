@@ -148,6 +148,7 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
     if report_path is not None:
         report.check_path(report_path)
     output = Path(options.output) if options.output and not options.dry_run else None
+    _check_written([output, report_path], [options.model, options.calib])
     with _progress(errors, options.quiet) as progress:
         result = api.run(
             options.model,
@@ -164,6 +165,17 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
     if result.failure is not None:
         raise result.failure
     return OK
+
+
+def _check_written(written: Sequence[Path | None], read: Sequence[str | None]) -> None:
+    """Nothing that is read may be overwritten, and nothing may be written twice."""
+    taken = {Path(path).resolve() for path in read if path}
+    for path in filter(None, written):
+        if path.resolve() in taken:
+            raise UsageError(
+                f"{path}: is the input model, the calibration data or the other output; name another file."
+            )
+        taken.add(path.resolve())
 
 
 def _round_to(text: str) -> int:

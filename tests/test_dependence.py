@@ -521,6 +521,22 @@ def test_the_error_of_all_removals_together_is_bounded(rng: np.random.Generator)
     assert exact.removed.sum() == 40
 
 
+@pytest.mark.parametrize("where", ["fitted", "unseen"])
+def test_a_small_difference_that_the_weights_blow_up_stays(where: str, rng: np.random.Generator) -> None:
+    one = planted(rng)
+    w = one.w.copy()
+    w[:, 2] = 100.0 - w[:, 0]
+    w[:, 0] = 300.0  # 2 = -3 x 0: the two cancel, but for their difference
+    calm = dataclasses.replace(one, w=w)
+    assert lossless([calm], 10).removed.sum() == 4
+    noisy = one.z if where == "fitted" else one.unseen
+    noisy[:, 2] += 2e-6 * rng.normal(size=len(noisy))
+    result = lossless([calm], 10)
+    assert not result.removed[[0, 2]].any() and result.removed.sum() == 3
+    assert_exact([calm], result)
+    assert lossless([one], 10).removed.sum() == 4  # with other weights the same difference is nothing
+
+
 def test_a_looser_tolerance_removes_what_a_tight_one_leaves(rng: np.random.Generator) -> None:
     one = planted(rng)
     noise = 1e-3 * rng.normal(size=len(one.z) + len(one.unseen))

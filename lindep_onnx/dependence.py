@@ -45,6 +45,8 @@ COLLINEAR = 1e-10
 LARGEST_COEFFICIENT = 1e4
 #: Eigenvalues below this share of the largest one are noise.
 CUTOFF = 1e-12
+#: How often the search for joint dependence goes on behind a unit that unseen samples do not confirm.
+TRIES = 4
 
 NONE, CONSTANT, COLLINEAR_KIND, JOINT = range(4)
 
@@ -183,6 +185,8 @@ class _State:
     """
 
     def __init__(self, site: SiteProblem, ridge: float, block: int) -> None:
+        if not np.isfinite(site.gram).all():
+            raise ValueError("the moments of a site are not finite")
         scale = np.sqrt(np.maximum(np.diagonal(site.gram), 0.0))
         live = scale > 0
         divisor = np.where(live, scale, 1.0)
@@ -561,7 +565,15 @@ class _Search:
             ridge=EXACT_RIDGE,
             minimum_kept=least,
         ).order
-        before = self.kind.copy()
+        for _ in range(TRIES):
+            taken = self._remove_while_it_passes(order)
+            order = order[taken + 1 :]  # unseen samples do not confirm the one left out; those behind it may be fine
+            if not len(order):
+                break
+
+    def _remove_while_it_passes(self, order: NDArray[np.int64]) -> int:
+        """Remove as many units from the front of `order` as pass together, and return how many."""
+        before = self.kind
         low, high = 0, len(order)  # order[:low] is known to pass
         while low < high:
             middle = (low + high + 1) // 2
@@ -571,8 +583,9 @@ class _Search:
                 low = middle
             else:
                 high = middle - 1
-        self.kind = before
+        self.kind = before.copy()
         self.kind[order[:low]] = JOINT
+        return low
 
     def _reduced(self, number: int) -> SiteProblem:
         """The problem of what is left of a site, with the weight of what went folded in."""
@@ -616,8 +629,8 @@ class _Search:
             inner = fold(site.gram[np.ix_(base, base)], kept[base])
             full[np.ix_(kept, joint)] = inner
         # The first survivor of each class answers for the others; next best is one that is a combination itself.
-        for own in (kept | joint,):
-            first = np.full(len(kept), -1)
+        first = np.full(len(kept), -1)
+        for own in (joint, kept):  # the later one wins
             alive = np.flatnonzero(own & (classes.label >= 0))[::-1]
             first[classes.label[alive]] = alive
         for feature in np.flatnonzero((kinds == COLLINEAR_KIND) & (classes.label >= 0)).tolist():

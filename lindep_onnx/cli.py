@@ -178,9 +178,9 @@ def _check_written(written: Sequence[Path | None], read: Sequence[str | None]) -
         taken.add(path.resolve())
 
 
-def _round_to(text: str) -> int:
+def _round_to(text: str) -> int | str:
     if text == "auto":
-        raise UsageError("--round-to auto is not available yet: give a number.")
+        return text
     try:
         return int(text)
     except ValueError:

@@ -1,10 +1,10 @@
 """One price for the whole graph: the order in which units go when a budget allows errors.
 
-Removing a unit adds error at its sites and saves parameters or MACs. Inside a group the units are ordered by elimination
-(see `lindep_onnx.dependence`), each site weighted by its measured influence on the outputs. The costs along that order
-are not monotone and savings depend on the order too, so a group's price is the slope of the lower convex hull of cost
-against saving. Sorted by price, the hull segments of all groups are a ladder of nested plans: every budget, of whatever
-kind, is a rung of it.
+Removing a unit adds error at its sites and saves parameters or MACs. Inside a group the units are ordered by
+elimination (see `lindep_onnx.dependence`), each site weighted by its measured influence on the outputs. The costs along
+that order are not monotone and savings depend on the order too, so a group's price is the slope of the lower convex
+hull of cost against saving. Sorted by price, the hull segments of all groups are a ladder of nested plans: every
+budget, of whatever kind, is a rung of it.
 """
 
 from __future__ import annotations

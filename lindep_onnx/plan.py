@@ -48,7 +48,14 @@ class Plan:
     folds: Mapping[int, Fold]
 
 
-def plan_lossless(channels: Channels, evidence: Evidence, doubtful: NDArray[np.bool_], *, tolerance: float) -> Plan:
+def plan_lossless(
+    channels: Channels,
+    evidence: Evidence,
+    doubtful: NDArray[np.bool_],
+    *,
+    tolerance: float,
+    keep: NDArray[np.bool_] | None = None,
+) -> Plan:
     """Everything whose removal adds at most `tolerance` at every site, on unseen samples too.
 
     Groups go from outputs to inputs: what a group loses are rows of the weights that read the groups before it, and
@@ -59,6 +66,7 @@ def plan_lossless(channels: Channels, evidence: Evidence, doubtful: NDArray[np.b
         evidence: what the data says.
         doubtful: (units,) bool, constant so far but without a margin.
         tolerance: RMS relative error that one site may gain.
+        keep: (units,) bool, units that stay in any case; None for none.
     """
     removed = np.zeros(channels.units, dtype=bool)
     kind = np.zeros(channels.units, dtype=np.int8)
@@ -73,7 +81,7 @@ def plan_lossless(channels: Channels, evidence: Evidence, doubtful: NDArray[np.b
                 continue
             rows[number] = current
             before = removed[group.units].copy()
-            _plan_group(channels, evidence, doubtful, group, removed, kind, folds, tolerance)
+            _plan_group(channels, evidence, doubtful, keep, group, removed, kind, folds, tolerance)
             changed |= bool((removed[group.units] != before).any())
         if not changed:
             break
@@ -84,6 +92,7 @@ def _plan_group(
     channels: Channels,
     evidence: Evidence,
     doubtful: NDArray[np.bool_],
+    keep: NDArray[np.bool_] | None,
     group: Group,
     removed: NDArray[np.bool_],
     kind: NDArray[np.int8],
@@ -106,11 +115,13 @@ def _plan_group(
         problems.append(local_problem(posed, local))
     units = group.units
     sure = ~(evidence.silent & doubtful)[units]
+    free = np.ones(len(units), dtype=bool) if keep is None else ~keep[units]
+    silent = (unread[units] | (constant[units] & sure)) & free
     result = lossless_removals(
         problems,
         len(units),
-        candidates=(sure & evidence.active[units]) | unread[units] | (constant[units] & sure),
-        constant=unread[units] | (constant[units] & sure),
+        candidates=(sure & evidence.active[units] & free) | silent,
+        constant=silent,
         tolerance=tolerance,
         minimum_kept=own_least(channels, local),
     )

@@ -38,6 +38,7 @@ class SiteEvidence:
         mean: (F,) mean over the fit rows; zero where the site cannot absorb a constant.
         gram: (F, F) second moments per row about `mean`, fit samples.
         holdout: the same over unseen samples, about the same `mean`; None if there are none.
+        covariance: (F, F) second moments per row about the mean itself, fit samples.
         constant: (F,) bool, the feature never changes.
         active: (F,) number of fit samples in which the feature is other than zero.
         joint: whether there are rows enough for dependence on several others.
@@ -99,9 +100,8 @@ def _site_evidence(channels: Channels, site: Site, calibration: Calibration) -> 
         low, high = np.minimum(low, unseen.low), np.maximum(high, unseen.high)
     constant = high - low <= CONSTANT_TOLERANCE * np.maximum(np.abs(low), np.abs(high))
     mean = fit.mean if site.affine else np.zeros(len(low))
-    gram = _about(fit, mean)
-    holdout = None if unseen is None else _about(unseen, mean)
-    covariance = _about(fit, fit.mean)
+    gram = fit.about(mean)
+    holdout = None if unseen is None else unseen.about(mean)
     if site.affine:
         # Rounding left over from the subtraction must not look like a signal.
         for matrix in (gram, holdout):
@@ -115,7 +115,7 @@ def _site_evidence(channels: Channels, site: Site, calibration: Calibration) -> 
         mean=mean,
         gram=gram,
         holdout=holdout,
-        covariance=covariance,
+        covariance=gram if site.affine else fit.about(fit.mean),
         constant=constant,
         active=fit.active,
         joint=fit.effective_rows >= JOINT_ROWS * len(low),
@@ -127,12 +127,6 @@ def _merged(parts: Sequence[Moments]) -> Moments:
     for part in parts[1:]:
         total = total.merge(part)
     return total
-
-
-def _about(moments: Moments, center: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Second moments per row about `center`: E z z' - c m' - m c' + c c'."""
-    cross = np.outer(center, moments.mean)
-    return np.asarray(moments.gram / moments.rows - cross - cross.T + np.outer(center, center))
 
 
 def site_weight(channels: Channels, seen: SiteEvidence) -> NDArray[np.float64]:

@@ -35,9 +35,10 @@ def _net(*, planted: bool) -> onnx.ModelProto:
     weights: dict[str, Any] = {name: as_array(name, shape) for name, shape in SHAPES.items()}
     if planted:
         for w, b in (("w1", "b1"), ("w2", "b2")):
-            weights[b][2:5] = 6.0  # parents of a combination: never clipped
+            # Parents of a combination are never clipped: what they read is never negative.
+            weights[w][2:5], weights[b][2:5] = np.abs(weights[w][2:5]), 0.5
             for weight in (weights[w], weights[b]):
-                weight[5] = 1.5 * weight[0]
+                weight[5] = 1.5 * weight[2]
                 weight[6] = 0.5 * weight[2] + 0.25 * weight[3] + 0.75 * weight[4]
             weights[w][7], weights[b][7] = 0.0, -1.0
         weights["w2"][8], weights["b2"][8] = 0.0, 2.0
@@ -48,7 +49,7 @@ SHAPES = {"w1": (10, 3, 3, 3), "b1": (10,), "w2": (12, 10, 3, 3), "b2": (12,), "
 
 
 def _images(samples: int, seed: int) -> dict[str, np.ndarray]:
-    return {"x": np.random.default_rng(seed).normal(size=(samples, 3, 8, 8)).astype(np.float32)}
+    return {"x": np.random.default_rng(seed).uniform(size=(samples, 3, 8, 8)).astype(np.float32)}
 
 
 def _widths(model: onnx.ModelProto) -> tuple[int, int]:

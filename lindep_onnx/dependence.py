@@ -123,7 +123,11 @@ def eliminate(
         minimum_kept: sets of units of which so many must survive.
     """
     ridges = [ridge] * len(sites) if isinstance(ridge, float) else ridge
-    states = [_State(site, own, block) for site, own in zip(sites, ridges, strict=True)]
+    states = [
+        _State(site, own, block, candidates)
+        for site, own in zip(sites, ridges, strict=True)
+        if _meets(site, candidates)
+    ]
     gain = np.ones(units) if gain is None else gain
     guard = _Guard(units, minimum_kept)
     allowed = candidates.copy()
@@ -154,6 +158,10 @@ def eliminate(
     return Elimination(np.array(order, dtype=np.int64), np.array(cost))
 
 
+def _meets(site: SiteProblem, units: NDArray[np.bool_]) -> bool:
+    return bool(units[site.unit[site.unit >= 0]].any())
+
+
 class _Guard:
     """Keeps count of how many units of each set survive."""
 
@@ -178,13 +186,15 @@ class _Guard:
 class _State:
     """H and A of one site while units go, in coordinates in which every live feature has unit second moment.
 
+    Only the features of candidates have rows in H and A: an update needs no others.
+
     Attributes:
-        units: (U,) the units at this site.
+        units: (U,) the candidates at this site.
         place: position of each unit in `units`.
         cost: (U,) current cost of removing each, over energy.
     """
 
-    def __init__(self, site: SiteProblem, ridge: float, block: int) -> None:
+    def __init__(self, site: SiteProblem, ridge: float, block: int, candidates: NDArray[np.bool_]) -> None:
         if not np.isfinite(site.gram).all():
             raise ValueError("the moments of a site are not finite")
         scale = np.sqrt(np.maximum(np.diagonal(site.gram), 0.0))
@@ -194,13 +204,14 @@ class _State:
         gram[~live] = 0.0
         gram[:, ~live] = 0.0
         np.fill_diagonal(gram, 1.0)
-        self._inverse = _regular_inverse(gram, ridge)
-        self._outer = site.outer * np.outer(scale, scale) / site.energy
-        self.units = np.unique(site.unit[site.unit >= 0])
+        chosen = np.append(candidates, False)[site.unit]
+        self._inverse = _regular_inverse(gram, chosen, ridge)
+        self._outer = site.outer[np.ix_(chosen, chosen)] * np.outer(scale[chosen], scale[chosen]) / site.energy
+        self.units = np.unique(site.unit[chosen])
         self.place = {unit: index for index, unit in enumerate(self.units.tolist())}
-        self._slots = _slots(site.unit, self.units)
+        self._slots = _slots(site.unit[chosen], self.units)
         self._block = block
-        size, width = len(scale), self._slots.shape[1]
+        size, width = len(self._outer), self._slots.shape[1]
         self._pending = [np.zeros((size, block + width)) for _ in range(3)]
         self._used = 0
         self._diagonal_blocks()
@@ -278,14 +289,20 @@ def _slots(unit: NDArray[np.int64], units: NDArray[np.int64]) -> NDArray[np.int6
     return slots
 
 
-def _regular_inverse(gram: Matrix, ridge: float) -> Matrix:
-    """(G + ridge I)^-1; the ridge grows until rounding no longer makes G indefinite."""
+def _regular_inverse(gram: Matrix, chosen: NDArray[np.bool_], ridge: float) -> Matrix:
+    """The block of (G + ridge I)^-1 that belongs to the chosen features.
+
+    With them last, the end of the Cholesky factor of G is the factor of their Schur complement, whose inverse is the
+    block. The ridge grows until rounding no longer makes G indefinite.
+    """
+    order = np.argsort(chosen, kind="stable")
+    ordered, start = gram[np.ix_(order, order)], len(gram) - int(chosen.sum())
     while True:
-        regular = gram.copy()
+        regular = ordered.copy(order="F")
         regular[np.diag_indices_from(regular)] += ridge
         factor, info = scipy.linalg.lapack.dpotrf(regular, lower=True, overwrite_a=True)
         if info == 0:
-            inverse, info = scipy.linalg.lapack.dpotri(factor, lower=True, overwrite_c=True)
+            inverse, info = scipy.linalg.lapack.dpotri(factor[start:, start:], lower=True)
         if info == 0:
             lower = np.tril(inverse)
             return np.asarray(lower + np.tril(lower, -1).T)
@@ -336,9 +353,10 @@ def _solve(left: Matrix, right: Matrix) -> Matrix:
 
 def residual_moments(gram: Matrix, kept: NDArray[np.bool_], matrix: Matrix) -> Matrix:
     """(removed, removed) second moments of z_R - T' z_K, under any Gram matrix."""
-    cross = gram[np.ix_(kept, ~kept)]
-    product = matrix.T @ cross
-    inner = gram[np.ix_(~kept, ~kept)] - product - product.T + matrix.T @ gram[np.ix_(kept, kept)] @ matrix
+    used = matrix.any(axis=1)  # a constant is made up for by nothing, a multiple by one feature alone
+    partners, matrix, gone = np.flatnonzero(kept)[used], matrix[used], np.flatnonzero(~kept)
+    product = matrix.T @ gram[np.ix_(partners, gone)]
+    inner = gram[np.ix_(gone, gone)] - product - product.T + matrix.T @ gram[np.ix_(partners, partners)] @ matrix
     return np.asarray(inner)
 
 
@@ -412,6 +430,20 @@ def collinear_classes(gram: Matrix, holdout: Matrix | None, *, tolerance: float 
     scale = np.where(live, factor[np.where(live, label, 0), np.arange(size)], 0.0)
     scale[label == np.arange(size)] = 1.0
     return Collinear(label, scale)
+
+
+def _affordable(sites: Sequence[SiteProblem], candidates: NDArray[np.bool_], most: float) -> NDArray[np.bool_]:
+    """The candidates that cost at most so much at every site while all else is there.
+
+    What is not dependent now will not become so when others go. The largest sites come first: where nothing is
+    dependent, they leave little to ask the others.
+    """
+    left = candidates.copy()
+    for site in sorted(sites, key=lambda site: -len(site.unit)):
+        if _meets(site, left):
+            state = _State(site, EXACT_RIDGE, 1, left)
+            left[state.units[state.cost > most]] = False
+    return left
 
 
 @dataclass(frozen=True)
@@ -530,23 +562,29 @@ class _Search:
 
     def restore_offenders(self) -> None:
         """Put back whatever adds too much error on fit or unseen samples, the worst first."""
-        while True:
-            worst, blamed = self._tolerance**2, -1
-            for number, site in enumerate(self.sites):
-                kept = self._kept(number)
-                if kept.all():
-                    continue
-                matrix = self._fold(number, kept)
-                for gram in (site.gram, site.holdout):
-                    if gram is None:
-                        continue
-                    residual = residual_moments(gram, kept, matrix) * site.outer[np.ix_(~kept, ~kept)]
+        worst: dict[int, tuple[float, int]] = {}
+        changed = list(range(len(self.sites)))
+        while changed:
+            worst.update((number, self._worst(number)) for number in changed)
+            error, unit = max(worst.values())
+            if error <= self._tolerance**2:
+                return
+            self.kind[unit] = NONE
+            changed = [number for number, site in enumerate(self.sites) if (site.unit == unit).any()]
+
+    def _worst(self, number: int) -> tuple[float, int]:
+        """The squared relative error that the removals add at a site, and the unit to blame for most of it."""
+        site, kept = self.sites[number], self._kept(number)
+        worst, blamed = 0.0, NONE
+        if not kept.all():
+            matrix, outer = self._fold(number, kept), site.outer[np.ix_(~kept, ~kept)]
+            for gram in (site.gram, site.holdout):
+                if gram is not None:
+                    residual = residual_moments(gram, kept, matrix) * outer
                     if residual.sum() / site.energy > worst:
                         worst = residual.sum() / site.energy
                         blamed = int(site.unit[~kept][np.argmax(np.diagonal(residual))])
-            if blamed < 0:
-                return
-            self.kind[blamed] = NONE
+        return worst, blamed
 
     def remove_joint(self, candidates: NDArray[np.bool_]) -> None:
         allowed = candidates & (self.kind == 0)
@@ -556,14 +594,11 @@ class _Search:
         if not allowed.any():
             return
         reduced = [self._reduced(number) for number in range(len(self.sites))]
+        stop = len(self.sites) * self._tolerance**2
+        allowed = _affordable(reduced, allowed, stop)
         least = [(members[self.kind[members] == 0], bound) for members, bound in self._least if bound > 0]
         order = eliminate(
-            reduced,
-            len(self.kind),
-            candidates=allowed,
-            stop=len(self.sites) * self._tolerance**2,
-            ridge=EXACT_RIDGE,
-            minimum_kept=least,
+            reduced, len(self.kind), candidates=allowed, stop=stop, ridge=EXACT_RIDGE, minimum_kept=least
         ).order
         for _ in range(TRIES):
             taken = self._remove_while_it_passes(order)
@@ -574,15 +609,15 @@ class _Search:
     def _remove_while_it_passes(self, order: NDArray[np.int64]) -> int:
         """Remove as many units from the front of `order` as pass together, and return how many."""
         before = self.kind
-        low, high = 0, len(order)  # order[:low] is known to pass
+        low, high, middle = 0, len(order), len(order)  # order[:low] is known to pass; all of them may well
         while low < high:
-            middle = (low + high + 1) // 2
             self.kind = before.copy()
             self.kind[order[:middle]] = JOINT
             if self._passes():
                 low = middle
             else:
                 high = middle - 1
+            middle = (low + high + 1) // 2
         self.kind = before.copy()
         self.kind[order[:low]] = JOINT
         return low

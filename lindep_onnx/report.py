@@ -67,6 +67,7 @@ ADVICE: Mapping[str, str] = {
     "training_mode": "Export the model for inference (evaluation mode).",
     "transposed_data": "Fold the transposition into the weight, or export without transA.",
     "unknown_operator": "Export with standard operators (or a lower opset, which splits new ones into known ones).",
+    "unknown_rank": "Run ONNX shape inference on the model, or export with fixed shapes.",
     "unlabelled_operand": "Nothing to do here; the channels become free where the other operand does.",
     "vector_product": "Store the vector as a matrix with one column.",
     "weight_rank": "Export with a separate matrix for each product.",

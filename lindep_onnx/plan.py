@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lindep_onnx.analysis import Evidence, problem
 from lindep_onnx.channels import FROZEN, Channels, Group
-from lindep_onnx.dependence import SiteProblem, lossless_removals
+from lindep_onnx.dependence import Least, lossless_removals
 
 __all__ = ["Fold", "Plan", "plan_lossless"]
 
@@ -64,6 +64,8 @@ def plan_lossless(channels: Channels, evidence: Evidence, doubtful: NDArray[np.b
     kind = np.zeros(channels.units, dtype=np.int8)
     folds: dict[int, Fold] = {}
     rows: dict[int, bytes] = {}
+    place = _places(channels)
+    least = _least(channels, place)
     for _ in range(ROUNDS):
         changed = False
         for number in reversed(range(len(channels.groups))):
@@ -73,7 +75,7 @@ def plan_lossless(channels: Channels, evidence: Evidence, doubtful: NDArray[np.b
                 continue
             rows[number] = current
             before = removed[group.units].copy()
-            _plan_group(channels, evidence, doubtful, group, removed, kind, folds, tolerance)
+            _plan_group(channels, evidence, doubtful, group, place, least[number], removed, kind, folds, tolerance)
             changed |= bool((removed[group.units] != before).any())
         if not changed:
             break
@@ -85,35 +87,37 @@ def _plan_group(
     evidence: Evidence,
     doubtful: NDArray[np.bool_],
     group: Group,
+    place: NDArray[np.int64],
+    least: Least,
     removed: NDArray[np.bool_],
     kind: NDArray[np.int8],
     folds: dict[int, Fold],
     tolerance: float,
 ) -> None:
     """Decide one group from scratch and write the decision into `removed`, `kind` and `folds`."""
-    removed[group.units] = False
-    kind[group.units] = 0
-    local = np.full(channels.units + 1, FROZEN, dtype=np.int64)  # the last entry answers for FROZEN
-    local[group.units] = np.arange(len(group.units))
-    problems = []
-    unread = np.ones(channels.units + 1, dtype=bool)
-    constant = np.ones(channels.units + 1, dtype=bool)
-    for index in group.sites:
-        posed = problem(channels, evidence.sites[index], removed)
-        nothing = np.diagonal(posed.outer) == 0.0
-        unit = evidence.sites[index].unit
-        unread[unit[~nothing]] = False
-        constant[unit[~nothing & ~evidence.sites[index].constant]] = False
-        problems.append(_localised(posed, local))
     units = group.units
+    removed[units] = False
+    kind[units] = 0
+    problems = []
+    read = np.zeros(len(units) + 1, dtype=bool)  # the last entry answers for FROZEN
+    varies = np.zeros(len(units) + 1, dtype=bool)
+    for index in group.sites:
+        seen = evidence.sites[index]
+        posed = problem(channels, seen, removed)
+        posed = replace(posed, unit=place[posed.unit])
+        multiplied = np.diagonal(posed.outer) != 0.0
+        read[posed.unit[multiplied]] = True
+        varies[posed.unit[multiplied & ~seen.constant]] = True
+        problems.append(posed)
     sure = ~(evidence.silent & doubtful)[units]
+    unread, constant = ~read[:-1], ~varies[:-1] & sure
     result = lossless_removals(
         problems,
         len(units),
-        candidates=(sure & evidence.active[units]) | unread[units] | (constant[units] & sure),
-        constant=unread[units] | (constant[units] & sure),
+        candidates=(sure & evidence.active[units]) | unread | constant,
+        constant=unread | constant,
         tolerance=tolerance,
-        minimum_kept=_least(channels, local),
+        minimum_kept=least,
     )
     removed[units] = result.removed
     kind[units] = result.kind
@@ -125,16 +129,22 @@ def _plan_group(
             folds[index] = Fold(kept, matrix)
 
 
-def _localised(posed: SiteProblem, local: NDArray[np.int64]) -> SiteProblem:
-    return SiteProblem(posed.gram, posed.holdout, posed.outer, local[posed.unit], posed.energy, posed.joint)
+def _places(channels: Channels) -> NDArray[np.int64]:
+    """(units + 1,) the number of each unit within its group; the last entry answers for FROZEN."""
+    place = np.full(channels.units + 1, FROZEN, dtype=np.int64)
+    for group in channels.groups:
+        place[group.units] = np.arange(len(group.units))
+    return place
 
 
-def _least(channels: Channels, local: NDArray[np.int64]) -> list[tuple[NDArray[np.int64], int]]:
-    """The constraints of one group in its own numbers. Members of other groups are not counted on."""
-    found = []
+def _least(channels: Channels, place: NDArray[np.int64]) -> list[list[tuple[NDArray[np.int64], int]]]:
+    """The constraints of each group in its own numbers. Members of other groups are not counted on."""
+    owner = np.zeros(channels.units, dtype=np.int64)
+    for number, group in enumerate(channels.groups):
+        owner[group.units] = number
+    found: list[list[tuple[NDArray[np.int64], int]]] = [[] for _ in channels.groups]
     for members, bound in channels.least:
-        own = local[members]
-        own = own[own != FROZEN]
-        if len(own):
-            found.append((own, min(bound, len(own))))
+        for number in np.unique(owner[members]).tolist():
+            own = place[members[owner[members] == number]]
+            found[number].append((own, min(bound, len(own))))
     return found

@@ -203,11 +203,13 @@ def _groups(tracer: Tracer, sites: Sequence[Site], unit: Atoms, units: int) -> t
         made = unit[producer.atoms]
         for group in np.unique(member[made[made != FROZEN]]):
             owner.setdefault(int(group), tracer.model.nodes[producer.node].name)
+    order = np.argsort(member, kind="stable")
+    parts = np.split(order, np.flatnonzero(np.diff(member[order])) + 1)
+    met_at = [(part[part < units], part[part >= units] - units) for part in parts if len(part)]
     groups = []
-    for group in dict.fromkeys(member[units:].tolist()):
-        indices = tuple(int(index) for index in np.flatnonzero(member[units:] == group))
-        name = owner.get(group, tracer.model.nodes[sites[indices[0]].readers[0].node].name)
-        groups.append(Group(name, np.flatnonzero(member[:units] == group), indices))
+    for own, indices in sorted(met_at, key=lambda pair: int(pair[1][0])):
+        first = tracer.model.nodes[sites[indices[0]].readers[0].node]
+        groups.append(Group(owner.get(int(member[own[0]]), first.name), own, tuple(indices.tolist())))
     return tuple(groups)
 
 

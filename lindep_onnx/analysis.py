@@ -38,7 +38,7 @@ class SiteEvidence:
         mean: (F,) mean over the fit rows; zero where the site cannot absorb a constant.
         gram: (F, F) second moments per row about `mean`, fit samples.
         holdout: the same over unseen samples, about the same `mean`; None if there are none.
-        covariance: (F, F) second moments per row about the mean itself, fit samples.
+        offset: (F,) mean over the fit rows, less `mean`.
         constant: (F,) bool, the feature never changes.
         active: (F,) number of fit samples in which the feature is other than zero.
         joint: whether there are rows enough for dependence on several others.
@@ -50,7 +50,7 @@ class SiteEvidence:
     mean: NDArray[np.float64]
     gram: NDArray[np.float64]
     holdout: NDArray[np.float64] | None
-    covariance: NDArray[np.float64]
+    offset: NDArray[np.float64]
     constant: NDArray[np.bool_]
     active: NDArray[np.int64]
     joint: bool
@@ -115,7 +115,7 @@ def _site_evidence(channels: Channels, site: Site, calibration: Calibration) -> 
         mean=mean,
         gram=gram,
         holdout=holdout,
-        covariance=gram if site.affine else fit.about(fit.mean),
+        offset=fit.mean - mean,
         constant=constant,
         active=fit.active,
         joint=fit.effective_rows >= JOINT_ROWS * len(low),
@@ -154,7 +154,8 @@ def problem(channels: Channels, seen: SiteEvidence, removed: NDArray[np.bool_]) 
     """
     outer = outer_product(channels, seen, removed)
     unread = np.diagonal(outer) == 0.0
-    energy = float(np.vdot(seen.covariance, outer))
+    # The centred second moment is G - o o', so that the matrix need not be kept.
+    energy = float(np.vdot(seen.gram, outer) - seen.offset @ outer @ seen.offset)
     return SiteProblem(
         gram=_without(unread, seen.gram),
         holdout=None if seen.holdout is None else _without(unread, seen.holdout),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import platform
 import time
@@ -17,22 +17,26 @@ import onnx
 import onnxruntime
 import scipy
 
-from lindep_onnx import analysis, calibration, graph, plan, verify
+from lindep_onnx import analysis, calibration, graph, verify
 from lindep_onnx._version import __version__
+from lindep_onnx.budget import Chosen, Workshop
 from lindep_onnx.channels import Channels
-from lindep_onnx.config import LOSSLESS_SITE_ERROR, LOSSLESS_VERIFIED_ERROR, Config
-from lindep_onnx.cost import cost
-from lindep_onnx.data import InputSpec, Part, Samples, open_samples
-from lindep_onnx.errors import LindepError, OutputError, UsageError, VerificationError
-from lindep_onnx.reconstruct import fold_sites
-from lindep_onnx.report import GroupReport, RefusalReport, Report, Size, Verification
-from lindep_onnx.rewrite import rewrite
+from lindep_onnx.config import Config
+from lindep_onnx.cost import Cost
+from lindep_onnx.data import InputSpec, Samples, open_samples
+from lindep_onnx.errors import LindepError, OutputError, UsageError
+from lindep_onnx.groups import measure_groups
+from lindep_onnx.plan import KINDS
+from lindep_onnx.report import BudgetReport, GroupReport, RefusalReport, Report, Size, Verification
 from lindep_onnx.shapes import Resolved, resolve
 from lindep_onnx.tracing import trace
 
 __all__ = ["Outcome", "Result", "compress", "run"]
 
 Progress: TypeAlias = Callable[[str, int, int], None]
+
+#: Bytes that the activations of one run may take, were all of them kept, and the most samples in a run.
+ACTIVATION_BYTES, MOST_BATCH = 1 << 29, 32
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ def run(
             seed=config.seed,
             holdout=config.holdout,
             max_samples=config.max_samples,
-            batch_size=config.batch_size,
+            batch_size=config.batch_size or _batch_size(resolved),
         )
     with samples:
         return _run(model, channels, samples, config, clock, output, external_data, progress)
@@ -156,31 +160,16 @@ def _run(
         nodes = analysis.margin_nodes(channels, evidence.silent)
         ranges = calibration.observe_flats(channels, nodes, samples, progress=progress, **runtime) if nodes else ()
         doubtful = analysis.unexplained(channels, nodes, ranges, evidence.samples)
-    with clock.stage("plan"):
-        decision = plan.plan_lossless(channels, evidence, doubtful, tolerance=LOSSLESS_SITE_ERROR)
-    with clock.stage("reconstruct"):
-        new = fold_sites(channels, decision.folds, evidence.sites, decision.removed)
-    with clock.stage("rewrite"):
-        metadata = json.dumps({"version": __version__, "options": config.described()}, sort_keys=True)
-        result = rewrite(channels, new, metadata)
-        smaller = graph.load(result)
+    original_passed = verify.full_check_passes(model.proto) is None
+    workshop = Workshop(channels, evidence, doubtful, samples, config, clock.stage, progress)
+    chosen = workshop.choose()
     with clock.stage("verify"):
-        verify.check_model(result, original_passed=verify.full_check_passes(model.proto) is None)
-        verification, group_errors, latency = _verify(model, result, channels, decision, samples, config, progress)
-    report = _report(model, smaller, channels, decision, samples, config, clock, verification, group_errors, latency)
-    failure: LindepError | None = None
-    if verification is not None and not verification.passed:
-        failure = VerificationError(
-            f"The result differs from the original by {verification.relative_error:.2g} on unseen samples, more than "
-            f"the {_allowed(config):.2g} allowed. Nothing was written; give more or more varied calibration data."
-        )
-    if output is not None and (failure is None or config.force):
-        graph.save(result, output, external_data=external_data)
-    return Outcome(result, report, failure)
-
-
-def _allowed(config: Config) -> float:
-    return LOSSLESS_VERIFIED_ERROR if config.max_error is None else config.max_error
+        verify.check_model(chosen.proto, original_passed=original_passed)
+        errors = measure_groups(channels, chosen, samples, seed=config.seed, **runtime)
+    report = _report(channels, workshop.before, chosen, errors, samples, config, clock)
+    if output is not None and (chosen.failure is None or config.force):
+        graph.save(chosen.proto, output, external_data=external_data)
+    return Outcome(chosen.proto, report, chosen.failure)
 
 
 class _Clock:
@@ -220,64 +209,48 @@ def _inputs(model: graph.Model, resolved: Resolved) -> list[InputSpec]:
     return specs
 
 
-def _verify(
-    model: graph.Model,
-    result: onnx.ModelProto,
-    channels: Channels,
-    decision: plan.Plan,
-    samples: Samples,
-    config: Config,
-    progress: Progress,
-) -> tuple[Verification | None, Mapping[int, float], tuple[float | None, float | None]]:
-    if not len(samples.parts[Part.VERIFY]):
-        return None, {}, (None, None)
-    runtime: dict[str, Any] = {"providers": config.providers, "threads": config.threads}
-    original = verify.open_session(model.proto, **runtime)
-    candidate = verify.open_session(result, **runtime)
-    found = verify.compare(original, candidate, samples.batches(Part.VERIFY), agreement_output=config.agreement_output)
-    verification = Verification(
-        samples=found.samples,
-        relative_error=found.relative_error,
-        max_abs_error=found.max_abs_error,
-        agreement=found.agreement,
-        passed=found.relative_error <= _allowed(config),
-        data="calibration samples that nothing was fitted to or chosen by",
-        worst_samples=found.worst_samples,
-        outputs=found.outputs,
-    )
-    feeds = next(iter(samples.batches(Part.VERIFY, limit=1))).feeds
-    before, after = verify.measure_latency((original, candidate), feeds, seconds=1.0)
-    return verification, {}, (before, after)
+def _batch_size(resolved: Resolved) -> int:
+    """As many samples as keep the activations of one run within `ACTIVATION_BYTES`, unknown sizes counted as 1."""
+    computed = (shape for name, shape in resolved.shapes.items() if name not in resolved.constants)
+    elements = sum(math.prod(size for size in shape[1:] if isinstance(size, int)) for shape in computed)
+    return max(1, min(MOST_BATCH, ACTIVATION_BYTES // max(1, 4 * elements)))
 
 
 def _report(
-    model: graph.Model,
-    smaller: graph.Model,
     channels: Channels,
-    decision: plan.Plan,
+    before: Cost,
+    chosen: Chosen,
+    errors: Mapping[int, float],
     samples: Samples,
     config: Config,
     clock: _Clock,
-    verification: Verification | None,
-    group_errors: Mapping[int, float],
-    latency: tuple[float | None, float | None],
 ) -> Report:
-    first = next(iter(samples.batches(limit=1)))
-    shapes = {name: tuple(value.shape) for name, value in first.feeds.items()}
-    sizes = []
-    for counted, milliseconds in zip((model, smaller), latency, strict=True):
-        spent = cost(counted, shapes, first.size)
-        sizes.append(Size(spent.parameters, spent.macs, spent.bytes, spent.channels, milliseconds))
+    found = chosen.comparison
+    verification = None
+    if found is not None:
+        verification = Verification(
+            samples=found.samples,
+            relative_error=found.relative_error,
+            max_abs_error=found.max_abs_error,
+            agreement=found.agreement,
+            passed=chosen.failure is None,
+            data="calibration samples that nothing was fitted to or chosen by",
+            worst_samples=found.worst_samples,
+            outputs=found.outputs,
+        )
+    latency = chosen.latency or (None, None)
     return Report(
-        before=sizes[0],
-        after=sizes[1],
+        before=Size(before.parameters, before.macs, before.bytes, before.channels, latency[0]),
+        after=Size(chosen.cost.parameters, chosen.cost.macs, chosen.cost.bytes, chosen.cost.channels, latency[1]),
         verification=verification,
-        groups=tuple(_group_reports(channels, decision, group_errors)),
+        groups=tuple(_group_reports(channels, chosen, errors)),
         refusals=tuple(
             RefusalReport(refusal.reason.code, refusal.nodes, refusal.channels, refusal.reason.message)
             for refusal in channels.refusals
         ),
-        budget=(),
+        budget=tuple(
+            BudgetReport(kind, float(getattr(config, kind)), reached) for kind, reached in chosen.achieved.items()
+        ),
         seconds=clock.seconds,
         versions={
             "lindep_onnx": __version__,
@@ -288,15 +261,15 @@ def _report(
             "python": platform.python_version(),
         },
         options=config.described(),
-        notes=tuple(samples.notes),
-        mode="lossless",
+        notes=(*samples.notes, *chosen.notes),
+        mode="budgeted" if config.budgeted else "lossless",
     )
 
 
-def _group_reports(channels: Channels, decision: plan.Plan, errors: Mapping[int, float]) -> Iterator[GroupReport]:
+def _group_reports(channels: Channels, chosen: Chosen, errors: Mapping[int, float]) -> Iterator[GroupReport]:
     for number, group in enumerate(channels.groups):
-        gone = decision.removed[group.units]
-        kinds = decision.kind[group.units][gone]
+        gone = chosen.removed[group.units]
+        kinds = chosen.kind[group.units][gone]
         yield GroupReport(
             name=group.name,
             channels_before=len(group.units),
@@ -304,5 +277,5 @@ def _group_reports(channels: Channels, decision: plan.Plan, errors: Mapping[int,
             error=errors.get(number),
             proven=0,
             sites=tuple(channels.model.nodes[channels.sites[site].readers[0].node].name for site in group.sites),
-            kinds={plan.KINDS[kind]: int((kinds == kind).sum()) for kind in sorted(set(kinds.tolist()))},
+            kinds={KINDS[kind]: int((kinds == kind).sum()) for kind in sorted(set(kinds.tolist())) if kind},
         )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -13,10 +12,11 @@ import onnx
 from numpy.typing import NDArray
 
 from lindep_onnx.channels import Atoms, Channels, Reader, Site
-from lindep_onnx.data import Batch, Part, Samples
+from lindep_onnx.data import Part, Samples
 from lindep_onnx.errors import CalibrationError
-from lindep_onnx.graph import Model, Node
+from lindep_onnx.graph import Node
 from lindep_onnx.moments import Moments, MomentsAccumulator
+from lindep_onnx.sampling import Place, RowSampler, insert_behind
 from lindep_onnx.verify import open_session
 
 __all__ = ["Calibration", "Features", "Flat", "Range", "Tap", "calibrate", "features", "observe_flats", "tap"]
@@ -29,6 +29,8 @@ ROWS_PER_FEATURE = 16
 #: Positions of one sample that are looked at, whatever the number of features.
 LEAST_POSITIONS = 16
 MOST_POSITIONS = 4096
+#: Taps of one sample that are looked at behind a Flatten.
+ROWS_OF_TAPS = 64
 
 
 @dataclass(frozen=True)
@@ -127,80 +129,48 @@ def calibrate(
     for site in channels.sites:
         for reader in site.readers:
             wanted.setdefault(tap(site, reader), features(site.columns).index)
-    counts = len(samples.parts[Part.FIT]), len(samples.parts[Part.SELECT])
+    counts = {part: len(samples.parts[part]) for part in (Part.FIT, Part.SELECT)}
     if not wanted:
-        return Calibration({}, {}, counts)
-    tensors = sorted({place.tensor for place in wanted})
-    session = open_session(with_outputs(channels.model, tensors), providers=providers, threads=threads)
-    done, total = 0, sum(counts)
+        return Calibration({}, {}, (counts[Part.FIT], counts[Part.SELECT]))
+    most: dict[Place, int] = {}
+    for place, index in wanted.items():
+        rows = int(np.clip(ROWS_PER_FEATURE * len(index) // max(1, counts[Part.FIT]), LEAST_POSITIONS, MOST_POSITIONS))
+        at = Place(place.tensor, place.axis, place.strides)
+        # Positions behind a Flatten are taps: there the whole axis is one row.
+        most[at] = max(most.get(at, 0), rows if index.shape[1] == 1 else MOST_POSITIONS)
+    sampler = RowSampler(channels.model, channels.resolved, most, providers=providers, threads=threads)
     rng = np.random.default_rng(seed)
-    result: dict[Part, dict[Tap, MomentsAccumulator]] = {}
-    for part in (Part.FIT, Part.SELECT):
-        count = max(1, len(samples.parts[part]))
-        result[part] = {place: MomentsAccumulator(len(index)) for place, index in wanted.items()}
+    done = 0
+    result: dict[Part, dict[Tap, Moments]] = {}
+    for part in counts:
+        accumulators = {place: MomentsAccumulator(len(index)) for place, index in wanted.items()}
         for batch in samples.batches(part):
-            fetched = dict(zip(tensors, session.run(tensors, batch.feeds), strict=True))
-            share = len(batch.samples)
+            fetched = sampler.rows(batch, rng)
             for place, index in wanted.items():
-                most = int(np.clip(ROWS_PER_FEATURE * len(index) // count, LEAST_POSITIONS, MOST_POSITIONS))
-                rows = _rows(fetched[place.tensor], place, index, most, batch, rng)
+                rows_ = fetched[Place(place.tensor, place.axis, place.strides)].values
                 try:
-                    result[part][place].update(rows)
+                    accumulators[place].update(_features(rows_, index, rng))
                 except CalibrationError as error:
                     raise CalibrationError(f"Tensor {place.tensor!r} becomes NaN or infinite on this data.") from error
-            done += share
-            progress("calibrate", done, total)
-    finished = {
-        part: {place: accumulator.result() for place, accumulator in accumulators.items()}
-        for part, accumulators in result.items()
-    }
+            done += len(batch.samples)
+            progress("calibrate", done, sum(counts.values()))
+        # One at a time: the matrices are the largest things in memory.
+        result[part] = {place: accumulators.pop(place).result() for place in wanted}
     return Calibration(
-        fit=finished[Part.FIT],
-        select=finished[Part.SELECT] if counts[1] else None,
-        samples=counts,
+        fit=result[Part.FIT],
+        select=result[Part.SELECT] if counts[Part.SELECT] else None,
+        samples=(counts[Part.FIT], counts[Part.SELECT]),
     )
 
 
-def _rows(
-    data: Array, place: Tap, index: NDArray[np.int64], most: int, batch: Batch, rng: np.random.Generator
-) -> Array:
-    """(samples, rows, features) of a fetched tensor, filler left out; about `most` rows a sample.
-
-    The positions are the same for all samples of the batch. A tensor whose leading axis is not the batch counts as one
-    sample, which can only make the guards stricter.
-    """
-    if place.strides:
-        steps = (slice(None),) * (place.axis + 1) + tuple(slice(None, None, step) for step in place.strides)
-        data = data[steps]
-    axis, samples = place.axis + 1, batch.size
-    if place.axis == 0 or data.shape[0] % samples:
-        data, samples = data[None], 1
-    else:
-        data = data.reshape(samples, -1, *data.shape[1:])[: len(batch.samples)]
-    count, width = data.shape[0], data.shape[axis]
-    before = math.prod(data.shape[1:axis])
-    behind = math.prod(data.shape[axis + 1 :])
-    data = data.reshape(count, before, width, behind)
-    positions, taps = before * behind, index.shape[1]
-    if taps == 1 and positions > most:
-        chosen = np.sort(rng.choice(positions, most, replace=False))
-        rows = np.moveaxis(data[:, chosen // behind, :, chosen % behind], 0, 1)
-    else:
-        rows = np.moveaxis(data, 2, 3).reshape(count, positions, width)
-    if taps > 1:
-        chosen = np.sort(rng.permutation(taps)[: max(1, most // positions)])
-        return rows[:, :, index.T[chosen]].reshape(count, -1, len(index))
-    places = index[:, 0]
-    return rows if np.array_equal(places, np.arange(width)) else rows[:, :, places]
-
-
-def with_outputs(model: Model, names: Iterable[str]) -> onnx.ModelProto:
-    """A copy of the model that also puts out the given tensors."""
-    proto = onnx.ModelProto()
-    proto.CopyFrom(model.proto)
-    present = {value.name for value in proto.graph.output}
-    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in present)
-    return proto
+def _features(rows: Array, index: NDArray[np.int64], rng: np.random.Generator) -> Array:
+    """(samples, rows, features): places of the axis in feature order; taps become rows."""
+    features, taps = index.shape
+    if taps == 1:
+        places = index[:, 0]
+        return rows if np.array_equal(places, np.arange(rows.shape[2])) else rows[:, :, places]
+    chosen = np.sort(rng.permutation(taps)[: max(1, ROWS_OF_TAPS // rows.shape[1])])
+    return rows[:, :, index.T[chosen]].reshape(len(rows), -1, features)
 
 
 # ---- saturation ------------------------------------------------------------------------------------------------
@@ -224,13 +194,25 @@ class Range:
     """Where the input of a node lies, over all positions of all samples.
 
     Attributes:
-        low, high, mean, deviation: (channels,) along the labelled axis.
+        low, high, sum, square: (channels,) along the labelled axis: extremes, sum and sum of squares.
+        rows: number of positions.
     """
 
     low: NDArray[np.float64]
     high: NDArray[np.float64]
-    mean: NDArray[np.float64]
-    deviation: NDArray[np.float64]
+    sum: NDArray[np.float64]
+    square: NDArray[np.float64]
+    rows: int
+
+    @property
+    def deviation(self) -> NDArray[np.float64]:
+        """(channels,) standard deviation."""
+        return np.sqrt(np.maximum(self.square / self.rows - (self.sum / self.rows) ** 2, 0.0))
+
+    def merge(self, other: Range) -> Range:
+        """The range over the positions of both."""
+        low, high = np.minimum(self.low, other.low), np.maximum(self.high, other.high)
+        return Range(low, high, self.sum + other.sum, self.square + other.square, self.rows + other.rows)
 
 
 def observe_flats(
@@ -252,46 +234,48 @@ def observe_flats(
         threads: intra-op threads, 0 for its own choice.
         progress: called with (stage, samples done, samples in all).
     """
-    model = channels.model
+    opset = channels.model.opset
     proto = onnx.ModelProto()
-    proto.CopyFrom(model.proto)
+    proto.CopyFrom(channels.model.proto)
+    nodes: dict[str, list[onnx.NodeProto]] = {}
     fetched = []
     for number, (flat, axis) in enumerate(flats):
         tensor = flat.node.inputs[0]
         # The leading axis stays, so that filler samples can be left out.
         others = [other for other in range(len(channels.resolved.shapes[tensor])) if other not in (0, axis)]
-        names = [f"lindep_onnx_{number}_{what}" for what in ("low", "high", "mean", "square")]
-        proto.graph.node.append(onnx.helper.make_node("Mul", [tensor, tensor], [names[3] + "s"]))
-        for op, name in zip(("ReduceMin", "ReduceMax", "ReduceMean"), names, strict=False):
-            _append_reduction(proto, op, tensor, name, others, model.opset)
-        _append_reduction(proto, "ReduceMean", names[3] + "s", names[3], others, model.opset)
+        names = [f"lindep_onnx_{number}_{what}" for what in ("low", "high", "sum", "square", "shape")]
+        for op, name in zip(("ReduceMin", "ReduceMax", "ReduceSum", "ReduceSumSquare"), names, strict=False):
+            nodes.setdefault(tensor, []).append(_reduction(proto, op, tensor, name, others, opset))
+        nodes[tensor].append(onnx.helper.make_node("Shape", [tensor], [names[4]]))
         fetched.extend(names)
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in fetched)
+    insert_behind(proto, nodes)
     session = open_session(proto, providers=providers, threads=threads)
-    summaries = (np.min, np.max, np.sum, np.sum)
-    collected: list[list[Array]] = [[] for _ in fetched]
-    rows = np.zeros(len(fetched))
+    ranges: list[Range | None] = [None] * len(flats)
     done, total = 0, len(samples.parts[Part.FIT]) + len(samples.parts[Part.SELECT])
     for batch in samples.batches(Part.FIT, Part.SELECT):
-        for position, value in enumerate(session.run(fetched, batch.feeds)):
-            kept = np.asarray(value[: len(value) * len(batch.samples) // batch.size], dtype=np.float64)
-            collected[position].append(summaries[position % 4](kept, axis=0))
-            rows[position] += len(kept)
+        values = session.run(fetched, batch.feeds)
+        for number, (_, axis) in enumerate(flats):
+            *reduced, shape = values[5 * number : 5 * number + 5]
+            kept = [value[: len(value) * len(batch.samples) // batch.size].astype(np.float64) for value in reduced]
+            rows = len(kept[0]) * int(np.prod(shape)) // int(shape[0] * shape[axis])
+            low, high, both, square = kept[0].min(0), kept[1].max(0), kept[2].sum(0), kept[3].sum(0)
+            seen = Range(low, high, both, square, rows)
+            known = ranges[number]
+            ranges[number] = seen if known is None else known.merge(seen)
         done += len(batch.samples)
         progress("saturation", done, total)
-    ranges = []
-    for start in range(0, len(fetched), 4):
-        low, high, mean, square = (summaries[part](collected[start + part], axis=0) for part in range(4))
-        mean, square = mean / rows[start], square / rows[start]
-        ranges.append(Range(low, high, mean, np.sqrt(np.maximum(square - mean**2, 0.0))))
-    return tuple(ranges)
+    return tuple(found for found in ranges if found is not None)
 
 
-def _append_reduction(proto: onnx.ModelProto, op: str, source: str, name: str, axes: Sequence[int], opset: int) -> None:
+def _reduction(
+    proto: onnx.ModelProto, op: str, source: str, name: str, axes: Sequence[int], opset: int
+) -> onnx.NodeProto:
     if not axes:
-        proto.graph.node.append(onnx.helper.make_node("Identity", [source], [name]))
-    elif opset >= 18:
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(axes, dtype=np.int64), name + "_axes"))
-        proto.graph.node.append(onnx.helper.make_node(op, [source, name + "_axes"], [name], keepdims=0))
-    else:
-        proto.graph.node.append(onnx.helper.make_node(op, [source], [name], axes=list(axes), keepdims=0))
+        if op == "ReduceSumSquare":
+            return onnx.helper.make_node("Mul", [source, source], [name])
+        return onnx.helper.make_node("Identity", [source], [name])
+    if opset < (13 if op == "ReduceSum" else 18):
+        return onnx.helper.make_node(op, [source], [name], axes=list(axes), keepdims=0)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(axes, dtype=np.int64), name + "_axes"))
+    return onnx.helper.make_node(op, [source, name + "_axes"], [name], keepdims=0)

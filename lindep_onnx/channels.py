@@ -27,11 +27,13 @@ __all__ = [
     "Group",
     "Labelling",
     "Producer",
+    "Product",
     "Reader",
     "Reason",
     "Refusal",
     "Site",
     "Tracer",
+    "Window",
 ]
 
 Array: TypeAlias = NDArray[Any]
@@ -101,8 +103,6 @@ class Reader:
         output_axis: the channel axis of `output`.
         strides: spacing of the positions of `tensor` that are read at all, one for each axis behind the channel
             axis; empty when all are read.
-        kernel: extent of the kernel, empty outside convolutions.
-        pads: zeros that the node itself adds around its input, (begins, ends) by spatial axis; empty if none.
         bias: where the output can take a constant; None if nowhere.
     """
 
@@ -112,9 +112,51 @@ class Reader:
     output: str
     output_axis: int
     strides: tuple[int, ...] = ()
-    kernel: tuple[int, ...] = ()
-    pads: tuple[tuple[int, int], ...] = ()
     bias: Bias | None = None
+
+
+@dataclass(frozen=True)
+class Window:
+    """The positions that a convolution combines.
+
+    Attributes:
+        kernel: extent by spatial axis.
+        strides: by spatial axis.
+        dilations: by spatial axis.
+        pads: (begin, end) zeros by spatial axis.
+        transposed: whether the strides spread the input (ConvTranspose) rather than the windows.
+    """
+
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    pads: tuple[tuple[int, int], ...]
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Product:
+    """One node that multiplies a constant weight, whether or not its channels can shrink.
+
+    Attributes:
+        weight: name of the constant.
+        position: which input of the node it is.
+        inputs: axis of the weight that meets the channel axis of the data (of one group).
+        outputs: axis of the weight that becomes the channel axis of the product.
+        group: how many parts the channels are divided into, each with its own share of the weight.
+        scale: what the node multiplies the product by.
+        reader: the node.
+        window: None where single positions are multiplied.
+    """
+
+    weight: str
+    position: int
+    inputs: int
+    outputs: int
+    group: int
+    scale: float
+    reader: Reader
+    window: Window | None
 
 
 @dataclass(frozen=True)
@@ -191,6 +233,7 @@ class Channels:
         unit: unit number of every atom; -1 where it always stays.
         units: number of units.
         sites: in topological order of their first reader.
+        products: in topological order.
         producers: in topological order.
         groups: in topological order of their first site.
         refusals: the most costly first.
@@ -204,6 +247,7 @@ class Channels:
     unit: NDArray[np.int64]
     units: int
     sites: tuple[Site, ...]
+    products: tuple[Product, ...]
     producers: tuple[Producer, ...]
     groups: tuple[Group, ...]
     refusals: tuple[Refusal, ...]
@@ -237,6 +281,7 @@ class Tracer:
     frozen: list[tuple[Atoms, Reason, Node | None]] = field(default_factory=list)
     claims: dict[str, dict[tuple[int, int], dict[int, Atoms]]] = field(default_factory=dict)
     sites: list[tuple[str, int, int, Reader, bool]] = field(default_factory=list)
+    products: list[Product] = field(default_factory=list)
     producers: list[Producer] = field(default_factory=list)
 
     # ---- reading -----------------------------------------------------------------------------------------------

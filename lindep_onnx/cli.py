@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,6 +22,8 @@ from lindep_onnx.errors import LindepError, UsageError
 __all__ = ["main"]
 
 OK, FAILURE = 0, 1
+#: A message is never longer.
+MOST_LINES = 3
 
 
 class _Parser(argparse.ArgumentParser):
@@ -96,22 +99,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    errors = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
     try:
         options = _parser().parse_args(given)
         logging.basicConfig(level=logging.DEBUG if options.debug else logging.ERROR, stream=sys.stderr)
         return _run(options, errors)
-    except LindepError as error:
+    except (Exception, KeyboardInterrupt) as error:
         if "--debug" in given:
-            raise
-        errors.print(f"lindep-onnx: {error}", markup=False)
-        return error.exit_code
-    except KeyboardInterrupt:
-        errors.print("lindep-onnx: interrupted; nothing was written.", markup=False)
-        return FAILURE
-    except MemoryError:
-        errors.print("lindep-onnx: out of memory; use fewer samples per run (--batch-size 1).", markup=False)
-        return FAILURE
+            traceback.print_exception(error)
+        else:
+            errors.print("lindep-onnx: " + _shortened(_message(error)), markup=False)
+        return error.exit_code if isinstance(error, LindepError) else FAILURE
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, LindepError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; nothing was written."
+    if isinstance(error, MemoryError):
+        return "out of memory; use fewer samples per run (--batch-size 1)."
+    return f"unexpected {type(error).__name__}: {error}\nRun again with --debug and report it."
+
+
+def _shortened(message: str) -> str:
+    """At most three lines, the last one among them: it says what to do."""
+    lines = [line for line in message.splitlines() if line.strip()]
+    return "\n".join(lines if len(lines) <= MOST_LINES else [*lines[: MOST_LINES - 1], lines[-1]])
 
 
 def _run(options: argparse.Namespace, errors: Console) -> int:
@@ -134,6 +148,7 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
     if report_path is not None:
         report.check_path(report_path)
     output = Path(options.output) if options.output and not options.dry_run else None
+    _check_written([output, report_path], [options.model, options.calib])
     with _progress(errors, options.quiet) as progress:
         result = api.run(
             options.model,
@@ -152,9 +167,20 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
     return OK
 
 
-def _round_to(text: str) -> int:
+def _check_written(written: Sequence[Path | None], read: Sequence[str | None]) -> None:
+    """Nothing that is read may be overwritten, and nothing may be written twice."""
+    taken = {Path(path).resolve() for path in read if path}
+    for path in filter(None, written):
+        if path.resolve() in taken:
+            raise UsageError(
+                f"{path}: is the input model, the calibration data or the other output; name another file."
+            )
+        taken.add(path.resolve())
+
+
+def _round_to(text: str) -> int | str:
     if text == "auto":
-        raise UsageError("--round-to auto is not available yet: give a number.")
+        return text
     try:
         return int(text)
     except ValueError:

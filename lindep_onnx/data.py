@@ -11,9 +11,14 @@ import enum
 import hashlib
 import importlib.util
 import itertools
+import math
 import shutil
+import struct
+import sys
 import tempfile
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +44,18 @@ UNNAMED = "arr_0"
 #: Fewer different samples than this cannot be split into three parts.
 LEAST_SAMPLES = 3
 SUFFIXES = (".npz", ".npy")
+#: What the standard library and NumPy raise on damaged files; a locked archive is a RuntimeError.
+UNREADABLE = (
+    OSError,
+    ValueError,
+    EOFError,
+    KeyError,
+    RuntimeError,
+    struct.error,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 class Part(enum.Enum):
@@ -154,16 +171,13 @@ class Samples:
         arrays = self._arrays(index)
         feeds = {}
         for spec in self._plan.specs:
-            value = arrays[self._plan.source(spec, arrays)]
-            taken = np.asarray(value) if spec.name in self._plan.shared else np.asarray(value[rows])
-            if taken.dtype.kind == "f" and not np.isfinite(taken).all():
-                bad = rows[: len(numbers)] if spec.name in self._plan.shared else rows
-                finite = [np.isfinite(row).all() for row in taken] if spec.name not in self._plan.shared else [False]
-                raise CalibrationError(
-                    f"{self._shards[index].where}: input {spec.name!r} holds NaN or infinite values "
-                    f"(sample {int(bad[finite.index(False)] + self._starts[index])}); remove or repair this sample."
-                )
-            feeds[spec.name] = _cast(taken, spec.dtype)
+            value = arrays[_source(spec, arrays)]
+            taken = np.asarray(value if spec.name in self._plan.shared else value[rows])
+            where = f"{self._shards[index].where}: input {spec.name!r}"
+            feeds[spec.name] = _cast(taken, spec.dtype, where)
+            if _kind(spec.dtype) == "float" and not np.isfinite(feeds[spec.name]).all():
+                sample = None if spec.name in self._plan.shared else int(numbers[_first_bad(feeds[spec.name])])
+                raise _not_finite(where, spec.dtype, taken, sample)
         return Batch(MappingProxyType(feeds), numbers, len(rows))
 
     def _arrays(self, index: int) -> Arrays:
@@ -176,11 +190,18 @@ class Samples:
         found = []
         for index, shard in enumerate(self._shards):
             arrays = self._arrays(index)
-            names = [self._plan.source(spec, arrays) for spec in self._plan.specs if spec.name not in self._plan.shared]
+            alike = hashlib.blake2b(digest_size=16)
+            names = []
+            for spec in self._plan.specs:
+                name = _source(spec, arrays)
+                if spec.name in self._plan.shared:
+                    alike.update(np.asarray(arrays[name]).tobytes())
+                else:
+                    names.append(name)
             for row in range(self._plan.count(shard)):
-                digest = hashlib.blake2b(digest_size=16)
+                digest = alike.copy()
                 for name in names:
-                    digest.update(np.ascontiguousarray(arrays[name][row]).tobytes())
+                    digest.update(np.asarray(arrays[name][row]).tobytes())
                 found.append(digest.digest())
         return found
 
@@ -211,7 +232,7 @@ def open_samples(
     """
     folder = tempfile.TemporaryDirectory(prefix="lindep_onnx_")
     try:
-        shards = _shards(source, [spec.name for spec in inputs], Path(folder.name), max_samples)
+        shards = _shards(source, inputs, Path(folder.name), max_samples)
         plan = _feeding(shards, inputs, batch_size)
         samples = Samples(shards, plan, folder)
         total = int(samples._starts[-1])
@@ -236,10 +257,11 @@ def _split(
     notes = []
     if len(distinct) < len(digests):
         copies = len(digests) - len(distinct)
-        notes.append(f"{copies:,} of {len(digests):,} calibration samples are copies of others and count once.")
+        notes.append(f"{copies:,} of {len(digests):,} calibration samples are copies of others and share their part.")
     if max_samples is not None:
-        distinct = distinct[:max_samples]
-    share = {index: ranks[index] for index in distinct}
+        # Not by the hash that decides the part: the lowest of it are all of one part.
+        used = set(sorted(distinct, key=lambda index: _hash(seed, index, ":used"))[:max_samples])
+        distinct = [index for index in distinct if index in used]
     if len(distinct) < LEAST_SAMPLES:
         notes.append(
             f"{len(distinct)} different calibration sample(s) prove nothing about others: only what the weights "
@@ -249,7 +271,7 @@ def _split(
     else:
         chosen = {Part.FIT: [], Part.SELECT: [], Part.VERIFY: []}
         for index in distinct:
-            part = Part.FIT if share[index] >= holdout else Part.SELECT if share[index] >= holdout / 2 else Part.VERIFY
+            part = Part.FIT if ranks[index] >= holdout else Part.SELECT if ranks[index] >= holdout / 2 else Part.VERIFY
             chosen[part].append(index)
         for part in (Part.VERIFY, Part.SELECT, Part.FIT):
             if not chosen[part]:
@@ -262,8 +284,8 @@ def _split(
     return MappingProxyType(parts), tuple(notes)
 
 
-def _hash(seed: int, index: int) -> float:
-    digest = hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=7).digest()
+def _hash(seed: int, index: int, purpose: str = "") -> float:
+    digest = hashlib.blake2b(f"{seed}:{index}{purpose}".encode(), digest_size=7).digest()
     return int.from_bytes(digest, "big") / 2**56
 
 
@@ -288,50 +310,21 @@ class _Feeding:
     fixed_batch: int | None
     notes: tuple[str, ...]
 
-    def source(self, spec: InputSpec, arrays: Mapping[str, object]) -> str:
-        """The key of the array for an input."""
-        return spec.name if spec.name in arrays else UNNAMED
-
     def count(self, shard: _Shard) -> int:
         """Number of samples in a shard."""
         sampled = [spec for spec in self.specs if spec.name not in self.shared]
-        return min((shard.headers[self.source(spec, shard.headers)].shape[0] for spec in sampled), default=1)
+        return shard.headers[_source(sampled[0], shard.headers)].shape[0] if sampled else 1
 
 
 def _feeding(shards: Sequence[_Shard], specs: Sequence[InputSpec], batch_size: int) -> _Feeding:
     notes: dict[str, None] = {}
-    shared: frozenset[str] | None = None
     for shard in shards:
-        _check_names(shard, specs)
-        lengths = {}
-        whole = set()
-        for spec in specs:
-            header = shard.headers[spec.name if spec.name in shard.headers else UNNAMED]
-            _check_type(shard, spec, header, notes)
-            if _is_whole(spec, header):
-                whole.add(spec.name)
-            else:
-                _check_shape(shard, spec, header)
-                lengths[spec.name] = header.shape[0]
-        # An array of exactly the declared shape is one batch of samples, unless another input says how many there are.
-        for spec in specs:
-            if spec.name in whole and spec.shape:
-                size = spec.shape[0]
-                if not lengths or size in lengths.values():
-                    whole.discard(spec.name)
-                    lengths[spec.name] = int(size)
-        if len(set(lengths.values())) > 1:
-            found = ", ".join(f"{name}: {length}" for name, length in lengths.items())
-            raise CalibrationError(
-                f"{shard.where}: the arrays hold different numbers of samples along their leading axis ({found})."
-            )
-        if shared is not None and shared != whole:
-            raise CalibrationError(f"{shard.where}: not the same inputs have a sample axis as in {shards[0].where}.")
-        shared = frozenset(whole)
-    shared = shared or frozenset()
-    fixed = {
-        spec.shape[0] for spec in specs if spec.shape and spec.name not in shared and isinstance(spec.shape[0], int)
-    }
+        _check_arrays(shard, specs, notes)
+    shared = _shared([shard.headers for shard in shards], specs)
+    sampled = [spec for spec in specs if spec.name not in shared]
+    for shard in shards:
+        _check_lengths(shard.where, {spec.name: shard.headers[_source(spec, shard.headers)] for spec in sampled})
+    fixed = {spec.shape[0] for spec in sampled if spec.shape and isinstance(spec.shape[0], int)}
     if len(fixed) > 1:
         raise CalibrationError(
             f"The model fixes different leading sizes for its inputs ({sorted(map(int, fixed))}), so that it is not "
@@ -341,9 +334,55 @@ def _feeding(shards: Sequence[_Shard], specs: Sequence[InputSpec], batch_size: i
     return _Feeding(specs, shared, fixed_batch or batch_size, fixed_batch, tuple(notes))
 
 
+def _source(spec: InputSpec, arrays: Mapping[str, object]) -> str:
+    """The key of the array for an input."""
+    return spec.name if spec.name in arrays else UNNAMED
+
+
 def _is_whole(spec: InputSpec, header: _Header) -> bool:
     """Whether an array has exactly the fixed shape that the model declares."""
     return spec.shape is not None and header.shape == spec.shape
+
+
+def _shared(layouts: Sequence[Mapping[str, _Header]], specs: Sequence[InputSpec]) -> frozenset[str]:
+    """Names of the inputs whose arrays have no sample axis.
+
+    An array of exactly the declared shape may be one batch of samples or something that all samples share. It is
+    shared if the model leaves the batch of another input free, or fixes it to another size, or if there are not as
+    many of it as there are of the inputs that have a sample axis beyond doubt.
+    """
+    found = [(spec, [layout[_source(spec, layout)] for layout in layouts]) for spec in specs]
+    whole = [(spec, headers) for spec, headers in found if all(_is_whole(spec, header) for header in headers)]
+    certain = [(spec, headers) for spec, headers in found if spec.name not in {other.name for other, _ in whole}]
+    if any(not spec.shape or isinstance(spec.shape[0], str) for spec, _ in certain):
+        return frozenset(spec.name for spec, _ in whole)
+    ranked = [(spec, headers) for spec, headers in whole if spec.shape]
+    samples = {(spec.shape[0], _lengths(headers)) for spec, headers in (certain or ranked[:1]) if spec.shape}
+    return frozenset(
+        spec.name for spec, headers in whole if not spec.shape or (spec.shape[0], _lengths(headers)) not in samples
+    )
+
+
+def _lengths(headers: Iterable[_Header]) -> tuple[int, ...]:
+    return tuple(header.shape[0] for header in headers)
+
+
+def _check_lengths(where: str, headers: Mapping[str, _Header]) -> None:
+    lengths = {name: header.shape[0] for name, header in headers.items()}
+    if len(set(lengths.values())) > 1:
+        found = ", ".join(f"{name}: {length}" for name, length in lengths.items())
+        raise CalibrationError(
+            f"{where}: the arrays hold different numbers of samples along their leading axis ({found})."
+        )
+
+
+def _check_arrays(shard: _Shard, specs: Sequence[InputSpec], notes: dict[str, None]) -> None:
+    _check_names(shard, specs)
+    for spec in specs:
+        header = shard.headers[_source(spec, shard.headers)]
+        _check_type(shard, spec, header, notes)
+        if not _is_whole(spec, header):
+            _check_shape(shard, spec, header)
 
 
 def _check_names(shard: _Shard, specs: Sequence[InputSpec]) -> None:
@@ -403,33 +442,49 @@ def _check_shape(shard: _Shard, spec: InputSpec, header: _Header) -> None:
         )
 
 
-def _cast(value: Array, dtype: np.dtype[Any]) -> Array:
+def _cast(value: Array, dtype: np.dtype[Any], where: str) -> Array:
     if dtype.kind == "O":
         return value.astype(object)
     if dtype.kind in "iu" and value.dtype != dtype and value.size:
         limits = np.iinfo(dtype)
         if int(value.min()) < limits.min or int(value.max()) > limits.max:
-            raise CalibrationError(f"The calibration data holds integers that do not fit {dtype}.")
-    return np.ascontiguousarray(value, dtype=dtype).reshape(value.shape)
+            raise CalibrationError(f"{where} holds integers that do not fit {dtype}.")
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(value, dtype=dtype).reshape(value.shape)
+
+
+def _first_bad(value: Array) -> int:
+    """The first entry along the leading axis that is not finite throughout."""
+    return int(np.argmin([np.isfinite(row).all() for row in value]))
+
+
+def _not_finite(where: str, dtype: np.dtype[Any], stored: Array, sample: int | None) -> CalibrationError:
+    what = "NaN or infinite values" if not np.isfinite(stored).all() else f"values too large for {dtype}"
+    which, remedy = ("", "repair it") if sample is None else (f" (sample {sample})", "remove or repair this sample")
+    return CalibrationError(f"{where} holds {what}{which}; {remedy}.")
 
 
 # ---- sources ------------------------------------------------------------------------------------------------------
 
 
-def _shards(source: Any, inputs: Sequence[str], folder: Path, max_samples: int | None) -> list[_Shard]:
+def _shards(source: Any, specs: Sequence[InputSpec], folder: Path, max_samples: int | None) -> list[_Shard]:
     if isinstance(source, str | Path):
         text = str(source)
         path = Path(text)
-        if not path.exists() and ".py:" in text:
-            made = load_function(text, "--calib")()
-            return _spooled(_feeds(made, text), text, folder, max_samples)
-        return _from_path(path, inputs, folder)
+        if path.exists() or ".py:" not in text:
+            return _from_path(path, [spec.name for spec in specs], folder)
+        return _spooled(_called(load_function(text, "--calib"), text), text, folder, max_samples, specs)
+    where = "the calibration data"
     if isinstance(source, Mapping):
-        arrays = {str(name): np.asarray(value) for name, value in source.items()}
-        return [_in_memory("the calibration arrays", arrays)]
+        return [_in_memory(where, source)]
     if source is None:
         return [_in_memory("no calibration data", {})]
-    return _spooled(_feeds(source, "the calibration data"), "the calibration data", folder, max_samples)
+    return _spooled(_feeds(source, where), where, folder, max_samples, specs)
+
+
+def _called(function: Callable[[], Any], where: str) -> Iterator[Any]:
+    # A generator of its own, so that what the function raises is treated like what its items raise.
+    yield from _feeds(function(), where)
 
 
 def _from_path(path: Path, inputs: Sequence[str], folder: Path) -> list[_Shard]:
@@ -456,7 +511,7 @@ def _file(path: Path, folder: Path) -> _Shard:
         headers = read_headers(path)
     except PermissionError as error:
         raise CalibrationError(f"{path}: cannot be read ({error.strerror}).") from error
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
+    except UNREADABLE as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CalibrationError(f"{path}: is not a readable {path.suffix} file ({reason}).") from error
     for name, header in headers.items():
@@ -471,25 +526,22 @@ def _file(path: Path, folder: Path) -> _Shard:
 
 def _npy_headers(path: Path) -> dict[str, _Header]:
     with path.open("rb") as file:
-        header, _ = _header(file)
-        size = file.seek(0, 2) - _
-    _check_size(header, size)
-    return {UNNAMED: header}
+        return {UNNAMED: _header(file, path.stat().st_size)}
 
 
-def _header(file: Any) -> tuple[_Header, bool | int]:
+def _header(file: Any, size: int) -> _Header:
+    """The header of an array, held against the size of the file: what is read later is there."""
     version = npy.read_magic(file)
     read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
     if read is None:
         raise ValueError(f"version {version} of the npy format is not supported")
     shape, _, dtype = read(file)
-    return _Header(dtype, tuple(int(size) for size in shape)), file.tell()
-
-
-def _check_size(header: _Header, size: int) -> None:
-    wanted = int(np.prod([int(n) for n in header.shape], dtype=object)) * header.dtype.itemsize
-    if not header.dtype.hasobject and wanted > size:
-        raise ValueError(f"cut short: {wanted:,} bytes of data declared, {size:,} there")
+    if any(not 0 <= length < 2**63 for length in shape):
+        raise ValueError(f"its shape {shape} is impossible")
+    wanted, there = math.prod(map(int, shape)) * dtype.itemsize, size - file.tell()
+    if not dtype.hasobject and wanted > there:
+        raise ValueError(f"cut short: {wanted:,} bytes of data declared, {there:,} there")
+    return _Header(dtype, tuple(int(length) for length in shape))
 
 
 def _npz_headers(path: Path) -> dict[str, _Header]:
@@ -499,23 +551,21 @@ def _npz_headers(path: Path) -> dict[str, _Header]:
             if not item.filename.endswith(".npy"):
                 continue
             with archive.open(item) as file:
-                header, start = _header(file)
-            _check_size(header, item.file_size - start)
-            headers[item.filename[: -len(".npy")]] = header
+                headers[item.filename[: -len(".npy")]] = _header(file, item.file_size)
     if not headers:
         raise ValueError("there is no array in it")
     return headers
 
 
 def _npz_arrays(path: Path, headers: Mapping[str, _Header], folder: Path) -> Arrays:
-    """Memory maps into the archive where it stores arrays as they are; others are unpacked into `folder` first."""
+    """Memory maps of the arrays of an archive, unpacked into `folder` first."""
     arrays: dict[str, Array] = {}
     for old in folder.glob("unpacked_*"):  # of the shard before this one; open maps outlive the name
         old.unlink()
     with zipfile.ZipFile(path) as archive:
         for number, (name, header) in enumerate(headers.items()):
             item = archive.getinfo(name + ".npy")
-            if not int(np.prod(header.shape, dtype=object)):
+            if not math.prod(header.shape):
                 arrays[name] = np.zeros(header.shape, header.dtype)
                 continue
             target = folder / f"unpacked_{number}.npy"
@@ -527,35 +577,52 @@ def _npz_arrays(path: Path, headers: Mapping[str, _Header], folder: Path) -> Arr
             try:
                 with archive.open(item) as packed, target.open("wb") as file:
                     shutil.copyfileobj(packed, file, 1 << 20)
-            except (zipfile.BadZipFile, OSError, EOFError) as error:
+            except UNREADABLE as error:
                 raise CalibrationError(f"{path}: array {name!r} is damaged ({error}).") from error
             arrays[name] = np.load(target, mmap_mode="r", allow_pickle=False)
     return arrays
 
 
 def _onnx_set(folder: Path, inputs: Sequence[str]) -> _Shard:
-    arrays = {}
-    for file in sorted(folder.glob("input_*.pb")):
-        number = file.stem.removeprefix("input_")
-        if not number.isdigit():
-            continue
-        tensor = onnx.TensorProto()
-        try:
-            tensor.ParseFromString(file.read_bytes())
-            value = onnx.numpy_helper.to_array(tensor)
-        except (DecodeError, ValueError, TypeError, OSError, KeyError) as error:
-            raise CalibrationError(f"{file}: is not a readable ONNX tensor.") from error
-        at = int(number)
-        arrays[tensor.name if tensor.name in inputs else inputs[at] if at < len(inputs) else tensor.name] = value
-    return _in_memory(str(folder), arrays)
+    def read() -> dict[str, Array]:
+        arrays = {}
+        for file in sorted(folder.glob("input_*.pb")):
+            number = file.stem.removeprefix("input_")
+            if number.isdigit():
+                name, value = _onnx_tensor(file)
+                at = int(number)
+                arrays[name if name in inputs or at >= len(inputs) else inputs[at]] = value
+        return arrays
+
+    return _Shard(str(folder), _in_memory(str(folder), read()).headers, read)
 
 
-def _in_memory(where: str, arrays: Arrays) -> _Shard:
-    for name, value in arrays.items():
-        if value.dtype.hasobject and not all(isinstance(item, str) for item in value.flat):
-            raise CalibrationError(f"{where}: array {name!r} holds Python objects; give plain numbers.")
+def _onnx_tensor(file: Path) -> tuple[str, Array]:
+    tensor = onnx.TensorProto()
+    try:
+        tensor.ParseFromString(file.read_bytes())
+        return tensor.name, _plain(onnx.numpy_helper.to_array(tensor), f"{file}: the tensor")
+    except (DecodeError, ValueError, TypeError, OSError, KeyError) as error:
+        raise CalibrationError(f"{file}: is not a readable ONNX tensor.") from error
+
+
+def _in_memory(where: str, values: Mapping[str, Any]) -> _Shard:
+    arrays = {str(name): _plain(value, f"{where}: array {name!r}") for name, value in values.items()}
     headers = {name: _Header(value.dtype, value.shape) for name, value in arrays.items()}
     return _Shard(where, headers, lambda: arrays)
+
+
+def _plain(value: Any, what: str) -> Array:
+    """An array of numbers or strings."""
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise CalibrationError(f"{what} is no array of equally long rows ({error}).") from error
+    if not array.dtype.hasobject:
+        return array
+    if array.dtype != object or not all(isinstance(item, str) for item in array.flat):
+        raise CalibrationError(f"{what} holds Python objects; give plain numbers.")
+    return array.astype(np.str_)
 
 
 def _feeds(source: Any, where: str) -> Iterator[Mapping[str, Any]]:
@@ -571,7 +638,9 @@ def _feeds(source: Any, where: str) -> Iterator[Mapping[str, Any]]:
     yield from source
 
 
-def _spooled(feeds: Iterator[Mapping[str, Any]], where: str, folder: Path, max_samples: int | None) -> list[_Shard]:
+def _spooled(
+    feeds: Iterator[Any], where: str, folder: Path, max_samples: int | None, specs: Sequence[InputSpec]
+) -> list[_Shard]:
     """Write what a generator yields to disk; dicts of the same layout follow each other in one shard."""
     runs: list[_Spool] = []
     count = 0
@@ -589,16 +658,20 @@ def _spooled(feeds: Iterator[Mapping[str, Any]], where: str, folder: Path, max_s
                 raise CalibrationError(
                     f"{where}: item {number} is a {type(item).__name__}, not a dict of arrays by input name."
                 )
-            arrays = {str(name): np.asarray(value) for name, value in item.items()}
-            for name, value in arrays.items():
-                if value.dtype.hasobject:
-                    raise CalibrationError(f"{where}: array {name!r} of item {number} holds Python objects.")
-            if not runs or not runs[-1].takes(arrays):
+            shard = _in_memory(f"{where}: item {number}", item)
+            _check_arrays(shard, specs, {})
+            shared = _shared([shard.headers], specs)
+            _check_lengths(shard.where, {n: h for n, h in shard.headers.items() if h.shape and n not in shared})
+            if not runs or not runs[-1].takes(shard, shared):
                 if runs:
                     runs[-1].close()
-                runs.append(_Spool(folder, len(runs), arrays))
-            runs[-1].write(arrays)
-            count += max((len(value) for value in arrays.values() if value.ndim), default=1)
+                runs.append(_Spool(folder, len(runs), shard, shared))
+            try:
+                count += runs[-1].write(shard.read())
+            except OSError as error:
+                raise CalibrationError(
+                    f"{where}: cannot be kept in {folder} ({error.strerror or error}); use --max-samples."
+                ) from error
             if max_samples is not None and count >= max_samples:
                 break
     finally:
@@ -610,45 +683,61 @@ def _spooled(feeds: Iterator[Mapping[str, Any]], where: str, folder: Path, max_s
 
 
 class _Spool:
-    """Files that arrays of one layout are appended to; scalars must be the same every time."""
+    """Files that arrays of one layout are appended to; arrays without a sample axis are the same for all of them."""
 
-    def __init__(self, folder: Path, number: int, arrays: Arrays) -> None:
-        self._layout = self._of(arrays)
-        self._paths = {name: folder / f"spool_{number}_{place}.bin" for place, name in enumerate(arrays)}
+    def __init__(self, folder: Path, number: int, first: _Shard, shared: frozenset[str]) -> None:
+        arrays = first.read()
+        self._layout = self._of(first, shared)
+        self._shared = {name: np.array(arrays[name]) for name in arrays if name not in self._layout}
+        self._paths = {name: folder / f"spool_{number}_{place}.bin" for place, name in enumerate(self._layout)}
         self._files: dict[str, BinaryIO] = {name: path.open("wb") for name, path in self._paths.items()}
-        self._rows = dict.fromkeys(arrays, 0)
+        self._rows = 0
 
     @staticmethod
-    def _of(arrays: Arrays) -> dict[str, tuple[np.dtype[Any], tuple[int, ...], bool]]:
-        return {name: (value.dtype, value.shape[1:], value.ndim > 0) for name, value in arrays.items()}
+    def _of(shard: _Shard, shared: frozenset[str]) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+        """Type and shape of one sample, for all arrays that have a sample axis."""
+        return {
+            name: (header.dtype, header.shape[1:])
+            for name, header in shard.headers.items()
+            if header.shape and name not in shared
+        }
 
-    def takes(self, arrays: Arrays) -> bool:
-        return self._of(arrays) == self._layout and all(value.ndim for value in arrays.values())
+    def takes(self, shard: _Shard, shared: frozenset[str]) -> bool:
+        """Whether an item has the same layout, and the same arrays without a sample axis."""
+        arrays = shard.read()
+        return self._of(shard, shared) == self._layout and all(
+            name in arrays and arrays[name].dtype == value.dtype and np.array_equal(arrays[name], value)
+            for name, value in self._shared.items()
+        )
 
-    def write(self, arrays: Arrays) -> None:
-        for name, value in arrays.items():
-            self._files[name].write(np.ascontiguousarray(value).tobytes())
-            self._rows[name] += len(value) if value.ndim else 0
+    def write(self, arrays: Arrays) -> int:
+        """Append an item and return how many samples it holds."""
+        for name, file in self._files.items():
+            file.write(arrays[name].tobytes())
+            file.flush()  # a full disk shows here, not when the file is closed
+        added = len(arrays[next(iter(self._files))]) if self._files else 1
+        self._rows += added
+        return added
 
     def close(self) -> None:
         for file in self._files.values():
             file.close()
 
     def shard(self, where: str) -> _Shard:
-        headers = {
-            name: _Header(dtype, (self._rows[name], *rest) if ranked else ())
-            for name, (dtype, rest, ranked) in self._layout.items()
-        }
+        """What was written, to be read back as memory maps."""
+        spooled = {name: _Header(dtype, (self._rows, *rest)) for name, (dtype, rest) in self._layout.items()}
+        shared = {name: _Header(value.dtype, value.shape) for name, value in self._shared.items()}
 
         def read() -> Arrays:
-            return {
+            maps = {
                 name: np.memmap(self._paths[name], header.dtype, "r", shape=header.shape)
-                if int(np.prod(header.shape))
+                if math.prod(header.shape) and header.dtype.itemsize
                 else np.zeros(header.shape, header.dtype)
-                for name, header in headers.items()
+                for name, header in spooled.items()
             }
+            return {**self._shared, **maps}
 
-        return _Shard(where, headers, read)
+        return _Shard(where, {**shared, **spooled}, read)
 
 
 def load_function(text: str, flag: str) -> Callable[..., Any]:
@@ -664,10 +753,11 @@ def load_function(text: str, flag: str) -> Callable[..., Any]:
     path, _, name = text.rpartition(":")
     if not path or not name.isidentifier() or not Path(path).is_file():
         raise UsageError(f"{flag} takes FILE.py:FUNC with an existing file, not {text!r}.")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    spec = importlib.util.spec_from_file_location(f"lindep_onnx_user_{Path(path).stem}", path)
     if spec is None or spec.loader is None:
         raise UsageError(f"{flag}: {path} is not a Python file.")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
     except Exception as error:

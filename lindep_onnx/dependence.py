@@ -47,6 +47,8 @@ LARGEST_COEFFICIENT = 1e4
 CUTOFF = 1e-12
 #: Rows of a Gram matrix that are compared with all others at a time.
 _BLOCK = 256
+#: How often the search for joint dependence goes on behind a unit that unseen samples do not confirm.
+TRIES = 4
 
 NONE, CONSTANT, COLLINEAR_KIND, JOINT = range(4)
 
@@ -97,7 +99,7 @@ def eliminate(
     gain: NDArray[np.float64] | None = None,
     limit: int | None = None,
     stop: float | None = None,
-    ridge: float = 1e-10,
+    ridge: float | Sequence[float] = 1e-10,
     block: int = 64,
     minimum_kept: Least = (),
 ) -> Elimination:
@@ -118,11 +120,16 @@ def eliminate(
         gain: (units,) what removing a unit saves; all alike by default.
         limit: stop after so many removals.
         stop: stop before the summed cost passes this.
-        ridge: relative to unit second moments.
+        ridge: relative to unit second moments, one for all sites or one for each.
         block: delayed columns.
         minimum_kept: sets of units of which so many must survive.
     """
-    states = [_State(site, ridge, block, candidates) for site in sites if _meets(site, candidates)]
+    ridges = [ridge] * len(sites) if isinstance(ridge, float) else ridge
+    states = [
+        _State(site, own, block, candidates)
+        for site, own in zip(sites, ridges, strict=True)
+        if _meets(site, candidates)
+    ]
     gain = np.ones(units) if gain is None else gain
     guard = _Guard(units, minimum_kept)
     allowed = candidates.copy()
@@ -190,6 +197,8 @@ class _State:
     """
 
     def __init__(self, site: SiteProblem, ridge: float, block: int, candidates: NDArray[np.bool_]) -> None:
+        if not np.isfinite(site.gram).all():
+            raise ValueError("the moments of a site are not finite")
         scale = np.sqrt(np.maximum(np.diagonal(site.gram), 0.0))
         live = scale > 0
         divisor = np.where(live, scale, 1.0)
@@ -595,8 +604,16 @@ class _Search:
         order = eliminate(
             reduced, len(self.kind), candidates=allowed, stop=stop, ridge=EXACT_RIDGE, minimum_kept=least
         ).order
-        before = self.kind.copy()
-        low, high, middle = 0, len(order), len(order)  # order[:low] is known to pass
+        for _ in range(TRIES):
+            taken = self._remove_while_it_passes(order)
+            order = order[taken + 1 :]  # unseen samples do not confirm the one left out; those behind it may be fine
+            if not len(order):
+                break
+
+    def _remove_while_it_passes(self, order: NDArray[np.int64]) -> int:
+        """Remove as many units from the front of `order` as pass together, and return how many."""
+        before = self.kind
+        low, high, middle = 0, len(order), len(order)  # order[:low] is known to pass; all of them may well
         while low < high:
             self.kind = before.copy()
             self.kind[order[:middle]] = JOINT
@@ -605,8 +622,9 @@ class _Search:
             else:
                 high = middle - 1
             middle = (low + high + 1) // 2
-        self.kind = before
+        self.kind = before.copy()
         self.kind[order[:low]] = JOINT
+        return low
 
     def _reduced(self, number: int) -> SiteProblem:
         """The problem of what is left of a site, with the weight of what went folded in."""
@@ -650,7 +668,7 @@ class _Search:
             matrix[np.ix_(kept, joint[~kept])] = fold(site.gram[np.ix_(base, base)], kept[base])
         # The first survivor of each class answers for the others; next best is one that is a combination itself.
         answers = np.full(len(kept), -1)
-        for own in (joint, kept):
+        for own in (joint, kept):  # the later one wins
             alive = np.flatnonzero(own & (classes.label >= 0))[::-1]
             answers[classes.label[alive]] = alive
         multiples = np.flatnonzero((kinds == COLLINEAR_KIND) & (classes.label >= 0))

@@ -10,7 +10,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -47,6 +47,8 @@ Dim: TypeAlias = "int | str"
 METADATA_KEY = "lindep_onnx"
 #: protobuf cannot hold or serialise a message beyond this.
 PROTOBUF_LIMIT = 2**31 - 1
+#: Smaller tensors stay in the model file when the others go into a file of their own.
+EXTERNAL_BYTES = 1024
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def read_model(source: str | Path | onnx.ModelProto) -> onnx.ModelProto:
     if not path.is_file():
         raise ModelError(f"{path}: no such model file." if not path.exists() else f"{path}: is not a file.")
     try:
-        proto = onnx.load(path, load_external_data=False)
+        proto = onnx.load(path, format="protobuf", load_external_data=False)
     except PermissionError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror}).") from error
     except (DecodeError, ValueError, OSError) as error:
@@ -192,12 +194,11 @@ def _read_nodes(graph: onnx.GraphProto) -> tuple[list[Node], dict[str, Array]]:
                 constants[proto.output[0]] = value
                 continue
         domain = "" if proto.domain in ("", "ai.onnx") else proto.domain + "::"
-        first_output = next((name for name in proto.output if name), "")
         nodes.append(
             Node(
                 index=len(nodes),
                 op=domain + proto.op_type,
-                name=proto.name or f"{proto.op_type}({first_output})",
+                name=proto.name or f"{proto.op_type}({_first(proto.output)})",
                 inputs=tuple(proto.input),
                 outputs=tuple(proto.output),
                 attributes=MappingProxyType({a.name: _attribute(a) for a in proto.attribute}),
@@ -205,6 +206,11 @@ def _read_nodes(graph: onnx.GraphProto) -> tuple[list[Node], dict[str, Array]]:
             )
         )
     return nodes, constants
+
+
+def _first(names: Iterable[str]) -> str:
+    """The first name that is not absent: optional outputs may be, the leading one too (LSTM)."""
+    return next(filter(None, names), "")
 
 
 def _constant_value(proto: onnx.NodeProto) -> Array | None:
@@ -302,7 +308,7 @@ class Edits:
     dims: Mapping[tuple[str, int], int] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return any((self.constants, self.inputs, self.attributes, self.ops, self.before, self.after))
+        return any(getattr(self, entry.name) for entry in fields(self))
 
 
 def edit(model: Model, edits: Edits, metadata: str) -> onnx.ModelProto:
@@ -332,8 +338,8 @@ def _copy(proto: onnx.ModelProto) -> onnx.ModelProto:
 def _edited(model: Model, edits: Edits) -> onnx.ModelProto:
     graph = gs.import_onnx(model.proto)
     tensors: dict[str, Any] = graph.tensors(check_duplicates=False)
-    by_output = {node.outputs[0].name: node for node in graph.nodes if node.outputs}
-    nodes = {node.index: by_output[next(filter(None, node.outputs))] for node in model.nodes if any(node.outputs)}
+    by_output = {output.name: node for node in graph.nodes for output in node.outputs if output.name}
+    nodes = {node.index: by_output[_first(node.outputs)] for node in model.nodes if any(node.outputs)}
     taken = set(tensors)
     ahead: dict[int, list[Any]] = {}  # what comes right before and right behind a node, by its id
     behind: dict[int, list[Any]] = {}
@@ -442,14 +448,15 @@ def _restored(original: onnx.ModelProto, exported: onnx.ModelProto, edits: Edits
     graph.metadata_props.extend(original.graph.metadata_props)
     graph.output.extend(original.graph.output)
 
-    before = {node.output[0]: node for node in original.graph.node if node.output}
+    before = {_first(node.output): node for node in original.graph.node}
     for node in graph.node:
-        source = before.get(node.output[0]) if node.output else None
+        source = before.get(_first(node.output)) if any(node.output) else None
         if source is not None and source.op_type == node.op_type:
-            node.doc_string = source.doc_string
             node.metadata_props.extend(source.metadata_props)
-            if source.HasField("domain"):
-                node.domain = source.domain
+            for name in ("name", "domain", "doc_string"):
+                node.ClearField(name)
+                if source.HasField(name):
+                    setattr(node, name, getattr(source, name))
             _keep_attributes(source, node, edits)
     documented = {tensor.name: tensor.doc_string for tensor in original.graph.initializer if tensor.doc_string}
     for tensor in graph.initializer:
@@ -525,7 +532,8 @@ def save(proto: onnx.ModelProto, path: Path, *, external_data: bool = False) -> 
     Args:
         proto: the model; not changed.
         path: where to; the folder must exist.
-        external_data: put the weights into `<name>.data` beside it; done anyway above 2 GB.
+        external_data: put the weights into `<name>.data` beside it (or `<name>.1.data` and so on, where that file
+            belongs to another model); done anyway above 2 GB.
 
     Raises:
         OutputError: the folder is missing or cannot be written to.
@@ -536,17 +544,48 @@ def save(proto: onnx.ModelProto, path: Path, *, external_data: bool = False) -> 
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
             staged = Path(folder) / path.name
             if external:
-                data = path.name + ".data"
-                onnx.save(_copy(proto), staged, save_as_external_data=True, location=data, size_threshold=1024)
-                if (Path(folder) / data).exists():
-                    _flush(Path(folder) / data)
-                    (Path(folder) / data).replace(path.parent / data)
-            else:
-                staged.write_bytes(proto.SerializeToString(deterministic=True))
+                data = Path(folder) / _data_name(path)
+                proto = _externalised(proto, data)
+                _flush(data)
+            staged.write_bytes(proto.SerializeToString(deterministic=True))
             _flush(staged)
+            if external and data.stat().st_size:
+                data.replace(path.parent / data.name)
             staged.replace(path)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror or error}).") from error
+
+
+def _externalised(proto: onnx.ModelProto, data: Path) -> onnx.ModelProto:
+    """A copy without the weights, which go into the file `data`.
+
+    Not by `onnx.save`: it refuses to write if a file of that name is in the working directory, and what it writes
+    cannot be read by other users.
+    """
+    copy = _copy(proto)
+    with data.open("wb") as file:
+        for tensor in copy.graph.initializer:
+            if len(tensor.raw_data) >= EXTERNAL_BYTES:
+                place = {"location": data.name, "offset": file.tell(), "length": len(tensor.raw_data)}
+                file.write(tensor.raw_data)
+                tensor.ClearField("raw_data")
+                tensor.data_location = onnx.TensorProto.EXTERNAL
+                for key, value in place.items():
+                    tensor.external_data.add(key=key, value=str(value))
+    return copy
+
+
+def _data_name(path: Path) -> str:
+    """A name for the data file of the model at `path` that overwrites no other model's weights."""
+    own: set[str] = set()
+    if path.is_file():
+        try:
+            old = onnx.load(path, format="protobuf", load_external_data=False)
+            own = {entry.value for t in old.graph.initializer for entry in t.external_data if entry.key == "location"}
+        except (DecodeError, ValueError):
+            logger.debug("%s is about to be replaced and is no model", path)
+    names = (f"{path.name}{number}.data" for number in ("", *(f".{count}" for count in range(1, 1000))))
+    return next(name for name in names if name in own or not (path.parent / name).exists())
 
 
 def _flush(path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,7 +131,7 @@ _FIELDS = ("sum", "gram", "low", "high", "active")
 
 
 def save_moments(path: Path, named: Mapping[str, Moments]) -> None:
-    """Write moments to one `.npz`.
+    """Write moments to one `.npz`, so that `path` holds either its old content or the complete new one.
 
     Raises:
         OutputError: the file cannot be written.
@@ -138,9 +140,14 @@ def save_moments(path: Path, named: Mapping[str, Moments]) -> None:
     for number, moments in enumerate(named.values()):
         arrays[f"{number}.counts"] = np.array([moments.rows, moments.samples, moments.effective_rows])
         arrays.update({f"{number}.{field}": getattr(moments, field) for field in _FIELDS})
+    staged = path.with_name(f".lindep_onnx.{secrets.token_hex(8)}.tmp")
     try:
-        with path.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
+        try:
+            with staged.open("wb") as file:
+                np.savez(file, **arrays)  # type: ignore[arg-type]
+            staged.replace(path)
+        finally:
+            staged.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror or error}).") from error
 
@@ -152,12 +159,17 @@ def load_moments(path: Path) -> dict[str, Moments]:
         CalibrationError: the file is missing or damaged.
     """
     try:
+        with zipfile.ZipFile(path):  # `numpy.load` takes more than archives
+            pass
         with np.load(path, allow_pickle=False) as data:
             result = {}
             for number, name in enumerate(data["names"].tolist()):
                 rows, samples, effective = data[f"{number}.counts"].tolist()
                 fields = {field: data[f"{number}.{field}"] for field in _FIELDS}
+                vector = fields["sum"].shape
+                if any(fields[field].shape != (vector * 2 if field == "gram" else vector) for field in _FIELDS):
+                    raise ValueError(f"the sizes of {name!r} do not agree")
                 result[name] = Moments(int(rows), int(samples), float(effective), **fields)
             return result
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise CalibrationError(f"{path}: is not a readable file of moments ({error}).") from error

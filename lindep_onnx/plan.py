@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from lindep_onnx.analysis import Evidence, problem
 from lindep_onnx.channels import FROZEN, Channels, Group
-from lindep_onnx.dependence import Least, lossless_removals
+from lindep_onnx.dependence import Least, SiteProblem, lossless_removals
 
-__all__ = ["Fold", "Plan", "plan_lossless"]
+__all__ = ["Fold", "Plan", "local_least", "local_problem", "local_units", "plan_lossless"]
 
 #: Rounds over all groups: each can free weight for the groups before it. Two are enough unless paths cross.
 ROUNDS = 4
@@ -48,7 +48,14 @@ class Plan:
     folds: Mapping[int, Fold]
 
 
-def plan_lossless(channels: Channels, evidence: Evidence, doubtful: NDArray[np.bool_], *, tolerance: float) -> Plan:
+def plan_lossless(
+    channels: Channels,
+    evidence: Evidence,
+    doubtful: NDArray[np.bool_],
+    *,
+    tolerance: float,
+    keep: NDArray[np.bool_] | None = None,
+) -> Plan:
     """Everything whose removal adds at most `tolerance` at every site, on unseen samples too.
 
     Groups go from outputs to inputs: what a group loses are rows of the weights that read the groups before it, and
@@ -59,13 +66,14 @@ def plan_lossless(channels: Channels, evidence: Evidence, doubtful: NDArray[np.b
         evidence: what the data says.
         doubtful: (units,) bool, constant so far but without a margin.
         tolerance: RMS relative error that one site may gain.
+        keep: (units,) bool, units that stay in any case; None for none.
     """
     removed = np.zeros(channels.units, dtype=bool)
     kind = np.zeros(channels.units, dtype=np.int8)
     folds: dict[int, Fold] = {}
     rows: dict[int, bytes] = {}
-    place = _places(channels)
-    least = _least(channels, place)
+    local = local_units(channels)
+    least = local_least(channels, local)
     for _ in range(ROUNDS):
         changed = False
         for number in reversed(range(len(channels.groups))):
@@ -75,7 +83,9 @@ def plan_lossless(channels: Channels, evidence: Evidence, doubtful: NDArray[np.b
                 continue
             rows[number] = current
             before = removed[group.units].copy()
-            _plan_group(channels, evidence, doubtful, group, place, least[number], removed, kind, folds, tolerance)
+            _plan_group(
+                channels, evidence, doubtful, keep, group, local, least[number], removed, kind, folds, tolerance
+            )
             changed |= bool((removed[group.units] != before).any())
         if not changed:
             break
@@ -86,8 +96,9 @@ def _plan_group(
     channels: Channels,
     evidence: Evidence,
     doubtful: NDArray[np.bool_],
+    keep: NDArray[np.bool_] | None,
     group: Group,
-    place: NDArray[np.int64],
+    local: NDArray[np.int64],
     least: Least,
     removed: NDArray[np.bool_],
     kind: NDArray[np.int8],
@@ -103,19 +114,21 @@ def _plan_group(
     varies = np.zeros(len(units) + 1, dtype=bool)
     for index in group.sites:
         seen = evidence.sites[index]
-        posed = problem(channels, seen, removed)
-        posed = replace(posed, unit=place[posed.unit])
+        posed = local_problem(problem(channels, seen, removed), local)
         multiplied = np.diagonal(posed.outer) != 0.0
         read[posed.unit[multiplied]] = True
         varies[posed.unit[multiplied & ~seen.constant]] = True
         problems.append(posed)
     sure = ~(evidence.silent & doubtful)[units]
-    unread, constant = ~read[:-1], ~varies[:-1] & sure
+    unread = ~read[:-1]
+    constant = ~varies[:-1]
+    free = np.ones(len(units), dtype=bool) if keep is None else ~keep[units]
+    silent = (unread | (constant & sure)) & free
     result = lossless_removals(
         problems,
         len(units),
-        candidates=(sure & evidence.active[units]) | unread | constant,
-        constant=unread | constant,
+        candidates=(sure & evidence.active[units] & free) | silent,
+        constant=silent,
         tolerance=tolerance,
         minimum_kept=least,
     )
@@ -129,15 +142,20 @@ def _plan_group(
             folds[index] = Fold(kept, matrix)
 
 
-def _places(channels: Channels) -> NDArray[np.int64]:
+def local_units(channels: Channels) -> NDArray[np.int64]:
     """(units + 1,) the number of each unit within its group; the last entry answers for FROZEN."""
-    place = np.full(channels.units + 1, FROZEN, dtype=np.int64)
+    local = np.full(channels.units + 1, FROZEN, dtype=np.int64)
     for group in channels.groups:
-        place[group.units] = np.arange(len(group.units))
-    return place
+        local[group.units] = np.arange(len(group.units))
+    return local
 
 
-def _least(channels: Channels, place: NDArray[np.int64]) -> list[list[tuple[NDArray[np.int64], int]]]:
+def local_problem(posed: SiteProblem, local: NDArray[np.int64]) -> SiteProblem:
+    """The same problem in the unit numbers of its group."""
+    return replace(posed, unit=local[posed.unit])
+
+
+def local_least(channels: Channels, local: NDArray[np.int64]) -> list[list[tuple[NDArray[np.int64], int]]]:
     """The constraints of each group in its own numbers. Members of other groups are not counted on."""
     owner = np.zeros(channels.units, dtype=np.int64)
     for number, group in enumerate(channels.groups):
@@ -145,6 +163,6 @@ def _least(channels: Channels, place: NDArray[np.int64]) -> list[list[tuple[NDAr
     found: list[list[tuple[NDArray[np.int64], int]]] = [[] for _ in channels.groups]
     for members, bound in channels.least:
         for number in np.unique(owner[members]).tolist():
-            own = place[members[owner[members] == number]]
+            own = local[members[owner[members] == number]]
             found[number].append((own, min(bound, len(own))))
     return found

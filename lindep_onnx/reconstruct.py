@@ -39,8 +39,9 @@ def fold_sites(
         seen = evidence[number]
         site = seen.site
         weight = site_weight(channels, seen)  # (F, T, outputs, kernel)
-        gone = weight[~kept]
+        gone = weight[~kept].copy()
         weight[kept] += np.tensordot(matrix, gone, axes=1)
+        weight[~kept] = 0.0
         weights[site.weight] = _original_layout(channels, seen, weight)
         if site.affine:
             rest = seen.mean[~kept] - matrix.T @ seen.mean[kept]

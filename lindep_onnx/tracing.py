@@ -165,6 +165,7 @@ def _components(tracer: Tracer, min_channels: int) -> Channels:
         unit=unit,
         units=units,
         sites=tuple(sites),
+        products=tuple(tracer.products),
         producers=tuple(tracer.producers),
         groups=_groups(tracer, sites, unit, units),
         refusals=_refusals(tracer, component, cause),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lindep_onnx.channels import Atoms, Bias, Reader, Reason, Tracer
+from lindep_onnx.channels import Atoms, Bias, Product, Reader, Reason, Tracer, Window
 from lindep_onnx.draft import Draft
 from lindep_onnx.graph import Node
 from lindep_onnx.ops.registry import rewrites, traces
@@ -34,6 +34,10 @@ def convolution(node: Node, tracer: Tracer) -> None:
     axes = tracer.axes(data)
     tracer.freeze_tensor(data, SPATIAL, node, [axis for axis in axes if axis > 1])
     outputs = {axis: atoms for axis, atoms in axes.items() if axis == 0}
+    bias = _convolution_bias(node, tracer)
+    window = _window(node, tracer, kernel.shape[2:])
+    reader = _convolution_reader(node, window, bias)
+    tracer.products.append(Product(weight, 1, 1, 0, group, 1.0, reader, window))
     if group > 1 and kernel.shape[1] == 1:
         _depthwise(node, tracer, group, kernel.shape[0] // group)
         return
@@ -43,15 +47,13 @@ def convolution(node: Node, tracer: Tracer) -> None:
         tracer.freeze(made, GROUPED, node)
     columns = axes.get(1) if group == 1 else None
     tracer.claim(node, 1, {0: made} if columns is None else {0: made, 1: columns})
-    bias = _convolution_bias(node, tracer)
     if node.input(2):
         if bias is None:
             tracer.freeze(made, DYNAMIC_WEIGHT, node)
         tracer.claim(node, 2, {0: made})
     tracer.label_axes(node.outputs[0], {**outputs, 1: made})
     if columns is not None:
-        reader = _convolution_reader(node, tracer, kernel.shape[2:], bias)
-        tracer.site(weight, 1, 0, reader, bias is not None and not any(map(any, reader.pads)))
+        tracer.site(weight, 1, 0, reader, bias is not None and not any(map(any, window.pads)))
 
 
 def _depthwise(node: Node, tracer: Tracer, group: int, multiplier: int) -> None:
@@ -73,30 +75,30 @@ def _depthwise(node: Node, tracer: Tracer, group: int, multiplier: int) -> None:
 
 
 def _convolution_bias(node: Node, tracer: Tracer) -> Bias | None:
+    """The bias of the node, or the mean of a BatchNormalization that alone reads a node without one."""
     name = node.input(2)
-    if name and tracer.constant(name) is None:
-        return None
-    return Bias(node.index, 2, name)
+    if name:
+        return None if tracer.constant(name) is None else Bias(node.index, 2, name)
+    readers = tracer.model.consumers.get(node.outputs[0], ())
+    if len(readers) == 1 and readers[0].op == "BatchNormalization" and node.outputs[0] not in tracer.model.outputs:
+        mean = readers[0].input(3)
+        if tracer.constant(mean) is not None and not readers[0].attributes.get("training_mode", 0):
+            return Bias(readers[0].index, 3, mean, -1.0)
+    return Bias(node.index, 2)
 
 
-def _convolution_reader(node: Node, tracer: Tracer, kernel: Sequence[int], bias: Bias | None) -> Reader:
+def _window(node: Node, tracer: Tracer, kernel: Sequence[int]) -> Window:
     spatial = len(kernel)
     strides = tuple(node.attributes.get("strides", [1] * spatial))
-    dilations = node.attributes.get("dilations", [1] * spatial)
-    pads = _pads(node, tracer, kernel, strides, dilations)
+    dilations = tuple(node.attributes.get("dilations", [1] * spatial))
+    return Window(tuple(kernel), strides, dilations, _pads(node, tracer, kernel, strides, dilations))
+
+
+def _convolution_reader(node: Node, window: Window, bias: Bias | None) -> Reader:
     # A window of one position skips the others; wider windows are taken to see all of them.
-    skipped = strides if all(size == 1 for size in kernel) and not any(map(any, pads)) else (1,) * spatial
-    return Reader(
-        node=node.index,
-        tensor=node.inputs[0],
-        axis=1,
-        output=node.outputs[0],
-        output_axis=1,
-        strides=skipped if any(step > 1 for step in skipped) else (),
-        kernel=tuple(kernel),
-        pads=pads,
-        bias=bias,
-    )
+    single = all(size == 1 for size in window.kernel) and not any(map(any, window.pads))
+    skipped = window.strides if single and any(step > 1 for step in window.strides) else ()
+    return Reader(node.index, node.inputs[0], 1, node.outputs[0], 1, strides=skipped, bias=bias)
 
 
 def _pads(
@@ -142,6 +144,10 @@ def transposed_convolution(node: Node, tracer: Tracer) -> None:
         return
     group = int(node.attributes.get("group", 1))
     axes = tracer.axes(data)
+    reader = Reader(node.index, data, 1, node.outputs[0], 1, bias=_convolution_bias(node, tracer))
+    window = _transposed_window(node, tracer, kernel.shape[2:])
+    if window is not None:
+        tracer.products.append(Product(weight, 1, 0, 1, group, 1.0, reader, window))
     tracer.freeze_tensor(data, SPATIAL, node, [axis for axis in axes if axis > 1])
     made = tracer.produce(node, kernel.shape[1] * group)
     if group > 1:
@@ -158,8 +164,19 @@ def transposed_convolution(node: Node, tracer: Tracer) -> None:
     tracer.label_axes(node.outputs[0], {1: made})
     if columns is not None:
         # Its border mixes fewer taps, so that a constant channel is not a constant of the output.
-        reader = Reader(node.index, data, 1, node.outputs[0], 1, kernel=tuple(kernel.shape[2:]))
         tracer.site(weight, 0, 1, reader, affine=False)
+
+
+def _transposed_window(node: Node, tracer: Tracer, kernel: Sequence[int]) -> Window | None:
+    """None where the padding follows from an output size that is only known at run time."""
+    spatial = len(kernel)
+    strides = tuple(node.attributes.get("strides", [1] * spatial))
+    dilations = tuple(node.attributes.get("dilations", [1] * spatial))
+    if node.attributes.get("auto_pad", "NOTSET") != "NOTSET" or "output_shape" in node.attributes:
+        return None
+    flat = node.attributes.get("pads", [0] * (2 * spatial))
+    pads = tuple((int(flat[axis]), int(flat[axis + spatial])) for axis in range(spatial))
+    return Window(tuple(kernel), strides, dilations, pads, transposed=True)
 
 
 @traces("Gemm")
@@ -180,9 +197,12 @@ def gemm(node: Node, tracer: Tracer) -> None:
         columns, passing = None, {}
     tracer.claim(node, 1, {outputs: made} if columns is None else {outputs: made, inputs: columns})
     bias = _gemm_bias(node, tracer, made, passing)
+    reader = Reader(node.index, data, 1, node.outputs[0], 1, bias=bias)
+    if not node.attributes.get("transA", 0):
+        alpha = float(node.attributes.get("alpha", 1.0))
+        tracer.products.append(Product(weight, 1, inputs, outputs, 1, alpha, reader, None))
     tracer.label_axes(node.outputs[0], {**passing, 1: made})
     if columns is not None:
-        reader = Reader(node.index, data, 1, node.outputs[0], 1, bias=bias)
         tracer.site(weight, inputs, outputs, reader, affine=bias is not None)
 
 
@@ -236,9 +256,10 @@ def _constant_product(node: Node, tracer: Tracer, position: int, mixed: int) -> 
     columns = axes.get(axis)
     tracer.claim(node, position, {outputs: made} if columns is None else {outputs: made, inputs: columns})
     tracer.label_axes(result, {**{other: atoms for other, atoms in axes.items() if other != axis}, axis: made})
+    reader = Reader(node.index, data, axis, result, axis, bias=_following_bias(node, tracer, axis))
+    tracer.products.append(Product(weight, position, inputs, outputs, 1, 1.0, reader, None))
     if columns is not None:
-        bias = _following_bias(node, tracer, axis)
-        tracer.site(weight, inputs, outputs, Reader(node.index, data, axis, result, axis, bias=bias), affine=True)
+        tracer.site(weight, inputs, outputs, reader, affine=True)
 
 
 def _following_bias(node: Node, tracer: Tracer, axis: int) -> Bias:

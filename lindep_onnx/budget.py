@@ -1,0 +1,368 @@
+"""From options to one result: build plans, hold them to the budgets, round widths, keep the best.
+
+Lossless mode has one plan. With a budget the plan is a rung of the ladder (see `lindep_onnx.ladder`) that a search (see
+`lindep_onnx.search`) finds: the cheap fold judges the rungs, the refit is run where the search ends. What was found is
+then held to the budgets on samples that nothing else has looked at.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from lindep_onnx import graph, verify
+from lindep_onnx._version import __version__
+from lindep_onnx.analysis import Evidence
+from lindep_onnx.channels import Channels
+from lindep_onnx.config import LOSSLESS_SITE_ERROR, LOSSLESS_VERIFIED_ERROR, Config
+from lindep_onnx.cost import Cost, cost
+from lindep_onnx.data import Part, Samples
+from lindep_onnx.errors import BudgetError, LindepError, VerificationError
+from lindep_onnx.influence import Disturbances, measured_curves, site_influence
+from lindep_onnx.ladder import Ladder, Saving, build_ladder, curves, folds_of, savings
+from lindep_onnx.plan import Plan, plan_lossless
+from lindep_onnx.reconstruct import fold_sites
+from lindep_onnx.refit import refit
+from lindep_onnx.rewrite import Reconstruction, rewrite
+from lindep_onnx.search import first_small_enough, last_good_enough, on_grid
+from lindep_onnx.shapes import resolve
+from lindep_onnx.tracing import trace
+
+__all__ = ["Chosen", "Workshop"]
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+Stage: TypeAlias = Callable[[str], AbstractContextManager[None]]
+
+#: Widths that `--round-to auto` tries in turn: ONNX Runtime's kernels work on blocks of 8 or 16 channels.
+WIDTHS = (1, 8, 16)
+#: A result counts as faster only by more than timings wobble.
+FASTER = 0.98
+SIZES = {"params": "parameters", "macs": "macs", "size": "bytes"}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A result, good or bad.
+
+    Attributes:
+        proto: the smaller model.
+        removed: (units,) bool.
+        kind: (units,) index into `plan.KINDS`; zero for units that a budget removed.
+        cost: what it costs.
+        comparison: with the original, on samples that nothing was fitted to; None if there are none.
+        latency: milliseconds of the original and of the result; None if not measured.
+        achieved: what was reached of each budget, by option name.
+        failure: why it must not be used; None if all is well.
+        notes: what the user should know.
+    """
+
+    proto: onnx.ModelProto
+    removed: NDArray[np.bool_]
+    kind: NDArray[np.int8]
+    cost: Cost
+    comparison: verify.Comparison | None
+    latency: tuple[float, float] | None
+    achieved: Mapping[str, float | None]
+    failure: LindepError | None
+    notes: tuple[str, ...] = ()
+
+
+class Workshop:
+    """Builds results for one model and one set of samples.
+
+    Args:
+        channels: the traced model.
+        evidence: what the data says.
+        doubtful: (units,) bool, constant so far but without a margin.
+        samples: the data.
+        config: the options.
+        stage: times the stages.
+        progress: called with (stage, done, all).
+    """
+
+    def __init__(
+        self,
+        channels: Channels,
+        evidence: Evidence,
+        doubtful: NDArray[np.bool_],
+        samples: Samples,
+        config: Config,
+        stage: Stage,
+        progress: Progress,
+    ) -> None:
+        self._channels, self._evidence, self._samples, self._config = channels, evidence, samples, config
+        self._doubtful = doubtful
+        self._stage, self._progress = stage, progress
+        self._runtime: dict[str, Any] = {"providers": config.providers, "threads": config.threads}
+        self._original = verify.open_session(channels.model.proto, **self._runtime)
+        self._shapes, self._batch = _first_shapes(samples)
+        self.before = cost(channels.model, self._shapes, self._batch)
+        self._metadata = json.dumps({"version": __version__, "options": config.described()}, sort_keys=True)
+        self._metric: float | None = None
+
+    def choose(self) -> Chosen:
+        """The result that the options ask for; look at its `failure`."""
+        with self._stage("plan"):
+            lossless = plan_lossless(self._channels, self._evidence, self._doubtful, tolerance=LOSSLESS_SITE_ERROR)
+            ladder = self._ladder(lossless) if self._config.budgeted else None
+        best: Chosen | None = None
+        for width in WIDTHS if self._config.round_to == "auto" else (self._config.round_to,):
+            chosen = self._lossless(lossless, width) if ladder is None else self._budgeted(ladder, width)
+            chosen = dataclasses.replace(chosen, latency=self._latency(chosen.proto))
+            if best is None or (best.failure is not None, _ratio(best)) > (chosen.failure is not None, _ratio(chosen)):
+                best = chosen
+            if self._config.round_to == "auto" and best.failure is None and _ratio(best) <= FASTER:
+                break
+        assert best is not None
+        return dataclasses.replace(best, notes=(*best.notes, *self._slower(best)))
+
+    def _slower(self, chosen: Chosen) -> Iterator[str]:
+        if chosen.latency is None or _ratio(chosen) <= 1.1 or not chosen.removed.any():
+            return
+        if self._config.round_to == "auto":
+            yield "No width of the result was faster in ONNX Runtime here; it is smaller all the same."
+        else:
+            yield (
+                f"The result is {_ratio(chosen):.2f} times slower in ONNX Runtime here, whose kernels like widths that "
+                "are multiples of 8 or 16: try --round-to auto."
+            )
+
+    # ---- lossless ----------------------------------------------------------------------------------------------
+
+    def _lossless(self, plan: Plan, width: int) -> Chosen:
+        removed = rounded(self._channels, plan.removed, np.flatnonzero(plan.removed), width)
+        if (removed != plan.removed).any():
+            with self._stage("plan"):
+                plan = plan_lossless(
+                    self._channels, self._evidence, self._doubtful, tolerance=LOSSLESS_SITE_ERROR, keep=~removed
+                )
+        with self._stage("reconstruct"):
+            new = fold_sites(self._channels, plan.folds, self._evidence.sites, plan.removed)
+        with self._stage("rewrite"):
+            proto = rewrite(self._channels, new, self._metadata)
+        if self._config.refit in ("kernel", "sequential") and plan.removed.any():
+            proto, notes = self._refit(plan.removed, proto)
+        else:
+            notes = ()
+        return self._finished(proto, plan.removed, plan.kind, notes)
+
+    # ---- budgets -----------------------------------------------------------------------------------------------
+
+    def _ladder(self, lossless: Plan) -> Ladder:
+        kind: Saving = "macs" if self._config.macs is not None and self._config.params is None else "parameters"
+        disturbances = Disturbances(self._channels, self._evidence, self._samples, **self._runtime)
+        influence = site_influence(self._channels, self._evidence, disturbances, self._progress)
+        expected = curves(self._channels, self._evidence, influence, savings(self._channels, kind))
+        measured = measured_curves(self._channels, self._evidence, expected, disturbances, self._progress)
+        return build_ladder(self._channels, measured, lossless.removed)
+
+    def _budgeted(self, ladder: Ladder, width: int) -> Chosen:
+        """Sizes alone ask for the largest model that is small enough; errors alone for the smallest good one."""
+        refitted = self._config.refit in ("auto", "kernel", "sequential")
+        judged = self._judged()
+
+        def removed_at(count: int) -> NDArray[np.bool_]:
+            return rounded(self._channels, ladder.removed(count), ladder.order[:count], width)
+
+        def build(count: int, refit_it: bool) -> tuple[onnx.ModelProto, NDArray[np.bool_], tuple[str, ...]]:
+            removed = removed_at(count)
+            proto = self._folded(removed)
+            if not refit_it or not removed.any():
+                return proto, removed, ()
+            proto, notes = self._refit(removed, proto)
+            return proto, removed, notes
+
+        if self._sizes():
+            return self._small_enough(ladder, removed_at, build, refitted)
+        with self._stage("search"):
+            count, needs_refit = last_good_enough(
+                ladder.rungs(),
+                lambda rung: judged(build(rung, False)[0]),
+                (lambda rung: judged(build(rung, True)[0])) if refitted else None,
+            )
+        tries = [(count, refitted and needs_refit)]
+        tries += [(rung, refitted) for rung in on_grid(ladder.rungs(), count)]
+        turned_down = 0
+        while True:
+            rung, refit_it = tries[turned_down]
+            proto, removed, notes = build(rung, refit_it)
+            chosen = self._finished(proto, removed, _budget_kind(removed), notes)
+            if chosen.failure is None or turned_down == len(tries) - 1:
+                break
+            turned_down += 1
+        if turned_down:
+            note = f"Unseen samples turned down {turned_down} larger reduction(s) that the others had allowed."
+            chosen = dataclasses.replace(chosen, notes=(*chosen.notes, note))
+        return chosen
+
+    def _small_enough(
+        self,
+        ladder: Ladder,
+        removed_at: Callable[[int], NDArray[np.bool_]],
+        build: Callable[[int, bool], tuple[onnx.ModelProto, NDArray[np.bool_], tuple[str, ...]]],
+        refitted: bool,
+    ) -> Chosen:
+        def small(count: int) -> bool:
+            return self._is_small(self._cost(rewrite(self._channels, Reconstruction(removed_at(count)), "")))
+
+        with self._stage("search"):
+            count = first_small_enough(len(ladder), small)
+        proto, removed, notes = build(len(ladder) if count is None else count, refitted)
+        # A refit may add a few biases that were not there.
+        while count is not None and count < len(ladder) and not self._is_small(self._cost(proto)):
+            count = min(len(ladder), count + max(1, len(ladder) // 200))
+            proto, removed, notes = build(count, refitted)
+        return self._finished(proto, removed, _budget_kind(removed), notes)
+
+    def _sizes(self) -> dict[str, float]:
+        given = {kind: getattr(self._config, kind) for kind in SIZES}
+        return {kind: share for kind, share in given.items() if share is not None}
+
+    def _is_small(self, after: Cost) -> bool:
+        return all(self._share(kind, after) <= share for kind, share in self._sizes().items())
+
+    def _share(self, kind: str, after: Cost) -> float:
+        return float(getattr(after, SIZES[kind]) / max(1, getattr(self.before, SIZES[kind])))
+
+    def _judged(self) -> Callable[[onnx.ModelProto], bool]:
+        """Whether a result is good enough on the samples that decide."""
+
+        def good(proto: onnx.ModelProto) -> bool:
+            measured = self._quality(proto, self._compared(proto, Part.SELECT))
+            return all(self._holds(kind, value) for kind, value in measured.items())
+
+        return good
+
+    def _quality(self, proto: onnx.ModelProto, found: verify.Comparison | None) -> dict[str, float | None]:
+        measured: dict[str, float | None] = {}
+        if self._config.max_error is not None:
+            measured["max_error"] = None if found is None else found.relative_error
+        if self._config.min_agreement is not None:
+            measured["min_agreement"] = None if found is None else found.agreement
+        if self._config.eval is not None:
+            if self._metric is None:
+                self._metric = float(self._config.eval(self._original))
+            measured["max_drop"] = self._metric - float(self._config.eval(verify.open_session(proto, **self._runtime)))
+        return measured
+
+    def _holds(self, kind: str, value: float | None) -> bool:
+        if value is None or np.isnan(value):
+            return False
+        limit = getattr(self._config, kind)
+        return bool(value >= limit if kind == "min_agreement" else value <= limit)
+
+    # ---- building and judging ----------------------------------------------------------------------------------
+
+    def _folded(self, removed: NDArray[np.bool_]) -> onnx.ModelProto:
+        folds = folds_of(self._channels, self._evidence, removed, {})
+        return rewrite(self._channels, fold_sites(self._channels, folds, self._evidence.sites, removed), self._metadata)
+
+    def _refit(self, removed: NDArray[np.bool_], proto: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
+        with self._stage("refit"):
+            smaller = graph.load(proto)
+            traced = trace(smaller, resolve(smaller))
+            found = refit(
+                self._channels, removed, traced, self._samples,
+                mode="kernel" if self._config.refit == "kernel" else "sequential",
+                seed=self._config.seed, progress=self._progress, **self._runtime,
+            )  # fmt: skip
+            notes = []
+            if found.skipped:
+                names = ", ".join(found.skipped[:3]) + (" and others" if len(found.skipped) > 3 else "")
+                notes.append(f"{len(found.skipped)} layer(s) are too wide to be refitted and keep their fold: {names}.")
+            return graph.edit(smaller, found.edits, self._metadata), tuple(notes)
+
+    def _cost(self, proto: onnx.ModelProto) -> Cost:
+        return cost(graph.load(proto), self._shapes, self._batch)
+
+    def _compared(self, proto: onnx.ModelProto, part: Part) -> verify.Comparison | None:
+        if not len(self._samples.parts[part]):
+            return None
+        session = verify.open_session(proto, **self._runtime)
+        wanted = self._config.agreement_output
+        return verify.compare(self._original, session, self._samples.batches(part), agreement_output=wanted)
+
+    def _finished(
+        self, proto: onnx.ModelProto, removed: NDArray[np.bool_], kind: NDArray[np.int8], notes: tuple[str, ...]
+    ) -> Chosen:
+        with self._stage("verify"):
+            found = self._compared(proto, Part.VERIFY)
+            after = self._cost(proto)
+            achieved: dict[str, float | None] = {name: self._share(name, after) for name in self._sizes()}
+            achieved.update(self._quality(proto, found))
+        return Chosen(proto, removed, kind, after, found, None, achieved, self._failure(achieved, found), notes)
+
+    def _failure(self, achieved: Mapping[str, float | None], found: verify.Comparison | None) -> LindepError | None:
+        for name, share in self._sizes().items():
+            reached = achieved[name]
+            if reached is not None and reached > share:
+                return BudgetError(
+                    f"--{name} {share:g} cannot be reached: with everything removed that can go, {reached:.3f} of the "
+                    "original are left. Nothing was written; ask for at least that much."
+                )
+        for name in ("max_error", "min_agreement", "max_drop"):
+            if name in achieved and not self._holds(name, achieved[name]):
+                value = achieved[name]
+                reached_text = "could not be measured" if value is None else f"is {value:.4g}"
+                flag = "--" + name.replace("_", "-")
+                return BudgetError(
+                    f"{flag} {getattr(self._config, name):g} does not hold together with the other budgets: on unseen "
+                    f"samples it {reached_text}. Nothing was written; loosen one of them."
+                )
+        if not self._config.budgeted and found is not None and found.relative_error > LOSSLESS_VERIFIED_ERROR:
+            return VerificationError(
+                f"The result differs from the original by {found.relative_error:.2g} on unseen samples, more than "
+                f"the {LOSSLESS_VERIFIED_ERROR:.2g} allowed. Nothing was written; give more or more varied data."
+            )
+        return None
+
+    def _latency(self, proto: onnx.ModelProto) -> tuple[float, float] | None:
+        feeds = next(iter(self._samples.batches(limit=1))).feeds
+        before, after = verify.measure_latency(
+            (self._original, verify.open_session(proto, **self._runtime)), feeds, seconds=1.0
+        )
+        return before, after
+
+
+def rounded(
+    channels: Channels, removed: NDArray[np.bool_], order: NDArray[np.int64], multiple: int
+) -> NDArray[np.bool_]:
+    """Put back the units that went last until each group keeps a multiple of `multiple`, or all it had.
+
+    Args:
+        channels: the traced model.
+        removed: (units,) bool.
+        order: the removed units in the order in which they went.
+        multiple: of the number that is kept.
+    """
+    result = removed.copy()
+    place = np.zeros(channels.units, dtype=np.int64)
+    place[order] = np.arange(len(order))
+    for group in channels.groups if multiple > 1 else ():
+        gone = group.units[removed[group.units]]
+        kept = len(group.units) - len(gone)
+        wanted = min(len(group.units), -(-kept // multiple) * multiple)
+        back = gone[np.argsort(-place[gone], kind="stable")][: wanted - kept]
+        result[back] = False
+    return result
+
+
+def _budget_kind(removed: NDArray[np.bool_]) -> NDArray[np.int8]:
+    return np.zeros(len(removed), dtype=np.int8)
+
+
+def _ratio(chosen: Chosen) -> float:
+    return chosen.latency[1] / max(chosen.latency[0], 1e-9) if chosen.latency is not None else 1.0
+
+
+def _first_shapes(samples: Samples) -> tuple[dict[str, tuple[int, ...]], int]:
+    first = next(iter(samples.batches(limit=1)))
+    return {name: tuple(value.shape) for name, value in first.feeds.items()}, first.size

@@ -1,0 +1,91 @@
+"""What a result costs each group, measured where its weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lindep_onnx import graph
+from lindep_onnx.budget import Chosen
+from lindep_onnx.channels import Channels, Reader
+from lindep_onnx.data import Part, Samples
+from lindep_onnx.sampling import Place, RowSampler
+from lindep_onnx.shapes import resolve
+
+__all__ = ["measure_groups"]
+
+#: Positions of one sample, and samples, that are compared.
+POSITIONS, SAMPLES = 64, 32
+
+
+def measure_groups(
+    channels: Channels, chosen: Chosen, samples: Samples, *, seed: int, providers: Sequence[str], threads: int
+) -> dict[int, float]:
+    """RMS error of what the readers of each changed group compute, relative to its centred RMS, worst reader.
+
+    Both models run on samples that nothing was fitted to, so that errors from further up are included.
+
+    Args:
+        channels: the original model, traced.
+        chosen: the result.
+        samples: the data; VERIFY samples are run.
+        seed: of the positions that are compared.
+        providers: execution providers of ONNX Runtime.
+        threads: intra-op threads, 0 for its own choice.
+    """
+    runtime: dict[str, Any] = {"providers": providers, "threads": threads}
+    wanted: dict[int, list[Place]] = {}
+    for number, group in enumerate(channels.groups):
+        if chosen.removed[group.units].any():
+            wanted[number] = [
+                _place(channels, reader) for site in group.sites for reader in channels.sites[site].readers
+            ]
+    most = {place: POSITIONS for places in wanted.values() for place in places}
+    smaller = graph.load(chosen.proto)
+    resolved = resolve(smaller)
+    most = {place: limit for place, limit in most.items() if place.tensor in smaller.producer}
+    if not most or not len(samples.parts[Part.VERIFY]):
+        return {}
+    before = RowSampler(channels.model, channels.resolved, most, **runtime)
+    after = RowSampler(smaller, resolved, most, **runtime)
+    sums = {place: [0, 0.0, 0.0, 0.0] for place in most}
+    rng, again = np.random.default_rng(seed), np.random.default_rng(seed)
+    kept = {place: channels.kept(place.tensor, chosen.removed).get(place.axis) for place in most}
+    for batch in samples.batches(Part.VERIFY, limit=SAMPLES):
+        original, result = before.rows(batch, rng), after.rows(batch, again)
+        for place in most:
+            _add(sums[place], original[place].values, result[place].values, kept[place])
+    errors = {}
+    for place, (count, total, square, difference) in sums.items():
+        spread = square - total * total / max(1, count)
+        errors[place] = float(np.sqrt(difference / max(spread, 1e-30))) if difference else 0.0
+    return {
+        number: max(errors[place] for place in places if place in errors)
+        for number, places in wanted.items()
+        if any(place in errors for place in places)
+    }
+
+
+def _place(channels: Channels, reader: Reader) -> Place:
+    """Behind the bias: what a refit shifts there is no error."""
+    bias = reader.bias
+    moved = bias is not None and bias.node is not None and bias.node != reader.node
+    tensor = (
+        channels.model.nodes[bias.node].outputs[0] if bias is not None and moved and bias.node is not None else None
+    )
+    return Place(tensor or reader.output, reader.output_axis)
+
+
+def _add(sums: list[Any], original: NDArray[Any], result: NDArray[Any], kept: NDArray[np.bool_] | None) -> None:
+    y = original.astype(np.float64)
+    if kept is not None:
+        y = y[:, :, kept]
+    if y.shape != result.shape:
+        return
+    sums[0] += y.size
+    sums[1] += float(y.sum())
+    sums[2] += float(np.square(y).sum())
+    sums[3] += float(np.square(result - y).sum())

@@ -45,7 +45,7 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 
 #: Rows for each unknown of one output, rows at least, and bytes of patches at most.
 ROWS_PER_UNKNOWN = 16
-LEAST_ROWS = 1 << 15
+LEAST_ROWS = 1 << 14
 PATCH_BYTES = 1 << 28
 #: Wider problems keep their fold: the Gram matrix alone would take a gigabyte.
 WIDEST = 8192
@@ -576,7 +576,7 @@ def _solve(
     system = _System(patches, prior, constant, free)
 
     def judged(matrix: Matrix, added: Matrix) -> float:
-        return goal.error(*unseen[1], unseen[0].astype(np.float64) @ matrix + added)
+        return goal.error(*unseen[1], _predicted(unseen[0], matrix, added))
 
     best = judged(prior, constant), prior, constant, FIRST_RIDGE
     before = best[0]
@@ -594,13 +594,18 @@ def _solve(
             last = error
     if goal._task.flat:
         for _ in range(FLAT_STEPS):
-            prediction = patches.astype(np.float64) @ best[1] + best[2]
-            candidate = system.solve(system.cross(goal.moved(target, other, prediction)), RIDGES[best[3]])
+            moved = goal.moved(target, other, _predicted(patches, best[1], best[2]))
+            candidate = system.solve(system.cross(moved), RIDGES[best[3]])
             error = judged(*candidate)
             if error >= best[0]:
                 break
             best = error, *candidate, best[3]
     return _Solution(best[1], best[2], before, best[0], goal.energy(unseen[1][0]))
+
+
+def _predicted(patches: Array, matrix: Matrix, constant: Matrix) -> Matrix:
+    """(N, M); single precision is plenty to compare errors with."""
+    return np.asarray((patches @ matrix.astype(np.float32)).astype(np.float64) + constant)
 
 
 class _System:

@@ -8,10 +8,10 @@
 | onnxsim-wanda | `onnxsim.apply_structured_wanda_pruning` | nothing changes |
 
 Every group, or layer, loses the same share of its channels; `-global` behind a name ranks the channels of the whole
-model instead, and `-finetune` adds `onnxsim.apply_pruning_finetune`. The first two go through this project's tracing and
-rewriting, so that every shape is right. onnxsim takes a ratio, which is found by bisection. All of them are left with
-at least as many parameters as asked for, and with hardly more; where that cannot be had there is no comparison, but an
-`UnreachedError`.
+model instead, and `-finetune` adds `onnxsim.apply_pruning_finetune`. The first two go through this project's tracing
+and rewriting, so that every shape is right. onnxsim takes a ratio, which is found by bisection. All of them are left
+with at least as many parameters as asked for, and with hardly more; where that cannot be had there is no comparison,
+but an `UnreachedError`.
 
 The interpolative decomposition is that of Chee et al., "Model Preserving Compression for Neural Networks" (2022): no
 constant term, no weights in the choice. Pivots and T are computed from a root S of the second moments, S'S = Z'Z,

@@ -15,7 +15,6 @@ Usage: python tools/train_demo.py DATA_DIR OUT_DIR --epochs 8 --seed 0
 from __future__ import annotations
 
 import argparse
-import gzip
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,10 +25,11 @@ import onnx
 import onnxruntime as ort
 import torch
 from accuracy import normalised, predictions
+from fashion_mnist import read_idx
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-__all__ = ["DemoNet", "constant_channels", "export", "main", "read_idx", "train"]
+__all__ = ["DemoNet", "constant_channels", "export", "main", "train"]
 
 OPSET = 17
 CALIBRATION_SAMPLES, TEST_SAMPLES = 1000, 500
@@ -65,14 +65,6 @@ def _conv(inputs: int, outputs: int, *, kernel: int = 3, groups: int = 1) -> tup
     norm = nn.BatchNorm2d(outputs)
     nn.init.constant_(norm.weight, 0.5)  # nearer to zero than the usual 1, for so short a training
     return conv, norm
-
-
-def read_idx(path: Path) -> NDArray[np.uint8]:
-    """The array of a gzipped idx file of bytes: a 4-byte magic number whose last byte is the rank, sizes, data."""
-    raw = gzip.decompress(path.read_bytes())
-    rank = raw[3]
-    sizes = np.frombuffer(raw, ">i4", count=rank, offset=4)
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(sizes)
 
 
 def train(images: Tensor, labels: Tensor, *, epochs: int, seed: int) -> DemoNet:

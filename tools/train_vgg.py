@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from accuracy import normalised, predictions
+from fashion_mnist import read_idx
 from torch import Tensor, nn
-from train_demo import export, read_idx
+from train_demo import export
 
 __all__ = ["main", "train", "vgg"]
 

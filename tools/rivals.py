@@ -1,0 +1,300 @@
+"""Other ways to make a model smaller, brought to the same number of parameters.
+
+| method | which channels go | what the survivors become |
+|---|---|---|
+| magnitude | smallest L2 norm over all weights that make or read them | nothing changes |
+| interpolative | last pivots of a QR decomposition of the activations | Z_R ~ Z_K T, W_K + W_R T' |
+| onnxsim | `onnxsim.apply_structured_pruning` | nothing changes |
+| onnxsim-wanda | `onnxsim.apply_structured_wanda_pruning` | nothing changes |
+
+Every group, or layer, loses the same share of its channels; `-global` behind a name ranks the channels of the whole
+model instead, and `-finetune` adds `onnxsim.apply_pruning_finetune`. The first two go through this project's tracing
+and rewriting, so that every shape is right. onnxsim takes a ratio, which is found by bisection. All of them are left
+with at least as many parameters as asked for, and with hardly more; where that cannot be had there is no comparison,
+but an `UnreachedError`.
+
+The interpolative decomposition is that of Chee et al., "Model Preserving Compression for Neural Networks" (2022): no
+constant term, no weights in the choice. Pivots and T are computed from a root S of the second moments, S'S = Z'Z,
+whose QR decomposition is that of Z itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx
+import scipy.linalg
+from numpy.typing import NDArray
+
+from lindep_onnx import analysis, graph
+from lindep_onnx.calibration import calibrate
+from lindep_onnx.channels import FROZEN, Channels, Group
+from lindep_onnx.cost import cost
+from lindep_onnx.data import InputSpec, Samples, open_samples
+from lindep_onnx.plan import Fold, local_units
+from lindep_onnx.reconstruct import fold_sites
+from lindep_onnx.rewrite import Reconstruction, rewrite
+from lindep_onnx.search import first_small_enough
+from lindep_onnx.shapes import resolve
+from lindep_onnx.tracing import trace
+
+__all__ = ["RIVALS", "UnreachedError", "interpolative", "magnitude", "onnxsim", "parameters"]
+
+Matrix: TypeAlias = NDArray[np.float64]
+Rival: TypeAlias = Callable[[onnx.ModelProto, Path, int], onnx.ModelProto]
+
+#: How many more parameters, of the original's, a rival may be left with than was asked for.
+TOLERANCE = 0.025
+#: A ratio that leaves this much more is not improved on.
+CLOSE = 0.002
+STEPS = 14
+BATCH = 32
+
+
+class UnreachedError(LookupError):
+    """A method cannot be brought to the number of parameters."""
+
+
+def parameters(model: onnx.ModelProto) -> int:
+    """What all methods are compared at."""
+    return cost(graph.load(model), {}).parameters
+
+
+def magnitude(model: onnx.ModelProto, target: int, *, everywhere: bool = False) -> onnx.ModelProto:
+    """Remove the channels with the smallest weights.
+
+    Args:
+        model: the original.
+        target: parameters to keep at least.
+        everywhere: rank the channels of the whole model; else those of each group.
+    """
+    channels = _traced(model)
+    norms = _norms(channels)
+    if everywhere:
+        order = np.argsort(norms, kind="stable")
+    else:
+        order = _evenly([group.units[np.argsort(norms[group.units], kind="stable")] for group in channels.groups])
+    removed = _cut(channels, order, target)
+    return rewrite(channels, Reconstruction(removed), "")
+
+
+def interpolative(model: onnx.ModelProto, calib: Path, target: int) -> onnx.ModelProto:
+    """Keep the channels that pivoted QR finds first, and write the others as combinations of them.
+
+    Args:
+        model: the original.
+        calib: npz of calibration images.
+        target: parameters to keep at least.
+    """
+    traced = _traced(model)
+    # Without a constant term, as published.
+    sites = tuple(dataclasses.replace(site, affine=False) for site in traced.sites)
+    channels = dataclasses.replace(traced, sites=sites)
+    with _open(channels, calib) as samples:
+        seen = calibrate(
+            channels, samples, providers=("CPUExecutionProvider",), threads=0, seed=0, progress=lambda *_: None
+        )
+    evidence = analysis.evidence(channels, seen)
+    roots = [_root(site.gram) for site in evidence.sites]
+    order = _evenly([_pivots(channels, group, evidence, roots)[::-1] for group in channels.groups])
+    removed = _cut(channels, order, target)
+    folds = {}
+    for index, (site, root) in enumerate(zip(evidence.sites, roots, strict=True)):
+        kept = ~np.append(removed, False)[site.unit]
+        if not kept.all():
+            matrix = np.linalg.lstsq(root[:, kept], root[:, ~kept], rcond=1e-10)[0]
+            folds[index] = Fold(kept, np.asarray(matrix, dtype=np.float64))
+    return rewrite(channels, fold_sites(channels, folds, evidence.sites, removed), "")
+
+
+def onnxsim(
+    model: onnx.ModelProto,
+    calib: Path,
+    target: int,
+    *,
+    wanda: bool = False,
+    everywhere: bool = False,
+    finetune: bool = False,
+) -> onnx.ModelProto:
+    """Structured pruning by onnxsim.
+
+    Args:
+        model: the original.
+        calib: npz of calibration images.
+        target: parameters to keep at least.
+        wanda: whether to weigh channels by their activations.
+        everywhere: whether one ratio holds for the whole model rather than for each layer.
+        finetune: whether to refit Gemm and MatMul afterwards.
+
+    Raises:
+        UnreachedError: no ratio leaves a number of parameters near the target.
+    """
+    library = importlib.import_module("onnxsim")
+    data = _batches(model, calib) if wanda or finetune else []
+
+    def prune(ratio: float) -> onnx.ModelProto:
+        options: dict[str, Any] = {"sparsity": ratio, "global_sparsity": everywhere}
+        if wanda:
+            pruned = library.apply_structured_wanda_pruning(model, calibration_data=data, **options)
+        else:
+            pruned = library.apply_structured_pruning(model, **options)
+        assert isinstance(pruned, onnx.ModelProto)
+        return pruned
+
+    pruned = _largest_ratio(prune, target, parameters(model))
+    return library.apply_pruning_finetune(model, pruned, calibration_data=data) if finetune else pruned
+
+
+RIVALS: dict[str, Rival] = {
+    "magnitude": lambda model, _, target: magnitude(model, target),
+    "magnitude-global": lambda model, _, target: magnitude(model, target, everywhere=True),
+    "interpolative": interpolative,
+    **{
+        f"onnxsim{wanda}{everywhere}{finetune}": partial(
+            onnxsim, wanda=bool(wanda), everywhere=bool(everywhere), finetune=bool(finetune)
+        )
+        for wanda in ("", "-wanda")
+        for everywhere in ("", "-global")
+        for finetune in ("", "-finetune")
+    },
+}
+
+
+# ---- which channels go -----------------------------------------------------------------------------------------
+
+
+def _traced(model: onnx.ModelProto) -> Channels:
+    loaded = graph.load(model)
+    return trace(loaded, resolve(loaded))
+
+
+def _norms(channels: Channels) -> Matrix:
+    """(units,) L2 norm of all weights that make or read a unit; a shared weight counts once."""
+    squares = np.zeros(channels.units + 1)  # the last entry takes what stays
+    counted = set()
+    for product in channels.products:
+        axes = channels.reads.get(product.weight, {}).get((product.reader.node, product.position))
+        if axes is None or product.weight in counted:
+            continue
+        counted.add(product.weight)
+        weight = np.square(channels.resolved.constants[product.weight].astype(np.float64))
+        for axis, atoms in axes.items():
+            others = tuple(other for other in range(weight.ndim) if other != axis)
+            np.add.at(squares, channels.unit[atoms], weight.sum(axis=others))
+    return np.sqrt(squares[:-1])
+
+
+def _pivots(channels: Channels, group: Group, evidence: analysis.Evidence, roots: list[Matrix]) -> NDArray[np.int64]:
+    """Units of a group in the order of the pivots; several sites are stacked, all of the same norm."""
+    local = local_units(channels, group)
+    blocks = []
+    for index in group.sites:
+        place, root = local[evidence.sites[index].unit], roots[index]
+        live = place != FROZEN
+        scale = max(float(np.linalg.norm(root[:, live])), 1e-300)
+        # Several features of one unit are further rows.
+        for turn in range(int(np.bincount(place[live]).max(initial=0))):
+            block = np.zeros((len(root), len(group.units)))
+            chosen = np.flatnonzero(live & (_occurrence(place) == turn))
+            block[:, place[chosen]] = root[:, chosen] / scale
+            blocks.append(block)
+    order = scipy.linalg.qr(np.concatenate(blocks), mode="r", pivoting=True)[1]
+    return group.units[order]
+
+
+def _occurrence(place: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How often each value has occurred before."""
+    order = np.argsort(place, kind="stable")
+    ordered = place[order]
+    first = np.searchsorted(ordered, ordered)
+    result = np.empty(len(place), dtype=np.int64)
+    result[order] = np.arange(len(place)) - first
+    return result
+
+
+def _root(gram: Matrix) -> Matrix:
+    """S with S'S = G."""
+    values, vectors = scipy.linalg.eigh(gram)
+    return np.asarray(np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T)
+
+
+def _evenly(orders: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Merge the orders of all groups, so that each has lost the same share at any time."""
+    shares = np.concatenate([(np.arange(len(order)) + 1) / len(order) for order in orders])
+    return np.concatenate(orders)[np.argsort(shares, kind="stable")]
+
+
+def _cut(channels: Channels, order: NDArray[np.int64], target: int) -> NDArray[np.bool_]:
+    """(units,) bool, as many of the first ones as may go; no axis loses all of its channels."""
+    spare = [len(members) - bound for members, bound in channels.least]
+    bounds: dict[int, list[int]] = {}
+    for number, (members, _) in enumerate(channels.least):
+        for unit in members.tolist():
+            bounds.setdefault(unit, []).append(number)
+    going = []
+    for unit in order.tolist():
+        if all(spare[number] > 0 for number in bounds.get(unit, ())):
+            going.append(unit)
+            for number in bounds.get(unit, ()):
+                spare[number] -= 1
+
+    def removed(count: int) -> NDArray[np.bool_]:
+        mask = np.zeros(channels.units, dtype=bool)
+        mask[going[:count]] = True
+        return mask
+
+    def left(count: int) -> int:
+        return parameters(rewrite(channels, Reconstruction(removed(count)), ""))
+
+    count = first_small_enough(len(going), lambda count: left(count) <= target)
+    if count is None:
+        raise UnreachedError(f"{left(len(going))} parameters are left with everything removed that can go.")
+    return removed(count if left(count) == target else count - 1)
+
+
+def _largest_ratio(prune: Callable[[float], onnx.ModelProto], target: int, before: int) -> onnx.ModelProto:
+    """The smallest result with at least `target` parameters."""
+    low, high = 0.0, 1.0
+    above, below = before, 0
+    best: onnx.ModelProto | None = None
+    for step in range(STEPS):
+        if best is not None and above - target <= CLOSE * before:
+            break
+        # Interpolation and bisection take turns: counts are nearly linear in the ratio, with steps.
+        share = (above - target) / max(1, above - below) if step % 2 == 0 else 0.5
+        ratio = low + (high - low) * min(max(share, 0.02), 0.98)
+        pruned = prune(ratio)
+        count = parameters(pruned)
+        if count >= target:
+            low, above, best = ratio, count, pruned
+        else:
+            high, below = ratio, count
+    if best is None or above - target > TOLERANCE * before:
+        raise UnreachedError(
+            f"The nearest ratios leave {above / before:.1%} and {below / before:.1%} of the parameters, "
+            f"not {target / before:.1%}."
+        )
+    return best
+
+
+# ---- data ------------------------------------------------------------------------------------------------------
+
+
+def _open(channels: Channels, calib: Path) -> Samples:
+    """All of the images to fit by, but the two that a split cannot do without."""
+    specs = [InputSpec(name, np.dtype(np.float32), channels.resolved.shapes[name]) for name in channels.model.inputs]
+    return open_samples(str(calib), specs, seed=0, holdout=1e-9, max_samples=None, batch_size=BATCH)
+
+
+def _batches(model: onnx.ModelProto, calib: Path) -> list[dict[str, NDArray[np.float32]]]:
+    (value,) = model.graph.input
+    step = 1 if value.type.tensor_type.shape.dim[0].dim_value == 1 else BATCH
+    with np.load(calib) as data:
+        images = data[value.name]
+    return [{value.name: images[start : start + step]} for start in range(0, len(images), step)]

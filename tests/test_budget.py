@@ -1,0 +1,219 @@
+"""Budgets, end to end on small nets: what is promised holds, and looser promises give smaller models."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from build import build, run, traced
+
+import lindep_onnx
+from lindep_onnx.budget import rounded
+from lindep_onnx.errors import BudgetError
+from lindep_onnx.ladder import Curve, _hull, build_ladder, savings
+from lindep_onnx.rewrite import Reconstruction, rewrite
+
+BODY = """
+a = Conv<pads=[1,1,1,1]>(x, w0, b0)
+r = Relu(a)
+c = Conv<pads=[1,1,1,1]>(r, w1, b1)
+s = Relu(c)
+d = Conv<pads=[1,1,1,1]>(s, w2, b2)
+e = Add(d, r)
+f = Relu(e)
+g = GlobalAveragePool(f)
+h = Flatten(g)
+y = Gemm(h, w3, b3)
+"""
+WEIGHTS = {
+    "w0": (16, 3, 3, 3), "b0": (16,), "w1": (24, 16, 3, 3), "b1": (24,), "w2": (16, 24, 3, 3), "b2": (16,),
+    "w3": (16, 5), "b3": (5,),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model() -> onnx.ModelProto:
+    return build(BODY, WEIGHTS, x=("N", 3, 6, 6))
+
+
+@pytest.fixture(scope="module")
+def data() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(5)
+    mix = rng.normal(size=(6, 108))  # images on a subspace: neighbouring channels depend on each other
+    return {"x": (rng.normal(size=(160, 6)) @ mix).reshape(160, 3, 6, 6).astype(np.float32)}
+
+
+def parameters(model: onnx.ModelProto) -> int:
+    return sum(int(np.prod(tensor.dims)) for tensor in model.graph.initializer)
+
+
+@pytest.mark.parametrize("kind", ["params", "macs", "size"])
+@pytest.mark.parametrize("share", [0.9, 0.6, 0.35])
+def test_a_size_is_never_exceeded_and_nearly_reached(model, data, kind: str, share: float) -> None:
+    found = lindep_onnx.compress(model, data, **{kind: share}).report
+    attribute = {"params": "parameters", "macs": "macs", "size": "bytes"}[kind]
+    reached = getattr(found.after, attribute) / getattr(found.before, attribute)
+    assert share - 0.12 < reached <= share
+    assert found.budget[0].kind == kind and found.budget[0].achieved == pytest.approx(reached)
+
+
+@pytest.mark.parametrize("refit", ["fold", "sequential"])
+def test_a_looser_budget_never_gives_a_larger_model(model, data, refit: str) -> None:
+    sizes = [
+        parameters(lindep_onnx.compress(model, data, max_error=limit, refit=refit).model)
+        for limit in (0.003, 0.03, 0.1, 0.3)
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < sizes[0] < parameters(model) + 1
+    sizes = [parameters(lindep_onnx.compress(model, data, params=p, refit=refit).model) for p in (0.3, 0.5, 0.7, 0.9)]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
+
+
+@pytest.mark.parametrize("limit", [0.02, 0.2])
+def test_the_error_that_is_allowed_holds_on_samples_nothing_looked_at(model, data, limit: float) -> None:
+    found = lindep_onnx.compress(model, data, max_error=limit).report
+    assert found.verification.passed and found.verification.relative_error <= limit
+    assert found.after.parameters < found.before.parameters
+
+
+def test_agreement_holds_and_costs_less_than_all(model, data) -> None:
+    found = lindep_onnx.compress(model, data, min_agreement=0.9).report
+    assert found.verification.agreement >= 0.9
+    assert found.after.parameters < found.before.parameters
+
+
+def test_a_metric_of_the_user_is_held(model, data) -> None:
+    wanted = run(model, data)[0].argmax(1)
+
+    def accuracy(session: onnxruntime.InferenceSession) -> float:
+        return float((session.run(None, data)[0].argmax(1) == wanted).mean())
+
+    found = lindep_onnx.compress(model, data, eval=accuracy, max_drop=0.05)
+    session = onnxruntime.InferenceSession(found.model.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert accuracy(session) >= 0.95
+    assert found.report.budget[0].kind == "max_drop" and found.report.budget[0].achieved <= 0.05
+    assert found.report.after.parameters < found.report.before.parameters
+
+
+def test_several_budgets_all_hold_or_none_is_written(model, data) -> None:
+    found = lindep_onnx.compress(model, data, params=0.8, max_error=0.5).report
+    assert found.after.parameters <= 0.8 * found.before.parameters and found.verification.relative_error <= 0.5
+    with pytest.raises(BudgetError, match=r"--max-error 1e-06 does not hold .* it is "):
+        lindep_onnx.compress(model, data, params=0.3, max_error=1e-6)
+
+
+def test_a_size_that_cannot_be_reached_is_said_with_what_can(model, data) -> None:
+    with pytest.raises(BudgetError, match=r"--params 0.001 cannot be reached: .* 0\.\d+ of the original") as caught:
+        lindep_onnx.compress(model, data, params=0.001)
+    assert caught.value.exit_code == 3
+
+
+def test_refits_lose_less_than_the_fold_and_the_fold_less_than_a_cut(model, data) -> None:
+    errors = {
+        refit: lindep_onnx.compress(model, data, params=0.5, refit=refit).report.verification.relative_error
+        for refit in ("fold", "kernel", "sequential")
+    }
+    assert errors["sequential"] < errors["fold"]
+    assert errors["kernel"] < errors["fold"]
+
+
+def test_two_runs_give_the_same_bytes(model, data) -> None:
+    first, second = (lindep_onnx.compress(model, data, params=0.5).model for _ in range(2))
+    assert first.SerializeToString(deterministic=True) == second.SerializeToString(deterministic=True)
+
+
+@pytest.mark.parametrize("multiple", [4, 8])
+def test_widths_are_rounded_up(model, data, multiple: int) -> None:
+    found = lindep_onnx.compress(model, data, params=0.6, round_to=multiple).report
+    assert all(group.channels_after % multiple == 0 for group in found.groups)
+    assert found.after.parameters <= 0.6 * found.before.parameters
+
+
+def test_widths_of_a_lossless_result_are_rounded_without_losing_exactness(data) -> None:
+    rng = np.random.default_rng(0)
+    w0 = rng.normal(size=(16, 3, 3, 3)).astype(np.float32)
+    w0[[3, 7, 12]] = 0  # dead; 13 are left
+    weights = {**WEIGHTS, "w0": w0, "b0": np.zeros(16, np.float32)}
+    model = build("a = Conv<pads=[1,1,1,1]>(x, w0, b0)\nr = Relu(a)\ny = Conv<pads=[1,1,1,1]>(r, w1, b1)", weights, x=("N", 3, 6, 6))  # fmt: skip
+    plain = lindep_onnx.compress(model, data).report
+    even = lindep_onnx.compress(model, data, round_to=4).report
+    assert [group.channels_after for group in plain.groups] == [13]
+    assert [group.channels_after for group in even.groups] == [16]
+    two = lindep_onnx.compress(model, data, round_to=2).report
+    assert [group.channels_after for group in two.groups] == [14] and two.verification.relative_error < 1e-5
+
+
+def test_rounding_puts_back_what_went_last() -> None:
+    channels = traced(build("h = Conv(x, w)\nr = Relu(h)\ny = Conv(r, v)", {"w": (8, 3, 1, 1), "v": (2, 8, 1, 1)}))
+    removed = np.zeros(8, dtype=bool)
+    removed[[1, 4, 6]] = True
+    after = rounded(channels, removed, np.array([4, 1, 6]), 4)
+    assert np.flatnonzero(after).tolist() == []  # five kept become eight
+    after = rounded(channels, removed, np.array([4, 1, 6]), 3)
+    assert np.flatnonzero(after).tolist() == [1, 4]
+    assert removed.sum() == 3
+
+
+# ---- the ladder ---------------------------------------------------------------------------------------------------
+
+
+def test_a_rung_holds_all_rungs_before_it(model) -> None:
+    channels = traced(model)
+    rng = np.random.default_rng(0)
+    found = [
+        Curve(n, group.units, np.cumsum(rng.random(len(group.units))), np.cumsum(rng.random(len(group.units)) + 0.1))
+        for n, group in enumerate(channels.groups)
+    ]
+    ladder = build_ladder(channels, found, np.zeros(channels.units, dtype=bool))
+    assert sorted(ladder.order.tolist()) == sorted(int(u) for group in channels.groups for u in group.units)
+    assert (np.diff(ladder.price) >= 0).all()
+    masks = [ladder.removed(count) for count in ladder.rungs()]
+    assert all((small <= large).all() for small, large in itertools.pairwise(masks))
+
+
+def test_inside_a_group_the_order_of_the_elimination_is_kept(model) -> None:
+    channels = traced(model)
+    units = channels.groups[0].units[::-1]
+    curve = Curve(0, units, np.array([5.0, *np.linspace(6, 7, len(units) - 1)]), np.arange(1.0, len(units) + 1))
+    ladder = build_ladder(channels, [curve], np.zeros(channels.units, dtype=bool))
+    assert ladder.order.tolist() == units.tolist()
+
+
+def test_free_units_go_first(model) -> None:
+    channels = traced(model)
+    free = np.zeros(channels.units, dtype=bool)
+    free[[2, 5]] = True
+    group = channels.groups[0]
+    curve = Curve(0, group.units, np.arange(1.0, len(group.units) + 1), np.arange(1.0, len(group.units) + 1))
+    assert build_ladder(channels, [curve], free).order[:2].tolist() == [2, 5]
+
+
+def test_the_hull_is_the_largest_convex_minorant() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        saving, cost = np.cumsum(rng.random(12) + 0.05), np.cumsum(rng.random(12) ** 3)
+        ends = _hull(saving, cost)
+        corners_x, corners_y = np.append(0, saving[ends]), np.append(0, cost[ends])
+        slopes = np.diff(corners_y) / np.diff(corners_x)
+        assert ends[-1] == 11 and (np.diff(slopes) >= 0).all()
+        assert (np.interp(saving, corners_x, corners_y) <= cost + 1e-12).all()
+
+
+def test_savings_are_what_a_unit_takes_along(model) -> None:
+    channels = traced(model)
+    expected = savings(channels, "parameters")
+    for unit in (0, int(channels.units - 1)):
+        removed = np.zeros(channels.units, dtype=bool)
+        removed[unit] = True
+        smaller = rewrite(channels, Reconstruction(removed), "")
+        assert parameters(model) - parameters(smaller) == expected[unit]
+    macs = savings(channels, "macs")
+    assert macs[0] > expected[0]  # every weight is used at 36 positions
+
+
+def test_results_pass_the_full_check(model, data) -> None:
+    for options in ({"params": 0.5}, {"max_error": 0.1, "round_to": "auto"}, {"macs": 0.5, "refit": "kernel"}):
+        onnx.checker.check_model(lindep_onnx.compress(model, data, **options).model, full_check=True)

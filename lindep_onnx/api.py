@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -23,10 +23,11 @@ from lindep_onnx.budget import Chosen, Workshop
 from lindep_onnx.channels import Channels
 from lindep_onnx.config import Config
 from lindep_onnx.cost import Cost
-from lindep_onnx.data import InputSpec, Samples, open_samples
+from lindep_onnx.data import InputSpec, Part, Samples, open_samples
 from lindep_onnx.errors import LindepError, OutputError, UsageError
 from lindep_onnx.groups import measure_groups
 from lindep_onnx.plan import KINDS
+from lindep_onnx.proven import Proof, prove
 from lindep_onnx.report import BudgetReport, GroupReport, RefusalReport, Report, Size, Verification
 from lindep_onnx.shapes import Resolved, resolve
 from lindep_onnx.tracing import trace
@@ -130,23 +131,28 @@ def run(
             exclude=config.exclude,
             min_channels=config.min_channels,
         )
-    with clock.stage("read data"):
-        samples = open_samples(
-            calib,
-            _inputs(model, resolved),
-            seed=config.seed,
-            holdout=config.holdout,
-            max_samples=config.max_samples,
-            batch_size=config.batch_size or _batch_size(resolved),
-        )
-    with samples:
-        return _run(model, channels, samples, config, clock, output, external_data, progress)
+    with clock.stage("prove"):
+        proof = prove(channels)
+    with ExitStack() as stack:
+        samples = None
+        if calib is not None:
+            with clock.stage("read data"):
+                opened = open_samples(
+                    calib,
+                    _inputs(model, resolved),
+                    seed=config.seed,
+                    holdout=config.holdout,
+                    max_samples=config.max_samples,
+                    batch_size=config.batch_size or _batch_size(resolved),
+                )
+            samples = stack.enter_context(opened)
+        return _run(channels, proof, samples, config, clock, output, external_data, progress)
 
 
 def _run(
-    model: graph.Model,
     channels: Channels,
-    samples: Samples,
+    proof: Proof,
+    samples: Samples | None,
     config: Config,
     clock: _Clock,
     output: Path | None,
@@ -154,19 +160,21 @@ def _run(
     progress: Progress,
 ) -> Outcome:
     runtime: dict[str, Any] = {"providers": config.providers, "threads": config.threads}
-    with clock.stage("calibrate"):
-        seen = calibration.calibrate(channels, samples, seed=config.seed, progress=progress, **runtime)
-        evidence = analysis.evidence(channels, seen)
-        nodes = analysis.margin_nodes(channels, evidence.silent)
-        ranges = calibration.observe_flats(channels, nodes, samples, progress=progress, **runtime) if nodes else ()
-        doubtful = analysis.unexplained(channels, nodes, ranges, evidence.samples)
-    original_passed = verify.full_check_passes(model.proto) is None
-    workshop = Workshop(channels, evidence, doubtful, samples, config, clock.stage, progress)
+    evidence, doubtful = None, np.zeros(channels.units, dtype=bool)
+    if samples is not None and len(samples.parts[Part.FIT]) and not config.proven_only:
+        with clock.stage("calibrate"):
+            seen = calibration.calibrate(channels, samples, seed=config.seed, progress=progress, **runtime)
+            evidence = analysis.evidence(channels, seen)
+            nodes = analysis.margin_nodes(channels, evidence.silent)
+            ranges = calibration.observe_flats(channels, nodes, samples, progress=progress, **runtime) if nodes else ()
+            doubtful = analysis.unexplained(channels, nodes, ranges, evidence.samples)
+    original_passed = verify.full_check_passes(channels.model.proto) is None
+    workshop = Workshop(channels, evidence, doubtful, proof, samples, config, clock.stage, progress)
     chosen = workshop.choose()
     with clock.stage("verify"):
         verify.check_model(chosen.proto, original_passed=original_passed)
-        errors = measure_groups(channels, chosen, samples, seed=config.seed, **runtime)
-    report = _report(channels, workshop.before, chosen, errors, samples, config, clock)
+        errors = measure_groups(channels, chosen, samples, seed=config.seed, **runtime) if samples is not None else {}
+    report = _report(channels, workshop.before, chosen, proof, errors, samples, config, clock)
     if output is not None and (chosen.failure is None or config.force):
         graph.save(chosen.proto, output, external_data=external_data)
     return Outcome(chosen.proto, report, chosen.failure)
@@ -220,8 +228,9 @@ def _report(
     channels: Channels,
     before: Cost,
     chosen: Chosen,
+    proof: Proof,
     errors: Mapping[int, float],
-    samples: Samples,
+    samples: Samples | None,
     config: Config,
     clock: _Clock,
 ) -> Report:
@@ -243,7 +252,7 @@ def _report(
         before=Size(before.parameters, before.macs, before.bytes, before.channels, latency[0]),
         after=Size(chosen.cost.parameters, chosen.cost.macs, chosen.cost.bytes, chosen.cost.channels, latency[1]),
         verification=verification,
-        groups=tuple(_group_reports(channels, chosen, errors)),
+        groups=tuple(_group_reports(channels, chosen, proof, errors)),
         refusals=tuple(
             RefusalReport(refusal.reason.code, refusal.nodes, refusal.channels, refusal.reason.message)
             for refusal in channels.refusals
@@ -261,21 +270,25 @@ def _report(
             "python": platform.python_version(),
         },
         options=config.described(),
-        notes=(*samples.notes, *chosen.notes),
-        mode="budgeted" if config.budgeted else "lossless",
+        notes=(*(samples.notes if samples is not None else ()), *chosen.notes),
+        mode="proven" if config.proven_only else "budgeted" if config.budgeted else "lossless",
     )
 
 
-def _group_reports(channels: Channels, chosen: Chosen, errors: Mapping[int, float]) -> Iterator[GroupReport]:
+def _group_reports(
+    channels: Channels, chosen: Chosen, proof: Proof, errors: Mapping[int, float]
+) -> Iterator[GroupReport]:
     for number, group in enumerate(channels.groups):
         gone = chosen.removed[group.units]
         kinds = chosen.kind[group.units][gone]
+        proven = int((gone & proof.plan.removed[group.units]).sum())
         yield GroupReport(
             name=group.name,
             channels_before=len(group.units),
             channels_after=int((~gone).sum()),
             error=errors.get(number),
-            proven=0,
+            proven=proven,
+            observed=int(gone.sum()) - proven,
             sites=tuple(channels.model.nodes[channels.sites[site].readers[0].node].name for site in group.sites),
             kinds={KINDS[kind]: int((kinds == kind).sum()) for kind in sorted(set(kinds.tolist())) if kind},
         )

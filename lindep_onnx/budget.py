@@ -29,6 +29,7 @@ from lindep_onnx.errors import BudgetError, LindepError, VerificationError
 from lindep_onnx.influence import Disturbances, measured_curves, site_influence
 from lindep_onnx.ladder import Ladder, Saving, build_ladder, curves, folds_of, savings
 from lindep_onnx.plan import Plan, plan_lossless
+from lindep_onnx.proven import Proof
 from lindep_onnx.reconstruct import fold_sites
 from lindep_onnx.refit import refit
 from lindep_onnx.rewrite import Reconstruction, rewrite
@@ -80,9 +81,10 @@ class Workshop:
 
     Args:
         channels: the traced model.
-        evidence: what the data says.
+        evidence: what the data says; None if it is too little to say anything.
         doubtful: (units,) bool, constant so far but without a margin.
-        samples: the data.
+        proof: what the weights alone prove.
+        samples: the data; None if there are none.
         config: the options.
         stage: times the stages.
         progress: called with (stage, done, all).
@@ -91,15 +93,17 @@ class Workshop:
     def __init__(
         self,
         channels: Channels,
-        evidence: Evidence,
+        evidence: Evidence | None,
         doubtful: NDArray[np.bool_],
-        samples: Samples,
+        proof: Proof,
+        samples: Samples | None,
         config: Config,
         stage: Stage,
         progress: Progress,
     ) -> None:
-        self._channels, self._evidence, self._samples, self._config = channels, evidence, samples, config
-        self._doubtful = doubtful
+        self._channels, self._proof, self._samples, self._config = channels, proof, samples, config
+        self._observed = evidence
+        self._doubtful = doubtful & ~proof.constant
         self._stage, self._progress = stage, progress
         self._runtime: dict[str, Any] = {"providers": config.providers, "threads": config.threads}
         self._original = verify.open_session(channels.model.proto, **self._runtime)
@@ -110,6 +114,8 @@ class Workshop:
 
     def choose(self) -> Chosen:
         """The result that the options ask for; look at its `failure`."""
+        if self._observed is None or self._config.proven_only:
+            return self._proven()
         with self._stage("plan"):
             lossless = plan_lossless(self._channels, self._evidence, self._doubtful, tolerance=LOSSLESS_SITE_ERROR)
             ladder = self._ladder(lossless) if self._config.budgeted else None
@@ -135,6 +141,24 @@ class Workshop:
                 "are multiples of 8 or 16: try --round-to auto."
             )
 
+    @property
+    def _evidence(self) -> Evidence:
+        assert self._observed is not None
+        return self._observed
+
+    @property
+    def _data(self) -> Samples:
+        assert self._samples is not None
+        return self._samples
+
+    def _proven(self) -> Chosen:
+        plan = self._proof.plan
+        with self._stage("rewrite"):
+            new = fold_sites(self._channels, plan.folds, self._proof.evidence, plan.removed)
+            proto = rewrite(self._channels, new, self._metadata)
+        chosen = self._finished(proto, plan.removed, plan.kind, ())
+        return dataclasses.replace(chosen, latency=self._latency(proto))
+
     # ---- lossless ----------------------------------------------------------------------------------------------
 
     def _lossless(self, plan: Plan, width: int) -> Chosen:
@@ -158,7 +182,7 @@ class Workshop:
 
     def _ladder(self, lossless: Plan) -> Ladder:
         kind: Saving = "macs" if self._config.macs is not None and self._config.params is None else "parameters"
-        disturbances = Disturbances(self._channels, self._evidence, self._samples, **self._runtime)
+        disturbances = Disturbances(self._channels, self._evidence, self._data, **self._runtime)
         influence = site_influence(self._channels, self._evidence, disturbances, self._progress)
         expected = curves(self._channels, self._evidence, influence, savings(self._channels, kind))
         measured = measured_curves(self._channels, self._evidence, expected, disturbances, self._progress)
@@ -270,7 +294,7 @@ class Workshop:
             smaller = graph.load(proto)
             traced = trace(smaller, resolve(smaller))
             found = refit(
-                self._channels, removed, traced, self._samples,
+                self._channels, removed, traced, self._data,
                 mode="kernel" if self._config.refit == "kernel" else "sequential",
                 seed=self._config.seed, progress=self._progress, **self._runtime,
             )  # fmt: skip
@@ -284,7 +308,7 @@ class Workshop:
         return cost(graph.load(proto), self._shapes, self._batch)
 
     def _compared(self, proto: onnx.ModelProto, part: Part) -> verify.Comparison | None:
-        if not len(self._samples.parts[part]):
+        if self._samples is None or not len(self._samples.parts[part]):
             return None
         session = verify.open_session(proto, **self._runtime)
         wanted = self._config.agreement_output
@@ -325,6 +349,8 @@ class Workshop:
         return None
 
     def _latency(self, proto: onnx.ModelProto) -> tuple[float, float] | None:
+        if self._samples is None:
+            return None
         feeds = next(iter(self._samples.batches(limit=1))).feeds
         before, after = verify.measure_latency(
             (self._original, verify.open_session(proto, **self._runtime)), feeds, seconds=1.0
@@ -363,6 +389,8 @@ def _ratio(chosen: Chosen) -> float:
     return chosen.latency[1] / max(chosen.latency[0], 1e-9) if chosen.latency is not None else 1.0
 
 
-def _first_shapes(samples: Samples) -> tuple[dict[str, tuple[int, ...]], int]:
+def _first_shapes(samples: Samples | None) -> tuple[dict[str, tuple[int, ...]], int]:
+    if samples is None:
+        return {}, 1
     first = next(iter(samples.batches(limit=1)))
     return {name: tuple(value.shape) for name, value in first.feeds.items()}, first.size

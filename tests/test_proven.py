@@ -1,0 +1,175 @@
+"""What the weights alone prove: found wherever it is planted, and true for every input that is tried."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from build import as_array, build, run, traced
+
+import lindep_onnx
+from lindep_onnx.ops.facts import Known, output_facts
+from lindep_onnx.proven import prove
+
+
+def shrunk(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
+    found = lindep_onnx.compress(model, proven_only=True)
+    onnx.checker.check_model(found.model, full_check=True)
+    return found.model, sum(group.channels_before - group.channels_after for group in found.report.groups)
+
+
+def worst(model: onnx.ModelProto, other: onnx.ModelProto, shape: tuple[int, ...]) -> float:
+    """Largest relative error over inputs of all sizes, corners of boxes and spikes among them."""
+    rng = np.random.default_rng(3)
+    inputs = [rng.normal(size=(4, *shape)) * size for size in (1e-3, 1, 1e3)]
+    inputs += [np.sign(rng.normal(size=(4, *shape))) * size for size in (0.1, 50)]
+    spike = np.zeros((2, *shape))
+    spike.reshape(2, -1)[:, ::7] = 1e4
+    errors = []
+    for x in [*inputs, spike, -spike]:
+        (one,), (two,) = run(model, {"x": x.astype(np.float32)}), run(other, {"x": x.astype(np.float32)})
+        errors.append(np.abs(one - two).max() / (np.abs(one).max() + 1e-30))
+    return float(max(errors))
+
+
+BN = {"s": (8,), "t": (8,), "m": (8,), "q": np.linspace(0.5, 2, 8, dtype=np.float32)}
+NETS = {
+    "relu": ("h = Conv<pads=[1,1,1,1]>(x, w, b)\nr = Relu(h)\ny = Conv<pads=[1,1,1,1]>(r, v)", {}),
+    "leaky": ("h = Conv(x, w, b)\nr = LeakyRelu(h)\np = MaxPool<kernel_shape=[2,2]>(r)\ny = Conv(p, v)", {}),
+    "clip": ("h = Conv(x, w, b)\nr = Clip(h, lo, hi)\ny = Conv(r, v)", {"lo": np.float32(0), "hi": np.float32(6)}),
+    "depthwise": ("h = Conv(x, w, b)\nr = Relu(h)\nd = Conv<group=8, pads=[1,1,1,1]>(r, k)\ny = Conv(d, v)", {"k": np.ones((8, 1, 3, 3), np.float32)}),
+    "flatten": ("h = Conv(x, w, b)\nr = Relu(h)\nf = Flatten(r)\ny = Gemm(f, g)", {"g": (128, 5)}),
+    "average": ("h = Conv(x, w, b)\nr = Relu(h)\np = GlobalAveragePool(r)\ny = Conv(p, v1)", {"v1": (4, 8, 1, 1)}),
+}  # fmt: skip
+
+
+def weights(extra: dict) -> dict:
+    return {"w": as_array("w", (8, 3, 3, 3)), "b": as_array("b", (8,)), "v": (4, 8, 3, 3), **extra}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_planted_proofs_are_found_and_hold_for_every_input(name: str) -> None:
+    body, extra = NETS[name]
+    given = weights(extra)
+    given["w"][1], given["b"][1] = given["w"][6], given["b"][6]  # a copy
+    given["w"][3], given["b"][3] = 0, -1 if name != "leaky" else 0  # dead, whatever comes
+    planted = 2
+    if name != "clip":  # a multiple of another, where the activation keeps it one
+        given["w"][5], given["b"][5] = 2 * given["w"][2], 2 * given["b"][2]
+        planted = 3
+    model = build(body, given, x=("N", 3, 6, 6))
+    smaller, removed = shrunk(model)
+    assert removed == planted
+    assert worst(model, smaller, (3, 6, 6)) < 2e-6
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_nothing_is_proven_of_ordinary_weights(name: str) -> None:
+    body, extra = NETS[name]
+    assert shrunk(build(body, weights(extra), x=("N", 3, 6, 6)))[1] == 0
+
+
+def test_a_multiple_ahead_of_a_clip_proves_nothing() -> None:
+    body, extra = NETS["clip"]
+    given = weights(extra)
+    given["w"][5], given["b"][5] = 2 * given["w"][2], 2 * given["b"][2]
+    assert shrunk(build(body, given, x=("N", 3, 6, 6)))[1] == 0
+
+
+def test_a_negative_multiple_ahead_of_relu_proves_nothing() -> None:
+    body, extra = NETS["relu"]
+    given = weights(extra)
+    given["w"][5], given["b"][5] = -given["w"][2], -given["b"][2]
+    assert shrunk(build(body, given, x=("N", 3, 6, 6)))[1] == 0
+
+
+def test_copies_that_differ_in_one_digit_are_two_channels() -> None:
+    body, extra = NETS["relu"]
+    given = weights(extra)
+    given["w"][1], given["b"][1] = given["w"][6], given["b"][6]
+    given["w"][1, 0, 0, 0] *= 1.001
+    assert shrunk(build(body, given, x=("N", 3, 6, 6)))[1] == 0
+
+
+def test_a_constant_ahead_of_padding_has_to_stay() -> None:
+    given = weights({})
+    given["w"][3], given["b"][3] = 0, 2
+    padded = build(NETS["relu"][0], given, x=("N", 3, 6, 6))
+    plain = build(NETS["relu"][0].replace("<pads=[1,1,1,1]>(r", "(r"), given, x=("N", 3, 6, 6))
+    assert shrunk(padded)[1] == 0
+    smaller, removed = shrunk(plain)
+    assert removed == 1 and worst(plain, smaller, (3, 6, 6)) < 2e-6
+
+
+def test_scale_zero_of_an_unfused_normalization_is_a_proof() -> None:
+    body = "h = Conv(x, w)\nn = BatchNormalization(h, s, t, m, q)\nr = Relu(n)\ny = Conv(r, v)"
+    given = weights(BN)
+    given["s"] = as_array("s", (8,))
+    given["s"][[2, 7]] = 0
+    model = build(body, given, x=("N", 3, 6, 6))
+    smaller, removed = shrunk(model)
+    assert removed == 2 and worst(model, smaller, (3, 6, 6)) < 2e-6
+
+
+def test_channels_that_saturation_makes_dead_are_proven_by_bounds() -> None:
+    body = "h = Conv(x, w, b)\nr = Sigmoid(h)\na = Conv(r, k, c)\nt = Relu(a)\ny = Conv(t, v)"
+    k, c = as_array("k", (8, 8, 1, 1)), np.zeros(8, np.float32)
+    c[4] = -np.abs(k[4]).sum() - 0.1  # no input in [0, 1] brings it above zero
+    model = build(body, {**weights({}), "k": k, "c": c}, x=("N", 3, 6, 6))
+    smaller, removed = shrunk(model)
+    assert removed == 1 and worst(model, smaller, (3, 6, 6)) < 2e-6
+    c[4] += 0.3 + np.abs(k[4]).sum()
+    assert shrunk(build(body, {**weights({}), "k": k, "c": c}, x=("N", 3, 6, 6)))[1] == 0
+
+
+def test_an_axis_of_copies_keeps_one() -> None:
+    given = weights({})
+    given["w"][:], given["b"][:] = given["w"][0], given["b"][0]
+    model = build(NETS["relu"][0], given, x=("N", 3, 6, 6))
+    smaller, removed = shrunk(model)
+    assert removed == 7 and worst(model, smaller, (3, 6, 6)) < 2e-6
+    given["w"][:], given["b"][:] = 0, 0
+    assert shrunk(build(NETS["relu"][0], given, x=("N", 3, 6, 6)))[1] == 7
+
+
+def test_bounds_hold_on_random_nets() -> None:
+    rng = np.random.default_rng(0)
+    body = "h = Conv<pads=[1,1,1,1]>(x, w, b)\nr = Clip(h, lo, hi)\na = Conv<pads=[1,1,1,1]>(r, k, c)\ns = Add(a, r)\np = AveragePool<kernel_shape=[3,3], pads=[1,1,1,1], count_include_pad=1>(s)\nt = Sigmoid(p)\nz = Mul(t, s)\ny = Conv(z, v)"  # fmt: skip
+    for seed in range(20):
+        given = weights({"k": rng.normal(size=(8, 8, 3, 3)).astype(np.float32), "c": rng.normal(size=8).astype(np.float32), "lo": np.float32(-1), "hi": np.float32(2)})  # fmt: skip
+        model = build(body, given, x=("N", 3, 6, 6))
+        channels = traced(model)
+        known = Known(channels.resolved.constants, channels.resolved.shapes, facts := {})
+        for node in channels.model.nodes:
+            found = output_facts(node, known)
+            if found is not None:
+                facts[node.outputs[0]] = found
+        x = (np.random.default_rng(seed).normal(size=(8, 3, 6, 6)) * 100).astype(np.float32)
+        for name in ("r", "a", "s", "p", "t", "z"):
+            (value,) = run(build(body, given, x=("N", 3, 6, 6), outputs=name), {"x": x})
+            flat = np.moveaxis(value, 1, 0).reshape(8, -1)
+            assert np.isfinite(facts[name].low).all() and np.isfinite(facts[name].high).all()
+            assert (flat.min(1) >= facts[name].low - 1e-3).all() and (flat.max(1) <= facts[name].high + 1e-3).all()
+
+
+def test_proven_channels_are_counted_apart_from_observed_ones() -> None:
+    given = weights({})
+    given["w"][3], given["b"][3] = 0, -1
+    given["b"][5] = -100.0  # dead on any data of usual size, but not for every input
+    model = build(NETS["relu"][0], given, x=("N", 3, 6, 6))
+    data = {"x": np.random.default_rng(0).normal(size=(200, 3, 6, 6)).astype(np.float32)}
+    (group,) = lindep_onnx.compress(model, data).report.groups
+    assert (group.proven, group.observed) == (1, 1)
+    assert prove(traced(model)).plan.removed.sum() == 1
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_or_two_samples_prove_nothing_by_themselves(count: int) -> None:
+    given = weights({})
+    given["w"][3], given["b"][3] = 0, -1
+    given["b"][5] = -100.0
+    model = build(NETS["relu"][0], given, x=("N", 3, 6, 6))
+    data = {"x": np.random.default_rng(0).normal(size=(count, 3, 6, 6)).astype(np.float32)}
+    found = lindep_onnx.compress(model, data).report
+    assert [group.channels_after for group in found.groups] == [7]
+    assert "only what the weights imply" in " ".join(found.notes)

@@ -138,10 +138,13 @@ def site_weight(channels: Channels, seen: SiteEvidence) -> NDArray[np.float64]:
 
 def outer_product(channels: Channels, seen: SiteEvidence, removed: NDArray[np.bool_]) -> NDArray[np.float64]:
     """(F, F) sum of w w' over the taps and the outputs that survive `removed`."""
-    weight = site_weight(channels, seen)
+    weight = np.moveaxis(channels.resolved.constants[seen.site.weight], (seen.site.inputs, seen.site.outputs), (0, 1))
     rows = channels.mask(seen.site.rows, removed)
-    flat = weight[:, :, rows].reshape(len(weight), -1)
-    return np.asarray(flat @ flat.T)
+    total = np.zeros((len(seen.index), len(seen.index)))
+    for places in seen.index.T:  # tap by tap: the whole of a large weight in float64 is not needed
+        tap = weight[places].compress(rows, axis=1).reshape(len(places), -1).astype(np.float64)
+        total += tap @ tap.T
+    return total
 
 
 def problem(channels: Channels, seen: SiteEvidence, removed: NDArray[np.bool_]) -> SiteProblem:
@@ -151,18 +154,20 @@ def problem(channels: Channels, seen: SiteEvidence, removed: NDArray[np.bool_]) 
     """
     outer = outer_product(channels, seen, removed)
     unread = np.diagonal(outer) == 0.0
-    gram = np.where(unread[:, None] | unread, 0.0, seen.gram)
-    holdout = None if seen.holdout is None else np.where(unread[:, None] | unread, 0.0, seen.holdout)
     # The centred second moment is G - o o', so that the matrix need not be kept.
-    energy = float(np.sum(seen.gram * outer) - seen.offset @ outer @ seen.offset)
+    energy = float(np.vdot(seen.gram, outer) - seen.offset @ outer @ seen.offset)
     return SiteProblem(
-        gram=gram,
-        holdout=holdout,
+        gram=_without(unread, seen.gram),
+        holdout=None if seen.holdout is None else _without(unread, seen.holdout),
         outer=outer,
         unit=seen.unit,
         energy=energy if energy > 0 else 1.0,
         joint=seen.joint,
     )
+
+
+def _without(unread: NDArray[np.bool_], moments: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.where(unread[:, None] | unread, 0.0, moments) if unread.any() else moments
 
 
 # ---- saturation ------------------------------------------------------------------------------------------------

@@ -45,6 +45,8 @@ COLLINEAR = 1e-10
 LARGEST_COEFFICIENT = 1e4
 #: Eigenvalues below this share of the largest one are noise.
 CUTOFF = 1e-12
+#: Rows of a Gram matrix that are compared with all others at a time.
+_BLOCK = 256
 #: How often the search for joint dependence goes on behind a unit that unseen samples do not confirm.
 TRIES = 4
 
@@ -411,23 +413,25 @@ def collinear_classes(gram: Matrix, holdout: Matrix | None, *, tolerance: float 
         tolerance: largest 1 - |cosine|.
     """
     size = len(gram)
-    second = np.maximum(np.diagonal(gram), 0.0)
-    live = second > 0
-    divisor = np.sqrt(np.where(live, second, 1.0))
-    close = np.abs(gram) >= (1.0 - tolerance) * np.outer(divisor, divisor)
-    close &= live[:, None] & live
-    with np.errstate(invalid="ignore"):
-        factor = np.where(close, gram / np.where(live, second, 1.0)[:, None], 0.0)  # z_j = factor_ij z_i
+    norm = np.sqrt(np.maximum(np.diagonal(gram), 0.0))
+    live = norm > 0
+    found = [np.empty((0, 2), dtype=np.int64)]
+    for start in range(0, size, _BLOCK):  # intermediate matrices of wide sites would be large
+        rows = slice(start, start + _BLOCK)
+        close = np.abs(gram[rows, start:]) >= (1.0 - tolerance) * np.outer(norm[rows], norm[start:])
+        found.append(np.argwhere(close & live[rows, None] & live[start:]) + start)
+    first, second = np.concatenate(found).T
+    factor = gram[first, second] / gram[first, first]  # z_second = factor z_first
     if holdout is not None:
         unseen = np.maximum(np.diagonal(holdout), 0.0)
-        other = factor**2 * unseen[:, None]
-        residual = unseen[None, :] - 2.0 * factor * holdout + other
-        close &= residual <= 4.0 * tolerance * np.maximum(unseen[None, :], other)
-    np.fill_diagonal(close, live)
-    label = np.where(live, close.argmax(axis=0), -1)
+        expected = factor**2 * unseen[first]
+        residual = unseen[second] - 2.0 * factor * holdout[first, second] + expected
+        kept = (first == second) | (residual <= 4.0 * tolerance * np.maximum(unseen[second], expected))
+        first, second, factor = first[kept], second[kept], factor[kept]
+    label, scale = np.full(size, -1), np.zeros(size)
+    label[second[::-1]], scale[second[::-1]] = first[::-1], factor[::-1]  # the lowest partner is written last
     followers = live & (label[label] != label)  # close to a feature that is itself a multiple of an earlier one
     label[followers] = np.flatnonzero(followers)
-    scale = np.where(live, factor[np.where(live, label, 0), np.arange(size)], 0.0)
     scale[label == np.arange(size)] = 1.0
     return Collinear(label, scale)
 
@@ -655,21 +659,22 @@ class _Search:
     def _fold(self, number: int, kept: NDArray[np.bool_]) -> Matrix:
         """Zero for constants, the partner alone for multiples, least squares for combinations."""
         site, classes = self.sites[number], self._classes[number]
-        full = np.zeros((len(kept), len(kept)))  # column j: what makes up for feature j
         kinds = np.append(self.kind, 0)[site.unit]
-        full[kept, kept] = 1.0
         joint = kinds == JOINT
+        column = np.cumsum(~kept) - 1
+        matrix = np.zeros((len(kept), int((~kept).sum())))
         if joint.any():
             base = kept | joint
-            inner = fold(site.gram[np.ix_(base, base)], kept[base])
-            full[np.ix_(kept, joint)] = inner
+            matrix[np.ix_(kept, joint[~kept])] = fold(site.gram[np.ix_(base, base)], kept[base])
         # The first survivor of each class answers for the others; next best is one that is a combination itself.
-        first = np.full(len(kept), -1)
+        answers = np.full(len(kept), -1)
         for own in (joint, kept):  # the later one wins
             alive = np.flatnonzero(own & (classes.label >= 0))[::-1]
-            first[classes.label[alive]] = alive
-        for feature in np.flatnonzero((kinds == COLLINEAR_KIND) & (classes.label >= 0)).tolist():
-            partner = first[classes.label[feature]]
-            ratio = classes.scale[feature] / classes.scale[partner]
-            full[:, feature] = ratio * full[:, partner]
-        return full[np.ix_(kept, ~kept)]
+            answers[classes.label[alive]] = alive
+        multiples = np.flatnonzero((kinds == COLLINEAR_KIND) & (classes.label >= 0))
+        partners = answers[classes.label[multiples]]
+        ratio = classes.scale[multiples] / classes.scale[partners]
+        stays = kept[partners]
+        matrix[partners[stays], column[multiples[stays]]] = ratio[stays]
+        matrix[:, column[multiples[~stays]]] = ratio[~stays] * matrix[:, column[partners[~stays]]]
+        return matrix[kept]

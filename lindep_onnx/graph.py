@@ -341,6 +341,8 @@ def _edited(model: Model, edits: Edits) -> onnx.ModelProto:
     by_output = {output.name: node for node in graph.nodes for output in node.outputs if output.name}
     nodes = {node.index: by_output[_first(node.outputs)] for node in model.nodes if any(node.outputs)}
     taken = set(tensors)
+    ahead: dict[int, list[Any]] = {}  # what comes right before and right behind a node, by its id
+    behind: dict[int, list[Any]] = {}
 
     def constant(base: str, value: Array) -> Any:
         name = _unused(base, taken)
@@ -357,7 +359,7 @@ def _edited(model: Model, edits: Edits) -> onnx.ModelProto:
             tensors[insertion.output] = output
             operands = [operand(value, insertion.output + "_operand") for value in insertion.inputs]
             added = gs.Node(insertion.op, insertion.output, dict(insertion.attributes), operands, [output])
-            graph.nodes.insert(graph.nodes.index(nodes[index]), added)
+            ahead.setdefault(id(nodes[index]), []).append(added)
     for (index, position), value in edits.inputs.items():
         node = nodes[index]
         while len(node.inputs) <= position:
@@ -373,7 +375,11 @@ def _edited(model: Model, edits: Edits) -> onnx.ModelProto:
         else:
             nodes[index].attrs[key] = value
     for name, insertion in edits.after.items():
-        _insert_after(graph, tensors, taken, name, insertion)
+        producer, added = _inserted_after(tensors, taken, name, insertion)
+        behind.setdefault(id(producer), []).append(added)
+    graph.nodes = [
+        placed for node in graph.nodes for placed in (*ahead.get(id(node), ()), node, *behind.get(id(node), ()))
+    ]
 
     graph.cleanup(remove_unused_node_outputs=False, recurse_subgraphs=False, recurse_functions=False)
     exported = gs.export_onnx(graph, do_type_check=False)
@@ -409,7 +415,8 @@ def _replace_constant(graph: Any, tensors: dict[str, Any], by_output: dict[str, 
         tensors[name] = replacement
 
 
-def _insert_after(graph: Any, tensors: dict[str, Any], taken: set[str], name: str, insertion: Insertion) -> None:
+def _inserted_after(tensors: dict[str, Any], taken: set[str], name: str, insertion: Insertion) -> tuple[Any, Any]:
+    """The node that computed the tensor so far, and the new one behind it."""
     tensor = tensors[name]
     inner = gs.Variable(_unused(name + "_before_bias", taken), dtype=tensor.dtype)
     producer = tensor.inputs[0]
@@ -419,7 +426,7 @@ def _insert_after(graph: Any, tensors: dict[str, Any], taken: set[str], name: st
         for value in insertion.inputs
     ]
     added = gs.Node(insertion.op, _unused(insertion.output, taken), dict(insertion.attributes), operands, [tensor])
-    graph.nodes.insert(graph.nodes.index(producer) + 1, added)
+    return producer, added
 
 
 def _restored(original: onnx.ModelProto, exported: onnx.ModelProto, edits: Edits) -> onnx.ModelProto:

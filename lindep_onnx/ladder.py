@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from lindep_onnx.analysis import Evidence, problem
 from lindep_onnx.channels import Channels, Product
 from lindep_onnx.dependence import SiteProblem, choose_ridge, eliminate
-from lindep_onnx.plan import Fold, local_problem, local_units, own_least
+from lindep_onnx.plan import Fold, local_least, local_problem, local_units
 
 __all__ = ["Curve", "Ladder", "Saving", "build_ladder", "curves", "folds_of", "savings"]
 
@@ -123,9 +123,10 @@ def curves(
         saving: (units,) what each unit saves.
     """
     nothing = np.zeros(channels.units, dtype=bool)
+    local = local_units(channels)
+    least = local_least(channels, local)
     found = []
     for number, group in enumerate(channels.groups):
-        local = local_units(channels, group)
         problems, ridges = [], []
         for index in group.sites:
             posed = local_problem(problem(channels, evidence.sites[index], nothing), local)
@@ -141,7 +142,7 @@ def curves(
             candidates=np.ones(len(group.units), dtype=bool),
             gain=gain,
             ridge=ridges,
-            minimum_kept=own_least(channels, local),
+            minimum_kept=least[number],
         )
         found.append(Curve(number, group.units[order.order], order.cost, np.cumsum(gain[order.order])))
     return found

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lindep_onnx.analysis import Evidence, problem
 from lindep_onnx.channels import FROZEN, Channels, Group
-from lindep_onnx.dependence import SiteProblem, lossless_removals
+from lindep_onnx.dependence import Least, SiteProblem, lossless_removals
 
-__all__ = ["Fold", "Plan", "local_problem", "local_units", "own_least", "plan_lossless"]
+__all__ = ["Fold", "Plan", "local_least", "local_problem", "local_units", "plan_lossless"]
 
 #: Rounds over all groups: each can free weight for the groups before it. Two are enough unless paths cross.
 ROUNDS = 4
@@ -72,6 +72,8 @@ def plan_lossless(
     kind = np.zeros(channels.units, dtype=np.int8)
     folds: dict[int, Fold] = {}
     rows: dict[int, bytes] = {}
+    local = local_units(channels)
+    least = local_least(channels, local)
     for _ in range(ROUNDS):
         changed = False
         for number in reversed(range(len(channels.groups))):
@@ -81,7 +83,9 @@ def plan_lossless(
                 continue
             rows[number] = current
             before = removed[group.units].copy()
-            _plan_group(channels, evidence, doubtful, keep, group, removed, kind, folds, tolerance)
+            _plan_group(
+                channels, evidence, doubtful, keep, group, local, least[number], removed, kind, folds, tolerance
+            )
             changed |= bool((removed[group.units] != before).any())
         if not changed:
             break
@@ -94,36 +98,39 @@ def _plan_group(
     doubtful: NDArray[np.bool_],
     keep: NDArray[np.bool_] | None,
     group: Group,
+    local: NDArray[np.int64],
+    least: Least,
     removed: NDArray[np.bool_],
     kind: NDArray[np.int8],
     folds: dict[int, Fold],
     tolerance: float,
 ) -> None:
     """Decide one group from scratch and write the decision into `removed`, `kind` and `folds`."""
-    removed[group.units] = False
-    kind[group.units] = 0
-    local = local_units(channels, group)
-    problems = []
-    unread = np.ones(channels.units + 1, dtype=bool)
-    constant = np.ones(channels.units + 1, dtype=bool)
-    for index in group.sites:
-        posed = problem(channels, evidence.sites[index], removed)
-        nothing = np.diagonal(posed.outer) == 0.0
-        unit = evidence.sites[index].unit
-        unread[unit[~nothing]] = False
-        constant[unit[~nothing & ~evidence.sites[index].constant]] = False
-        problems.append(local_problem(posed, local))
     units = group.units
+    removed[units] = False
+    kind[units] = 0
+    problems = []
+    read = np.zeros(len(units) + 1, dtype=bool)  # the last entry answers for FROZEN
+    varies = np.zeros(len(units) + 1, dtype=bool)
+    for index in group.sites:
+        seen = evidence.sites[index]
+        posed = local_problem(problem(channels, seen, removed), local)
+        multiplied = np.diagonal(posed.outer) != 0.0
+        read[posed.unit[multiplied]] = True
+        varies[posed.unit[multiplied & ~seen.constant]] = True
+        problems.append(posed)
     sure = ~(evidence.silent & doubtful)[units]
+    unread = ~read[:-1]
+    constant = ~varies[:-1]
     free = np.ones(len(units), dtype=bool) if keep is None else ~keep[units]
-    silent = (unread[units] | (constant[units] & sure)) & free
+    silent = (unread | (constant & sure)) & free
     result = lossless_removals(
         problems,
         len(units),
         candidates=(sure & evidence.active[units] & free) | silent,
         constant=silent,
         tolerance=tolerance,
-        minimum_kept=own_least(channels, local),
+        minimum_kept=least,
     )
     removed[units] = result.removed
     kind[units] = result.kind
@@ -135,24 +142,27 @@ def _plan_group(
             folds[index] = Fold(kept, matrix)
 
 
-def local_units(channels: Channels, group: Group) -> NDArray[np.int64]:
-    """(units + 1,) the number of each unit within a group, -1 for others; the last entry answers for FROZEN."""
+def local_units(channels: Channels) -> NDArray[np.int64]:
+    """(units + 1,) the number of each unit within its group; the last entry answers for FROZEN."""
     local = np.full(channels.units + 1, FROZEN, dtype=np.int64)
-    local[group.units] = np.arange(len(group.units))
+    for group in channels.groups:
+        local[group.units] = np.arange(len(group.units))
     return local
 
 
 def local_problem(posed: SiteProblem, local: NDArray[np.int64]) -> SiteProblem:
-    """The same problem in the unit numbers of a group."""
-    return SiteProblem(posed.gram, posed.holdout, posed.outer, local[posed.unit], posed.energy, posed.joint)
+    """The same problem in the unit numbers of its group."""
+    return replace(posed, unit=local[posed.unit])
 
 
-def own_least(channels: Channels, local: NDArray[np.int64]) -> list[tuple[NDArray[np.int64], int]]:
-    """The constraints of one group in its own numbers. Members of other groups are not counted on."""
-    found = []
+def local_least(channels: Channels, local: NDArray[np.int64]) -> list[list[tuple[NDArray[np.int64], int]]]:
+    """The constraints of each group in its own numbers. Members of other groups are not counted on."""
+    owner = np.zeros(channels.units, dtype=np.int64)
+    for number, group in enumerate(channels.groups):
+        owner[group.units] = number
+    found: list[list[tuple[NDArray[np.int64], int]]] = [[] for _ in channels.groups]
     for members, bound in channels.least:
-        own = local[members]
-        own = own[own != FROZEN]
-        if len(own):
-            found.append((own, min(bound, len(own))))
+        for number in np.unique(owner[members]).tolist():
+            own = local[members[owner[members] == number]]
+            found[number].append((own, min(bound, len(own))))
     return found

@@ -11,9 +11,7 @@ V0, never towards zero. The bias is not ridged: V is solved about the means, b m
 one whose solution errs least on samples that were not fitted.
 
 Where the product only feeds an Add whose other operand is computed already, t is the original *sum* less that operand,
-so that the layer also makes up for the error of the other branch. Where an activation with a flat part follows, an
-error inside the flat part does not matter: t is moved to the prediction there, which is a majorise-minimise step on the
-error behind the activation (cf. Zhang et al., "Accelerating Very Deep Convolutional Networks", 2015, section 2.2).
+so that the layer also makes up for the error of the other branch.
 """
 
 from __future__ import annotations
@@ -28,12 +26,10 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
-from scipy.linalg.blas import dsyrk
 
 from lindep_onnx.channels import Channels, Product, Window
 from lindep_onnx.data import Part, Samples
 from lindep_onnx.graph import Edits, Node
-from lindep_onnx.ops.saturation import flat_parts
 from lindep_onnx.sampling import Place, RowSampler, rows_at
 from lindep_onnx.staging import Stages
 
@@ -45,14 +41,12 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 
 #: Rows for each unknown of one output, rows at least, and bytes of patches at most.
 ROWS_PER_UNKNOWN = 16
-LEAST_ROWS = 1 << 15
+LEAST_ROWS = 1 << 14
 PATCH_BYTES = 1 << 28
 #: Wider problems keep their fold: the Gram matrix alone would take a gigabyte.
 WIDEST = 8192
 RIDGES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 FIRST_RIDGE = 3
-#: Steps that move the target inside the flat part of an activation.
-FLAT_STEPS = 3
 CHUNK = 1 << 13
 
 
@@ -81,7 +75,6 @@ class _Task:
         rows: (channels of the place,) bool, which of them the compressed model still has.
         scale, shift: (M,) z = scale y + shift leads from the product to the place.
         other: operand that is added to z; empty if none.
-        flat: parts of the place's range behind which nothing changes.
     """
 
     product: Product
@@ -90,7 +83,6 @@ class _Task:
     scale: Matrix
     shift: Matrix
     other: str
-    flat: tuple[tuple[float, float], ...]
 
 
 def refit(
@@ -213,7 +205,6 @@ def _task(
     outputs = size * (product.group if product.window is not None and product.window.transposed else 1)
     scale, shift = np.ones(outputs), np.zeros(outputs)
     tensor, other = product.reader.output, ""
-    flat: tuple[tuple[float, float], ...] = ()
     while True:
         consumers = model.consumers.get(tensor, ())
         if len(consumers) != 1 or tensor in model.outputs:
@@ -225,14 +216,13 @@ def _task(
         else:
             operand = _other_operand(node, tensor, product, compressed) if residual and not other else None
             if operand is None:
-                flat = flat_parts(node, constants.get) or ()
                 break
             other = operand
         tensor = node.outputs[0]
-    if not other and not flat:
+    if not other:
         tensor, scale, shift = product.reader.output, np.ones(outputs), np.zeros(outputs)
     if np.abs(scale).min() <= 1e-6 * np.abs(scale).max():  # a channel that is multiplied by nothing has no target
-        tensor, other, flat = product.reader.output, "", ()
+        tensor, other = product.reader.output, ""
         scale, shift = np.ones(outputs), np.zeros(outputs)
     kept = original.kept(tensor, removed).get(axis)
     full = original.resolved.shapes.get(tensor, ())
@@ -241,7 +231,7 @@ def _task(
     rows = np.ones(int(full[axis]), dtype=bool) if kept is None else kept
     if rows.sum() != outputs:
         return None
-    return _Task(product, Place(tensor, axis), rows, scale, shift, other, flat)
+    return _Task(product, Place(tensor, axis), rows, scale, shift, other)
 
 
 def _affine(
@@ -339,11 +329,10 @@ class _Targets:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Patches (G, N, K) and what the original has there (N, M), in terms of the place."""
+    """Patches (G, N, K) and the output that the product should have there (G, N, M)."""
 
     patches: Array
-    target: Array
-    other: Array | None
+    target: Matrix
 
 
 def _gathered(task: _Task, stages: Stages, targets: _Targets, kept: NDArray[np.bool_] | None) -> _Rows:
@@ -364,13 +353,14 @@ def _gathered(task: _Task, stages: Stages, targets: _Targets, kept: NDArray[np.b
                 raise AssertionError(f"{task.other} is not in the frontier")
             rows = rows_at(other, task.place.axis, positions)
             others.append(rows.reshape(-1, rows.shape[-1]))
-    flat = [value[:, :, task.rows].reshape(-1, int(task.rows.sum())) for value in wanted]
-    groups = product.group
-    empty = np.zeros((groups, 0, 0), dtype=np.float32), np.zeros((0, int(task.rows.sum())), dtype=np.float32)
+    kept_rows = [value[:, :, task.rows].reshape(-1, len(task.scale)).astype(np.float64) for value in wanted]
+    z = np.concatenate(kept_rows) if kept_rows else np.zeros((0, len(task.scale)))
+    if others:
+        z -= np.concatenate(others)
+    target = (z - task.shift) / task.scale
     return _Rows(
-        patches=np.concatenate(patches, axis=1) if patches else empty[0],
-        target=np.concatenate(flat) if flat else empty[1],
-        other=np.concatenate(others) if others else None,
+        patches=np.concatenate(patches, axis=1) if patches else np.zeros((product.group, 0, 0), np.float32),
+        target=np.moveaxis(target.reshape(len(target), product.group, -1), 1, 0),
     )
 
 
@@ -455,27 +445,29 @@ class _New:
 
 def _refitted(task: _Task, compressed: Channels, fit: _Rows, select: _Rows) -> tuple[_New, tuple[float, float]]:
     """Solve one product; keep what there was if nothing does better on unseen rows."""
-    product, constants = task.product, compressed.resolved.constants
-    stored = constants[product.weight]
+    product = task.product
+    stored = compressed.resolved.constants[product.weight]
     prior = _matrix(stored, product)
     constant, free = _constant(task, compressed)
-    groups, _, width = prior.shape
-    solved, base = np.empty_like(prior), np.empty(groups * width)
-    before = after = energy = 0.0
-    for group in range(groups):
-        own = slice(group * width, (group + 1) * width)
-        goal = _Goal(task, own)
-        seen = fit if not len(select.target) else select
-        solution = _solve(
-            (fit.patches[group], goal.rows(fit)), (seen.patches[group], goal.rows(seen)),
-            prior[group], constant[own], free, goal,
-        )  # fmt: skip
-        solved[group], base[own] = solution.matrix, solution.constant
-        before, after, energy = before + solution.before, after + solution.after, energy + solution.energy
-    weights = {product.weight: _weight(solved, product, stored)}
-    operands = _operands(task, compressed, base - constant) if free else {}
-    scale = max(energy, 1e-300)
-    return _New(weights, operands), (math.sqrt(before / scale), math.sqrt(after / scale))
+    now = constant.reshape(product.group, 1, -1)
+    system = _System(fit, prior, now, free)
+    unseen = select if select.target.size else fit
+    best = _error(unseen, prior, now), prior, now
+    before = best[0]
+    for step in (range(FIRST_RIDGE, len(RIDGES)), range(FIRST_RIDGE - 1, -1, -1)):
+        last = np.inf
+        for place in step:
+            candidate = system.solve(RIDGES[place])
+            error = _error(unseen, *candidate)
+            if error < best[0]:
+                best = error, *candidate
+            if not error < last:
+                break
+            last = error
+    weights = {product.weight: _weight(best[1], product, stored)}
+    operands = _operands(task, compressed, best[2].ravel() - constant) if free else {}
+    energy = max(float(np.square(unseen.target - unseen.target.mean(axis=1, keepdims=True)).sum()), 1e-300)
+    return _New(weights, operands), (math.sqrt(before / energy), math.sqrt(best[0] / energy))
 
 
 def _constant(task: _Task, compressed: Channels) -> tuple[Matrix, bool]:
@@ -511,142 +503,52 @@ def _operands(task: _Task, compressed: Channels, shift: Matrix) -> dict[tuple[in
 # ---- least squares ------------------------------------------------------------------------------------------------
 
 
-class _Goal:
-    """What predictions of some outputs are held against, for rows of the fit or the select part."""
-
-    def __init__(self, task: _Task, own: slice) -> None:
-        self._task = task
-        self._own = own
-        self.scale, self.shift = task.scale[own], task.shift[own]
-
-    def rows(self, rows: _Rows) -> tuple[Array, Array]:
-        """(N, M) target of the place, and what the other operand adds to it."""
-        target = rows.target[:, self._own]
-        return target, np.zeros((1, 1), np.float32) if rows.other is None else rows.other[:, self._own]
-
-    def linear(self, target: Array, other: Array) -> Matrix:
-        """The prediction y that would reach the target."""
-        return np.asarray((target.astype(np.float64) - other - self.shift) / self.scale)
-
-    def moved(self, target: Array, other: Array, prediction: Matrix) -> Matrix:
-        """The y nearest to the prediction that does as well as the target behind the activation."""
-        z = prediction * self.scale + self.shift + other
-        goal = target.astype(np.float64)
-        for low, high in self._task.flat:
-            goal = np.where((goal >= low) & (goal <= high), np.clip(z, low, high), goal)
-        return np.asarray((goal - other - self.shift) / self.scale)
-
-    def error(self, target: Array, other: Array, prediction: Matrix) -> float:
-        """Sum of squared errors behind the activation."""
-        z = prediction * self.scale + self.shift + other
-        return float(np.square(self._squashed(z) - self._squashed(target.astype(np.float64))).sum())
-
-    def energy(self, target: Array) -> float:
-        """Sum of squares of the centred target behind the activation."""
-        value = self._squashed(target.astype(np.float64))
-        return float(np.square(value - value.mean(axis=0)).sum())
-
-    def _squashed(self, z: Matrix) -> Matrix:
-        for low, high in self._task.flat:
-            if low == -np.inf and np.isfinite(high):
-                z = np.maximum(z, high)
-            elif high == np.inf and np.isfinite(low):
-                z = np.minimum(z, low)
-        return z
-
-
-@dataclass(frozen=True)
-class _Solution:
-    matrix: Matrix
-    constant: Matrix
-    before: float
-    after: float
-    energy: float
-
-
-def _solve(
-    fit: tuple[Array, tuple[Array, Array]],
-    unseen: tuple[Array, tuple[Array, Array]],
-    prior: Matrix,
-    constant: Matrix,
-    free: bool,
-    goal: _Goal,
-) -> _Solution:
-    patches, (target, other) = fit
-    system = _System(patches, prior, constant, free)
-
-    def judged(matrix: Matrix, added: Matrix) -> float:
-        return goal.error(*unseen[1], unseen[0].astype(np.float64) @ matrix + added)
-
-    best = judged(prior, constant), prior, constant, FIRST_RIDGE
-    before = best[0]
-    linear = goal.linear(target, other)
-    moments = system.cross(linear)
-    for step in (range(FIRST_RIDGE, len(RIDGES)), range(FIRST_RIDGE - 1, -1, -1)):
-        last = np.inf
-        for place in step:
-            candidate = system.solve(moments, RIDGES[place])
-            error = judged(*candidate)
-            if error < best[0]:
-                best = error, *candidate, place
-            if error >= last:
-                break
-            last = error
-    if goal._task.flat:
-        for _ in range(FLAT_STEPS):
-            prediction = patches.astype(np.float64) @ best[1] + best[2]
-            candidate = system.solve(system.cross(goal.moved(target, other, prediction)), RIDGES[best[3]])
-            error = judged(*candidate)
-            if error >= best[0]:
-                break
-            best = error, *candidate, best[3]
-    return _Solution(best[1], best[2], before, best[0], goal.energy(unseen[1][0]))
+def _error(rows: _Rows, matrix: Matrix, constant: Matrix) -> float:
+    """Sum of squared errors; single precision is plenty to compare errors with."""
+    predicted = np.matmul(rows.patches, matrix.astype(np.float32))
+    return float(np.square(predicted + constant - rows.target).sum())
 
 
 class _System:
-    """The normal equations of one group, for any target and ridge."""
+    """The normal equations of all groups of a product, for any ridge.
 
-    def __init__(self, patches: Array, prior: Matrix, constant: Matrix, free: bool) -> None:
-        self._patches, self._prior, self._constant, self._free = patches, prior, constant, free
-        count, unknowns = patches.shape
-        gram = np.zeros((unknowns, unknowns), order="F")
-        total = np.zeros(unknowns)
+    Args:
+        rows: what is fitted, (G, N, K) and (G, N, M).
+        prior: (G, K, M) V0.
+        constant: (G, 1, M) b where it is not free.
+        free: whether b is solved for.
+    """
+
+    def __init__(self, rows: _Rows, prior: Matrix, constant: Matrix, free: bool) -> None:
+        groups, count, unknowns = rows.patches.shape
+        gram = np.zeros((groups, unknowns, unknowns))
+        cross = np.zeros((groups, unknowns, rows.target.shape[2]))
+        total = np.zeros((groups, 1, unknowns))
         for start in range(0, count, CHUNK):
-            part = patches[start : start + CHUNK].astype(np.float64)
-            # The transpose of a C-ordered array is F-ordered: BLAS takes it as it is.
-            gram = dsyrk(1.0, part.T, beta=1.0, c=gram, overwrite_c=True, lower=True)
-            total += part.sum(axis=0)
-        gram = np.tril(gram) + np.tril(gram, -1).T
-        self._mean = total / max(1, count) if free else np.zeros(unknowns)
-        gram = gram / max(1, count) - np.outer(self._mean, self._mean)
-        scale = np.sqrt(np.maximum(np.diagonal(gram), 0.0))
-        self._divisor = np.where(scale > 1e-12 * max(scale.max(initial=0.0), 1e-300), scale, np.inf)
-        self._gram = gram
-        self._scaled = gram / np.outer(self._divisor, self._divisor)
-        dead = ~np.isfinite(self._divisor)
-        self._scaled[dead, dead] = 1.0
+            part = rows.patches[:, start : start + CHUNK].astype(np.float64)
+            gram += part.transpose(0, 2, 1) @ part
+            cross += part.transpose(0, 2, 1) @ (rows.target[:, start : start + CHUNK] - (0.0 if free else constant))
+            total += part.sum(axis=1, keepdims=True)
+        self._prior, self._constant, self._free = prior, constant, free
+        self._mean, self._goal = total / count, rows.target.mean(axis=1, keepdims=True)
+        gram, cross = gram / count, cross / count
+        if free:
+            gram -= self._mean.transpose(0, 2, 1) @ self._mean
+            cross -= self._mean.transpose(0, 2, 1) @ self._goal
+        scale = np.sqrt(np.maximum(np.diagonal(gram, axis1=1, axis2=2), 0.0))
+        live = scale > 1e-12 * scale.max(initial=1e-300)
+        self._divisor = np.where(live, scale, np.inf)  # what never varies keeps its weight
+        self._left = gram / (self._divisor[:, :, None] * self._divisor[:, None, :])
+        self._left[~live, np.nonzero(~live)[1]] = 1.0
+        self._right = (cross - gram @ prior) / self._divisor[:, :, None]
 
-    def cross(self, target: Matrix) -> tuple[Matrix, Matrix]:
-        """Cross moments of patches and target about their means, and the mean of the target."""
-        count = len(target)
-        result = np.zeros((self._patches.shape[1], target.shape[1]))
-        for start in range(0, count, CHUNK):
-            result += self._patches[start : start + CHUNK].astype(np.float64).T @ target[start : start + CHUNK]
-        mean = target.mean(axis=0) if self._free else np.zeros(target.shape[1])
-        if not self._free:
-            return result / max(1, count) - np.outer(self._mean_of_patches(), self._constant), mean
-        return result / max(1, count) - np.outer(self._mean, mean), mean
-
-    def _mean_of_patches(self) -> Matrix:
-        return np.asarray(self._patches.mean(axis=0, dtype=np.float64))
-
-    def solve(self, moments: tuple[Matrix, Matrix], ridge: float) -> tuple[Matrix, Matrix]:
-        """V and b."""
-        cross, mean = moments
-        right = (cross - self._gram @ self._prior) / self._divisor[:, None]
-        left = self._scaled.copy(order="F")
-        left[np.diag_indices_from(left)] += ridge
-        factor = scipy.linalg.cho_factor(left, lower=True, overwrite_a=True, check_finite=False)
-        step = scipy.linalg.cho_solve(factor, right, check_finite=False)
-        matrix = self._prior + step / self._divisor[:, None]
-        return matrix, (mean - self._mean @ matrix if self._free else self._constant)
+    def solve(self, ridge: float) -> tuple[Matrix, Matrix]:
+        """(G, K, M) V and (G, 1, M) b."""
+        left = self._left + ridge * np.eye(self._left.shape[1])
+        if len(left) == 1:
+            factor = scipy.linalg.cho_factor(left[0], lower=True, overwrite_a=True, check_finite=False)
+            step = scipy.linalg.cho_solve(factor, self._right[0], check_finite=False)[None]
+        else:
+            step = np.linalg.solve(left, self._right)
+        matrix = self._prior + step / self._divisor[:, :, None]
+        return matrix, (self._goal - self._mean @ matrix if self._free else self._constant)

@@ -92,6 +92,7 @@ def _same(left: Array, right: Array) -> bool:
 def _biases(draft: Draft, new: Reconstruction) -> dict[tuple[int, int], NDArray[np.float64]]:
     """New values, in their original shape, of constants that take a shift; missing ones are added to the graph."""
     found = {}
+    weights = {reader: site.weight for site in draft.channels.sites for reader in site.readers}
     for reader, shift in new.shifts.items():
         bias = reader.bias
         if bias is None or not shift.any():
@@ -101,7 +102,7 @@ def _biases(draft: Draft, new: Reconstruction) -> dict[tuple[int, int], NDArray[
             continue
         model = draft.channels.model
         kept = draft.kept(reader.output).get(reader.output_axis, np.ones(len(shift), dtype=bool))
-        dtype = draft.channels.resolved.constants[_weight_name(draft, reader)].dtype
+        dtype = draft.channels.resolved.constants[weights[reader]].dtype
         value = (shift[kept] * bias.scale).astype(dtype)
         if bias.node is not None:
             draft.set_input(model.nodes[bias.node], bias.position, value)
@@ -110,10 +111,6 @@ def _biases(draft: Draft, new: Reconstruction) -> dict[tuple[int, int], NDArray[
             inputs = (reader.output, value.reshape(-1, *(1,) * behind))
             draft.insert_after(reader.output, Insertion("Add", inputs, reader.output + "_bias"))
     return found
-
-
-def _weight_name(draft: Draft, reader: Reader) -> str:
-    return next(site.weight for site in draft.channels.sites if reader in site.readers)
 
 
 def _shifted(draft: Draft, reader: Reader, bias: Bias, shift: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -130,7 +130,7 @@ def rows_at(data: Array, axis: int, positions: NDArray[np.int64]) -> Array:
     count, width = data.shape[0], data.shape[axis]
     before, behind = math.prod(data.shape[1:axis]), math.prod(data.shape[axis + 1 :])
     data = data.reshape(count, before, width, behind)
-    if len(positions) == before * behind:  # all of them, in order
+    if np.array_equal(positions, np.arange(before * behind)):
         return np.moveaxis(data, 2, 3).reshape(count, before * behind, width)
     return np.moveaxis(data[:, positions // behind, :, positions % behind], 0, 1)
 

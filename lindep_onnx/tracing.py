@@ -90,6 +90,7 @@ def _check_claims(tracer: Tracer) -> None:
     layers that have nothing else in common. A matrix stays one matrix.
     """
     model = tracer.model
+    multiplied = _by_weight(tracer)
     for name, claims in tracer.claims.items():
         first = model.nodes[min(claims)[0]]
         labelled = [atoms for axes in claims.values() for atoms in axes.values()]
@@ -107,7 +108,7 @@ def _check_claims(tracer: Tracer) -> None:
             if partial or len(asked) < len(claims):
                 blame = next((model.nodes[index] for index, _ in sorted(readers - set(claims))), first)
                 tracer.freeze(asked[0], TWO_WAYS, blame)
-        layouts = [entry for entry in tracer.sites if entry[0] == name]
+        layouts = multiplied.get(name, [])
         if layouts and (len({entry[1:3] for entry in layouts}) > 1 or len(layouts) != len(claims)):
             # A fold changes the weight for every reader, so all must multiply it in the same way.
             for atoms in labelled:
@@ -172,12 +173,16 @@ def _components(tracer: Tracer, min_channels: int) -> Channels:
     )
 
 
-def _sites(tracer: Tracer) -> list[Site]:
+def _by_weight(tracer: Tracer) -> dict[str, list[tuple[str, int, int, Reader, bool]]]:
     found: dict[str, list[tuple[str, int, int, Reader, bool]]] = {}
     for entry in tracer.sites:
         found.setdefault(entry[0], []).append(entry)
+    return found
+
+
+def _sites(tracer: Tracer) -> list[Site]:
     sites = []
-    for name, entries in found.items():
+    for name, entries in _by_weight(tracer).items():
         _, inputs, outputs, first, affine = entries[0]
         axes = next(axes for (node, _), axes in tracer.claims[name].items() if node == first.node and inputs in axes)
         size = tracer.resolved.constants[name].shape[outputs]
@@ -204,11 +209,13 @@ def _groups(tracer: Tracer, sites: Sequence[Site], unit: Atoms, units: int) -> t
         made = unit[producer.atoms]
         for group in np.unique(member[made[made != FROZEN]]):
             owner.setdefault(int(group), tracer.model.nodes[producer.node].name)
+    order = np.argsort(member, kind="stable")
+    parts = np.split(order, np.flatnonzero(np.diff(member[order])) + 1)
+    met_at = [(part[part < units], part[part >= units] - units) for part in parts if len(part)]
     groups = []
-    for group in dict.fromkeys(member[units:].tolist()):
-        indices = tuple(int(index) for index in np.flatnonzero(member[units:] == group))
-        name = owner.get(group, tracer.model.nodes[sites[indices[0]].readers[0].node].name)
-        groups.append(Group(name, np.flatnonzero(member[:units] == group), indices))
+    for own, indices in sorted(met_at, key=lambda pair: int(pair[1][0])):
+        first = tracer.model.nodes[sites[indices[0]].readers[0].node]
+        groups.append(Group(owner.get(int(member[own[0]]), first.name), own, tuple(indices.tolist())))
     return tuple(groups)
 
 

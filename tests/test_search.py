@@ -1,0 +1,57 @@
+"""The search for a rung of the ladder."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lindep_onnx.search import COARSE, first_small_enough, last_good_enough, on_grid
+
+
+@given(st.integers(0, 300), st.integers(0, 301))
+def test_the_first_small_plan_is_found_by_bisection(most: int, threshold: int) -> None:
+    found = first_small_enough(most, lambda count: count >= threshold)
+    assert found == (threshold if threshold <= most else None)
+
+
+def test_bisection_takes_few_looks() -> None:
+    looks = []
+    first_small_enough(1000, lambda count: bool(looks.append(count)) or count >= 700)
+    assert len(looks) <= 12
+
+
+@settings(derandomize=True, max_examples=300)
+@given(st.integers(0, 10_000), st.floats(0, 1), st.floats(0, 1), st.booleans())
+def test_a_looser_limit_never_ends_at_a_smaller_count(seed: int, one: float, other: float, refit: bool) -> None:
+    rng = np.random.default_rng(seed)
+    rungs = list(range(0, 650, 10))
+    # Wobbling errors that rise on the whole; the refit does mostly better, sometimes worse.
+    fold = dict(zip(rungs, np.linspace(0, 1, len(rungs)) + 0.1 * rng.normal(size=len(rungs)), strict=True))
+    again = {rung: error * rng.uniform(0.4, 1.1) for rung, error in fold.items()}
+
+    def end(limit: float) -> int:
+        refitted = (lambda rung: again[rung] <= limit) if refit else None
+        return last_good_enough(rungs, lambda rung: fold[rung] <= limit, refitted)[0]
+
+    low, high = sorted((one, other))
+    assert end(low) <= end(high)
+
+
+def test_the_refit_goes_on_where_the_fold_had_to_stop() -> None:
+    rungs = list(range(65))
+    fold, both = (
+        last_good_enough(rungs, lambda r: r <= 21),
+        last_good_enough(rungs, lambda r: r <= 21, lambda r: r <= 30),
+    )
+    assert fold == (21, False)
+    assert both == (28, True)
+
+
+def test_a_refit_that_fails_leaves_the_fold() -> None:
+    assert last_good_enough(list(range(65)), lambda r: r <= 21, lambda r: False) == (21, False)
+
+
+def test_the_way_down_is_on_coarse_rungs_only() -> None:
+    assert on_grid(list(range(65)), 10) == [8, 4, 0]
+    assert all(place % COARSE == 0 for place in on_grid(list(range(65)), 64))

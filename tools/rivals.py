@@ -276,9 +276,9 @@ def _largest_ratio(prune: Callable[[float], onnx.ModelProto], target: int, befor
         else:
             high, below = ratio, count
     if best is None or above - target > TOLERANCE * before:
+        smaller = f"{below / before:.1%} or " if below else ""
         raise UnreachedError(
-            f"The nearest ratios leave {above / before:.1%} and {below / before:.1%} of the parameters, "
-            f"not {target / before:.1%}."
+            f"The nearest ratios leave {smaller}{above / before:.1%} of the parameters, not {target / before:.1%}."
         )
     return best
 

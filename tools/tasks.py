@@ -72,7 +72,7 @@ class Task:
         input: name of its input.
         calib: images that methods may look at.
         judged: images that the results are judged by.
-        labels: of the latter; None where the original itself is the reference.
+        labels: of the latter, for their accuracy.
         metric: what is measured.
         points: see `Recipe`.
         of_neurons: see `Recipe`.
@@ -156,7 +156,7 @@ def score(task: Task, reference: Floats, found: Floats) -> float:
     """
     if task.metric == "edges":
         return float(np.mean((found > EDGE) == (reference > EDGE)))
-    wanted = reference.argmax(axis=1) if task.labels is None else task.labels
+    wanted = task.labels if task.metric == "accuracy" else reference.argmax(axis=1)
     return float(np.mean(found.argmax(axis=1) == wanted))
 
 

@@ -84,7 +84,7 @@ def built(method: str, files: tuple[Path, Path], target: int, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("share", [0.8, 0.4])
-@pytest.mark.parametrize("method", ["magnitude", "magnitude-global", "interpolative"])
+@pytest.mark.parametrize("method", ["magnitude-all", "interpolative-all"])
 def test_rivals_reach_the_count_and_stay_valid(method, share, net, files, unseen, tmp_path):
     before = rivals.parameters(net)
     target = int(share * before)
@@ -96,9 +96,18 @@ def test_rivals_reach_the_count_and_stay_valid(method, share, net, files, unseen
     assert found.shape == (64, 5) and np.isfinite(found).all()
 
 
+@pytest.mark.parametrize("method", ["magnitude", "magnitude-global", "interpolative"])
+def test_residual_streams_are_left_alone_as_published(method, net, files, tmp_path):
+    target = int(0.9 * rivals.parameters(net))
+    result = built(method, files, target, tmp_path)
+    assert target <= rivals.parameters(result) < target + 30
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in result.graph.initializer}
+    assert shapes["w1"] == SHAPES["w1"] and shapes["w3"] == SHAPES["w3"] and shapes["w5"][1] < SHAPES["w5"][1]
+
+
 def test_a_count_below_every_plan_is_no_comparison(net):
     with pytest.raises(rivals.UnreachedError, match="parameters are left"):
-        rivals.magnitude(net, 10)
+        rivals.magnitude(net, Path(), 10)
 
 
 def test_norms_are_over_all_that_makes_and_reads_a_channel(net):
@@ -132,13 +141,13 @@ def test_ours_beats_its_rivals_where_redundancy_is_not_small_weights(files, net,
     target = int(0.8 * rivals.parameters(net))
     (exact,) = run(net, {"x": unseen})
     errors = {}
-    for method in ("fold", "kernel", "sequential", "magnitude", "interpolative"):
+    for method in ("fold", "kernel", "sequential", "magnitude-all", "interpolative-all"):
         result = built(method, files, target, tmp_path)
         errors[method] = tasks.error(exact, run(result, {"x": unseen})[0])
         ours = method in frontier.REFITS
         assert (rivals.parameters(result) <= target) if ours else (rivals.parameters(result) >= target)
-    assert max(errors[method] for method in frontier.REFITS) < 0.5 * errors["magnitude"]
-    assert errors["sequential"] < errors["interpolative"]
+    assert max(errors[method] for method in frontier.REFITS) < 0.5 * errors["magnitude-all"]
+    assert errors["sequential"] < errors["interpolative-all"]
 
 
 def test_ratio_is_the_largest_that_leaves_enough():
@@ -210,10 +219,10 @@ def test_table_and_picture(files, images, monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(tasks.TASKS, "tiny", tasks.Recipe(partial(recipe, images), "agreement", (0.7,)))
     monkeypatch.setattr(frontier, "_measured", frontier._build)
     monkeypatch.setitem(frontier.RIVALS, "interpolative", lambda *_: (_ for _ in ()).throw(rivals.UnreachedError("no")))
-    arguments = ["tiny", str(files[0]), "-", "--methods", "fold", "magnitude", "interpolative"]
+    arguments = ["tiny", str(files[0]), "-", "--methods", "fold", "magnitude-all", "interpolative"]
     assert frontier.main([*arguments, "--out", str(tmp_path / "picture.png")]) == 0
     printed = capsys.readouterr().out
-    assert "100.00%" in printed and "| fold | 70% |" in printed and "| magnitude | 70% |" in printed
+    assert "100.00%" in printed and "| fold | 70% |" in printed and "| magnitude-all | 70% |" in printed
     assert "No comparison: interpolative at 70%: UnreachedError: no" in printed
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 

@@ -8,10 +8,12 @@
 | onnxsim-wanda | `onnxsim.apply_structured_wanda_pruning` | nothing changes |
 
 Every group, or layer, loses the same share of its channels; `-global` behind a name ranks the channels of the whole
-model instead, and `-finetune` adds `onnxsim.apply_pruning_finetune`. The first two go through this project's tracing
-and rewriting, so that every shape is right. onnxsim takes a ratio, which is found by bisection. All of them are left
-with at least as many parameters as asked for, and with hardly more; where that cannot be had there is no comparison,
-but an `UnreachedError`.
+model instead, and `-finetune` adds `onnxsim.apply_pruning_finetune`. As published, the first two leave channels alone
+that several layers make together, the residual streams; `-all` behind their names takes from those too. They go through
+this project's tracing and rewriting, so that every shape is right. onnxsim takes a ratio, which is found by bisection.
+
+All are left with at least as many parameters as asked for, and with hardly more; where that cannot be had there is no
+comparison, but an `UnreachedError`.
 
 The interpolative decomposition is that of Chee et al., "Model Preserving Compression for Neural Networks" (2022): no
 constant term, no weights in the choice. Pivots and T are computed from a root S of the second moments, S'S = Z'Z,
@@ -37,7 +39,7 @@ from lindep_onnx.calibration import calibrate
 from lindep_onnx.channels import FROZEN, Channels, Group
 from lindep_onnx.cost import cost
 from lindep_onnx.data import InputSpec, Samples, open_samples
-from lindep_onnx.plan import Fold, local_units
+from lindep_onnx.plan import Fold
 from lindep_onnx.reconstruct import fold_sites
 from lindep_onnx.rewrite import Reconstruction, rewrite
 from lindep_onnx.search import first_small_enough
@@ -66,31 +68,35 @@ def parameters(model: onnx.ModelProto) -> int:
     return cost(graph.load(model), {}).parameters
 
 
-def magnitude(model: onnx.ModelProto, target: int, *, everywhere: bool = False) -> onnx.ModelProto:
+def magnitude(
+    model: onnx.ModelProto, _: Path, target: int, *, everywhere: bool = False, streams: bool = False
+) -> onnx.ModelProto:
     """Remove the channels with the smallest weights.
 
     Args:
         model: the original.
         target: parameters to keep at least.
         everywhere: rank the channels of the whole model; else those of each group.
+        streams: take from residual streams too.
     """
     channels = _traced(model)
     norms = _norms(channels)
+    orders = [group.units[np.argsort(norms[group.units], kind="stable")] for group in _groups(channels, streams)]
+    order = _evenly(orders)
     if everywhere:
-        order = np.argsort(norms, kind="stable")
-    else:
-        order = _evenly([group.units[np.argsort(norms[group.units], kind="stable")] for group in channels.groups])
+        order = order[np.argsort(norms[order], kind="stable")]
     removed = _cut(channels, order, target)
     return rewrite(channels, Reconstruction(removed), "")
 
 
-def interpolative(model: onnx.ModelProto, calib: Path, target: int) -> onnx.ModelProto:
+def interpolative(model: onnx.ModelProto, calib: Path, target: int, *, streams: bool = False) -> onnx.ModelProto:
     """Keep the channels that pivoted QR finds first, and write the others as combinations of them.
 
     Args:
         model: the original.
         calib: npz of calibration images.
         target: parameters to keep at least.
+        streams: take from residual streams too.
     """
     traced = _traced(model)
     # Without a constant term, as published.
@@ -102,7 +108,7 @@ def interpolative(model: onnx.ModelProto, calib: Path, target: int) -> onnx.Mode
         )
     evidence = analysis.evidence(channels, seen)
     roots = [_root(site.gram) for site in evidence.sites]
-    order = _evenly([_pivots(channels, group, evidence, roots)[::-1] for group in channels.groups])
+    order = _evenly([_pivots(group, evidence, roots)[::-1] for group in _groups(channels, streams)])
     removed = _cut(channels, order, target)
     folds = {}
     for index, (site, root) in enumerate(zip(evidence.sites, roots, strict=True)):
@@ -152,9 +158,11 @@ def onnxsim(
 
 
 RIVALS: dict[str, Rival] = {
-    "magnitude": lambda model, _, target: magnitude(model, target),
-    "magnitude-global": lambda model, _, target: magnitude(model, target, everywhere=True),
+    "magnitude": magnitude,
+    "magnitude-all": partial(magnitude, streams=True),
+    "magnitude-global": partial(magnitude, everywhere=True),
     "interpolative": interpolative,
+    "interpolative-all": partial(interpolative, streams=True),
     **{
         f"onnxsim{wanda}{everywhere}{finetune}": partial(
             onnxsim, wanda=bool(wanda), everywhere=bool(everywhere), finetune=bool(finetune)
@@ -174,6 +182,16 @@ def _traced(model: onnx.ModelProto) -> Channels:
     return trace(loaded, resolve(loaded))
 
 
+def _groups(channels: Channels, streams: bool) -> list[Group]:
+    """All groups, or those whose channels are each made by one layer; a depthwise convolution makes none anew."""
+    depthwise = {product.reader.node for product in channels.products if product.group > 1}
+    makers = np.zeros(channels.units + 1, dtype=np.int64)  # the last entry takes what stays
+    for producer in channels.producers:
+        if producer.node not in depthwise:
+            makers[np.unique(channels.unit[producer.atoms])] += 1
+    return [group for group in channels.groups if streams or makers[group.units].max() < 2]
+
+
 def _norms(channels: Channels) -> Matrix:
     """(units,) L2 norm of all weights that make or read a unit; a shared weight counts once."""
     squares = np.zeros(channels.units + 1)  # the last entry takes what stays
@@ -190,31 +208,30 @@ def _norms(channels: Channels) -> Matrix:
     return np.sqrt(squares[:-1])
 
 
-def _pivots(channels: Channels, group: Group, evidence: analysis.Evidence, roots: list[Matrix]) -> NDArray[np.int64]:
+def _pivots(group: Group, evidence: analysis.Evidence, roots: list[Matrix]) -> NDArray[np.int64]:
     """Units of a group in the order of the pivots; several sites are stacked, all of the same norm."""
-    local = local_units(channels, group)
     blocks = []
     for index in group.sites:
-        place, root = local[evidence.sites[index].unit], roots[index]
-        live = place != FROZEN
+        unit, root = evidence.sites[index].unit, roots[index]
+        live = unit != FROZEN
         scale = max(float(np.linalg.norm(root[:, live])), 1e-300)
+        turns = _occurrence(unit)
         # Several features of one unit are further rows.
-        for turn in range(int(np.bincount(place[live]).max(initial=0))):
+        for turn in range(int(turns[live].max(initial=-1)) + 1):
+            chosen = np.flatnonzero(live & (turns == turn))
             block = np.zeros((len(root), len(group.units)))
-            chosen = np.flatnonzero(live & (_occurrence(place) == turn))
-            block[:, place[chosen]] = root[:, chosen] / scale
+            block[:, np.searchsorted(group.units, unit[chosen])] = root[:, chosen] / scale
             blocks.append(block)
     order = scipy.linalg.qr(np.concatenate(blocks), mode="r", pivoting=True)[1]
     return group.units[order]
 
 
-def _occurrence(place: NDArray[np.int64]) -> NDArray[np.int64]:
+def _occurrence(values: NDArray[np.int64]) -> NDArray[np.int64]:
     """How often each value has occurred before."""
-    order = np.argsort(place, kind="stable")
-    ordered = place[order]
-    first = np.searchsorted(ordered, ordered)
-    result = np.empty(len(place), dtype=np.int64)
-    result[order] = np.arange(len(place)) - first
+    order = np.argsort(values, kind="stable")
+    first = np.searchsorted(values[order], values[order])
+    result = np.empty(len(values), dtype=np.int64)
+    result[order] = np.arange(len(values)) - first
     return result
 
 

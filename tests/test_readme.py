@@ -1,0 +1,51 @@
+"""The README says what is so."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from lindep_onnx.cli import _parser
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def flags() -> set[str]:
+    return {flag for action in _parser()._actions for flag in action.option_strings if flag.startswith("--")}
+
+
+def test_every_option_is_in_the_readme_and_every_one_there_exists() -> None:
+    text = re.sub(r"<!-- ci -->\n```.*?```", "", README, flags=re.S)
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
+    assert named == flags()
+
+
+def test_there_are_exactly_two_set_up_commands() -> None:
+    block = re.search(r"<!-- ci -->\n```\n(.*?)```", README, flags=re.S)
+    assert block is not None
+    lines = block[1].strip().splitlines()
+    assert len(lines) == 2
+    assert "models/demo.onnx" in lines[0] and "pytest" in lines[1]
+
+
+def test_the_python_example_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    example = re.search(r"```python\n(.*?)```", README, flags=re.S)
+    assert example is not None
+    monkeypatch.chdir(ROOT)
+    exec(compile(example[1], "README.md", "exec"), {})
+    kept, _, whole = capsys.readouterr().out.split()[:3]
+    assert int(kept) <= 0.5 * int(whole)
+
+
+def test_every_linked_file_exists() -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert links and all((ROOT / link).is_file() for link in links)
+
+
+def test_exit_codes_and_budgets_of_the_readme_are_those_of_the_code() -> None:
+    from lindep_onnx import errors
+
+    assert (errors.ModelError.exit_code, errors.UsageError.exit_code, errors.BudgetError.exit_code) == (1, 2, 3)

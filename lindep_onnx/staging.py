@@ -6,6 +6,7 @@ limit and in files beyond it, so that a pass over all layers costs about one run
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -165,29 +166,28 @@ class _Store:
     """Tensors of one batch, in memory or in a file."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path.with_suffix(".npz")
+        self._path = path
         self._held: Mapping[str, Array] | None = {}
-        self._names: list[str] = []
+        self._entries: dict[str, tuple[np.dtype[Any], tuple[int, ...], int]] = {}
 
     def replace(self, tensors: Mapping[str, Array], limit: int) -> None:
-        if sum(value.nbytes for value in tensors.values()) <= limit:
+        if sum(value.nbytes for value in tensors.values()) <= limit or any(v.dtype.hasobject for v in tensors.values()):
             self._held = dict(tensors)
             return
-        self._held = None
-        self._names = list(tensors)
+        self._held, self._entries = None, {}
         with self._path.open("wb") as file:
-            np.savez(file, allow_pickle=False, **{str(place): value for place, value in enumerate(tensors.values())})
+            for name, value in tensors.items():
+                self._entries[name] = (value.dtype, value.shape, file.tell())
+                file.write(np.ascontiguousarray(value).data)
 
     def read(self, name: str) -> Array | None:
         if self._held is not None:
             return self._held.get(name)
-        if name not in self._names:
+        if name not in self._entries:
             return None
-        with np.load(self._path, allow_pickle=False) as file:
-            return np.asarray(file[str(self._names.index(name))])
+        dtype, shape, offset = self._entries[name]
+        return np.fromfile(self._path, dtype, math.prod(shape), offset=offset).reshape(shape)
 
     def all(self) -> dict[str, Array]:
-        if self._held is not None:
-            return dict(self._held)
-        with np.load(self._path, allow_pickle=False) as file:
-            return {name: file[str(place)] for place, name in enumerate(self._names)}
+        names = self._entries if self._held is None else self._held
+        return {name: value for name in names if (value := self.read(name)) is not None}

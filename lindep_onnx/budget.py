@@ -46,7 +46,14 @@ Stage: TypeAlias = Callable[[str], AbstractContextManager[None]]
 WIDTHS = (1, 8, 16)
 #: A result counts as faster only by more than timings wobble.
 FASTER = 0.98
-SIZES = {"params": "parameters", "macs": "macs", "size": "bytes"}
+SIZES = {"params": "parameters", "macs": "macs", "size": "bytes", "channels": "channels"}
+#: What units are priced by, when the first of these budgets is given; parameters else.
+CURRENCIES: Mapping[str, Saving] = {
+    "params": "parameters",
+    "size": "parameters",
+    "macs": "macs",
+    "channels": "channels",
+}
 
 
 @dataclass(frozen=True)
@@ -181,7 +188,8 @@ class Workshop:
     # ---- budgets -----------------------------------------------------------------------------------------------
 
     def _ladder(self, lossless: Plan) -> Ladder:
-        kind: Saving = "macs" if self._config.macs is not None and self._config.params is None else "parameters"
+        default: Saving = "parameters"
+        kind = next((CURRENCIES[name] for name in CURRENCIES if name in self._sizes()), default)
         disturbances = Disturbances(self._channels, self._evidence, self._data, **self._runtime)
         influence = site_influence(self._channels, self._evidence, disturbances, self._progress)
         expected = curves(self._channels, self._evidence, influence, savings(self._channels, kind))

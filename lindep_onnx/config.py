@@ -23,7 +23,7 @@ LOSSLESS_VERIFIED_ERROR = 1e-3
 class Config:
     """Options of one compression.
 
-    Naming any of the budgets (`max_error`, `min_agreement`, `params`, `macs`, `size`, `max_drop`) selects
+    Naming any of the budgets (`max_error`, `min_agreement`, `params`, `macs`, `size`, `channels`, `max_drop`) selects
     budgeted mode; several must all hold. Without one the mode is lossless.
 
     Attributes:
@@ -32,7 +32,8 @@ class Config:
         agreement_output: `NAME` or `NAME:AXIS`, the output and axis of the arg-max; None finds one.
         params: share of the original parameters to keep at most (0 to 1].
         macs: share of the original multiply-accumulates to keep at most (0 to 1].
-        size: share of the original weight bytes to keep at most (0 to 1].
+        size: share of the original bytes to keep at most (0 to 1].
+        channels: share of the original output channels to keep at most (0 to 1].
         eval: a user metric, called with an `onnxruntime.InferenceSession`; higher is better.
         max_drop: how far `eval` may fall.
         proven_only: remove only what the weights prove; needs no calibration data.
@@ -57,6 +58,7 @@ class Config:
     params: float | None = None
     macs: float | None = None
     size: float | None = None
+    channels: float | None = None
     eval: Callable[[Any], float] | None = None
     max_drop: float | None = None
     proven_only: bool = False
@@ -83,7 +85,7 @@ class Config:
         for name, value in positive.items():
             if value is not None and not value >= 0:
                 raise UsageError(f"{_flag(name)} must be at least 0, not {value}.")
-        shares = {"params": self.params, "macs": self.macs, "size": self.size}
+        shares = {"params": self.params, "macs": self.macs, "size": self.size, "channels": self.channels}
         for name, value in shares.items():
             if value is not None and not 0 < value <= 1:
                 raise UsageError(f"{_flag(name)} is a share to keep, above 0 and at most 1, not {value}.")
@@ -112,7 +114,8 @@ class Config:
     @property
     def budgeted(self) -> bool:
         """Whether any budget is named."""
-        budgets = (self.max_error, self.min_agreement, self.params, self.macs, self.size, self.max_drop)
+        sizes = (self.params, self.macs, self.size, self.channels)
+        budgets = (self.max_error, self.min_agreement, self.max_drop, *sizes)
         return any(budget is not None for budget in budgets)
 
     def described(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from lindep_onnx.plan import Fold, local_least, local_problem, local_units
 
 __all__ = ["Curve", "Ladder", "Saving", "build_ladder", "curves", "folds_of", "savings"]
 
-Saving: TypeAlias = Literal["parameters", "macs"]
+Saving: TypeAlias = Literal["parameters", "macs", "channels"]
 
 #: Rungs that a search over measured errors probes; a search over sizes uses every unit.
 RUNGS = 64
@@ -78,12 +78,14 @@ class Ladder:
 
 
 def savings(channels: Channels, kind: Saving) -> NDArray[np.float64]:
-    """(units,) parameters or MACs that go with each unit, all others kept.
+    """(units,) parameters, MACs or output channels that go with each unit, all others kept.
 
     Args:
         channels: the traced model.
         kind: the currency.
     """
+    if kind == "channels":
+        return np.bincount(channels.unit[_produced(channels)] + 1, minlength=channels.units + 1)[1:].astype(np.float64)
     total = np.zeros(channels.units + 1)  # the last entry takes what stays
     positions = {
         (product.reader.node, product.position): _positions(channels, product) for product in channels.products
@@ -98,6 +100,10 @@ def savings(channels: Channels, kind: Saving) -> NDArray[np.float64]:
             if kind == "parameters":
                 break  # a shared weight is stored once
     return total[:-1]
+
+
+def _produced(channels: Channels) -> NDArray[np.int64]:
+    return np.concatenate([np.empty(0, np.int64), *(producer.atoms for producer in channels.producers)])
 
 
 def _positions(channels: Channels, product: Product) -> float:

@@ -50,11 +50,11 @@ def parameters(model: onnx.ModelProto) -> int:
     return sum(int(np.prod(tensor.dims)) for tensor in model.graph.initializer)
 
 
-@pytest.mark.parametrize("kind", ["params", "macs", "size"])
+@pytest.mark.parametrize("kind", ["params", "macs", "size", "channels"])
 @pytest.mark.parametrize("share", [0.9, 0.6, 0.35])
 def test_a_size_is_never_exceeded_and_nearly_reached(model, data, kind: str, share: float) -> None:
     found = lindep_onnx.compress(model, data, **{kind: share}).report
-    attribute = {"params": "parameters", "macs": "macs", "size": "bytes"}[kind]
+    attribute = {"params": "parameters", "macs": "macs", "size": "bytes", "channels": "channels"}[kind]
     reached = getattr(found.after, attribute) / getattr(found.before, attribute)
     assert share - 0.12 < reached <= share
     assert found.budget[0].kind == kind and found.budget[0].achieved == pytest.approx(reached)

@@ -177,11 +177,11 @@ def test_onnxsim_is_brought_to_the_count(method, net, files, unseen, tmp_path):
 
 
 def test_budget_of_a_number_of_neurons(files):
-    known: dict[int, int] = {}
     for removed in (10, 3):
-        target = frontier.neuron_target(*files, removed, known)
-        report = frontier.compress(*files, params=target / max(known), refit="fold").report
+        target, share = frontier.neuron_target(*files, removed)
+        report = frontier.compress(*files, channels=share, refit="fold").report
         assert report.before.channels - report.after.channels == removed
+        assert report.after.parameters == target
 
 
 def recipe(images: np.ndarray, folder: Path, test: bool) -> tuple[np.ndarray, np.ndarray]:

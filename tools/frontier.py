@@ -78,7 +78,7 @@ class Row:
         return f"| {' | '.join(cells)} |"
 
 
-def build(method: str, model: Path, calib: Path, target: int, out: Path) -> None:
+def build(method: str, model: Path, calib: Path, target: int, out: Path, *, channels: float | None = None) -> None:
     """Write what a method makes of a model.
 
     Args:
@@ -87,41 +87,35 @@ def build(method: str, model: Path, calib: Path, target: int, out: Path) -> None
         calib: npz of calibration images.
         target: the number of parameters to come down to.
         out: the file to write.
+        channels: share of the channels that this project is asked for instead of parameters.
     """
     original = onnx.load(model)
     if method in REFITS:
-        result = compress(model, calib, params=target / parameters(original), refit=method).model
+        share = target / parameters(original)
+        budget = {"params": share} if channels is None else {"channels": channels}
+        result = compress(model, calib, **budget, refit=method).model
     else:
         result = RIVALS[method](original, calib, target)
     onnx.save(result, out)
 
 
-def neuron_target(model: Path, calib: Path, removed: int, known: dict[int, int]) -> int:
+def neuron_target(model: Path, calib: Path, removed: int) -> tuple[int, float]:
     """The number of parameters that is left once exactly so many channels are removed by this project.
 
     Args:
         model: the original.
         calib: npz of calibration images.
         removed: the number of channels.
-        known: removed channels by the parameters that are left; what is found out is added.
+
+    Returns:
+        The parameters, and the share of the channels that is left.
     """
-    before, channels = _size(model)
-    known.setdefault(before, 0)
-    known.setdefault(0, channels)
-    step = 0
-    while removed not in known.values():
-        low = max(left for left, gone in known.items() if gone > removed)
-        high = min(left for left, gone in known.items() if gone < removed)
-        if high - low < 2:
-            raise LookupError(f"No budget of parameters removes {removed} channels.")
-        # Interpolation and bisection take turns.
-        share = (known[low] - removed) / (known[low] - known[high]) if step % 2 else 0.5
-        asked = min(max(low + round(share * (high - low)), low + 1), high - 1)
-        found = compress(model, calib, params=asked / before, refit="fold").report
-        # Any budget from the count that is left to the one that was asked for does the same.
-        known[found.after.parameters] = known[asked] = found.before.channels - found.after.channels
-        step += 1
-    return min(left for left, gone in known.items() if gone == removed)
+    share = 1 - removed / _size(model)[1]
+    found = compress(model, calib, channels=share, refit="fold").report
+    gone = found.before.channels - found.after.channels
+    if gone != removed:
+        raise LookupError(f"No budget removes {removed} channels; the nearest one removes {gone}.")
+    return found.after.parameters, share
 
 
 def rows(task: Task, methods: Sequence[str], points: Sequence[float], folder: Path) -> Iterator[Row | str]:
@@ -138,16 +132,14 @@ def rows(task: Task, methods: Sequence[str], points: Sequence[float], folder: Pa
     reference = outputs(task.model, task.input, task.judged)
     base = score(task, reference, reference)
     before = _size(task.model)
-    known: dict[int, int] = {}
     for point in points:
+        target, channels = int(point * before[0]), None
         if task.of_neurons:
             hidden = before[1] - reference.shape[1]
-            target = neuron_target(task.model, calib, round(point * hidden), known)
-        else:
-            target = int(point * before[0])
+            target, channels = neuron_target(task.model, calib, round(point * hidden))
         for method in methods:
             try:
-                seconds, peak = _measured(method, task.model, calib, target, result)
+                seconds, peak = _measured(method, task.model, calib, target, result, channels)
                 found = outputs(result, task.input, task.judged)
             except Exception as problem:
                 yield f"{method} at {point:.0%}: {type(problem).__name__}: {problem}"
@@ -173,15 +165,17 @@ def _size(path: Path) -> tuple[int, int]:
     return found.parameters, found.channels
 
 
-def _measured(method: str, model: Path, calib: Path, target: int, out: Path) -> tuple[float, int]:
+def _measured(
+    method: str, model: Path, calib: Path, target: int, out: Path, channels: float | None
+) -> tuple[float, int]:
     """Build in a fresh process; returns seconds and the peak of its memory in MB."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_build, method, model, calib, target, out).result()
+        return pool.submit(_build, method, model, calib, target, out, channels).result()
 
 
-def _build(method: str, model: Path, calib: Path, target: int, out: Path) -> tuple[float, int]:
+def _build(method: str, model: Path, calib: Path, target: int, out: Path, channels: float | None) -> tuple[float, int]:
     start = time.perf_counter()
-    build(method, model, calib, target, out)
+    build(method, model, calib, target, out, channels=channels)
     seconds = time.perf_counter() - start
     # getrusage would count the parent too.
     status = Path("/proc/self/status").read_text(encoding="ascii").split()

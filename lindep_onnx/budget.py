@@ -44,6 +44,8 @@ Stage: TypeAlias = Callable[[str], AbstractContextManager[None]]
 
 #: Widths that `--round-to auto` tries in turn: ONNX Runtime's kernels work on blocks of 8 or 16 channels.
 WIDTHS = (1, 8, 16)
+#: Seconds that original and result are timed against each other.
+TIMED = 1.0
 #: A result counts as faster only by more than timings wobble.
 FASTER = 0.98
 SIZES = {"params": "parameters", "macs": "macs", "size": "bytes", "channels": "channels"}
@@ -361,7 +363,7 @@ class Workshop:
             return None
         feeds = next(iter(self._samples.batches(limit=1))).feeds
         before, after = verify.measure_latency(
-            (self._original, verify.open_session(proto, **self._runtime)), feeds, seconds=1.0
+            (self._original, verify.open_session(proto, **self._runtime)), feeds, seconds=TIMED
         )
         return before, after
 

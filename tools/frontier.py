@@ -110,7 +110,8 @@ def neuron_target(model: Path, calib: Path, removed: int) -> tuple[int, float]:
     Returns:
         The parameters, and the share of the channels that is left.
     """
-    share = 1 - removed / _size(model)[1]
+    before = _size(model)[1]
+    share = (before - removed) / before
     found = compress(model, calib, channels=share, refit="fold").report
     gone = found.before.channels - found.after.channels
     if gone != removed:

@@ -1,0 +1,18 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+import os
+
+# Before NumPy is imported: test processes run side by side, and threads that spin on each other's cores only wait.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import pytest
+
+from lindep_onnx import budget
+
+
+@pytest.fixture(autouse=True)
+def _short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timings are not what most tests are about."""
+    monkeypatch.setattr(budget, "TIMED", 0.05)

@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import scipy
+from threadpoolctl import threadpool_limits
 
 from lindep_onnx import analysis, calibration, graph, verify
 from lindep_onnx._version import __version__
@@ -134,6 +135,9 @@ def run(
     with clock.stage("prove"):
         proof = prove(channels)
     with ExitStack() as stack:
+        # Half of the cores: BLAS threads that compete with ONNX Runtime's, or with other programs, wait for each other
+        # (measured on two busy cores: refits 8 times slower with two threads than with one).
+        stack.enter_context(threadpool_limits(max(1, (os.cpu_count() or 1) // 2), user_api="blas"))
         samples = None
         if calib is not None:
             with clock.stage("read data"):

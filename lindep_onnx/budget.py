@@ -362,9 +362,9 @@ class Workshop:
         if self._samples is None:
             return None
         feeds = next(iter(self._samples.batches(limit=1))).feeds
-        before, after = verify.measure_latency(
-            (self._original, verify.open_session(proto, **self._runtime)), feeds, seconds=TIMED
-        )
+        models = (self._channels.model.proto, proto)
+        sessions = [verify.open_session(model, timed=True, **self._runtime) for model in models]
+        before, after = verify.measure_latency(sessions, feeds, seconds=TIMED)
         return before, after
 
 

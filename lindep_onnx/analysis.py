@@ -8,23 +8,19 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lindep_onnx.calibration import Calibration, Flat, Range, features, tap
+from lindep_onnx.calibration import Calibration, features, tap
 from lindep_onnx.channels import FROZEN, Channels, Site
 from lindep_onnx.dependence import SiteProblem
 from lindep_onnx.moments import Moments
-from lindep_onnx.ops.saturation import flat_parts, may_flatten
 
-__all__ = ["Evidence", "SiteEvidence", "evidence", "margin_nodes", "outer_product", "problem", "unexplained"]
+__all__ = ["CONSTANT_TOLERANCE", "Evidence", "SiteEvidence", "evidence", "outer_product", "problem"]
 
-#: A feature whose values differ by less than this share of their size is constant: it is rounding.
+#: What differs by less than this share of its size is constant: it is rounding.
 CONSTANT_TOLERANCE = 1e-6
 #: Samples in which a feature must be other than zero before anything but silence is concluded from it.
 LEAST_ACTIVE_SAMPLES = 8
 #: Rows for each feature, at most 16 counted per sample, that a dependence on several others needs.
 JOINT_ROWS = 3.0
-#: Standard deviations by which a channel must stay inside the flat part of its activation to count as constant,
-#: for many and for few samples. Measured on efficientnet_lite0: without a margin 0.75 % of decisions changed.
-MARGIN, MANY_SAMPLES, MARGIN_FEW = 2.0, 600, 4.0
 
 
 @dataclass(frozen=True)
@@ -168,49 +164,3 @@ def problem(channels: Channels, seen: SiteEvidence, removed: NDArray[np.bool_]) 
 
 def _without(unread: NDArray[np.bool_], moments: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(unread[:, None] | unread, 0.0, moments) if unread.any() else moments
-
-
-# ---- saturation ------------------------------------------------------------------------------------------------
-
-
-def margin_nodes(channels: Channels, units: NDArray[np.bool_]) -> tuple[tuple[Flat, int], ...]:
-    """The nodes that may be what makes some of these units constant, each with the channel axis of its input."""
-    found = []
-    for node in channels.model.nodes:
-        if not may_flatten(node) or not node.inputs:
-            continue
-        parts = flat_parts(node, channels.resolved.constants.get)
-        for label in channels.labels.get(node.inputs[0], ()):
-            on_axis = channels.unit[label.along_cut()]
-            if label.cut != 0 and (on_axis != FROZEN).any() and units[on_axis[on_axis != FROZEN]].any():
-                found.append((Flat(node, parts or ()), label.cut))
-    return tuple(found)
-
-
-def unexplained(
-    channels: Channels,
-    nodes: Sequence[tuple[Flat, int]],
-    ranges: Sequence[Range],
-    samples: int,
-) -> NDArray[np.bool_]:
-    """(units,) bool: constant so far, but not by a margin.
-
-    A channel whose input stays inside a flat part of the activation with `margin` standard deviations to spare is
-    taken to stay there. One that varies before an operator without known flat parts is not.
-    """
-    margin = MARGIN if samples >= MANY_SAMPLES else MARGIN_FEW
-    doubtful = np.zeros(channels.units, dtype=bool)
-    for (flat, axis), seen in zip(nodes, ranges, strict=True):
-        label = next(label for label in channels.labels[flat.node.inputs[0]] if label.cut == axis)
-        unit = channels.unit[label.along_cut()]
-        varies = seen.high - seen.low > CONSTANT_TOLERANCE * np.maximum(np.abs(seen.low), np.abs(seen.high))
-        spare = margin * seen.deviation
-        safe = np.zeros(len(unit), dtype=bool)
-        crossing = np.ones(len(unit), dtype=bool)
-        for low, high in flat.parts:
-            safe |= (seen.low - spare >= low) & (seen.high + spare <= high)
-            crossing &= ~((seen.low >= low) & (seen.high <= high))
-        # What is not inside a flat part still varies behind this node, so that another node is the cause.
-        blamed = varies & ~safe & (~crossing if flat.parts else True)
-        doubtful[unit[blamed & (unit != FROZEN)]] = True
-    return doubtful

@@ -17,7 +17,7 @@ import onnx
 import onnxruntime
 import scipy
 
-from lindep_onnx import analysis, calibration, graph, verify
+from lindep_onnx import analysis, calibration, graph, silence, verify
 from lindep_onnx._version import __version__
 from lindep_onnx.budget import Chosen, Workshop
 from lindep_onnx.channels import Channels
@@ -165,9 +165,9 @@ def _run(
         with clock.stage("calibrate"):
             seen = calibration.calibrate(channels, samples, seed=config.seed, progress=progress, **runtime)
             evidence = analysis.evidence(channels, seen)
-            nodes = analysis.margin_nodes(channels, evidence.silent)
-            ranges = calibration.observe_flats(channels, nodes, samples, progress=progress, **runtime) if nodes else ()
-            doubtful = analysis.unexplained(channels, nodes, ranges, evidence.samples)
+            watched = silence.flats(channels, evidence)
+            ranges = silence.observe(channels, watched, samples, progress=progress, **runtime) if watched else ()
+            doubtful = silence.unexplained(channels.units, watched, ranges, evidence.samples)
     original_passed = verify.full_check_passes(channels.model.proto) is None
     workshop = Workshop(channels, evidence, doubtful, proof, samples, config, clock.stage, progress)
     chosen = workshop.choose()

@@ -8,18 +8,15 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
 from lindep_onnx.channels import Atoms, Channels, Reader, Site
 from lindep_onnx.data import Part, Samples
 from lindep_onnx.errors import CalibrationError
-from lindep_onnx.graph import Node
 from lindep_onnx.moments import Moments, MomentsAccumulator
-from lindep_onnx.sampling import Place, RowSampler, insert_behind
-from lindep_onnx.verify import open_session
+from lindep_onnx.sampling import Place, RowSampler
 
-__all__ = ["Calibration", "Features", "Flat", "Range", "Tap", "calibrate", "features", "observe_flats", "tap"]
+__all__ = ["Calibration", "Features", "Tap", "calibrate", "features", "tap"]
 
 Array: TypeAlias = NDArray[Any]
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -171,111 +168,3 @@ def _features(rows: Array, index: NDArray[np.int64], rng: np.random.Generator) -
         return rows if np.array_equal(places, np.arange(rows.shape[2])) else rows[:, :, places]
     chosen = np.sort(rng.permutation(taps)[: max(1, ROWS_OF_TAPS // rows.shape[1])])
     return rows[:, :, index.T[chosen]].reshape(len(rows), -1, features)
-
-
-# ---- saturation ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Flat:
-    """A node that is constant on parts of its input range.
-
-    Attributes:
-        node: the node.
-        parts: intervals of the input on which the output does not change.
-    """
-
-    node: Node
-    parts: tuple[tuple[float, float], ...]
-
-
-@dataclass(frozen=True)
-class Range:
-    """Where the input of a node lies, over all positions of all samples.
-
-    Attributes:
-        low, high, sum, square: (channels,) along the labelled axis: extremes, sum and sum of squares.
-        rows: number of positions.
-    """
-
-    low: NDArray[np.float64]
-    high: NDArray[np.float64]
-    sum: NDArray[np.float64]
-    square: NDArray[np.float64]
-    rows: int
-
-    @property
-    def deviation(self) -> NDArray[np.float64]:
-        """(channels,) standard deviation."""
-        return np.sqrt(np.maximum(self.square / self.rows - (self.sum / self.rows) ** 2, 0.0))
-
-    def merge(self, other: Range) -> Range:
-        """The range over the positions of both."""
-        low, high = np.minimum(self.low, other.low), np.maximum(self.high, other.high)
-        return Range(low, high, self.sum + other.sum, self.square + other.square, self.rows + other.rows)
-
-
-def observe_flats(
-    channels: Channels,
-    flats: Sequence[tuple[Flat, int]],
-    samples: Samples,
-    *,
-    providers: Sequence[str],
-    threads: int,
-    progress: Progress,
-) -> tuple[Range, ...]:
-    """Measure the input range of nodes, channel by channel, inside the graph so that nothing large is fetched.
-
-    Args:
-        channels: the traced model.
-        flats: the nodes, each with the channel axis of its input.
-        samples: the data; its FIT and SELECT parts are used.
-        providers: execution providers of ONNX Runtime.
-        threads: intra-op threads, 0 for its own choice.
-        progress: called with (stage, samples done, samples in all).
-    """
-    opset = channels.model.opset
-    proto = onnx.ModelProto()
-    proto.CopyFrom(channels.model.proto)
-    nodes: dict[str, list[onnx.NodeProto]] = {}
-    fetched = []
-    for number, (flat, axis) in enumerate(flats):
-        tensor = flat.node.inputs[0]
-        # The leading axis stays, so that filler samples can be left out.
-        others = [other for other in range(len(channels.resolved.shapes[tensor])) if other not in (0, axis)]
-        names = [f"lindep_onnx_{number}_{what}" for what in ("low", "high", "sum", "square", "shape")]
-        for op, name in zip(("ReduceMin", "ReduceMax", "ReduceSum", "ReduceSumSquare"), names, strict=False):
-            nodes.setdefault(tensor, []).append(_reduction(proto, op, tensor, name, others, opset))
-        nodes[tensor].append(onnx.helper.make_node("Shape", [tensor], [names[4]]))
-        fetched.extend(names)
-    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in fetched)
-    insert_behind(proto, nodes)
-    session = open_session(proto, providers=providers, threads=threads)
-    ranges: list[Range | None] = [None] * len(flats)
-    done, total = 0, len(samples.parts[Part.FIT]) + len(samples.parts[Part.SELECT])
-    for batch in samples.batches(Part.FIT, Part.SELECT):
-        values = session.run(fetched, batch.feeds)
-        for number, (_, axis) in enumerate(flats):
-            *reduced, shape = values[5 * number : 5 * number + 5]
-            kept = [value[: len(value) * len(batch.samples) // batch.size].astype(np.float64) for value in reduced]
-            rows = len(kept[0]) * int(np.prod(shape)) // int(shape[0] * shape[axis])
-            low, high, both, square = kept[0].min(0), kept[1].max(0), kept[2].sum(0), kept[3].sum(0)
-            seen = Range(low, high, both, square, rows)
-            known = ranges[number]
-            ranges[number] = seen if known is None else known.merge(seen)
-        done += len(batch.samples)
-        progress("saturation", done, total)
-    return tuple(found for found in ranges if found is not None)
-
-
-def _reduction(
-    proto: onnx.ModelProto, op: str, source: str, name: str, axes: Sequence[int], opset: int
-) -> onnx.NodeProto:
-    if not axes:
-        if op == "ReduceSumSquare":
-            return onnx.helper.make_node("Mul", [source, source], [name])
-        return onnx.helper.make_node("Identity", [source], [name])
-    if opset < (13 if op == "ReduceSum" else 18):
-        return onnx.helper.make_node(op, [source], [name], axes=list(axes), keepdims=0)
-    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(axes, dtype=np.int64), name + "_axes"))
-    return onnx.helper.make_node(op, [source, name + "_axes"], [name], keepdims=0)

@@ -25,6 +25,7 @@ Usage: python tools/real_figures.py MODELS DATA [--nsfw open_nsfw.onnx] [--table
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -217,6 +218,13 @@ def _picked(name: str, data: Path, seed: int, calib: int, test: int | None) -> t
     return order[:calib], others if test is None else others[len(others) - min(test, len(others)) :]
 
 
+@functools.cache
+def _small_images(data: Path) -> Pixels:
+    with np.load(data / "cifar10_jpeg.npz") as stored:
+        images: Pixels = stored["calib_x"]
+    return images
+
+
 def _photographs(data: Path) -> list[Path]:
     return sorted((data / "imagenet").glob("*.jpg"))
 
@@ -225,10 +233,7 @@ def _samples(name: str, data: Path, numbers: Sequence[int]) -> Iterator[Pixels]:
     """Prepared inputs, one at a time."""
     real = MODELS[name]
     if real.source == "cifar":
-        with np.load(data / "cifar10_jpeg.npz") as stored:
-            images = stored["calib_x"]
-        for number in numbers:
-            yield real.prepared(images[number]).astype(np.float32)
+        yield from (real.prepared(image).astype(np.float32) for image in _small_images(data)[numbers])
         return
     files = _photographs(data)
     for number in numbers:
@@ -241,6 +246,11 @@ def _samples(name: str, data: Path, numbers: Sequence[int]) -> Iterator[Pixels]:
 
 def _input_name(session: onnxruntime.InferenceSession) -> str:
     return str(session.get_inputs()[0].name)
+
+
+def _batch(session: onnxruntime.InferenceSession) -> int:
+    fixed = session.get_inputs()[0].shape[0]
+    return fixed if isinstance(fixed, int) else BATCH
 
 
 def _session(model: Path) -> onnxruntime.InferenceSession:
@@ -257,9 +267,10 @@ def _compare(name: str, data: Path, model: Path, result: Path, numbers: Sequence
     """Agreement and output error on the samples with these numbers."""
     sessions = _session(model), _session(result)
     outputs = [output.name for output in sessions[0].get_outputs()]
+    batch = _batch(sessions[0])
     errors = OutputErrors()
-    for sample in _samples(name, data, numbers):
-        feeds = {_input_name(sessions[0]): sample[None]}
+    for first in range(0, len(numbers), batch):
+        feeds = {_input_name(sessions[0]): np.stack(list(_samples(name, data, numbers[first : first + batch])))}
         y, other = (dict(zip(outputs, session.run(outputs, feeds), strict=True)) for session in sessions)
         errors.update(y, other)
     found = errors.result()
@@ -272,9 +283,8 @@ def _plain_pass(model: Path, samples: Path) -> float:
     name = _input_name(session)
     with np.load(samples) as stored:
         values = stored[name]
-    free = isinstance(session.get_inputs()[0].shape[0], str) or session.get_inputs()[0].shape[0] is None
     seconds = []
-    for batch in (1, BATCH) if free else (1,):
+    for batch in sorted({1, _batch(session)}):
         session.run(None, {name: values[:batch]})
         start = time.perf_counter()
         for first in range(0, len(values), batch):

@@ -1,0 +1,102 @@
+"""Channels that never changed: which may go, and which only happened to be silent."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from build import as_array, build, run, traced
+
+import lindep_onnx
+from lindep_onnx import analysis, calibration, silence
+from lindep_onnx.data import open_samples
+
+NET = "h = Conv(x, w, b)\nr = Relu(h)\ny = Conv(r, v)"
+RUNTIME = {"providers": ("CPUExecutionProvider",), "threads": 0, "progress": lambda stage, done, total: None}
+
+
+def net(bias: np.ndarray, w: np.ndarray | None = None):
+    w = as_array("w", (8, 3, 1, 1)) if w is None else w
+    return build(NET, {"w": w, "b": bias.astype(np.float32), "v": (4, 8, 1, 1)}, x=("N", 3, 16, 16))
+
+
+def images(count: int, seed: int = 0, *, tails: float = 0.0) -> np.ndarray:
+    """Gaussian images; with tails, the size of a whole image varies by as much, on a log scale."""
+    rng = np.random.default_rng(seed)
+    size = np.exp(tails * rng.normal(size=(count, 1, 1, 1)))
+    return (rng.normal(size=(count, 3, 16, 16)) * size).astype(np.float32)
+
+
+def seen(model, data: np.ndarray):
+    channels = traced(model)
+    specs = [lindep_onnx.data.InputSpec("x", np.dtype(np.float32), ("N", 3, 16, 16))]
+    with open_samples({"x": data}, specs, seed=0, holdout=0.3, batch_size=8) as samples:
+        evidence = analysis.evidence(channels, calibration.calibrate(channels, samples, seed=0, **RUNTIME))
+        watched = silence.flats(channels, evidence)
+        return evidence, watched, silence.observe(channels, watched, samples, **RUNTIME)
+
+
+def removed(model, data: np.ndarray, **options: object) -> int:
+    report = lindep_onnx.compress(model, {"x": data}, **options).report
+    return sum(group.removed for group in report.groups)
+
+
+def test_a_channel_far_inside_the_flat_part_goes() -> None:
+    assert removed(net(np.r_[-60.0, np.zeros(7)]), images(100)) == 1
+
+
+def test_a_channel_near_the_end_of_the_flat_part_stays() -> None:
+    # Silent on all samples, but hardly more than its largest value away from waking.
+    highest = run(net(np.zeros(8)), {"x": images(100)})  # runs
+    assert len(highest) == 1
+    w = as_array("w", (8, 3, 1, 1))
+    top = np.einsum("oi,nihw->onhw", w[:, :, 0, 0], images(100))[0].max()
+    assert removed(net(np.r_[-1.05 * top, np.zeros(7)]), images(100)) == 0
+
+
+def test_a_channel_that_speaks_at_one_position_of_one_sample_stays() -> None:
+    model = net(np.r_[-60.0, np.zeros(7)])
+    data = images(100)
+    w = as_array("w", (8, 3, 1, 1))[0, :, 0, 0]
+    data[17, :, 3, 5] = 100 * w / np.square(w).sum()
+    # Few of the 256 positions are sampled: the moments alone see a constant.
+    evidence, _, _ = seen(model, data)
+    assert evidence.silent.any()
+    assert removed(model, data) == 0
+
+
+def test_channels_that_woke_show_how_far_is_not_far_enough() -> None:
+    # Of all channels, the sizes of images vary so much that some wake far outside what others are ever seen to do.
+    w = np.tile(as_array("w", (1, 3, 1, 1)), (8, 1, 1, 1)) * np.linspace(0.9, 1.1, 8)[:, None, None, None]
+    light, heavy = images(120, tails=0.0), images(120, tails=1.5)
+    _, _, calm = seen(net(np.linspace(-60, -6, 8), w.astype(np.float32)), light)
+    _, _, wild = seen(net(np.linspace(-60, -6, 8), w.astype(np.float32)), heavy)
+    assert silence.required_margin(calm) == 0.0
+    assert silence.required_margin(wild) > 0.0
+
+
+@pytest.mark.parametrize("pieces", [1, 5])
+def test_the_statistics_of_batches_add_up(pieces: int) -> None:
+    rng = np.random.default_rng(1)
+    low = rng.normal(size=(40, 6)) - 1.0
+    high = low + rng.random((40, 6))
+    flat = silence.Flat("x", 1, ((-np.inf, 0.0), (2.0, np.inf)), np.arange(6), np.arange(6))
+    parts = [
+        silence._range(flat, (a, b, a + b, a * a + b * b), 2 * len(a))
+        for a, b in zip(np.array_split(low, pieces), np.array_split(high, pieces), strict=True)
+    ]
+    whole = parts[0]
+    for part in parts[1:]:
+        whole = whole.merge(part)
+    inside = high <= 0
+    distance = np.where(inside, -high, np.nan)
+    margin = np.nanmin(distance, axis=0) / np.nanstd(distance, axis=0)
+    np.testing.assert_array_equal(whole.quiet[0].count, inside.sum(axis=0))
+    np.testing.assert_allclose(whole.quiet[0].margin, margin, rtol=1e-9)
+    assert whole.samples == 40 and whole.rows == 80
+
+
+def test_a_part_without_an_end_counts_nobody_and_warns_of_nothing() -> None:
+    flat = silence.Flat("x", 1, ((-np.inf, np.inf),), np.arange(2), np.arange(2))
+    values = np.ones((3, 2))
+    found = silence._range(flat, (values, values, values, values), 3)
+    assert found.quiet[0].count.tolist() == [0, 0] and np.isinf(found.quiet[0].margin).all()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from build import as_array, build, run, traced
+from build import as_array, build, traced
 
 import lindep_onnx
 from lindep_onnx import analysis, calibration, silence
@@ -29,7 +29,7 @@ def images(count: int, seed: int = 0, *, tails: float = 0.0) -> np.ndarray:
 def seen(model, data: np.ndarray):
     channels = traced(model)
     specs = [lindep_onnx.data.InputSpec("x", np.dtype(np.float32), ("N", 3, 16, 16))]
-    with open_samples({"x": data}, specs, seed=0, holdout=0.3, batch_size=8) as samples:
+    with open_samples({"x": data}, specs, seed=0, holdout=0.3, max_samples=None, batch_size=8) as samples:
         evidence = analysis.evidence(channels, calibration.calibrate(channels, samples, seed=0, **RUNTIME))
         watched = silence.flats(channels, evidence)
         return evidence, watched, silence.observe(channels, watched, samples, **RUNTIME)
@@ -45,33 +45,10 @@ def test_a_channel_far_inside_the_flat_part_goes() -> None:
 
 
 def test_a_channel_near_the_end_of_the_flat_part_stays() -> None:
-    # Silent on all samples, but hardly more than its largest value away from waking.
-    highest = run(net(np.zeros(8)), {"x": images(100)})  # runs
-    assert len(highest) == 1
+    # Silent on all samples, but not by much more than the largest value seen.
     w = as_array("w", (8, 3, 1, 1))
-    top = np.einsum("oi,nihw->onhw", w[:, :, 0, 0], images(100))[0].max()
+    top = np.einsum("i,nihw->nhw", w[0, :, 0, 0], images(100)).max()
     assert removed(net(np.r_[-1.05 * top, np.zeros(7)]), images(100)) == 0
-
-
-def test_a_channel_that_speaks_at_one_position_of_one_sample_stays() -> None:
-    model = net(np.r_[-60.0, np.zeros(7)])
-    data = images(100)
-    w = as_array("w", (8, 3, 1, 1))[0, :, 0, 0]
-    data[17, :, 3, 5] = 100 * w / np.square(w).sum()
-    # Few of the 256 positions are sampled: the moments alone see a constant.
-    evidence, _, _ = seen(model, data)
-    assert evidence.silent.any()
-    assert removed(model, data) == 0
-
-
-def test_channels_that_woke_show_how_far_is_not_far_enough() -> None:
-    # Of all channels, the sizes of images vary so much that some wake far outside what others are ever seen to do.
-    w = np.tile(as_array("w", (1, 3, 1, 1)), (8, 1, 1, 1)) * np.linspace(0.9, 1.1, 8)[:, None, None, None]
-    light, heavy = images(120, tails=0.0), images(120, tails=1.5)
-    _, _, calm = seen(net(np.linspace(-60, -6, 8), w.astype(np.float32)), light)
-    _, _, wild = seen(net(np.linspace(-60, -6, 8), w.astype(np.float32)), heavy)
-    assert silence.required_margin(calm) == 0.0
-    assert silence.required_margin(wild) > 0.0
 
 
 @pytest.mark.parametrize("pieces", [1, 5])

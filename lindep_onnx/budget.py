@@ -1,6 +1,6 @@
 """From options to one result: build plans, hold them to the budgets, round widths, keep the best.
 
-Lossless mode has one plan. With a budget the plan is a rung of the ladder (see `lindep_onnx.ladder`) that a search (see
+Lossless mode has one plan, and falls back on smaller ones if unseen samples turn it down. With a budget the plan is a rung of the ladder (see `lindep_onnx.ladder`) that a search (see
 `lindep_onnx.search`) finds: the cheap fold judges the rungs, the refit is run where the search ends. What was found is
 then held to the budgets on samples that nothing else has looked at.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from lindep_onnx import graph, verify
 from lindep_onnx._version import __version__
-from lindep_onnx.analysis import Evidence
+from lindep_onnx.analysis import Evidence, SiteEvidence
 from lindep_onnx.channels import Channels
 from lindep_onnx.config import LOSSLESS_SITE_ERROR, LOSSLESS_VERIFIED_ERROR, Config
 from lindep_onnx.cost import Cost, cost
@@ -130,7 +130,7 @@ class Workshop:
             ladder = self._ladder(lossless) if self._config.budgeted else None
         best: Chosen | None = None
         for width in WIDTHS if self._config.round_to == "auto" else (self._config.round_to,):
-            chosen = self._lossless(lossless, width) if ladder is None else self._budgeted(ladder, width)
+            chosen = self._verified(lossless, width) if ladder is None else self._budgeted(ladder, width)
             chosen = dataclasses.replace(chosen, latency=self._latency(chosen.proto))
             if best is None or (best.failure is not None, _ratio(best)) > (chosen.failure is not None, _ratio(chosen)):
                 best = chosen
@@ -161,21 +161,45 @@ class Workshop:
         return self._samples
 
     def _proven(self) -> Chosen:
-        plan = self._proof.plan
+        chosen = self._carried_out(self._proof.plan, self._proof.evidence)
+        return dataclasses.replace(chosen, latency=self._latency(chosen.proto))
+
+    def _carried_out(self, plan: Plan, evidence: Sequence[SiteEvidence]) -> Chosen:
         with self._stage("rewrite"):
-            new = fold_sites(self._channels, plan.folds, self._proof.evidence, plan.removed)
-            proto = rewrite(self._channels, new, self._metadata)
-        chosen = self._finished(proto, plan.removed, plan.kind, ())
-        return dataclasses.replace(chosen, latency=self._latency(proto))
+            proto = rewrite(
+                self._channels, fold_sites(self._channels, plan.folds, evidence, plan.removed), self._metadata
+            )
+        return self._finished(proto, plan.removed, plan.kind, ())
 
     # ---- lossless ----------------------------------------------------------------------------------------------
 
-    def _lossless(self, plan: Plan, width: int) -> Chosen:
+    def _verified(self, plan: Plan, width: int) -> Chosen:
+        """The whole plan, or as much of it as unseen samples confirm."""
+        first = chosen = self._lossless(plan, self._doubtful, width)
+        if chosen.failure is None or self._config.force:
+            return chosen
+        silent = self._evidence.silent & ~self._proof.constant
+        if (plan.removed & silent).any():
+            with self._stage("plan"):
+                wary = plan_lossless(self._channels, self._evidence, silent, tolerance=LOSSLESS_SITE_ERROR)
+            chosen = self._lossless(wary, silent, width)
+        if chosen.failure is not None:
+            chosen = self._carried_out(self._proof.plan, self._proof.evidence)
+        if chosen.failure is not None:
+            return first
+        error = float("nan") if first.comparison is None else first.comparison.relative_error
+        note = (
+            f"Unseen samples turned down a removal of {first.removed.sum()} channels, which changed an output by "
+            f"{error:.2g}; {chosen.removed.sum()} of them, less dependent on the data, went. Give more or more varied data."
+        )
+        return dataclasses.replace(chosen, notes=(*chosen.notes, note))
+
+    def _lossless(self, plan: Plan, doubtful: NDArray[np.bool_], width: int) -> Chosen:
         removed = rounded(self._channels, plan.removed, np.flatnonzero(plan.removed), width)
         if (removed != plan.removed).any():
             with self._stage("plan"):
                 plan = plan_lossless(
-                    self._channels, self._evidence, self._doubtful, tolerance=LOSSLESS_SITE_ERROR, keep=~removed
+                    self._channels, self._evidence, doubtful, tolerance=LOSSLESS_SITE_ERROR, keep=~removed
                 )
         with self._stage("reconstruct"):
             new = fold_sites(self._channels, plan.folds, self._evidence.sites, plan.removed)

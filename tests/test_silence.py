@@ -8,7 +8,7 @@ from build import as_array, build, traced
 
 import lindep_onnx
 from lindep_onnx import analysis, calibration, silence
-from lindep_onnx.data import open_samples
+from lindep_onnx.data import InputSpec, Part, open_samples
 
 NET = "h = Conv(x, w, b)\nr = Relu(h)\ny = Conv(r, v)"
 RUNTIME = {"providers": ("CPUExecutionProvider",), "threads": 0, "progress": lambda stage, done, total: None}
@@ -28,7 +28,7 @@ def images(count: int, seed: int = 0, *, tails: float = 0.0) -> np.ndarray:
 
 def seen(model, data: np.ndarray):
     channels = traced(model)
-    specs = [lindep_onnx.data.InputSpec("x", np.dtype(np.float32), ("N", 3, 16, 16))]
+    specs = [InputSpec("x", np.dtype(np.float32), ("N", 3, 16, 16))]
     with open_samples({"x": data}, specs, seed=0, holdout=0.3, max_samples=None, batch_size=8) as samples:
         evidence = analysis.evidence(channels, calibration.calibrate(channels, samples, seed=0, **RUNTIME))
         watched = silence.flats(channels, evidence)
@@ -49,6 +49,47 @@ def test_a_channel_near_the_end_of_the_flat_part_stays() -> None:
     w = as_array("w", (8, 3, 1, 1))
     top = np.einsum("i,nihw->nhw", w[0, :, 0, 0], images(100)).max()
     assert removed(net(np.r_[-1.05 * top, np.zeros(7)]), images(100)) == 0
+
+
+def speaking_in(part: Part) -> np.ndarray:
+    """Images of which one, in this part of the split, wakes channel 0 of the net at one position."""
+    data = images(100)
+    specs = [InputSpec("x", np.dtype(np.float32), ("N", 3, 16, 16))]
+    with open_samples({"x": data}, specs, seed=0, holdout=0.3, max_samples=None, batch_size=8) as samples:
+        one = samples.parts[part][0]
+    w = as_array("w", (8, 3, 1, 1))[0, :, 0, 0]
+    data[one, :, 3, 5] = 100 * w / np.square(w).sum()
+    return data
+
+
+@pytest.mark.parametrize("part", [Part.FIT, Part.SELECT])
+def test_a_channel_that_speaks_at_one_position_of_one_sample_stays(part: Part) -> None:
+    model, data = net(np.r_[-60.0, np.zeros(7)]), speaking_in(part)
+    # Few of the 256 positions are sampled: the moments alone see a constant.
+    assert seen(model, data)[0].silent[0]
+    assert removed(model, data) == 0
+
+
+def test_channels_that_woke_show_how_far_is_not_far_enough() -> None:
+    w = np.tile(as_array("w", (1, 3, 1, 1)), (8, 1, 1, 1)).astype(np.float32)
+    model = net(-np.geomspace(400, 30, 8), w)
+    calm, wild = images(120), images(120, tails=1.5)
+    (_, _, tame), (evidence, watched, ranges) = seen(model, calm), seen(model, wild)
+    assert silence.required_margin(tame) == 0.0  # nothing woke
+    assert silence.required_margin(ranges) > 0.0
+    doubtful = silence.unexplained(8, watched, ranges, 120)
+    assert doubtful.tolist() == [False, False, False, True, True, False, False, False]  # the last three are awake
+    assert evidence.silent.tolist() == [True] * 5 + [False] * 3
+    assert (removed(model, calm), removed(model, wild)) == (7, 3)
+
+
+def test_what_unseen_samples_turn_down_is_taken_back() -> None:
+    w = as_array("w", (8, 3, 1, 1))
+    w[5] = 2 * w[4]  # what does not hang on silence still goes
+    report = lindep_onnx.compress(net(np.r_[-60.0, np.zeros(7)], w), {"x": speaking_in(Part.VERIFY)}).report
+    assert sum(group.removed for group in report.groups) == 1
+    assert report.verification is not None and report.verification.passed
+    assert any("turned down a removal of 2 channels" in note for note in report.notes)
 
 
 @pytest.mark.parametrize("pieces", [1, 5])

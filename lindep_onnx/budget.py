@@ -246,7 +246,7 @@ class Workshop:
                 lambda rung: judged(build(rung, False)[0]),
                 (lambda rung: judged(build(rung, True)[0])) if refitted else None,
             )
-        tries = [(count, refitted and needs_refit)]
+        tries = [(count, needs_refit)] + [(count, True)] * (refitted and not needs_refit)
         tries += [(rung, refitted) for rung in on_grid(ladder.rungs(), count)]
         turned_down = 0
         while True:
@@ -256,7 +256,7 @@ class Workshop:
             if chosen.failure is None or turned_down == len(tries) - 1:
                 break
             turned_down += 1
-        if turned_down:
+        if rung < count:
             note = f"Unseen samples turned down {turned_down} larger reduction(s) that the others had allowed."
             chosen = dataclasses.replace(chosen, notes=(*chosen.notes, note))
         return chosen

@@ -26,7 +26,8 @@ __all__ = ["Curve", "Ladder", "Saving", "build_ladder", "curves", "folds_of", "s
 
 Saving: TypeAlias = Literal["parameters", "macs", "channels"]
 
-#: Rungs that a search over measured errors probes; a search over sizes uses every unit.
+#: Rungs that a search over measured errors probes, and how they crowd where little is left; a search over sizes uses
+#: every unit.
 RUNGS, CROWDING = 96, 1.5
 #: Share of a site's units that is removed to find the ridge which generalises best.
 RIDGE_SHARE = 0.5
@@ -78,7 +79,7 @@ class Ladder:
         They lie closer where little is left: there a unit is a larger share of the model.
         """
         left = np.linspace(1, 0, RUNGS + 1) ** CROWDING
-        return np.unique(np.round(len(self) * (1 - left)).astype(np.int64)).tolist()
+        return sorted({round(len(self) * (1 - share)) for share in left.tolist()})
 
 
 def savings(channels: Channels, kind: Saving) -> NDArray[np.float64]:

@@ -138,7 +138,17 @@ class Workshop:
             if self._config.round_to == "auto" and best.failure is None and _ratio(best) <= FASTER:
                 break
         assert best is not None
+        if self._config.round_to == "auto" and not self._sizes() and _ratio(best) > 1 / FASTER:
+            best = self._unchanged()
         return dataclasses.replace(best, notes=(*best.notes, *self._slower(best)))
+
+    def _unchanged(self) -> Chosen:
+        nothing = Plan(np.zeros(self._channels.units, dtype=bool), np.zeros(self._channels.units, dtype=np.int8), {})
+        chosen = self._carried_out(nothing, self._evidence.sites)
+        note = (
+            "Nothing was removed: no width made the result as fast in ONNX Runtime here. Try without --round-to auto."
+        )
+        return dataclasses.replace(chosen, latency=self._latency(chosen.proto), notes=(note,))
 
     def _slower(self, chosen: Chosen) -> Iterator[str]:
         if chosen.latency is None or _ratio(chosen) <= 1.1 or not chosen.removed.any():

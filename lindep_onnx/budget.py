@@ -1,8 +1,9 @@
 """From options to one result: build plans, hold them to the budgets, round widths, keep the best.
 
-Lossless mode has one plan, and falls back on smaller ones if unseen samples turn it down. With a budget the plan is a rung of the ladder (see `lindep_onnx.ladder`) that a search (see
-`lindep_onnx.search`) finds: the cheap fold judges the rungs, the refit is run where the search ends. What was found is
-then held to the budgets on samples that nothing else has looked at.
+Lossless mode has one plan, and falls back on smaller ones if unseen samples turn it down. With a budget the plan is a
+rung of the ladder (see `lindep_onnx.ladder`) that a search (see `lindep_onnx.search`) finds: the cheap fold judges the
+rungs, the refit is run where the search ends. What was found is then held to the budgets on samples that nothing else
+has looked at.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from lindep_onnx.data import Part, Samples
 from lindep_onnx.errors import BudgetError, LindepError, VerificationError
 from lindep_onnx.influence import Disturbances, measured_curves, site_influence
 from lindep_onnx.ladder import Ladder, Saving, build_ladder, curves, folds_of, savings
+from lindep_onnx.placement import balanced
 from lindep_onnx.plan import Plan, plan_lossless
 from lindep_onnx.proven import Proof
 from lindep_onnx.reconstruct import fold_sites
@@ -190,12 +192,14 @@ class Workshop:
         error = float("nan") if first.comparison is None else first.comparison.relative_error
         note = (
             f"Unseen samples turned down a removal of {first.removed.sum()} channels, which changed an output by "
-            f"{error:.2g}; {chosen.removed.sum()} of them, less dependent on the data, went. Give more or more varied data."
+            f"{error:.2g}; {chosen.removed.sum()} of them, less dependent on the data, went. Give more or more varied "
+            "data."
         )
         return dataclasses.replace(chosen, notes=(*chosen.notes, note))
 
     def _lossless(self, plan: Plan, doubtful: NDArray[np.bool_], width: int) -> Chosen:
-        removed = rounded(self._channels, plan.removed, np.flatnonzero(plan.removed), width)
+        order = np.flatnonzero(plan.removed)
+        removed = balanced(self._channels, rounded(self._channels, plan.removed, order, width), order)
         if (removed != plan.removed).any():
             with self._stage("plan"):
                 plan = plan_lossless(
@@ -228,7 +232,8 @@ class Workshop:
         judged = self._judged()
 
         def removed_at(count: int) -> NDArray[np.bool_]:
-            return rounded(self._channels, ladder.removed(count), ladder.order[:count], width)
+            order = ladder.order[:count]
+            return balanced(self._channels, rounded(self._channels, ladder.removed(count), order, width), order)
 
         def build(count: int, refit_it: bool) -> tuple[onnx.ModelProto, NDArray[np.bool_], tuple[str, ...]]:
             removed = removed_at(count)

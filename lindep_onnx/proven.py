@@ -12,6 +12,7 @@ from lindep_onnx.calibration import features
 from lindep_onnx.channels import FROZEN, Channels, Site
 from lindep_onnx.dependence import COLLINEAR_KIND, CONSTANT
 from lindep_onnx.ops.facts import Facts, Known, output_facts
+from lindep_onnx.placement import balanced
 from lindep_onnx.plan import Fold, Plan
 
 __all__ = ["Proof", "prove"]
@@ -61,28 +62,27 @@ def prove(channels: Channels) -> Proof:
     for unit, other in _multiples(channels, seen, kind):
         if _take(channels, left, unit):
             kind[unit], partner[unit] = COLLINEAR_KIND, other
+    kind[~balanced(channels, kind > 0)] = 0
     return Proof(Plan(kind > 0, kind, _folds(seen, kind, partner)), constant, evidence)
 
 
 def _site(channels: Channels, site: Site, known: Known) -> tuple[SiteEvidence, list[bytes], NDArray[np.float64]]:
     """The site's features as evidence, with their keys and scales."""
     layout = features(site.columns)
-    size = len(layout.index)
-    first = layout.index[:, 0]
+    index = layout.index + site.first_column
+    size = len(index)
+    first = index[:, 0]
     found: list[Facts | None] = [known.of(reader.tensor, reader.axis) for reader in site.readers]
     facts = found[0] if len(site.readers) == 1 else None
     low, high, scale = np.full(size, -np.inf), np.full(size, np.inf), np.ones(size)
     keys = [b"" for _ in range(size)]
     if facts is not None:
-        every = facts.low[layout.index], facts.high[layout.index]
+        every = facts.low[index], facts.high[index]
         low, high, scale = every[0].min(axis=1), every[1].max(axis=1), facts.scale[first]
-        ratios = facts.scale[layout.index] / np.where(scale > 0, scale, 1.0)[:, None]
+        ratios = facts.scale[index] / np.where(scale > 0, scale, 1.0)[:, None]
         same = (np.abs(ratios - 1) < 1e-9).all(axis=1) | (scale == 0)
         # Behind a Flatten a channel is known by all of its positions.
-        keys = [
-            b"".join(facts.key[place] for place in row) if ok else b""
-            for row, ok in zip(layout.index, same, strict=True)
-        ]
+        keys = [b"".join(facts.key[place] for place in row) if ok else b"" for row, ok in zip(index, same, strict=True)]
     constant = np.isfinite(low) & (low == high)
     mean = np.where(constant, low, 0.0) if site.affine else np.zeros(size)
     if not site.affine:

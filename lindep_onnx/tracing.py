@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
@@ -17,7 +17,7 @@ from lindep_onnx.channels import (
     Channels,
     Group,
     Labelling,
-    Reader,
+    Multiplied,
     Reason,
     Refusal,
     Site,
@@ -103,13 +103,18 @@ def _check_claims(tracer: Tracer) -> None:
         partial = readers != set(claims) or name in model.outputs
         for axis in {axis for axes in claims.values() for axis in axes}:
             asked = [axes[axis] for axes in claims.values() if axis in axes]
+            if len({atoms.shape for atoms in asked}) > 1:
+                for atoms in asked:
+                    tracer.freeze(atoms, TWO_WAYS, first)
+                continue
             for atoms in asked:
                 tracer.link(atoms, asked[0])
             if partial or len(asked) < len(claims):
                 blame = next((model.nodes[index] for index, _ in sorted(readers - set(claims))), first)
                 tracer.freeze(asked[0], TWO_WAYS, blame)
         layouts = multiplied.get(name, [])
-        if layouts and (len({entry[1:3] for entry in layouts}) > 1 or len(layouts) != len(claims)):
+        ways = {(entry.inputs, entry.outputs, entry.blocks) for entry in layouts}
+        if layouts and (len(ways) > 1 or len(layouts) != len(claims)):
             # A fold changes the weight for every reader, so all must multiply it in the same way.
             for atoms in labelled:
                 tracer.freeze(atoms, TWO_WAYS, first)
@@ -139,19 +144,20 @@ def _replaceable(tracer: Tracer, name: str) -> bool:
 def _components(tracer: Tracer, min_channels: int) -> Channels:
     sites = _sites(tracer)
     count = tracer.atoms
-    pairs = [
-        np.concatenate([pair[side].ravel() for pair in tracer.links] or [np.empty(0, np.int64)]) for side in (0, 1)
-    ]
-    edges = coo_array((np.ones(len(pairs[0]), dtype=np.int8), (pairs[0], pairs[1])), shape=(count, count))
-    component = np.asarray(connected_components(edges, directed=False)[1], dtype=np.int64)
-    cause = np.full(component.max(initial=-1) + 1, -1, dtype=np.int64)
+    component = _connected(tracer.links, count)
+    together = _connected(tracer.links + tracer.aligned, count)
+    bundle = np.zeros(component.max(initial=-1) + 1, dtype=np.int64)  # of each component
+    bundle[component] = together
+    cause = np.full(together.max(initial=-1) + 1, -1, dtype=np.int64)
     for index in reversed(range(len(tracer.frozen))):  # the first cause in graph order is the one to tell
-        cause[component[tracer.frozen[index][0]]] = index
+        cause[together[tracer.frozen[index][0]]] = index
 
-    read = np.zeros(len(cause), dtype=bool)
+    read = np.zeros(len(bundle), dtype=bool)
     for site in sites:
         read[component[site.columns]] = True
-    free = read & (cause < 0)
+    whole = np.ones(len(cause), dtype=bool)  # a bundle of which a part cannot go stays
+    whole[bundle[~read]] = False
+    free = whole[bundle] & (cause[bundle] < 0)
     number = np.where(free, np.cumsum(free) - 1, FROZEN)
     unit = number[component] if count else np.empty(0, np.int64)
     units = int(free.sum())
@@ -164,32 +170,94 @@ def _components(tracer: Tracer, min_channels: int) -> Channels:
         reads=MappingProxyType(dict(tracer.claims)),
         unit=unit,
         units=units,
+        bundle=bundle[free],
+        cell=_cells(labels, tracer.claims, unit, bundle[free]),
         sites=tuple(sites),
         products=tuple(tracer.products),
         producers=tuple(tracer.producers),
         groups=_groups(tracer, sites, unit, units),
-        refusals=_refusals(tracer, component, cause),
+        refusals=_refusals(tracer, together, cause),
         least=_least(labels, tracer.claims, unit, min_channels),
     )
 
 
-def _by_weight(tracer: Tracer) -> dict[str, list[tuple[str, int, int, Reader, bool]]]:
-    found: dict[str, list[tuple[str, int, int, Reader, bool]]] = {}
+def _connected(links: Sequence[tuple[Atoms, Atoms]], count: int) -> Atoms:
+    """(count,) the connected component of each atom."""
+    left, right = (np.concatenate([pair[side].ravel() for pair in links] or [np.empty(0, np.int64)]) for side in (0, 1))
+    edges = coo_array((np.ones(len(left), dtype=np.int8), (left, right)), shape=(count, count))
+    return np.asarray(connected_components(edges, directed=False)[1], dtype=np.int64)
+
+
+def _by_weight(tracer: Tracer) -> dict[str, list[Multiplied]]:
+    found: dict[str, list[Multiplied]] = {}
     for entry in tracer.sites:
-        found.setdefault(entry[0], []).append(entry)
+        found.setdefault(entry.weight, []).append(entry)
     return found
 
 
 def _sites(tracer: Tracer) -> list[Site]:
     sites = []
     for name, entries in _by_weight(tracer).items():
-        _, inputs, outputs, first, affine = entries[0]
-        axes = next(axes for (node, _), axes in tracer.claims[name].items() if node == first.node and inputs in axes)
-        size = tracer.resolved.constants[name].shape[outputs]
+        first = entries[0]
+        blocks, inputs, outputs = first.blocks, first.inputs, first.outputs
+        axes = next(
+            axes for (node, _), axes in tracer.claims[name].items() if node == first.reader.node and inputs in axes
+        )
+        shape = tracer.resolved.constants[name].shape
+        size = shape[outputs] if outputs == 0 else shape[outputs] * blocks
         rows = axes[outputs] if outputs in axes else tracer.fresh(size)  # a single output is never labelled
-        readers = tuple(entry[3] for entry in entries)
-        sites.append(Site(name, inputs, outputs, readers, axes[inputs], rows, affine and len(readers) == 1))
+        readers = tuple(entry.reader for entry in entries)
+        affine = first.affine and len(readers) == 1
+        parts = zip(axes[inputs].reshape(blocks, -1), rows.reshape(blocks, -1), strict=True)
+        for block, (own_columns, own_rows) in enumerate(parts):
+            sites.append(Site(name, inputs, outputs, readers, own_columns, own_rows, affine, block, blocks))
     return sites
+
+
+def _cells(
+    labels: Mapping[str, tuple[Labelling, ...]],
+    reads: Mapping[str, Mapping[tuple[int, int], Mapping[int, Atoms]]],
+    unit: Atoms,
+    bundle: Atoms,
+) -> Atoms:
+    """(units,) which units can trade places: those whose atoms occur along the very same axes equally often.
+
+    What reads an axis without telling its places apart does not notice the trade, and what tells them apart (a Slice,
+    one group of a convolution, one head) has an axis of its own. Only bundles of several units have use for it.
+    """
+    cell = np.arange(len(bundle))
+    several = np.bincount(bundle, minlength=1)[bundle] > 1 if len(bundle) else np.zeros(0, dtype=bool)
+    if not several.any():
+        return cell
+    lines = list(_lines(labels, reads))
+    atoms = np.concatenate(lines)
+    line = np.repeat(np.arange(len(lines)), [len(one) for one in lines])
+    wanted = np.append(several, False)[unit[atoms]]
+    atoms, line = atoms[wanted], line[wanted]
+    order = np.lexsort((line, atoms, unit[atoms]))
+    atoms, line = atoms[order], line[order]
+    first = np.diff(atoms, prepend=-1) != 0  # where a new atom begins
+    marks = np.stack([first, line], axis=1)
+    starts = np.flatnonzero(np.diff(unit[atoms], prepend=-1))
+    found: dict[bytes, int] = {}
+    for begin, end in zip(starts, [*starts[1:], len(atoms)], strict=True):
+        own = int(unit[atoms[begin]])
+        cell[own] = found.setdefault(marks[begin:end].tobytes(), own)
+    return cell
+
+
+def _lines(
+    labels: Mapping[str, tuple[Labelling, ...]],
+    reads: Mapping[str, Mapping[tuple[int, int], Mapping[int, Atoms]]],
+) -> Iterator[Atoms]:
+    """The atoms along every axis of every tensor and constant, one line for each index along the other axes."""
+    for tensor in sorted(labels):
+        for label in labels[tensor]:
+            yield from label.rows()
+    for name in sorted(reads):
+        for axes in reads[name].values():
+            for atoms in axes.values():
+                yield from np.atleast_2d(atoms)
 
 
 def _groups(tracer: Tracer, sites: Sequence[Site], unit: Atoms, units: int) -> tuple[Group, ...]:
@@ -241,10 +309,8 @@ def _least(
     min_channels: int,
 ) -> tuple[tuple[NDArray[np.int64], int], ...]:
     """Sets of units that make up a whole axis: something of it has to stay."""
-    computed = [label.along_cut() for tensor in sorted(labels) for label in labels[tensor]]
-    constant = [atoms for name in sorted(reads) for axes in reads[name].values() for atoms in axes.values()]
     found: dict[bytes, tuple[NDArray[np.int64], int]] = {}
-    for atoms in (*computed, *constant):
+    for atoms in _lines(labels, reads):
         on_axis = unit[atoms]
         members = np.unique(on_axis[on_axis != FROZEN])
         # An axis of n places made of fewer units cannot promise more places than each unit brings at least.

@@ -106,6 +106,6 @@ def ignoring(channels: Channels, removed: np.ndarray) -> onnx.ModelProto:
             raise AssertionError("plain weights only")
         index = [slice(None)] * value.ndim
         index[site.inputs] = gone
-        value[tuple(index)] = 0
+        site.part(value)[tuple(index)] = 0
         model = with_initializer(model, name, value)
     return model

@@ -47,12 +47,17 @@ def regroup(node: Node, tracer: Tracer) -> None:
         return
     labels: list[Labelling] = []
     done: set[int] = set()
-    for ins, outs in _blocks(before, after):
+    blocks = _blocks(before, after)
+    renamed = {ins[0]: outs[0] for ins, outs in blocks if len(ins) == len(outs) == 1}
+    for ins, outs in blocks:
         inside = [label for label in tracer.labels[data] if label.cut in ins]
         done.update(label.cut for label in inside)
         if len(inside) > 1 and len(outs) != len(ins):
             for label in inside:
                 tracer.freeze(label.atoms.ravel(), REGROUPED, node)
+        elif len(inside) == 1 and all(axis in renamed for axis in inside[0].axes):
+            label = inside[0]
+            labels.append(Labelling(tuple(renamed[axis] for axis in label.axes), label.atoms, renamed[label.cut]))
         elif len(inside) == 1:
             labels.extend(_regrouped(inside[0], ins, outs, before, after, tracer))
     for label in tracer.labels[data]:
@@ -114,9 +119,7 @@ def _regrouped(
     tracer: Tracer,
 ) -> list[Labelling]:
     if any(axis not in ins for axis in label.axes):
-        label = Labelling((label.cut,), label.along_cut(), label.cut)
-    if len(ins) == len(outs) == 1:
-        return [Labelling((outs[0],), label.along_cut(), outs[0])]
+        label = Labelling((label.cut,), tracer.flat(label), label.cut)
     full = np.broadcast_to(_spread(label, ins), [int(before[axis]) for axis in ins])
     atoms = full.reshape([int(after[axis]) for axis in outs])
     varying = [place for place in range(len(outs)) if (np.diff(atoms, axis=place) != 0).any()]
@@ -127,10 +130,9 @@ def _regrouped(
     atoms = atoms[index]
     axes = [outs[place] for place in varying]
     cut = max(range(len(axes)), key=lambda place: (atoms.shape[place], place))
-    # What survives has to be a box again: all places along the other axes go together.
-    first = np.take(np.moveaxis(atoms, cut, 0).reshape(atoms.shape[cut], -1), [0], axis=1)
-    tracer.link(np.moveaxis(atoms, cut, 0).reshape(atoms.shape[cut], -1), first)
-    return [Labelling(tuple(axes), atoms, axes[cut])]
+    made = Labelling(tuple(axes), atoms, axes[cut])
+    tracer.align(made.rows())  # what survives has to be a box again
+    return [made]
 
 
 def _spread(label: Labelling, ins: list[int]) -> Atoms:

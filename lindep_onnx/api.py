@@ -25,7 +25,7 @@ from lindep_onnx.channels import Channels
 from lindep_onnx.config import Config
 from lindep_onnx.cost import Cost
 from lindep_onnx.data import InputSpec, Part, Samples, open_samples
-from lindep_onnx.errors import LindepError, OutputError, UsageError
+from lindep_onnx.errors import LindepError, ModelError, OutputError, UsageError
 from lindep_onnx.groups import measure_groups
 from lindep_onnx.plan import KINDS
 from lindep_onnx.proven import Proof, prove
@@ -216,6 +216,12 @@ def _inputs(model: graph.Model, resolved: Resolved) -> list[InputSpec]:
     specs = []
     for value in model.proto.graph.input:
         if value.name in model.inputs:
+            if not value.type.HasField("tensor_type"):
+                kind = (value.type.WhichOneof("value") or "unknown type").removesuffix("_type")
+                raise ModelError(
+                    f"Input {value.name!r} is a {kind}, and calibration data holds tensors: use --proven-only, which "
+                    "needs no data, or export the model with tensor inputs."
+                )
             dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
             specs.append(InputSpec(value.name, dtype, resolved.shapes.get(value.name, ())))
     return specs

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 
@@ -36,6 +38,23 @@ COMPUTED_WEIGHT = Reason(
 )
 OVERRIDABLE = Reason("overridable", "a weight is a graph input as well, so that a caller may replace it")
 EXCLUDED = Reason("excluded", "the options --include and --exclude leave these nodes alone")
+QUANTISED = Reason(
+    "quantised", "the model is quantised; compress the floating-point model first, and quantise what comes out"
+)
+_QUANTISED = re.compile(r"(^|::)(QLinear\w+|QAttention|QGemm|(De|Dynamic)?[Qq]uantizeLinear|\w+Integer\w*|MatMulNBits|MatMulFpQ4)$")
+#: Which input of an operator is the weight, and which of its axes counts output channels.
+_QUANTISED_WEIGHT = {
+    "Conv": (1, 0),
+    "ConvInteger": (1, 0),
+    "QLinearConv": (3, 0),
+    "ConvTranspose": (1, 1),
+    "MatMul": (1, -1),
+    "MatMulInteger": (1, -1),
+    "DynamicQuantizeMatMul": (1, -1),
+    "QLinearMatMul": (3, -1),
+    "Gemm": (1, -1),
+    "QGemm": (3, -1),
+}
 SUBGRAPH = Reason("subgraph", "a node with sub-graphs (If, Loop, Scan) reads them")
 
 
@@ -57,19 +76,35 @@ def trace(
         min_channels: no axis is cut below this.
     """
     tracer = Tracer(model, resolved)
-    for node in model.nodes:
+    quantised = _quantised(model, resolved)
+    for node in model.nodes if quantised is None else ():
         if all(name in resolved.constants for name in node.outputs if name) and not node.captures:
             continue
         rule = tracing_rule(node.op)
         if rule is None or node.captures:
-            tracer.refuse(node, UNKNOWN if rule is None else SUBGRAPH)
+            tracer.refuse(node, SUBGRAPH if node.captures else UNKNOWN)
         else:
             rule(node, tracer)
         _leave_alone(tracer, node, include, exclude)
     for name in model.outputs:
         tracer.freeze_tensor(name, GRAPH_OUTPUT, model.producer.get(name))
     _check_claims(tracer)
-    return _components(tracer, min_channels)
+    channels = _components(tracer, min_channels)
+    return channels if quantised is None else dataclasses.replace(channels, refusals=(quantised,))
+
+
+def _quantised(model: Model, resolved: Resolved) -> Refusal | None:
+    """One refusal for a whole quantised model: its weights are integers, and its scales belong to all that is there."""
+    nodes = [node for node in model.nodes if _QUANTISED.search(node.op)]
+    if not nodes:
+        return None
+    channels = 0
+    for node in model.nodes:
+        position, axis = _QUANTISED_WEIGHT.get(node.op.rpartition("::")[2], (None, 0))
+        shape = resolved.shapes.get(node.input(position)) if position is not None else None
+        size = shape[axis] if shape and len(shape) > 1 else 0
+        channels += size if isinstance(size, int) else 0
+    return Refusal(QUANTISED, (nodes[0].name,), channels)
 
 
 def _leave_alone(tracer: Tracer, node: Node, include: Sequence[str], exclude: Sequence[str]) -> None:
@@ -118,8 +153,8 @@ def _check_claims(tracer: Tracer) -> None:
             # A fold changes the weight for every reader, so all must multiply it in the same way.
             for atoms in labelled:
                 tracer.freeze(atoms, TWO_WAYS, first)
-        if name not in model.stored and not _replaceable(tracer, name):
-            reason = TWO_WAYS if name in tracer.resolved.origins else COMPUTED_WEIGHT
+        reason = None if name in model.stored else _replaceable(tracer, name)
+        if reason is not None:
             for atoms in labelled:
                 tracer.freeze(atoms, reason, model.producer[name])
 
@@ -129,16 +164,33 @@ def _places(node: Node, name: str) -> list[int]:
     return places if places else [-1]  # a capture
 
 
-def _replaceable(tracer: Tracer, name: str) -> bool:
-    """Whether the chain of nodes from the stored constant to `name` serves nothing else."""
+def _replaceable(tracer: Tracer, name: str) -> Reason | None:
+    """Why a constant that nodes compute from stored ones must stay as it is; None if a stored one may take its place.
+
+    It may not where the model would grow: where what it is computed from is smaller, or stays for other readers.
+    """
     model = tracer.model
-    if name not in tracer.resolved.origins:
-        return False
-    while name not in model.stored:
-        name = model.producer[name].input(0)
-        if len(model.consumers[name]) != 1 or name in model.outputs or name in tracer.claims:
-            return False
-    return name not in model.overridable
+    behind: set[int] = set()
+    waiting = [name]
+    while waiting:
+        node = model.producer.get(waiting.pop())
+        if node is not None and node.index not in behind:
+            behind.add(node.index)
+            waiting.extend(filter(None, node.inputs))
+    gone: set[int] = set()
+
+    def vanishes(tensor: str) -> bool:
+        return tensor not in model.outputs and all(node.index in gone for node in model.consumers.get(tensor, ()))
+
+    for index in sorted(behind, reverse=True):
+        if all(made == name or vanishes(made) for made in model.nodes[index].outputs if made):
+            gone.add(index)
+    stored = {read for index in behind for read in model.nodes[index].inputs if read in model.stored}
+    sizes = {read: model.stored[read].size for read in stored}
+    needed = tracer.resolved.constants[name].size
+    if sum(size for read, size in sizes.items() if vanishes(read)) >= needed:
+        return None
+    return TWO_WAYS if sum(sizes.values()) >= needed else COMPUTED_WEIGHT
 
 
 def _components(tracer: Tracer, min_channels: int) -> Channels:

@@ -17,6 +17,7 @@ WEIGHT_RANK = Reason("weight_rank", "a constant weight of rank over 2 is a batch
 TRANSPOSED = Reason("transposed_data", "Gemm reads its data transposed (transA)")
 CONTRACTED = Reason("contracted", "two computed tensors are multiplied along them")
 FROZEN_INPUT = Reason("frozen_input", "a depthwise convolution computes them one by one from channels that stay")
+EQUATION = Reason("einsum", "an Einsum that is more than the product with a constant matrix reads them")
 VECTOR = Reason("vector_product", "a product with a vector reads them")
 SPATIAL = Reason("spatial_axis", "they lie along an axis that a window moves over")
 
@@ -267,6 +268,40 @@ def _constant_product(node: Node, tracer: Tracer, position: int, mixed: int) -> 
     tracer.products.append(Product(weight, position, inputs, outputs, 1, 1.0, reader, None))
     if columns is not None:
         tracer.site(weight, inputs, outputs, reader, affine=True)
+
+
+@traces("Einsum")
+def einsum(node: Node, tracer: Tracer) -> None:
+    """A computed tensor times a constant matrix, whose other indices pass in their order; nothing else."""
+    inputs, _, result = node.attributes["equation"].replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    constant = [tracer.constant(name) is not None for name in node.inputs]
+    if len(terms) != 2 or sum(constant) != 1 or "." in inputs or any(len(set(term)) < len(term) for term in terms):
+        tracer.refuse(node, EQUATION)
+        return
+    position = constant.index(True)
+    weight, data = terms[position], terms[1 - position]
+    summed, made = set(weight) & set(data) - set(result), set(weight) & set(result) - set(data)
+    if len(weight) != 2 or len(summed) != 1 or len(made) != 1:
+        tracer.refuse(node, EQUATION)
+        return
+    (one,), (other,) = summed, made
+    if data.replace(one, "") != result.replace(other, ""):
+        tracer.refuse(node, EQUATION)
+        return
+    axis, new, name = data.index(one), result.index(other), node.inputs[1 - position]
+    outputs = weight.index(other)
+    atoms = tracer.produce(node, tracer.resolved.constants[node.inputs[position]].shape[outputs])
+    axes = tracer.axes(name)
+    columns = axes.get(axis)
+    wanted = {outputs: atoms} if columns is None else {outputs: atoms, 1 - outputs: columns}
+    tracer.claim(node, position, wanted)
+    passing = {result.index(data[place]): own for place, own in axes.items() if place != axis}
+    tracer.label_axes(node.outputs[0], {**passing, new: atoms})
+    reader = Reader(node.index, name, axis, node.outputs[0], new, bias=_following_bias(node, tracer, new))
+    tracer.products.append(Product(node.inputs[position], position, 1 - outputs, outputs, 1, 1.0, reader, None))
+    if columns is not None:
+        tracer.site(node.inputs[position], 1 - outputs, outputs, reader, affine=True)
 
 
 def _following_bias(node: Node, tracer: Tracer, axis: int) -> Bias:

@@ -15,6 +15,7 @@ __all__: list[str] = []
 
 REGROUPED = Reason("reshape", "a Reshape regroups them with axes of unknown size or other channels")
 COUNTED = Reason("counted", "their number is an output of the model, or a Size operator counts them")
+MOVED = Reason("spatial_axis", "they lie along an axis whose positions become channels, or the other way round")
 REPEATED = Reason("repeated", "a Tile or Expand repeats them")
 RUNTIME_SHAPE = Reason("runtime_shape", "the shape they are given is computed at run time")
 
@@ -179,6 +180,32 @@ def squeeze_axes(node: Node, draft: Draft) -> None:
         draft.set_attribute(node, "axes", axes)
 
 
+@traces("DepthToSpace")
+def depth_to_space(node: Node, tracer: Tracer) -> None:
+    """The channels that become one channel, block by block of positions, go together."""
+    data = node.inputs[0]
+    axes = tracer.axes(data)
+    tracer.freeze_tensor(data, MOVED, node, [2, 3])
+    if 1 in axes:
+        squares = int(node.attributes["blocksize"]) ** 2
+        last = node.attributes.get("mode", "DCR") == "CRD"
+        parts = axes[1].reshape(-1, squares).T if last else axes[1].reshape(squares, -1)
+        tracer.link(parts, parts[:1])
+        axes[1] = parts[0]
+    tracer.label_axes(node.outputs[0], {axis: atoms for axis, atoms in axes.items() if axis < 2})
+
+
+@traces("SpaceToDepth")
+def space_to_depth(node: Node, tracer: Tracer) -> None:
+    """Each channel becomes one for each place in a block; they go together."""
+    data = node.inputs[0]
+    axes = tracer.axes(data)
+    tracer.freeze_tensor(data, MOVED, node, [2, 3])
+    if 1 in axes:
+        axes[1] = tracer.distinct(np.tile(axes[1], int(node.attributes["blocksize"]) ** 2))
+    tracer.label_axes(node.outputs[0], {axis: atoms for axis, atoms in axes.items() if axis < 2})
+
+
 @traces("Expand")
 def expand(node: Node, tracer: Tracer) -> None:
     """Axes of the data that keep their size pass; their place in the target vector is rewritten."""
@@ -255,7 +282,22 @@ def size(node: Node, tracer: Tracer) -> None:
     tracer.freeze_tensor(node.inputs[0], COUNTED, node)
 
 
-@traces("ConstantOfShape", "Range", "RandomNormal", "RandomUniform", "EyeLike", "NonZero")
+@traces("ConstantOfShape")
+def filled(node: Node, tracer: Tracer) -> None:
+    """One value everywhere: as many places may go as its readers want, where their number is fixed."""
+    shape = tracer.shape(node.outputs[0]) or ()
+    axes = {axis: tracer.fresh(size) for axis, size in enumerate(shape) if axis > 0 and isinstance(size, int)}
+    tracer.label_axes(node.outputs[0], axes)
+
+
+@rewrites("ConstantOfShape")
+def filled_sizes(node: Node, draft: Draft) -> None:
+    """The sizes that are left."""
+    kept = draft.kept(node.outputs[0])
+    draft.set_elements(node, 0, {axis: int(mask.sum()) for axis, mask in kept.items()})
+
+
+@traces("Range", "RandomNormal", "RandomUniform", "EyeLike", "NonZero")
 def made(node: Node, tracer: Tracer) -> None:
     """Makes elements out of sizes: no channels come in or go out."""
     tracer.refuse(node, RUNTIME_SHAPE)

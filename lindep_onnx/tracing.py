@@ -41,7 +41,9 @@ EXCLUDED = Reason("excluded", "the options --include and --exclude leave these n
 QUANTISED = Reason(
     "quantised", "the model is quantised; compress the floating-point model first, and quantise what comes out"
 )
-_QUANTISED = re.compile(r"(^|::)(QLinear\w+|QAttention|QGemm|(De|Dynamic)?[Qq]uantizeLinear|\w+Integer\w*|MatMulNBits|MatMulFpQ4)$")
+_QUANTISED = re.compile(
+    r"(^|::)(QLinear\w+|QAttention|QGemm|(De|Dynamic)?[Qq]uantizeLinear|\w+Integer\w*|MatMulNBits)$"
+)
 #: Which input of an operator is the weight, and which of its axes counts output channels.
 _QUANTISED_WEIGHT = {
     "Conv": (1, 0),

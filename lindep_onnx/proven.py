@@ -54,13 +54,13 @@ def prove(channels: Channels) -> Proof:
         live = site_evidence.unit != FROZEN
         constant[site_evidence.unit[live & ~gone]] = False
     kind = np.zeros(channels.units, dtype=np.int8)
-    left = [len(members) - bound for members, bound in channels.least]
+    bounds = _Bounds(channels)
     partner = np.full(channels.units, -1)
     for unit in np.flatnonzero(constant)[::-1].tolist():
-        if _take(channels, left, unit):
+        if bounds.take(unit):
             kind[unit] = CONSTANT
     for unit, other in _multiples(channels, seen, kind):
-        if _take(channels, left, unit):
+        if bounds.take(unit):
             kind[unit], partner[unit] = COLLINEAR_KIND, other
     kind[~balanced(channels, kind > 0)] = 0
     return Proof(Plan(kind > 0, kind, _folds(seen, kind, partner)), constant, evidence)
@@ -95,14 +95,24 @@ def _site(channels: Channels, site: Site, known: Known) -> tuple[SiteEvidence, l
     return seen, keys, scale
 
 
-def _take(channels: Channels, left: list[int], unit: int) -> bool:
-    """Whether a unit may go without emptying an axis; counts it if so."""
-    own = [number for number, (members, _) in enumerate(channels.least) if unit in members]
-    if any(left[number] <= 0 for number in own):
-        return False
-    for number in own:
-        left[number] -= 1
-    return True
+class _Bounds:
+    """How many units of each set (`Channels.least`) may still go."""
+
+    def __init__(self, channels: Channels) -> None:
+        self._left = [len(members) - bound for members, bound in channels.least]
+        self._sets: dict[int, list[int]] = {}
+        for number, (members, _) in enumerate(channels.least):
+            for unit in members.tolist():
+                self._sets.setdefault(unit, []).append(number)
+
+    def take(self, unit: int) -> bool:
+        """Whether a unit may go without emptying an axis; counts it if so."""
+        own = self._sets.get(unit, ())
+        if any(self._left[number] <= 0 for number in own):
+            return False
+        for number in own:
+            self._left[number] -= 1
+        return True
 
 
 def _multiples(

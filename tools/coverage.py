@@ -97,6 +97,7 @@ class Coverage:
     eligible: int
     parameters: float
     refused: tuple[tuple[str, int], ...]
+    messages: tuple[tuple[str, str], ...] = ()
 
 
 def coverage(channels: Channels) -> Coverage:
@@ -117,6 +118,7 @@ def coverage(channels: Channels) -> Coverage:
         eligible=int((channels.unit[produced] != FROZEN).sum()),
         parameters=touched / total if total else 0.0,
         refused=tuple(refused.most_common()),
+        messages=tuple(sorted({(refusal.reason.code, refusal.reason.message) for refusal in channels.refusals})),
     )
 
 
@@ -295,7 +297,7 @@ def _pool() -> ProcessPoolExecutor:
 def _files(places: Sequence[Path]) -> Iterator[Task]:
     for place in places:
         for path in sorted(place.rglob("*.onnx")) if place.is_dir() else [place]:
-            yield Task(path.stem, path)
+            yield Task(path.stem if path.stem != "model" else f"{path.parent.name}/model", path)
 
 
 def _suite() -> Iterator[Task]:
@@ -345,6 +347,10 @@ def report(models: Sequence[Outcome], suite: Sequence[Outcome]) -> str:
     if models:
         lines += ["## Models", "", "| model | channels | eligible | parameters | outcome | refused |", "|---" * 6 + "|"]
         lines += [_row(outcome) for outcome in models] + [""]
+        rows = [outcome.coverage for outcome in models if outcome.coverage is not None]
+        messages = dict(message for row in rows for message in row.messages)
+        lines += ["Why channels are refused:", ""]
+        lines += [f"- `{code}`: {text}." for code, text in sorted(messages.items())] + [""]
     for title, outcomes in (("Models", models), ("The test suite of ONNX", suite)):
         if outcomes:
             lines += [f"## {title}: what came of them", "", *_summary(outcomes), ""]

@@ -25,9 +25,10 @@ from lindep_onnx.channels import Channels
 from lindep_onnx.config import Config
 from lindep_onnx.cost import Cost
 from lindep_onnx.data import InputSpec, Part, Samples, open_samples
-from lindep_onnx.errors import LindepError, OutputError, UsageError
+from lindep_onnx.errors import LindepError, ModelError, OutputError, UsageError
 from lindep_onnx.groups import measure_groups
 from lindep_onnx.plan import KINDS
+from lindep_onnx.precision import resolution, widened
 from lindep_onnx.proven import Proof, prove
 from lindep_onnx.report import BudgetReport, GroupReport, RefusalReport, Report, Size, Verification
 from lindep_onnx.shapes import Resolved, resolve
@@ -123,6 +124,9 @@ def run(
     clock = _Clock()
     with clock.stage("load"):
         model = graph.load(source)
+        half = model.proto if resolution(model.proto) else None
+        if half is not None:
+            model = graph.load(widened(half))
         resolved = resolve(model)
     with clock.stage("trace"):
         channels = trace(
@@ -150,11 +154,12 @@ def run(
                     batch_size=config.batch_size or _batch_size(resolved),
                 )
             samples = stack.enter_context(opened)
-        return _run(channels, proof, samples, config, clock, output, external_data, progress)
+        return _run(channels, half, proof, samples, config, clock, output, external_data, progress)
 
 
 def _run(
     channels: Channels,
+    half: onnx.ModelProto | None,
     proof: Proof,
     samples: Samples | None,
     config: Config,
@@ -172,16 +177,19 @@ def _run(
             watched = silence.flats(channels, evidence)
             ranges = silence.observe(channels, watched, samples, progress=progress, **runtime) if watched else ()
             doubtful = silence.unexplained(channels.units, watched, ranges, evidence.samples)
-    original_passed = verify.full_check_passes(channels.model.proto) is None
-    workshop = Workshop(channels, evidence, doubtful, proof, samples, config, clock.stage, progress)
+    original_passed = verify.full_check_passes(channels.model.proto if half is None else half) is None
+    workshop = Workshop(channels, evidence, doubtful, proof, samples, config, clock.stage, progress, half)
     chosen = workshop.choose()
     with clock.stage("verify"):
-        verify.check_model(chosen.proto, original_passed=original_passed)
+        result = workshop.stored(chosen.proto)
+        if half is not None and not chosen.removed.any():
+            result = graph.edit(graph.load(half), graph.Edits(), workshop.metadata)
+        verify.check_model(result, original_passed=original_passed)
         errors = measure_groups(channels, chosen, samples, seed=config.seed, **runtime) if samples is not None else {}
     report = _report(channels, workshop.before, chosen, proof, errors, samples, config, clock)
     if output is not None and (chosen.failure is None or config.force):
-        graph.save(chosen.proto, output, external_data=external_data)
-    return Outcome(chosen.proto, report, chosen.failure)
+        graph.save(result, output, external_data=external_data)
+    return Outcome(result, report, chosen.failure)
 
 
 class _Clock:
@@ -216,6 +224,12 @@ def _inputs(model: graph.Model, resolved: Resolved) -> list[InputSpec]:
     specs = []
     for value in model.proto.graph.input:
         if value.name in model.inputs:
+            if not value.type.HasField("tensor_type"):
+                kind = (value.type.WhichOneof("value") or "unknown type").removesuffix("_type")
+                raise ModelError(
+                    f"Input {value.name!r} is a {kind}, and calibration data holds tensors: use --proven-only, which "
+                    "needs no data, or export the model with tensor inputs."
+                )
             dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
             specs.append(InputSpec(value.name, dtype, resolved.shapes.get(value.name, ())))
     return specs

@@ -12,6 +12,7 @@ from lindep_onnx.calibration import features
 from lindep_onnx.channels import FROZEN, Channels, Site
 from lindep_onnx.dependence import COLLINEAR_KIND, CONSTANT
 from lindep_onnx.ops.facts import Facts, Known, output_facts
+from lindep_onnx.placement import balanced
 from lindep_onnx.plan import Fold, Plan
 
 __all__ = ["Proof", "prove"]
@@ -53,36 +54,35 @@ def prove(channels: Channels) -> Proof:
         live = site_evidence.unit != FROZEN
         constant[site_evidence.unit[live & ~gone]] = False
     kind = np.zeros(channels.units, dtype=np.int8)
-    left = [len(members) - bound for members, bound in channels.least]
+    bounds = _Bounds(channels)
     partner = np.full(channels.units, -1)
     for unit in np.flatnonzero(constant)[::-1].tolist():
-        if _take(channels, left, unit):
+        if bounds.take(unit):
             kind[unit] = CONSTANT
     for unit, other in _multiples(channels, seen, kind):
-        if _take(channels, left, unit):
+        if bounds.take(unit):
             kind[unit], partner[unit] = COLLINEAR_KIND, other
+    kind[~balanced(channels, kind > 0)] = 0
     return Proof(Plan(kind > 0, kind, _folds(seen, kind, partner)), constant, evidence)
 
 
 def _site(channels: Channels, site: Site, known: Known) -> tuple[SiteEvidence, list[bytes], NDArray[np.float64]]:
     """The site's features as evidence, with their keys and scales."""
     layout = features(site.columns)
-    size = len(layout.index)
-    first = layout.index[:, 0]
+    index = layout.index + site.first_column
+    size = len(index)
+    first = index[:, 0]
     found: list[Facts | None] = [known.of(reader.tensor, reader.axis) for reader in site.readers]
     facts = found[0] if len(site.readers) == 1 else None
     low, high, scale = np.full(size, -np.inf), np.full(size, np.inf), np.ones(size)
     keys = [b"" for _ in range(size)]
     if facts is not None:
-        every = facts.low[layout.index], facts.high[layout.index]
+        every = facts.low[index], facts.high[index]
         low, high, scale = every[0].min(axis=1), every[1].max(axis=1), facts.scale[first]
-        ratios = facts.scale[layout.index] / np.where(scale > 0, scale, 1.0)[:, None]
+        ratios = facts.scale[index] / np.where(scale > 0, scale, 1.0)[:, None]
         same = (np.abs(ratios - 1) < 1e-9).all(axis=1) | (scale == 0)
         # Behind a Flatten a channel is known by all of its positions.
-        keys = [
-            b"".join(facts.key[place] for place in row) if ok else b""
-            for row, ok in zip(layout.index, same, strict=True)
-        ]
+        keys = [b"".join(facts.key[place] for place in row) if ok else b"" for row, ok in zip(index, same, strict=True)]
     constant = np.isfinite(low) & (low == high)
     mean = np.where(constant, low, 0.0) if site.affine else np.zeros(size)
     if not site.affine:
@@ -95,14 +95,24 @@ def _site(channels: Channels, site: Site, known: Known) -> tuple[SiteEvidence, l
     return seen, keys, scale
 
 
-def _take(channels: Channels, left: list[int], unit: int) -> bool:
-    """Whether a unit may go without emptying an axis; counts it if so."""
-    own = [number for number, (members, _) in enumerate(channels.least) if unit in members]
-    if any(left[number] <= 0 for number in own):
-        return False
-    for number in own:
-        left[number] -= 1
-    return True
+class _Bounds:
+    """How many units of each set (`Channels.least`) may still go."""
+
+    def __init__(self, channels: Channels) -> None:
+        self._left = [len(members) - bound for members, bound in channels.least]
+        self._sets: dict[int, list[int]] = {}
+        for number, (members, _) in enumerate(channels.least):
+            for unit in members.tolist():
+                self._sets.setdefault(unit, []).append(number)
+
+    def take(self, unit: int) -> bool:
+        """Whether a unit may go without emptying an axis; counts it if so."""
+        own = self._sets.get(unit, ())
+        if any(self._left[number] <= 0 for number in own):
+            return False
+        for number in own:
+            self._left[number] -= 1
+        return True
 
 
 def _multiples(

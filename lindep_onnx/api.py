@@ -28,7 +28,7 @@ from lindep_onnx.data import InputSpec, Part, Samples, open_samples
 from lindep_onnx.errors import LindepError, OutputError, UsageError
 from lindep_onnx.groups import measure_groups
 from lindep_onnx.plan import KINDS
-from lindep_onnx.proven import Proof, prove
+from lindep_onnx.proven import Proof, prove, ranges_of
 from lindep_onnx.report import BudgetReport, GroupReport, RefusalReport, Report, Size, Verification
 from lindep_onnx.shapes import Resolved, resolve
 from lindep_onnx.tracing import trace
@@ -133,7 +133,8 @@ def run(
             min_channels=config.min_channels,
         )
     with clock.stage("prove"):
-        proof = prove(channels)
+        ranges = ranges_of(model, config.input_range)
+        proof = prove(channels, ranges)
     with ExitStack() as stack:
         # Half of the cores: BLAS threads that compete with ONNX Runtime's, or with other programs, wait for each other
         # (measured on two busy cores: refits 8 times slower with two threads than with one).
@@ -143,7 +144,7 @@ def run(
             with clock.stage("read data"):
                 opened = open_samples(
                     calib,
-                    _inputs(model, resolved),
+                    _inputs(model, resolved, ranges),
                     seed=config.seed,
                     holdout=config.holdout,
                     max_samples=config.max_samples,
@@ -212,12 +213,13 @@ def _check_output(source: str | Path | onnx.ModelProto, output: Path) -> None:
         raise OutputError(f"{output}: the folder {folder} cannot be written to.")
 
 
-def _inputs(model: graph.Model, resolved: Resolved) -> list[InputSpec]:
+def _inputs(model: graph.Model, resolved: Resolved, ranges: Mapping[str, tuple[float, float]]) -> list[InputSpec]:
     specs = []
     for value in model.proto.graph.input:
         if value.name in model.inputs:
             dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
-            specs.append(InputSpec(value.name, dtype, resolved.shapes.get(value.name, ())))
+            shape = resolved.shapes.get(value.name, ())
+            specs.append(InputSpec(value.name, dtype, shape, ranges.get(value.name)))
     return specs
 
 

@@ -1,15 +1,16 @@
 """From options to one result: build plans, hold them to the budgets, round widths, keep the best.
 
-Lossless mode has one plan, and falls back on smaller ones if unseen samples turn it down. With a budget the plan is a rung of the ladder (see `lindep_onnx.ladder`) that a search (see
-`lindep_onnx.search`) finds: the cheap fold judges the rungs, the refit is run where the search ends. What was found is
-then held to the budgets on samples that nothing else has looked at.
+Lossless mode has one plan, and falls back on smaller ones if unseen samples turn it down. With a budget the plan is a
+rung of the ladder (see `lindep_onnx.ladder`) that a search (see `lindep_onnx.search`) finds: the cheap fold judges the
+rungs, the refit is run where the search ends. What was found is then held to the budgets on samples that nothing else
+has looked at.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -164,7 +165,7 @@ class Workshop:
         chosen = self._carried_out(self._proof.plan, self._proof.evidence)
         return dataclasses.replace(chosen, latency=self._latency(chosen.proto))
 
-    def _carried_out(self, plan: Plan, evidence: Sequence[SiteEvidence]) -> Chosen:
+    def _carried_out(self, plan: Plan, evidence: tuple[SiteEvidence, ...]) -> Chosen:
         with self._stage("rewrite"):
             proto = rewrite(
                 self._channels, fold_sites(self._channels, plan.folds, evidence, plan.removed), self._metadata
@@ -190,7 +191,8 @@ class Workshop:
         error = float("nan") if first.comparison is None else first.comparison.relative_error
         note = (
             f"Unseen samples turned down a removal of {first.removed.sum()} channels, which changed an output by "
-            f"{error:.2g}; {chosen.removed.sum()} of them, less dependent on the data, went. Give more or more varied data."
+            f"{error:.2g}; {chosen.removed.sum()} of them, less dependent on the data, went. "
+            "Give more or more varied data."
         )
         return dataclasses.replace(chosen, notes=(*chosen.notes, note))
 

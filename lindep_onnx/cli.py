@@ -18,6 +18,7 @@ from lindep_onnx._version import __version__
 from lindep_onnx.config import Config
 from lindep_onnx.data import load_function
 from lindep_onnx.errors import LindepError, UsageError
+from lindep_onnx.proven import EVERY_INPUT
 
 __all__ = ["main"]
 
@@ -52,6 +53,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DATA",
         help=".npz with input names as keys, .npy, a directory of shards or of ONNX test_data_set_* folders, or "
         "FILE.py:FUNC that yields dicts of arrays",
+    )
+    data.add_argument(
+        "--input-range",
+        action="append",
+        metavar="[NAME=]LO:HI",
+        help="lowest and highest value of an input, or of all: what holds for every input in there is proven",
     )
     data.add_argument("--max-samples", type=int, metavar="N", help="use at most N samples")
     data.add_argument("--batch-size", type=int, metavar="N", help="samples per run, where the batch is dynamic")
@@ -138,6 +145,8 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
     for name in ("include", "exclude", "providers"):
         if name in changed:
             changed[name] = tuple(changed[name])
+    if options.input_range is not None:
+        changed["input_range"] = _ranges(options.input_range)
     if options.round_to is not None:
         changed["round_to"] = _round_to(options.round_to)
     if options.eval is not None:
@@ -177,6 +186,19 @@ def _check_written(written: Sequence[Path | None], read: Sequence[str | None]) -
                 f"{path}: is the input model, the calibration data or the other output; name another file."
             )
         taken.add(path.resolve())
+
+
+def _ranges(texts: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """From `NAME=LO:HI`, or `LO:HI` for every input. A name may itself hold a colon or an equals sign."""
+    found = {}
+    for text in texts:
+        name, _, ends = text.rpartition("=")
+        low, _, high = ends.partition(":")
+        try:
+            found[name or EVERY_INPUT] = float(low), float(high)
+        except ValueError:
+            raise UsageError(f"--input-range takes NAME=LO:HI or LO:HI, such as image=0:1, not {text!r}.") from None
+    return found
 
 
 def _round_to(text: str) -> int | str:

@@ -74,11 +74,13 @@ class InputSpec:
         name: of the graph input.
         dtype: element type.
         shape: sizes; symbols are strings. Empty for scalars, None where the rank is not declared.
+        range: lowest and highest value that the user allows; None for any.
     """
 
     name: str
     dtype: np.dtype[Any]
     shape: Shape | None
+    range: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ class Samples:
             limit: stop after so many samples.
 
         Raises:
-            CalibrationError: a value is NaN or infinite, naming input and sample.
+            CalibrationError: a value is NaN, infinite or outside the declared range, naming input and sample.
         """
         numbers = np.sort(np.concatenate([self.parts[part] for part in (parts or Part)]))[:limit]
         shard = np.searchsorted(self._starts, numbers, side="right") - 1
@@ -175,10 +177,23 @@ class Samples:
             taken = np.asarray(value if spec.name in self._plan.shared else value[rows])
             where = f"{self._shards[index].where}: input {spec.name!r}"
             feeds[spec.name] = _cast(taken, spec.dtype, where)
-            if _kind(spec.dtype) == "float" and not np.isfinite(feeds[spec.name]).all():
-                sample = None if spec.name in self._plan.shared else int(numbers[_first_bad(feeds[spec.name])])
-                raise _not_finite(where, spec.dtype, taken, sample)
+            fed = feeds[spec.name]
+            # What counts comes first; filler repeats it.
+            good = np.isfinite(fed) if _kind(spec.dtype) == "float" else np.ones(1, dtype=bool)
+            if not good.all():
+                raise _not_finite(where, spec.dtype, taken, self._sample(spec, numbers, good))
+            if spec.range is not None and fed.size:
+                low, high = spec.range
+                inside = (fed >= low) & (fed <= high)
+                if not inside.all():
+                    raise _outside(where, spec.range, fed[~inside].flat[0], self._sample(spec, numbers, inside))
         return Batch(MappingProxyType(feeds), numbers, len(rows))
+
+    def _sample(self, spec: InputSpec, numbers: NDArray[np.int64], good: Array) -> int | None:
+        """The first sample that is not good throughout; None if the array belongs to no sample."""
+        if spec.name in self._plan.shared:
+            return None
+        return int(numbers[np.argmin([row.all() for row in good])])
 
     def _arrays(self, index: int) -> Arrays:
         if self._open is None or self._open[0] != index:
@@ -453,15 +468,18 @@ def _cast(value: Array, dtype: np.dtype[Any], where: str) -> Array:
         return np.ascontiguousarray(value, dtype=dtype).reshape(value.shape)
 
 
-def _first_bad(value: Array) -> int:
-    """The first entry along the leading axis that is not finite throughout."""
-    return int(np.argmin([np.isfinite(row).all() for row in value]))
-
-
 def _not_finite(where: str, dtype: np.dtype[Any], stored: Array, sample: int | None) -> CalibrationError:
     what = "NaN or infinite values" if not np.isfinite(stored).all() else f"values too large for {dtype}"
     which, remedy = ("", "repair it") if sample is None else (f" (sample {sample})", "remove or repair this sample")
     return CalibrationError(f"{where} holds {what}{which}; {remedy}.")
+
+
+def _outside(where: str, allowed: tuple[float, float], found: Any, sample: int | None) -> CalibrationError:
+    which = "" if sample is None else f" (sample {sample})"
+    return CalibrationError(
+        f"{where} holds {float(found):.6g}{which}, outside the --input-range {allowed[0]:g}:{allowed[1]:g}; "
+        "widen the range or repair the data."
+    )
 
 
 # ---- sources ------------------------------------------------------------------------------------------------------

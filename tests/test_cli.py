@@ -288,6 +288,7 @@ BAD = [
             "--round-to": ("0", "x", "-8"),
             "--threads": ("-1", "x"),
             "--refit": ("best",),
+            "--input-range": ("1", "1:0", "x=a:b", "nan:1", "z=0:1"),
         }.items()
         for value in values
     ],

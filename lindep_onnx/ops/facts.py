@@ -2,6 +2,10 @@
 
 Each rule maps facts about a node's inputs to facts about its output. An operator without a rule says nothing: its
 output may be anything, but a channel of it is still the same channel wherever it is read.
+
+Bounds hold for what a runtime computes, not only for real numbers. A sum of n products is computed, in whatever order,
+as the sum of every term times (1 + d) with |d| at most about n units of rounding; so each term is widened by that share
+of itself. A value that cannot vary is not widened: rounding makes it another constant, not a variable.
 """
 
 from __future__ import annotations
@@ -13,12 +17,13 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from lindep_onnx.graph import Node
 from lindep_onnx.shapes import Shape
 
-__all__ = ["Facts", "Known", "output_facts"]
+__all__ = ["Facts", "Form", "Known", "Product", "output_facts", "rounding_of"]
 
 Array: TypeAlias = NDArray[Any]
 Vector: TypeAlias = NDArray[np.float64]
@@ -27,6 +32,50 @@ Keys: TypeAlias = "tuple[bytes, ...]"
 #: Multiples are compared to so many digits: single precision holds no more.
 DIGITS = 6
 INF = float("inf")
+#: A rounding of float32, and of what is stored in half of its bits (bfloat16 is the coarser one), both taken twice.
+ROUNDING, ROUNDING_HALF = 2.0**-23, 2.0**-7
+#: Roundings that a runtime may add to those of the terms: a fused normalization or bias.
+MORE_ROUNDINGS = 4
+#: Runtimes approximate transcendental functions; ONNX Runtime is within a tenth of this, absolute and relative.
+APPROXIMATION = 1e-6
+
+
+@dataclass(frozen=True)
+class Product:
+    """The rows of one constant matrix: channel i is the product of row i with what is read, plus a bias.
+
+    Attributes:
+        rows: (C, D) weights; what is read has D entries at each position.
+        bias: (C,) float64.
+    """
+
+    rows: Array
+    bias: Vector
+
+
+@dataclass(frozen=True)
+class Form:
+    """A channel that is an affine function of what one product reads: factor (row . x + bias) + shift.
+
+    Attributes:
+        base: forms of equal base read the same x; their vectors can be added.
+        product, row: which row.
+        factor, shift: what came behind it.
+    """
+
+    base: bytes
+    product: Product
+    row: int
+    factor: float = 1.0
+    shift: float = 0.0
+
+    def vector(self) -> Vector:
+        """(D + 1,) coefficients of x and of 1."""
+        weights = self.factor * self.product.rows[self.row].astype(np.float64).ravel()
+        return np.append(weights, self.factor * self.product.bias[self.row] + self.shift)
+
+
+Forms: TypeAlias = "tuple[Form | None, ...]"
 
 
 @dataclass(frozen=True)
@@ -38,6 +87,7 @@ class Facts:
         low, high: (C,) bounds of each channel over all inputs and positions.
         key: (C,) channels with equal keys are multiples of each other,
         scale: (C,) by these positive factors.
+        form: (C,) how each channel is an affine function of what a product reads; None where it is not known to be.
     """
 
     axis: int
@@ -45,27 +95,49 @@ class Facts:
     high: Vector
     key: Keys
     scale: Vector
+    form: Forms
+
+    @property
+    def varies(self) -> NDArray[np.bool_]:
+        """(C,) whether a channel may be other than one known number."""
+        return np.asarray(~(np.isfinite(self.low) & (self.low == self.high)))
 
 
 @dataclass(frozen=True)
 class Known:
-    """What rules may ask for: constants, shapes, and the facts found so far."""
+    """What rules may ask for: constants, shapes, the facts found so far, and the share that a rounding may change."""
 
     constants: Mapping[str, Array]
     shapes: Mapping[str, Shape]
     facts: Mapping[str, Facts]
+    rounding: float = ROUNDING
 
     def of(self, name: str, axis: int) -> Facts | None:
-        """Facts about a computed tensor along an axis; bare identity where nothing is known; None without a size."""
+        """Facts about a computed tensor along an axis; None without a size.
+
+        Known along another axis, its bounds hold along this one too. Of an unknown tensor a channel is at least the
+        same channel wherever it is read.
+        """
         found = self.facts.get(name)
         if found is not None and found.axis == axis:
             return found
+        low, high = (-INF, INF) if found is None else (float(found.low.min()), float(found.high.max()))
+        return self.bounded(name, axis, low, high)
+
+    def bounded(self, name: str, axis: int, low: float, high: float) -> Facts | None:
+        """Facts about a computed tensor of which only one pair of bounds is known; None without a size."""
         shape = self.shapes.get(name, ())
         if name in self.constants or not 0 <= axis < len(shape) or not isinstance(shape[axis], int):
             return None
         size = int(shape[axis])
         keys = tuple(_hash("channel", name, axis, channel) for channel in range(size))
-        return Facts(axis, np.full(size, -INF), np.full(size, INF), keys, np.ones(size))
+        return Facts(axis, np.full(size, low), np.full(size, high), keys, np.ones(size), (None,) * size)
+
+
+def rounding_of(constants: Mapping[str, Array]) -> float:
+    """The share by which one rounding may change a number in a model with these constants."""
+    halves = any(value.dtype.itemsize == 2 and value.dtype.kind in "fV" for value in constants.values())
+    return ROUNDING_HALF if halves else ROUNDING
 
 
 def output_facts(node: Node, known: Known) -> Facts | None:
@@ -116,7 +188,7 @@ def _convolution(node: Node, known: Known) -> Facts | None:
     low, high = (np.minimum(data.low, 0), np.maximum(data.high, 0)) if padded else (data.low, data.high)
     source = np.arange(rows) // (rows // group)  # the group of each output
     index = source[:, None] * weight.shape[1] + np.arange(weight.shape[1])
-    bounds = _bounds(w, low[index], high[index], b)
+    bounds = _bounds(w, low[index], high[index], b, known.rounding)
     if group > 1 and weight.shape[1] == 1:  # one channel each: what multiplies it carries over
         length, direction = _normalised(np.hstack([w[:, 0] * data.scale[source, None], b[:, None]]))
         keys = tuple(_hash("depthwise", _options(node), data.key[s], d) for s, d in zip(source, direction, strict=True))
@@ -126,19 +198,40 @@ def _convolution(node: Node, known: Known) -> Facts | None:
             _hash("Conv", node.inputs[0], _options(node), s if group > 1 else 0, d)
             for s, d in zip(source, direction, strict=True)
         )
-    return Facts(1, *bounds, keys, length)
+    product = Product(weight.reshape(rows, -1), b)
+    base = [_hash("Conv", node.inputs[0], _options(node), weight.shape[1:], part) for part in range(group)]
+    forms = tuple(Form(base[part], product, row) for row, part in enumerate(source.tolist()))
+    return Facts(1, *bounds, keys, length, forms)
 
 
-def _bounds(weight: Vector, low: Vector, high: Vector, bias: Vector) -> tuple[Vector, Vector]:
-    """Bounds of sum w x + b over the box; (C, I, T) weights and (C, I) bounds."""
+def _bounds(weight: Vector, low: Vector, high: Vector, bias: Vector, rounding: float) -> tuple[Vector, Vector]:
+    """Bounds of sum w x + b over the box, as it is computed; (C, I, T) weights and (C, I) bounds."""
     positive, negative = np.maximum(weight, 0).sum(axis=2), np.minimum(weight, 0).sum(axis=2)
-    lowest = _product(positive, low) + _product(negative, high)
-    highest = _product(positive, high) + _product(negative, low)
-    return lowest.sum(axis=1) + bias, highest.sum(axis=1) + bias
+    # All terms of a sign are at their least together, so that those of one input may be added up first.
+    at_least = _product(positive, low), _product(negative, high)
+    at_most = _product(positive, high), _product(negative, low)
+    varies = (((positive != 0) | (negative != 0)) & (low != high)).any(axis=1)
+    count = (weight != 0).sum(axis=(1, 2)) + MORE_ROUNDINGS
+    share = np.where(varies, np.minimum(1.0, rounding * count), 0.0)
+    lowest = sum(part.sum(axis=1) for part in at_least) + bias
+    highest = sum(part.sum(axis=1) for part in at_most) + bias
+    return (
+        lowest - _product(share, sum(np.abs(part).sum(axis=1) for part in at_least) + np.abs(bias)),
+        highest + _product(share, sum(np.abs(part).sum(axis=1) for part in at_most) + np.abs(bias)),
+    )
 
 
-def _product(weight: Vector, bound: Vector) -> Vector:
-    return np.where(weight == 0, 0.0, weight * bound)  # nothing times infinity is nothing
+def _widened(low: Vector, high: Vector, share: float | Vector, size: Vector | float = 0.0) -> tuple[Vector, Vector]:
+    """Bounds of what is computed with a relative error of `share`, of itself and of terms of `size` in it."""
+    fixed = np.isfinite(low) & (low == high)
+    return (
+        np.where(fixed, low, low - _product(share, np.abs(low) + size)),
+        np.where(fixed, high, high + _product(share, np.abs(high) + size)),
+    )
+
+
+def _product(weight: Vector | float, bound: Vector) -> Vector:
+    return np.where(np.equal(weight, 0), 0.0, weight * bound)  # nothing times infinity is nothing
 
 
 def _matrix(node: Node, known: Known) -> Facts | None:
@@ -152,29 +245,44 @@ def _matrix(node: Node, known: Known) -> Facts | None:
     bias = known.constants.get(node.input(2)) if node.input(2) else np.zeros(1)
     if data is None or bias is None:
         return None
-    w = weight.astype(np.float64) * float(node.attributes.get("alpha", 1.0) if gemm else 1.0)
+    alpha = float(node.attributes.get("alpha", 1.0)) if gemm else 1.0
+    w = weight.astype(np.float64) * alpha
     w = w if node.attributes.get("transB", 0) else w.T
-    if bias.size not in (1, len(w)):
-        return None
+    if bias.size != 1 and (bias.size != len(w) or bias.shape[-1] != len(w)):
+        return None  # one for each row
     beta = float(node.attributes.get("beta", 1.0)) if gemm else 1.0
     b = np.broadcast_to(bias.astype(np.float64).ravel() * beta, (len(w),))
     rows = w[:, :, None]
     box = np.broadcast_to(data.low, w.shape), np.broadcast_to(data.high, w.shape)
     length, direction = _normalised(np.hstack([w, b[:, None]]))
     keys = tuple(_hash("product", node.inputs[0], axis, d) for d in direction)
-    return Facts(axis, *_bounds(rows, *box, b), keys, length)
+    bounds = _bounds(rows, *box, b, known.rounding)
+    base = _hash("product", node.inputs[0], axis)
+    # A view wherever that is enough: matrices are large.
+    product = Product(w if alpha != 1 else weight if node.attributes.get("transB", 0) else weight.T, b)
+    forms = tuple(Form(base, product, row) for row in range(len(w)))
+    return Facts(axis, *bounds, keys, length, forms)
 
 
 # ---- channel by channel -------------------------------------------------------------------------------------------
 
 
-def _affine(data: Facts, factor: Vector, addend: Vector, what: str = "affine") -> Facts:
+def _affine(data: Facts, factor: Vector, addend: Vector, rounding: float, size: Vector | None = None) -> Facts:
+    """What factor x + addend is; `size` bounds the terms that the addend is made of."""
     ends = _product(factor, data.low) + addend, _product(factor, data.high) + addend
+    terms = (np.abs(addend) if size is None else size) * 2
+    bounds = _widened(np.minimum(*ends), np.maximum(*ends), rounding * MORE_ROUNDINGS, terms)
     scale = data.scale * factor
     length, direction = _normalised(np.stack([scale, addend], axis=1))
     plain = (addend == 0) & (scale > 0)
-    keys = tuple(key if same else _hash(what, key, d) for key, same, d in zip(data.key, plain, direction, strict=True))
-    return Facts(data.axis, np.minimum(*ends), np.maximum(*ends), keys, np.where(plain, scale, length))
+    keys = tuple(
+        key if same else _hash("affine", key, d) for key, same, d in zip(data.key, plain, direction, strict=True)
+    )
+    forms = tuple(
+        None if form is None or not f else replace(form, factor=form.factor * f, shift=form.shift * f + a)
+        for form, f, a in zip(data.form, factor.tolist(), addend.tolist(), strict=True)
+    )
+    return Facts(data.axis, *bounds, keys, np.where(plain, scale, length), forms)
 
 
 def _normalization(node: Node, known: Known) -> Facts | None:
@@ -184,7 +292,7 @@ def _normalization(node: Node, known: Known) -> Facts | None:
         return None
     scale, shift, mean, variance = (np.asarray(value, dtype=np.float64) for value in values)
     factor = scale / np.sqrt(variance + float(node.attributes.get("epsilon", 1e-5)))
-    return _affine(data, factor, shift - factor * mean)
+    return _affine(data, factor, shift - factor * mean, known.rounding, np.abs(shift) + np.abs(factor * mean))
 
 
 def _arithmetic(node: Node, known: Known) -> Facts | None:
@@ -206,14 +314,21 @@ def _arithmetic(node: Node, known: Known) -> Facts | None:
         constant = value.astype(np.float64).ravel()
     else:
         return None
-    one, zero = np.ones(size), np.zeros(size)
+    one, zero, unit = np.ones(size), np.zeros(size), known.rounding
     if node.op == "Add":
-        return _affine(found, one, constant)
+        return _affine(found, one, constant, unit)
     if node.op == "Mul":
-        return _affine(found, constant, zero)
+        return _affine(found, constant, zero, unit)
     if node.op == "Sub":
-        return _affine(found, one, -constant) if place == 0 else _affine(found, -one, constant)
-    return _affine(found, 1.0 / constant, zero) if place == 0 and (constant != 0).all() else None
+        return _affine(found, one, -constant, unit) if place == 0 else _affine(found, -one, constant, unit)
+    return _affine(found, 1.0 / constant, zero, unit) if place == 0 and (constant != 0).all() else None
+
+
+def _negative(node: Node, known: Known) -> Facts | None:
+    data = known.facts.get(node.inputs[0])
+    if data is None:
+        return None
+    return _affine(data, -np.ones(len(data.low)), np.zeros(len(data.low)), known.rounding)
 
 
 def _both(node: Node, known: Known, rank: int) -> Facts | None:
@@ -228,51 +343,104 @@ def _both(node: Node, known: Known, rank: int) -> Facts | None:
         length, direction = _normalised(np.stack([left.scale, right.scale], axis=1))
         parts = zip(left.key, right.key, direction, strict=True)
         keys = tuple(_hash(node.op, *part) for part in parts)
-        return Facts(left.axis, left.low + ends[0], left.high + ends[1], keys, length)
+        share = np.where(left.varies | right.varies, 2 * known.rounding, 0.0)
+        bounds = (
+            left.low + ends[0] - _product(share, np.abs(left.low) + np.abs(ends[0])),
+            left.high + ends[1] + _product(share, np.abs(left.high) + np.abs(ends[1])),
+        )
+        return Facts(left.axis, *bounds, keys, length, (None,) * len(length))
     if node.op == "Mul":
         pairs = [(a, b) for a in (left.low, left.high) for b in (right.low, right.high)]
         corners = np.stack([np.where((a == 0) | (b == 0), 0.0, a * b) for a, b in pairs])
         keys = tuple(_hash("Mul", a, b) for a, b in zip(left.key, right.key, strict=True))
-        return Facts(left.axis, corners.min(axis=0), corners.max(axis=0), keys, left.scale * right.scale)
+        bounds = _widened(corners.min(axis=0), corners.max(axis=0), 2 * known.rounding)
+        return Facts(left.axis, *bounds, keys, left.scale * right.scale, (None,) * len(keys))
     return None
 
 
-def _homogeneous(function: Callable[[Vector, Node], Vector]) -> Callable[[Node, Known], Facts | None]:
-    """f(s x) = s f(x) for s > 0, rising."""
+Function: TypeAlias = "Callable[[Vector, Node], Vector]"
+
+
+def _identical(data: Facts, result: Facts, start: float, end: float) -> Facts:
+    """The facts of the input for channels that stay where the function is the identity; the new ones elsewhere."""
+    same = (data.low >= start) & (data.high <= end)
+    return Facts(
+        data.axis,
+        np.where(same, data.low, result.low),
+        np.where(same, data.high, result.high),
+        tuple(old if own else new for own, old, new in zip(same, data.key, result.key, strict=True)),
+        np.where(same, data.scale, result.scale),
+        tuple(old if own else new for own, old, new in zip(same, data.form, result.form, strict=True)),
+    )
+
+
+def _homogeneous(function: Function) -> Callable[[Node, Known], Facts | None]:
+    """f(s x) = s f(x) for s > 0; monotone on both sides of 0, and the identity above it."""
 
     def rule(node: Node, known: Known) -> Facts | None:
         data = known.facts.get(node.inputs[0])
         if data is None or any(node.outputs[1:]):
             return None
         keys = tuple(_hash(node.op, _options(node), key) for key in data.key)
-        return replace(data, low=function(data.low, node), high=function(data.high, node), key=keys)
+        bounds = _widened(*_hull(data, lambda x: function(x, node), (0.0,)), 2 * known.rounding)
+        changed = Facts(data.axis, *bounds, keys, data.scale, (None,) * len(keys))
+        return _identical(data, changed, 0.0, INF)
 
     return rule
+
+
+def _hull(data: Facts, function: Callable[[Vector], Vector], turns: tuple[float, ...] = ()) -> tuple[Vector, Vector]:
+    """Bounds of a function that is monotone between its turning points."""
+    places = [data.low, data.high, *(np.clip(turn, data.low, data.high) for turn in turns)]
+    values = np.stack([function(place) for place in places])
+    return values.min(axis=0), values.max(axis=0)
 
 
 def _pool(node: Node, known: Known) -> Facts | None:
-    data = known.facts.get(node.inputs[0])
-    if data is None or data.axis != 1 or any(node.outputs[1:]):
+    data = known.of(node.inputs[0], 1)
+    if data is None or any(node.outputs[1:]):
         return None
+    average = node.op in ("AveragePool", "GlobalAveragePool")
     zeros = node.op == "AveragePool" and node.attributes.get("count_include_pad", 0)
     low, high = (np.minimum(data.low, 0), np.maximum(data.high, 0)) if zeros else (data.low, data.high)
-    return replace(data, low=low, high=high, key=tuple(_hash(node.op, _options(node), key) for key in data.key))
+    keys = tuple(_hash(node.op, _options(node), key) for key in data.key)
+    if not average:
+        return replace(data, key=keys, form=(None,) * len(keys))
+    low, high = _widened(low, high, min(1.0, known.rounding * (_averaged(node, known) + MORE_ROUNDINGS)))
+    forms = tuple(
+        None if form is None else replace(form, base=_hash(node.op, _options(node), form.base)) for form in data.form
+    )
+    return replace(data, low=low, high=high, key=keys, form=forms)
 
 
-def _monotone(function: Callable[[Vector], Vector]) -> Callable[[Node, Known], Facts | None]:
-    """Rising, with no more said about multiples than that equal inputs give equal outputs."""
+def _averaged(node: Node, known: Known) -> float:
+    """How many values an average is over, infinity where that is not known."""
+    sizes = node.attributes.get("kernel_shape") or known.shapes.get(node.inputs[0], ())[2:]
+    return float(math.prod(sizes)) if all(isinstance(size, int) for size in sizes) else INF
+
+
+def _monotone(function: Function, least: float = -INF) -> Callable[[Node, Known], Facts | None]:
+    """Monotone and, as runtimes compute it, never below `least`; there is no such upper end (tanh exceeds 1)."""
 
     def rule(node: Node, known: Known) -> Facts | None:
         data = known.facts.get(node.inputs[0])
-        return None if data is None else _rising(node, data, function)
+        if data is None:
+            return None
+        found = _equal_inputs(node, data, lambda x: function(x, node))
+        share = max(APPROXIMATION, known.rounding * MORE_ROUNDINGS)
+        low, high = _widened(found.low, found.high, share, 1.0)
+        return replace(found, low=np.maximum(low, least), high=high)
 
     return rule
 
 
-def _rising(node: Node, data: Facts, function: Callable[[Vector], Vector]) -> Facts:
+def _equal_inputs(
+    node: Node, data: Facts, function: Callable[[Vector], Vector], turns: tuple[float, ...] = ()
+) -> Facts:
+    """No more is said about multiples than that equal inputs give equal outputs."""
     scales = [float(f"{scale:.{DIGITS}e}") for scale in data.scale]
     keys = tuple(_hash(node.op, _options(node), key, scale) for key, scale in zip(data.key, scales, strict=True))
-    return Facts(data.axis, function(data.low), function(data.high), keys, np.ones(len(data.low)))
+    return Facts(data.axis, *_hull(data, function, turns), keys, np.ones(len(data.low)), (None,) * len(keys))
 
 
 def _clip(node: Node, known: Known) -> Facts | None:
@@ -285,17 +453,30 @@ def _clip(node: Node, known: Known) -> Facts | None:
         ends.append(float(node.attributes.get(name, default)) if value is None else float(value.ravel()[0]))
     if data is None:
         return None
-    found = _rising(node, data, lambda x: np.minimum(np.maximum(x, ends[0]), ends[1]))
-    return replace(found, key=tuple(_hash(key, *ends) for key in found.key))
+    found = _equal_inputs(node, data, lambda x: np.minimum(np.maximum(x, ends[0]), ends[1]))
+    return _identical(data, replace(found, key=tuple(_hash(key, *ends) for key in found.key)), *ends)
 
 
-def _sigmoid(x: Vector) -> Vector:
+def _hard_swish(node: Node, known: Known) -> Facts | None:
+    data = known.facts.get(node.inputs[0])
+    if data is None:
+        return None
+    found = _equal_inputs(node, data, lambda x: _product(np.clip((x + 3) / 6, 0, 1), x), (-3.0, -1.5))
+    low, high = _widened(found.low, found.high, known.rounding * MORE_ROUNDINGS)
+    return _identical(data, replace(found, low=low, high=high), 3.0 + 1e-3, INF)
+
+
+def _sigmoid(x: Vector, node: Node) -> Vector:
     return 1.0 / (1.0 + np.exp(-x))
+
+
+def _hard_sigmoid(x: Vector, node: Node) -> Vector:
+    return np.clip(float(node.attributes.get("alpha", 0.2)) * x + float(node.attributes.get("beta", 0.5)), 0.0, 1.0)
 
 
 def _leaky(x: Vector, node: Node) -> Vector:
     slope = float(node.attributes.get("alpha", 0.01))
-    return np.where(x >= 0, x, slope * x)
+    return np.where(x >= 0, x, _product(slope, x))
 
 
 # ---- moving channels ----------------------------------------------------------------------------------------------
@@ -303,6 +484,14 @@ def _leaky(x: Vector, node: Node) -> Vector:
 
 def _same(node: Node, known: Known) -> Facts | None:
     return known.facts.get(node.inputs[0]) if not node.input(2) else None
+
+
+def _cast(node: Node, known: Known) -> Facts | None:
+    data = known.facts.get(node.inputs[0])
+    if data is None or node.attributes.get("to") not in (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE):
+        return None
+    low, high = _widened(data.low, data.high, 2 * known.rounding)
+    return replace(data, low=low, high=high)
 
 
 def _concat(node: Node, known: Known) -> Facts | None:
@@ -318,6 +507,7 @@ def _concat(node: Node, known: Known) -> Facts | None:
         np.concatenate([part.high for part in known_parts]),
         tuple(key for part in known_parts for key in part.key),
         np.concatenate([part.scale for part in known_parts]),
+        tuple(form for part in known_parts for form in part.form),
     )
 
 
@@ -327,7 +517,11 @@ def _transpose(node: Node, known: Known) -> Facts | None:
     if data is None:
         return None
     order = list(node.attributes.get("perm", range(rank)[::-1]))
-    return replace(data, axis=order.index(data.axis), key=tuple(_hash("Transpose", order, key) for key in data.key))
+    keys = tuple(_hash("Transpose", order, key) for key in data.key)
+    forms = tuple(
+        None if form is None else replace(form, base=_hash("Transpose", order, form.base)) for form in data.form
+    )
+    return replace(data, axis=order.index(data.axis), key=keys, form=forms)
 
 
 def _flatten(node: Node, known: Known) -> Facts | None:
@@ -339,7 +533,12 @@ def _flatten(node: Node, known: Known) -> Facts | None:
     if after[1] != len(data.low) * times:
         return None
     keys = tuple(_hash("position", key, place) for key in data.key for place in range(times))
-    return Facts(1, data.low.repeat(times), data.high.repeat(times), keys, data.scale.repeat(times))
+    forms = tuple(
+        None if form is None else replace(form, base=_hash("position", form.base, place))
+        for form in data.form
+        for place in range(times)
+    )
+    return Facts(1, data.low.repeat(times), data.high.repeat(times), keys, data.scale.repeat(times), forms)
 
 
 _RULES: Mapping[str, Callable[[Node, Known], Facts | None]] = {
@@ -352,10 +551,14 @@ _RULES: Mapping[str, Callable[[Node, Known], Facts | None]] = {
     "LeakyRelu": _homogeneous(_leaky),
     **dict.fromkeys(("MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool"), _pool),
     "Clip": _clip,
-    "Sigmoid": _monotone(_sigmoid),
-    "Tanh": _monotone(np.tanh),
-    "Softplus": _monotone(lambda x: np.logaddexp(0, x)),
+    "HardSwish": _hard_swish,
+    "Neg": _negative,
+    "Sigmoid": _monotone(_sigmoid, least=0.0),
+    "HardSigmoid": _monotone(_hard_sigmoid, least=0.0),
+    "Tanh": _monotone(lambda x, node: np.tanh(x)),
+    "Softplus": _monotone(lambda x, node: np.logaddexp(0, x), least=0.0),
     **dict.fromkeys(("Identity", "Dropout"), _same),
+    "Cast": _cast,
     "Concat": _concat,
     "Transpose": _transpose,
     **dict.fromkeys(("Flatten", "Reshape"), _flatten),

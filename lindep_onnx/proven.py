@@ -30,10 +30,11 @@ Ranges = Mapping[str, tuple[float, float]]
 
 #: In place of the name of an input: every numeric input that is not named.
 EVERY_INPUT = "*"
-#: A channel is a combination of others if it differs by at most this share of its own length: weights are float32.
-COMBINED = 1e-6
-#: Larger factors, of channels of equal length, would turn rounding into error.
-LARGEST_FACTOR = 100.0
+#: Channels are dependent if what is left of one is no more than what storing it and the others as float32 can change,
+#: twice that much for each at its factor. Larger factors, of channels of equal length, would turn rounding into error.
+ROUNDED, LARGEST_FACTOR = 2.0**-23, 32.0
+#: Below this share of its own length the rest of a channel is looked at more closely.
+SMALL_REST = 1e-5
 #: Multiply-accumulates that one group may take; beyond it combinations of several channels are not looked for.
 MOST_WORK = 2e11
 
@@ -287,7 +288,7 @@ def _dependent(
     diagonal = np.zeros(len(units))
     rank_at_most = min(triangle.shape)
     diagonal[:rank_at_most] = np.abs(np.diagonal(triangle))
-    rank = int((diagonal > COMBINED).sum())
+    rank = int((diagonal > SMALL_REST).sum())
     if rank == len(units) or not rank:
         return None
     factors = scipy.linalg.solve_triangular(triangle[:rank, :rank], triangle[:rank, rank:])
@@ -295,7 +296,7 @@ def _dependent(
     good = [
         place
         for place in range(len(units) - rank)
-        if rest[place] <= COMBINED
+        if rest[place] <= ROUNDED * (1 + np.abs(factors[:, place]).sum())
         and np.abs(factors[:, place]).max() <= LARGEST_FACTOR
         and _take(channels, left, int(units[order[rank + place]]))
     ]

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -29,8 +30,10 @@ Array: TypeAlias = NDArray[Any]
 Vector: TypeAlias = NDArray[np.float64]
 Keys: TypeAlias = "tuple[bytes, ...]"
 
-#: Multiples are compared to so many digits: single precision holds no more.
-DIGITS = 6
+#: Directions of weights that are this close are equal: twice what storing them as float32 changes.
+ALIKE = 2.0**-22
+#: Entries of a matrix that are in float64 at a time.
+CHUNK = 1 << 21
 INF = float("inf")
 #: A rounding of float32, and of what is stored in half of its bits (bfloat16 is the coarser one), both taken twice.
 ROUNDING, ROUNDING_HALF = 2.0**-23, 2.0**-7
@@ -163,11 +166,50 @@ def _options(node: Node) -> str:
     return repr(sorted((key, np.asarray(value).tolist()) for key, value in plain.items()))
 
 
-def _normalised(rows: Vector) -> tuple[Vector, list[bytes]]:
-    """(C,) length of each row, and the bytes of its direction."""
-    length = np.linalg.norm(rows, axis=1)
-    direction = np.round(rows / np.where(length > 0, length, 1.0)[:, None], DIGITS) + 0.0
-    return length, [row.tobytes() for row in direction]
+def _chunks(rows: Array) -> Iterator[slice]:
+    step = max(1, CHUNK // max(1, rows[0].size if len(rows) else 1))
+    return (slice(start, start + step) for start in range(0, len(rows), step))
+
+
+def _directions(rows: Array, last: Vector) -> tuple[Vector, list[bytes]]:
+    """Length and direction of the rows of a matrix that has `last` as one more column.
+
+    Returns:
+        (C,) length of each row.
+        (C,) a name for each direction, the same for those that differ by rounding. Not by rounding them: two that are
+            as good as equal may round apart. Only rows whose products with one random vector are close are compared.
+    """
+    probe = np.random.default_rng(0).normal(size=rows.shape[1] + 1)
+    probe /= np.linalg.norm(probe)
+    length, place = np.empty(len(rows)), np.empty(len(rows))
+    for part in _chunks(rows):
+        block = np.column_stack([rows[part].astype(np.float64), last[part]])
+        length[part] = np.linalg.norm(block, axis=1)
+        place[part] = block @ probe
+    place /= np.where(length > 0, length, 1.0)
+    names = [_hash("not finite", index) for index in range(len(rows))]
+    known: deque[tuple[float, Vector, bytes]] = deque()
+    for index in np.argsort(place, kind="stable").tolist():
+        if not np.isfinite(place[index]):
+            continue
+        while known and place[index] - known[0][0] > ALIKE:
+            known.popleft()
+        direction = np.append(rows[index].astype(np.float64), last[index]) / (length[index] or 1.0)
+        name = next((name for _, other, name in known if np.linalg.norm(other - direction) <= ALIKE), None)
+        if name is None:
+            name = _hash((direction + 0.0).tobytes())
+            known.append((float(place[index]), direction, name))
+        names[index] = name
+    return length, names
+
+
+def _levels(scale: Vector) -> Vector:
+    """(C,) the scales, with one number for those that differ by rounding."""
+    result, level = scale.copy(), -1.0
+    for index in np.argsort(scale, kind="stable").tolist():
+        level = level if scale[index] <= level * (1 + ALIKE) else float(scale[index])
+        result[index] = level
+    return result
 
 
 # ---- products -----------------------------------------------------------------------------------------------------
@@ -179,7 +221,7 @@ def _convolution(node: Node, known: Known) -> Facts | None:
     if weight is None or data is None or bias is None:
         return None
     group, rows = int(node.attributes.get("group", 1)), len(weight)
-    w = weight.astype(np.float64).reshape(rows, weight.shape[1], -1)
+    w = weight.reshape(rows, weight.shape[1], -1)
     b = np.broadcast_to(bias.astype(np.float64).ravel(), (rows,))
     padded = any(node.attributes.get("pads", ())) or node.attributes.get("auto_pad", "NOTSET") not in (
         "NOTSET",
@@ -190,35 +232,35 @@ def _convolution(node: Node, known: Known) -> Facts | None:
     index = source[:, None] * weight.shape[1] + np.arange(weight.shape[1])
     bounds = _bounds(w, low[index], high[index], b, known.rounding)
     if group > 1 and weight.shape[1] == 1:  # one channel each: what multiplies it carries over
-        length, direction = _normalised(np.hstack([w[:, 0] * data.scale[source, None], b[:, None]]))
+        length, direction = _directions(w[:, 0] * data.scale[source, None], b)
         keys = tuple(_hash("depthwise", _options(node), data.key[s], d) for s, d in zip(source, direction, strict=True))
     else:
-        length, direction = _normalised(np.hstack([w.reshape(rows, -1), b[:, None]]))
+        length, direction = _directions(w.reshape(rows, -1), b)
         keys = tuple(
             _hash("Conv", node.inputs[0], _options(node), s if group > 1 else 0, d)
             for s, d in zip(source, direction, strict=True)
         )
-    product = Product(weight.reshape(rows, -1), b)
+    product = Product(w.reshape(rows, -1), b)
     base = [_hash("Conv", node.inputs[0], _options(node), weight.shape[1:], part) for part in range(group)]
     forms = tuple(Form(base[part], product, row) for row, part in enumerate(source.tolist()))
     return Facts(1, *bounds, keys, length, forms)
 
 
-def _bounds(weight: Vector, low: Vector, high: Vector, bias: Vector, rounding: float) -> tuple[Vector, Vector]:
+def _bounds(weight: Array, low: Vector, high: Vector, bias: Vector, rounding: float) -> tuple[Vector, Vector]:
     """Bounds of sum w x + b over the box, as it is computed; (C, I, T) weights and (C, I) bounds."""
-    positive, negative = np.maximum(weight, 0).sum(axis=2), np.minimum(weight, 0).sum(axis=2)
-    # All terms of a sign are at their least together, so that those of one input may be added up first.
-    at_least = _product(positive, low), _product(negative, high)
-    at_most = _product(positive, high), _product(negative, low)
-    varies = (((positive != 0) | (negative != 0)) & (low != high)).any(axis=1)
-    count = (weight != 0).sum(axis=(1, 2)) + MORE_ROUNDINGS
-    share = np.where(varies, np.minimum(1.0, rounding * count), 0.0)
-    lowest = sum(part.sum(axis=1) for part in at_least) + bias
-    highest = sum(part.sum(axis=1) for part in at_most) + bias
-    return (
-        lowest - _product(share, sum(np.abs(part).sum(axis=1) for part in at_least) + np.abs(bias)),
-        highest + _product(share, sum(np.abs(part).sum(axis=1) for part in at_most) + np.abs(bias)),
-    )
+    lowest, highest = np.empty(len(weight)), np.empty(len(weight))
+    for part in _chunks(weight):
+        w, least, most, b = weight[part].astype(np.float64), low[part], high[part], bias[part]
+        positive, negative = np.maximum(w, 0).sum(axis=2), np.minimum(w, 0).sum(axis=2)
+        varies = (((positive != 0) | (negative != 0)) & (least != most)).any(axis=1)
+        count = (w != 0).sum(axis=(1, 2)) + MORE_ROUNDINGS
+        share = np.where(varies, np.minimum(1.0, rounding * count), 0.0)
+        for result, sign, (first, last) in ((lowest, -1.0, (least, most)), (highest, 1.0, (most, least))):
+            # All terms of a sign are at their extreme together, so that those of one input may be added up first.
+            terms = _product(positive, first), _product(negative, last)
+            size = np.abs(terms[0]).sum(axis=1) + np.abs(terms[1]).sum(axis=1) + np.abs(b)
+            result[part] = terms[0].sum(axis=1) + terms[1].sum(axis=1) + b + sign * _product(share, size)
+    return lowest, highest
 
 
 def _widened(low: Vector, high: Vector, share: float | Vector, size: Vector | float = 0.0) -> tuple[Vector, Vector]:
@@ -246,20 +288,18 @@ def _matrix(node: Node, known: Known) -> Facts | None:
     if data is None or bias is None:
         return None
     alpha = float(node.attributes.get("alpha", 1.0)) if gemm else 1.0
-    w = weight.astype(np.float64) * alpha
-    w = w if node.attributes.get("transB", 0) else w.T
+    w = weight if node.attributes.get("transB", 0) else weight.T
+    w = w if alpha == 1 else w.astype(np.float64) * alpha  # a view wherever that is enough: matrices are large
     if bias.size != 1 and (bias.size != len(w) or bias.shape[-1] != len(w)):
         return None  # one for each row
     beta = float(node.attributes.get("beta", 1.0)) if gemm else 1.0
     b = np.broadcast_to(bias.astype(np.float64).ravel() * beta, (len(w),))
-    rows = w[:, :, None]
     box = np.broadcast_to(data.low, w.shape), np.broadcast_to(data.high, w.shape)
-    length, direction = _normalised(np.hstack([w, b[:, None]]))
-    keys = tuple(_hash("product", node.inputs[0], axis, d) for d in direction)
-    bounds = _bounds(rows, *box, b, known.rounding)
+    bounds = _bounds(w[:, :, None], *box, b, known.rounding)
+    length, direction = _directions(w, b)
     base = _hash("product", node.inputs[0], axis)
-    # A view wherever that is enough: matrices are large.
-    product = Product(w if alpha != 1 else weight if node.attributes.get("transB", 0) else weight.T, b)
+    keys = tuple(_hash(base, d) for d in direction)
+    product = Product(w, b)
     forms = tuple(Form(base, product, row) for row in range(len(w)))
     return Facts(axis, *bounds, keys, length, forms)
 
@@ -273,7 +313,7 @@ def _affine(data: Facts, factor: Vector, addend: Vector, rounding: float, size: 
     terms = (np.abs(addend) if size is None else size) * 2
     bounds = _widened(np.minimum(*ends), np.maximum(*ends), rounding * MORE_ROUNDINGS, terms)
     scale = data.scale * factor
-    length, direction = _normalised(np.stack([scale, addend], axis=1))
+    length, direction = _directions(scale[:, None], addend)
     plain = (addend == 0) & (scale > 0)
     keys = tuple(
         key if same else _hash("affine", key, d) for key, same, d in zip(data.key, plain, direction, strict=True)
@@ -340,7 +380,7 @@ def _both(node: Node, known: Known, rank: int) -> Facts | None:
     if node.op in ("Add", "Sub"):
         sign = 1.0 if node.op == "Add" else -1.0
         ends = np.sort(np.stack([sign * right.low, sign * right.high]), axis=0)
-        length, direction = _normalised(np.stack([left.scale, right.scale], axis=1))
+        length, direction = _directions(left.scale[:, None], right.scale)
         parts = zip(left.key, right.key, direction, strict=True)
         keys = tuple(_hash(node.op, *part) for part in parts)
         share = np.where(left.varies | right.varies, 2 * known.rounding, 0.0)
@@ -438,7 +478,7 @@ def _equal_inputs(
     node: Node, data: Facts, function: Callable[[Vector], Vector], turns: tuple[float, ...] = ()
 ) -> Facts:
     """No more is said about multiples than that equal inputs give equal outputs."""
-    scales = [float(f"{scale:.{DIGITS}e}") for scale in data.scale]
+    scales = _levels(data.scale).tolist()
     keys = tuple(_hash(node.op, _options(node), key, scale) for key, scale in zip(data.key, scales, strict=True))
     return Facts(data.axis, *_hull(data, function, turns), keys, np.ones(len(data.low)), (None,) * len(keys))
 

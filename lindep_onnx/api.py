@@ -6,9 +6,9 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -25,13 +25,14 @@ from lindep_onnx.channels import Channels
 from lindep_onnx.config import Config
 from lindep_onnx.cost import Cost
 from lindep_onnx.data import InputSpec, Part, Samples, open_samples
-from lindep_onnx.errors import LindepError, OutputError, UsageError
+from lindep_onnx.errors import LindepError, OutputError, UsageError, VerificationError
 from lindep_onnx.groups import measure_groups
 from lindep_onnx.plan import KINDS
 from lindep_onnx.proven import Proof, prove, ranges_of
 from lindep_onnx.report import BudgetReport, GroupReport, RefusalReport, Report, Size, Verification
 from lindep_onnx.shapes import Resolved, resolve
 from lindep_onnx.tracing import trace
+from lindep_onnx.variants import Variant, compare_variants
 
 __all__ = ["Outcome", "Result", "compress", "run"]
 
@@ -73,6 +74,7 @@ def compress(
     model: str | Path | onnx.ModelProto,
     calib: Any = None,
     *,
+    stress: Any = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> Result:
@@ -82,6 +84,7 @@ def compress(
         model: a path or a model in memory; never changed.
         calib: calibration data: a path (see the README), a dict of arrays with samples along the leading axis, an
             iterable of such dicts, or an object with `get_next()`. None only with `proven_only=True`.
+        stress: a second data set, in any of these forms, that the result has to match the original on as well.
         progress: called with (stage, samples done, samples in all).
         **options: fields of `lindep_onnx.Config`.
 
@@ -96,7 +99,7 @@ def compress(
     if unknown:
         raise UsageError(f"Unknown option {sorted(unknown)[0]!r}; the options are the fields of lindep_onnx.Config.")
     config = Config(**options)
-    outcome = run(model, calib, config, output=None, progress=progress or _silent)
+    outcome = run(model, calib, config, output=None, stress=stress, progress=progress or _silent)
     if outcome.failure is not None and not config.force:
         raise outcome.failure
     return Result(outcome.model, outcome.report)
@@ -112,6 +115,7 @@ def run(
     config: Config,
     *,
     output: Path | None,
+    stress: Any = None,
     external_data: bool = False,
     progress: Progress = _silent,
 ) -> Outcome:
@@ -139,31 +143,46 @@ def run(
         # Half of the cores: BLAS threads that compete with ONNX Runtime's, or with other programs, wait for each other
         # (measured on two busy cores: refits 8 times slower with two threads than with one).
         stack.enter_context(threadpool_limits(max(1, (os.cpu_count() or 1) // 2), user_api="blas"))
-        samples = None
-        if calib is not None:
+        inputs = _inputs(model, resolved, ranges)
+
+        def opened(source: Any, max_samples: int | None) -> Samples | None:
+            if source is None:
+                return None
             with clock.stage("read data"):
-                opened = open_samples(
-                    calib,
-                    _inputs(model, resolved, ranges),
+                found = open_samples(
+                    source,
+                    inputs,
                     seed=config.seed,
                     holdout=config.holdout,
-                    max_samples=config.max_samples,
+                    max_samples=max_samples,
                     batch_size=config.batch_size or _batch_size(resolved),
                 )
-            samples = stack.enter_context(opened)
-        return _run(channels, proof, samples, config, clock, output, external_data, progress)
+            return stack.enter_context(found)
+
+        data = _Data(opened(calib, config.max_samples), opened(stress, None), inputs)
+        return _run(channels, proof, data, config, clock, output, external_data, progress)
+
+
+@dataclass(frozen=True)
+class _Data:
+    """The samples to learn from, those that only judge, and what the model declares about both."""
+
+    samples: Samples | None
+    stress: Samples | None
+    inputs: Sequence[InputSpec]
 
 
 def _run(
     channels: Channels,
     proof: Proof,
-    samples: Samples | None,
+    data: _Data,
     config: Config,
     clock: _Clock,
     output: Path | None,
     external_data: bool,
     progress: Progress,
 ) -> Outcome:
+    samples = data.samples
     runtime: dict[str, Any] = {"providers": config.providers, "threads": config.threads}
     evidence, doubtful = None, np.zeros(channels.units, dtype=bool)
     if samples is not None and len(samples.parts[Part.FIT]) and not config.proven_only:
@@ -179,10 +198,35 @@ def _run(
     with clock.stage("verify"):
         verify.check_model(chosen.proto, original_passed=original_passed)
         errors = measure_groups(channels, chosen, samples, seed=config.seed, **runtime) if samples is not None else {}
+        variants: tuple[Variant, ...] = ()
+        if samples is not None:
+            variants = compare_variants(channels.model.proto, chosen.proto, samples, data.inputs, **runtime)
+        chosen = replace(chosen, failure=chosen.failure or _variant_failure(variants))
+    stressed, failure = None, chosen.failure
+    if data.stress is not None:
+        with clock.stage("stress"):
+            stressed = workshop.compared(chosen.proto, data.stress)
+            stress_failure = workshop.stress_failure(stressed)
+            failure = failure or stress_failure
     report = _report(channels, workshop.before, chosen, proof, errors, samples, config, clock)
-    if output is not None and (chosen.failure is None or config.force):
+    if report.verification is not None:
+        report = replace(report, verification=replace(report.verification, variants=variants))
+    if stressed is not None:
+        stress_data = "the stress data, which nothing was fitted to or chosen by"
+        report = replace(report, stress=_verification(stressed, stress_failure is None, stress_data))
+    if output is not None and (failure is None or config.force):
         graph.save(chosen.proto, output, external_data=external_data)
-    return Outcome(chosen.proto, report, chosen.failure)
+    return Outcome(chosen.proto, report, failure)
+
+
+def _variant_failure(variants: Sequence[Variant]) -> LindepError | None:
+    for variant in variants:
+        if not variant.passed:
+            return VerificationError(
+                f"Run {variant.name}, the result differs from the original by {variant.relative_error:.2g}, more than "
+                "as usual. Nothing was written; this is a fault of this package, please report it with the model."
+            )
+    return None
 
 
 class _Clock:
@@ -230,6 +274,19 @@ def _batch_size(resolved: Resolved) -> int:
     return max(1, min(MOST_BATCH, ACTIVATION_BYTES // max(1, 4 * elements)))
 
 
+def _verification(found: verify.Comparison, passed: bool, data: str) -> Verification:
+    return Verification(
+        samples=found.samples,
+        relative_error=found.relative_error,
+        max_abs_error=found.max_abs_error,
+        agreement=found.agreement,
+        passed=passed,
+        data=data,
+        worst_samples=found.worst_samples,
+        outputs=found.outputs,
+    )
+
+
 def _report(
     channels: Channels,
     before: Cost,
@@ -243,16 +300,8 @@ def _report(
     found = chosen.comparison
     verification = None
     if found is not None:
-        verification = Verification(
-            samples=found.samples,
-            relative_error=found.relative_error,
-            max_abs_error=found.max_abs_error,
-            agreement=found.agreement,
-            passed=chosen.failure is None,
-            data="calibration samples that nothing was fitted to or chosen by",
-            worst_samples=found.worst_samples,
-            outputs=found.outputs,
-        )
+        where = "calibration samples that nothing was fitted to or chosen by"
+        verification = _verification(found, chosen.failure is None, where)
     latency = chosen.latency or (None, None)
     return Report(
         before=Size(before.parameters, before.macs, before.bytes, before.channels, latency[0]),

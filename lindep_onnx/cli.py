@@ -55,6 +55,9 @@ def _parser() -> argparse.ArgumentParser:
         "FILE.py:FUNC that yields dicts of arrays",
     )
     data.add_argument(
+        "--stress", metavar="DATA", help="a second data set that the result has to hold on, not fitted to"
+    )
+    data.add_argument(
         "--input-range",
         action="append",
         metavar="[NAME=]LO:HI",
@@ -158,13 +161,14 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
     if report_path is not None:
         report.check_path(report_path)
     output = Path(options.output) if options.output and not options.dry_run else None
-    _check_written([output, report_path], [options.model, options.calib])
+    _check_written([output, report_path], [options.model, options.calib, options.stress])
     with _progress(errors, options.quiet) as progress:
         result = api.run(
             options.model,
             options.calib,
             config,
             output=output,
+            stress=options.stress,
             external_data=options.save_as_external_data,
             progress=progress,
         )

@@ -148,22 +148,29 @@ class Samples:
         self._open = None
         self._folder.cleanup()
 
-    def batches(self, *parts: Part, limit: int | None = None) -> Iterator[Batch]:
+    @property
+    def free_batch(self) -> bool:
+        """Whether the model takes any number of samples in a run."""
+        return self._plan.fixed_batch is None
+
+    def batches(self, *parts: Part, limit: int | None = None, size: int | None = None) -> Iterator[Batch]:
         """Feeds for one pass over some parts (all by default), in ascending order of the samples.
 
         Args:
             *parts: which samples.
             limit: stop after so many samples.
+            size: samples per run, where the model leaves that free; None for the usual number.
 
         Raises:
             CalibrationError: a value is NaN, infinite or outside the declared range, naming input and sample.
         """
         numbers = np.sort(np.concatenate([self.parts[part] for part in (parts or Part)]))[:limit]
         shard = np.searchsorted(self._starts, numbers, side="right") - 1
+        step = size if size is not None and self.free_batch else self._plan.batch
         for index in np.unique(shard).tolist():
             own = numbers[shard == index]
-            for start in range(0, len(own), self._plan.batch):
-                yield self._batch(index, own[start : start + self._plan.batch])
+            for start in range(0, len(own), step):
+                yield self._batch(index, own[start : start + step])
 
     def _batch(self, index: int, numbers: NDArray[np.int64]) -> Batch:
         fixed = self._plan.fixed_batch

@@ -2,8 +2,8 @@
 
 Lossless mode has one plan, and falls back on smaller ones if unseen samples turn it down. With a budget the plan is a
 rung of the ladder (see `lindep_onnx.ladder`) that a search (see `lindep_onnx.search`) finds: the cheap fold judges the
-rungs, the refit is run where the search ends. What was found is then held to the budgets on samples that nothing else
-has looked at.
+rungs first, the refit those beyond. What was found is then held to the budgets on samples that nothing else has looked
+at.
 """
 
 from __future__ import annotations
@@ -138,7 +138,17 @@ class Workshop:
             if self._config.round_to == "auto" and best.failure is None and _ratio(best) <= FASTER:
                 break
         assert best is not None
+        if self._config.round_to == "auto" and not self._sizes() and _ratio(best) > 1 / FASTER:
+            best = self._unchanged()
         return dataclasses.replace(best, notes=(*best.notes, *self._slower(best)))
+
+    def _unchanged(self) -> Chosen:
+        nothing = Plan(np.zeros(self._channels.units, dtype=bool), np.zeros(self._channels.units, dtype=np.int8), {})
+        chosen = self._carried_out(nothing, self._evidence.sites)
+        note = (
+            "Nothing was removed: no width made the result as fast in ONNX Runtime here. Try without --round-to auto."
+        )
+        return dataclasses.replace(chosen, latency=self._latency(chosen.proto), notes=(note,))
 
     def _slower(self, chosen: Chosen) -> Iterator[str]:
         if chosen.latency is None or _ratio(chosen) <= 1.1 or not chosen.removed.any():
@@ -191,8 +201,7 @@ class Workshop:
         error = float("nan") if first.comparison is None else first.comparison.relative_error
         note = (
             f"Unseen samples turned down a removal of {first.removed.sum()} channels, which changed an output by "
-            f"{error:.2g}; {chosen.removed.sum()} of them, less dependent on the data, went. "
-            "Give more or more varied data."
+            f"{error:.2g}; the {chosen.removed.sum()} of them that depend less on the data went. Give more varied data."
         )
         return dataclasses.replace(chosen, notes=(*chosen.notes, note))
 
@@ -248,7 +257,7 @@ class Workshop:
                 lambda rung: judged(build(rung, False)[0]),
                 (lambda rung: judged(build(rung, True)[0])) if refitted else None,
             )
-        tries = [(count, refitted and needs_refit)]
+        tries = [(count, needs_refit)] + [(count, True)] * (refitted and not needs_refit)
         tries += [(rung, refitted) for rung in on_grid(ladder.rungs(), count)]
         turned_down = 0
         while True:
@@ -258,7 +267,7 @@ class Workshop:
             if chosen.failure is None or turned_down == len(tries) - 1:
                 break
             turned_down += 1
-        if turned_down:
+        if rung < count:
             note = f"Unseen samples turned down {turned_down} larger reduction(s) that the others had allowed."
             chosen = dataclasses.replace(chosen, notes=(*chosen.notes, note))
         return chosen

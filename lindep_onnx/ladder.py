@@ -26,8 +26,9 @@ __all__ = ["Curve", "Ladder", "Saving", "build_ladder", "curves", "folds_of", "s
 
 Saving: TypeAlias = Literal["parameters", "macs", "channels"]
 
-#: Rungs that a search over measured errors probes; a search over sizes uses every unit.
-RUNGS = 64
+#: Rungs that a search over measured errors probes, and how they crowd where little is left; a search over sizes uses
+#: every unit.
+RUNGS, CROWDING = 96, 1.5
 #: Share of a site's units that is removed to find the ridge which generalises best.
 RIDGE_SHARE = 0.5
 
@@ -73,8 +74,12 @@ class Ladder:
         return mask
 
     def rungs(self) -> list[int]:
-        """Counts of units that searches by measured error probe, ascending: the same for every budget."""
-        return sorted({round(len(self) * place / RUNGS) for place in range(RUNGS + 1)})
+        """Counts of units that searches by measured error probe, ascending: the same for every budget.
+
+        They lie closer where little is left: there a unit is a larger share of the model.
+        """
+        left = np.linspace(1, 0, RUNGS + 1) ** CROWDING
+        return sorted({round(len(self) * (1 - share)) for share in left.tolist()})
 
 
 def savings(channels: Channels, kind: Saving) -> NDArray[np.float64]:

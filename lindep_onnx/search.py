@@ -2,8 +2,8 @@
 
 Sizes fall with every unit, so that the first plan that is small enough is found by bisection over all of them. Measured
 errors wobble: they are bisected over fixed rungs, so that a looser limit takes the same turns or better ones, and never
-ends at a larger model. Which rung the cheap fold allows says where to start; a refit does better, so that a few coarser
-rungs beyond it are refitted and judged themselves.
+ends at a larger model. The cheap fold is bisected over all rungs. A refit does better, at a price: it is bisected over
+every second rung, and only beyond what the fold allows.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 
 __all__ = ["COARSE", "first_small_enough", "last_good_enough", "on_grid"]
 
-#: Every so many rungs are refitted, and at most so many refits are tried.
-COARSE, MOST_REFITS = 4, 3
+#: One in so many rungs is refitted.
+COARSE = 2
 
 
 def first_small_enough(most: int, small: Callable[[int], bool]) -> int | None:
@@ -41,26 +41,29 @@ def last_good_enough(
     """The largest rung that is good enough, and whether that is so only once it is refitted.
 
     Args:
-        rungs: ascending counts; the first removes nothing that matters and is taken to be good.
+        rungs: ascending counts; the first is taken to be good.
         good: whether a plan is good enough with the cheap fold.
         refitted: whether it is with the refit; None does without.
     """
-    low, high = 0, len(rungs) - 1
+    fold = _last(len(rungs), lambda place: good(rungs[place]))
+    if refitted is None:
+        return rungs[fold], False
+    # What the fold allows the refit is taken to allow too.
+    grid = range(0, len(rungs), COARSE)
+    best = grid[_last(len(grid), lambda at: grid[at] <= fold or refitted(rungs[grid[at]]))]
+    return (rungs[best], True) if best > fold else (rungs[fold], False)
+
+
+def _last(count: int, good: Callable[[int], bool]) -> int:
+    """The last of so many places that is good, by bisection; the first is taken to be good."""
+    low, high = 0, count - 1
     while low < high:
         middle = (low + high + 1) // 2
-        if good(rungs[middle]):
+        if good(middle):
             low = middle
         else:
             high = middle - 1
-    if refitted is None:
-        return rungs[low], False
-    best: int | None = None
-    start = -(-low // COARSE) * COARSE
-    for place in range(start, min(start + MOST_REFITS * COARSE, len(rungs)), COARSE):
-        if not refitted(rungs[place]):
-            break
-        best = rungs[place]
-    return (rungs[low], False) if best is None else (best, True)
+    return low
 
 
 def on_grid(rungs: Sequence[int], below: int) -> list[int]:

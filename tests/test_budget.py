@@ -146,6 +146,14 @@ def test_widths_of_a_lossless_result_are_rounded_without_losing_exactness(data) 
     assert [group.channels_after for group in two.groups] == [14] and two.verification.relative_error < 1e-5
 
 
+@pytest.mark.parametrize(("after", "removed"), [(0.9, True), (2.0, False)])
+def test_automatic_widths_are_never_slower(model, data, monkeypatch, after: float, removed: bool) -> None:
+    monkeypatch.setattr(lindep_onnx.verify, "measure_latency", lambda sessions, feeds, seconds: (1.0, after))
+    report = lindep_onnx.compress(model, data, max_error=0.5, round_to="auto").report
+    assert (report.after.parameters < report.before.parameters) == removed
+    assert any("no width" in note for note in report.notes) != removed
+
+
 def test_rounding_puts_back_what_went_last() -> None:
     channels = traced(build("h = Conv(x, w)\nr = Relu(h)\ny = Conv(r, v)", {"w": (8, 3, 1, 1), "v": (2, 8, 1, 1)}))
     removed = np.zeros(8, dtype=bool)

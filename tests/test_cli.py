@@ -707,3 +707,59 @@ def test_the_same_data_without_the_sample_passes(treacherous: Path, cli: Callabl
         kept = data["x"][data["x"][:, 5] == 0]
     np.savez("data.npz", x=kept)
     assert cli(*GOOD).code == 0 and width("out.onnx") < WIDTH
+
+
+# ------------------------------------------------------------------------------------------------------ stress data
+
+
+@pytest.fixture
+def shifted(folder: Path) -> Path:
+    """A channel that is a copy as long as one input is zero, as it is in the calibration data but not in the field."""
+    model = planted()
+    w = onnx.numpy_helper.to_array(model.graph.initializer[0]).copy()
+    w[5, 0] += 5.0
+    model.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(w, "w"))
+    onnx.save(model, "in.onnx")
+    calibration, field = samples(), samples(40)
+    calibration[:, 5] = field[:, 5] = 0
+    np.savez("data.npz", x=calibration)
+    np.savez("same.npz", x=field)
+    field[17, 5], field[23, 5] = 10.0, 3.0
+    np.savez("field.npz", x=field)
+    return folder
+
+
+def test_stress_data_that_the_result_holds_on_is_reported(shifted: Path, cli: Callable) -> None:
+    found = cli(*GOOD, "--stress", "same.npz", "--report", "r.json")
+    assert found.code == 0 and "Stress test passed: on 40 samples" in found.out
+    stress = json.loads((shifted / "r.json").read_text())["stress"]
+    assert stress["passed"] is True and stress["samples"] == 40 and stress["relative_error"] < 1e-5
+
+
+@pytest.mark.parametrize("budget", [(), ("--max-error", "1e-4")])
+def test_a_result_that_fails_on_stress_data_is_not_written(budget: tuple, shifted: Path, cli: Callable) -> None:
+    assert cli(*GOOD, *budget).code == 0
+    (shifted / "out.onnx").write_bytes(b"old")
+    found = cli(*GOOD, *budget, "--stress", "field.npz", "--report", "r.json")
+    assert_one_clear_message(found, 3, "does not hold on the stress data: .*worst samples: 17, 23")
+    assert (shifted / "out.onnx").read_bytes() == b"old"
+    report = json.loads((shifted / "r.json").read_text())
+    assert report["stress"]["passed"] is False and report["stress"]["worst_samples"][:2] == [17, 23]
+    assert report["verification"]["passed"] is True
+
+
+def test_agreement_is_asked_of_stress_data_too(shifted: Path, cli: Callable) -> None:
+    np.savez("wild.npz", x=samples(400) * np.float32([1, 1, 1, 1, 1, 30]))
+    found = cli(*GOOD, "--channels", "0.4", "--min-agreement", "0.6", "--stress", "wild.npz", "--report", "r.json")
+    assert_one_clear_message(found, 3, "--min-agreement 0.6 does not hold on the stress data")
+    assert not (shifted / "out.onnx").exists()
+
+
+def test_failed_stress_is_in_the_page_and_force_writes_all_the_same(shifted: Path, cli: Callable) -> None:
+    assert cli(*GOOD, "--stress", "field.npz", "--force", "--report", "r.html").code == 3
+    assert "STRESS TEST FAILED" in (shifted / "r.html").read_text() and width("out.onnx") < WIDTH
+
+
+def test_stress_data_that_does_not_fit_is_one_message(folder: Path, cli: Callable) -> None:
+    assert_one_clear_message(cli(*GOOD, "--stress", "no.npz"), 1, "no.npz: no such calibration data")
+    assert_one_clear_message(cli("in.onnx", "s.npz", *GOOD[2:], "--stress", "s.npz"), 2, "s.npz: is .* name another")

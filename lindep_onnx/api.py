@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -25,7 +25,7 @@ from lindep_onnx.channels import Channels
 from lindep_onnx.config import Config
 from lindep_onnx.cost import Cost
 from lindep_onnx.data import InputSpec, Part, Samples, open_samples
-from lindep_onnx.errors import LindepError, OutputError, UsageError, VerificationError
+from lindep_onnx.errors import LindepError, ModelError, OutputError, UsageError, VerificationError
 from lindep_onnx.groups import measure_groups
 from lindep_onnx.plan import KINDS
 from lindep_onnx.proven import Proof, prove, ranges_of
@@ -34,7 +34,7 @@ from lindep_onnx.shapes import Resolved, resolve
 from lindep_onnx.tracing import trace
 from lindep_onnx.variants import Variant, compare_variants
 
-__all__ = ["Outcome", "Result", "compress", "run"]
+__all__ = ["Outcome", "Result", "Understood", "compress", "run", "understand"]
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 
@@ -125,25 +125,13 @@ def run(
     if output is not None:
         _check_output(source, output)
     clock = _Clock()
-    with clock.stage("load"):
-        model = graph.load(source)
-        resolved = resolve(model)
-    with clock.stage("trace"):
-        channels = trace(
-            model,
-            resolved,
-            include=config.include,
-            exclude=config.exclude,
-            min_channels=config.min_channels,
-        )
-    with clock.stage("prove"):
-        ranges = ranges_of(model, config.input_range)
-        proof = prove(channels, ranges)
+    understood = understand(source, config, clock.stage)
     with ExitStack() as stack:
         # Half of the cores: BLAS threads that compete with ONNX Runtime's, or with other programs, wait for each other
         # (measured on two busy cores: refits 8 times slower with two threads than with one).
         stack.enter_context(threadpool_limits(max(1, (os.cpu_count() or 1) // 2), user_api="blas"))
-        inputs = _inputs(model, resolved, ranges)
+        inputs = _inputs(understood)
+        batch_size = config.batch_size or _batch_size(understood.channels.resolved)
 
         def opened(source: Any, max_samples: int | None) -> Samples | None:
             if source is None:
@@ -155,12 +143,62 @@ def run(
                     seed=config.seed,
                     holdout=config.holdout,
                     max_samples=max_samples,
-                    batch_size=config.batch_size or _batch_size(resolved),
+                    batch_size=batch_size,
                 )
             return stack.enter_context(found)
 
         data = _Data(opened(calib, config.max_samples), opened(stress, None), inputs)
-        return _run(channels, proof, data, config, clock, output, external_data, progress)
+        return _run(understood.channels, understood.proof, data, config, clock, output, external_data, progress)
+
+
+@dataclass(frozen=True)
+class Understood:
+    """What the model alone says.
+
+    Attributes:
+        channels: the traced model.
+        ranges: lowest and highest value of inputs, where they are known.
+        proof: what follows from the weights.
+    """
+
+    channels: Channels
+    ranges: Mapping[str, tuple[float, float]]
+    proof: Proof
+
+
+def understand(
+    source: str | Path | onnx.ModelProto, config: Config, stage: Callable[[str], Any] = nullcontext
+) -> Understood:
+    """Everything that needs no data.
+
+    Raises:
+        ModelError: the model cannot be read, or is not well formed.
+        UsageError: an input range names no input.
+    """
+    with stage("load"):
+        model = graph.load(source)
+    try:
+        with stage("load"):
+            resolved = resolve(model)
+        with stage("trace"):
+            channels = trace(
+                model, resolved, include=config.include, exclude=config.exclude, min_channels=config.min_channels
+            )
+        with stage("prove"):
+            ranges = ranges_of(model, config.input_range)
+            return Understood(channels, ranges, prove(channels, ranges))
+    except LindepError:
+        raise
+    except Exception as error:
+        # Rules rely on what the ONNX standard says. Many models that break it can be handled all the same.
+        name = model.proto.graph.name or "the model" if isinstance(source, onnx.ModelProto) else source
+        fault = verify.full_check_passes(model.proto)
+        if fault is not None:
+            raise ModelError(f"{name}: is not a valid ONNX model, and cannot be followed: {fault}") from error
+        raise ModelError(
+            f"{name}: cannot be followed ({type(error).__name__}: {str(error)[:200]}).\n"
+            "If ONNX Runtime runs it, run again with --debug and report it."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -257,7 +295,8 @@ def _check_output(source: str | Path | onnx.ModelProto, output: Path) -> None:
         raise OutputError(f"{output}: the folder {folder} cannot be written to.")
 
 
-def _inputs(model: graph.Model, resolved: Resolved, ranges: Mapping[str, tuple[float, float]]) -> list[InputSpec]:
+def _inputs(understood: Understood) -> list[InputSpec]:
+    model, resolved, ranges = understood.channels.model, understood.channels.resolved, understood.ranges
     specs = []
     for value in model.proto.graph.input:
         if value.name in model.inputs:

@@ -155,6 +155,9 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
     if options.eval is not None:
         changed["eval"] = load_function(options.eval, "--eval")
     config = Config(**changed)
+    for path in (options.model, options.output, options.calib, options.stress, options.report):
+        if path is not None and "\0" in path:
+            raise UsageError(f"{path!r}: a path cannot hold a NUL character.")
     if options.output is None and not options.dry_run:
         raise UsageError("OUT.onnx is missing: name the file to write, or use --dry-run.")
     report_path = Path(options.report) if options.report else None

@@ -140,7 +140,7 @@ def read_model(source: str | Path | onnx.ModelProto) -> onnx.ModelProto:
         raise ModelError(f"{path}: is not an ONNX model (no graph, IR version or operator set in it).")
     try:
         onnx.load_external_data_for_model(proto, str(path.parent))
-    except (OSError, ValueError, onnx.checker.ValidationError) as error:
+    except Exception as error:  # file system errors of C++ among them
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{path}: its external data cannot be read: {first}") from error
     return proto
@@ -160,10 +160,14 @@ def load(source: str | Path | onnx.ModelProto) -> Model:
     stored: dict[str, Array] = {}
     try:
         for tensor in graph.initializer:
-            stored[tensor.name] = onnx.numpy_helper.to_array(tensor)
+            if tensor.name in stored:
+                raise ModelError(
+                    f"{where}: tensor {tensor.name!r} is defined twice; every tensor needs a name of its own."
+                )
+            stored[tensor.name] = _array(tensor)
         sparse = {tensor.values.name for tensor in graph.sparse_initializer}
         nodes, constants = _read_nodes(graph)
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+    except Exception as error:  # decoding raises whatever it meets
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{where}: a tensor or attribute in it is damaged: {first}") from error
     for name, value in constants.items():
@@ -231,9 +235,18 @@ def _attribute(proto: onnx.AttributeProto) -> Any:
     value = onnx.helper.get_attribute_value(proto) if not proto.ref_attr_name else None
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
-    if isinstance(value, onnx.TensorProto):
-        return onnx.numpy_helper.to_array(value)
-    return value
+    return _array(value) if isinstance(value, onnx.TensorProto) else value
+
+
+def _array(tensor: onnx.TensorProto) -> Array:
+    """The values of a tensor that is in memory."""
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        # Without the model's folder the location would be looked up in the working directory.
+        raise ValueError(f"{tensor.name!r} is in a file of its own that was not read; give the path of the model")
+    values: Array = onnx.numpy_helper.to_array(tensor)
+    if values.size * values.itemsize > max(64, 8 * tensor.ByteSize()):
+        raise ValueError(f"{tensor.name!r} declares more values than it holds")
+    return values
 
 
 def _subgraphs(proto: onnx.NodeProto) -> list[onnx.GraphProto]:

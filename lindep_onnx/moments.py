@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import secrets
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -127,6 +129,22 @@ class MomentsAccumulator:
         )
 
 
+#: What the standard library and NumPy raise on damaged files, and on sizes that nobody has the memory for.
+UNREADABLE = (
+    *(
+        OSError,
+        ValueError,
+        KeyError,
+        EOFError,
+        TypeError,
+        RuntimeError,
+        MemoryError,
+        OverflowError,
+        SyntaxError,
+        AttributeError,
+    ),
+    *(zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError),
+)
 _FIELDS = ("sum", "gram", "low", "high", "active")
 
 
@@ -171,5 +189,5 @@ def load_moments(path: Path) -> dict[str, Moments]:
                     raise ValueError(f"the sizes of {name!r} do not agree")
                 result[name] = Moments(int(rows), int(samples), float(effective), **fields)
             return result
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except UNREADABLE as error:
         raise CalibrationError(f"{path}: is not a readable file of moments ({error}).") from error

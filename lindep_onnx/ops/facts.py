@@ -32,6 +32,8 @@ Keys: TypeAlias = "tuple[bytes, ...]"
 
 #: Directions of weights that are this close are equal: twice what storing them as float32 changes.
 ALIKE = 2.0**-22
+#: Longer axes are positions, or declared by somebody who means harm.
+MOST_CHANNELS = 1 << 20
 #: Entries of a matrix that are in float64 at a time.
 CHUNK = 1 << 21
 INF = float("inf")
@@ -133,6 +135,8 @@ class Known:
         if name in self.constants or not 0 <= axis < len(shape) or not isinstance(shape[axis], int):
             return None
         size = int(shape[axis])
+        if not 0 < size <= MOST_CHANNELS:
+            return None
         keys = tuple(_hash("channel", name, axis, channel) for channel in range(size))
         return Facts(axis, np.full(size, low), np.full(size, high), keys, np.ones(size), (None,) * size)
 

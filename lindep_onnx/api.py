@@ -34,7 +34,7 @@ from lindep_onnx.shapes import Resolved, resolve
 from lindep_onnx.tracing import trace
 from lindep_onnx.variants import Variant, compare_variants
 
-__all__ = ["Outcome", "Result", "Understood", "compress", "run", "understand"]
+__all__ = ["Outcome", "Result", "Understood", "compress", "following", "run", "understand"]
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 
@@ -177,7 +177,7 @@ def understand(
     """
     with stage("load"):
         model = graph.load(source)
-    try:
+    with following(model.proto, source):
         with stage("load"):
             resolved = resolve(model)
         with stage("trace"):
@@ -186,13 +186,28 @@ def understand(
             )
         with stage("prove"):
             ranges = ranges_of(model, config.input_range)
-            return Understood(channels, ranges, prove(channels, ranges))
+            proof = prove(channels, ranges)
+    return Understood(channels, ranges, proof)
+
+
+@contextmanager
+def following(proto: onnx.ModelProto, source: object = None) -> Iterator[None]:
+    """Blame what goes wrong inside on the model: rules rely on what the ONNX standard says, and nothing has run it yet.
+
+    Args:
+        proto: the model.
+        source: its path, for the message.
+
+    Raises:
+        ModelError: instead of any other exception.
+    """
+    try:
+        yield
     except LindepError:
         raise
     except Exception as error:
-        # Rules rely on what the ONNX standard says. Many models that break it can be handled all the same.
-        name = model.proto.graph.name or "the model" if isinstance(source, onnx.ModelProto) else source
-        fault = verify.full_check_passes(model.proto)
+        name = source if isinstance(source, (str, Path)) else proto.graph.name or "the model"
+        fault = verify.full_check_passes(proto)
         if fault is not None:
             raise ModelError(f"{name}: is not a valid ONNX model, and cannot be followed: {fault}") from error
         raise ModelError(
@@ -232,7 +247,8 @@ def _run(
             doubtful = silence.unexplained(channels.units, watched, ranges, evidence.samples)
     original_passed = verify.full_check_passes(channels.model.proto) is None
     workshop = Workshop(channels, evidence, doubtful, proof, samples, config, clock.stage, progress)
-    chosen = workshop.choose()
+    with following(channels.model.proto) if samples is None else nullcontext():
+        chosen = workshop.choose()
     with clock.stage("verify"):
         verify.check_model(chosen.proto, original_passed=original_passed)
         errors = measure_groups(channels, chosen, samples, seed=config.seed, **runtime) if samples is not None else {}

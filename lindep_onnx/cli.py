@@ -156,8 +156,8 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
         changed["eval"] = load_function(options.eval, "--eval")
     config = Config(**changed)
     for path in (options.model, options.output, options.calib, options.stress, options.report):
-        if path is not None and "\0" in path:
-            raise UsageError(f"{path!r}: a path cannot hold a NUL character.")
+        if path is not None:
+            _check_name(path)
     if options.output is None and not options.dry_run:
         raise UsageError("OUT.onnx is missing: name the file to write, or use --dry-run.")
     report_path = Path(options.report) if options.report else None
@@ -182,6 +182,16 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
     if result.failure is not None:
         raise result.failure
     return OK
+
+
+def _check_name(path: str) -> None:
+    """Refuse what no file system takes: NUL characters, names that are too long."""
+    try:
+        Path(path).exists()
+    except (OSError, ValueError) as error:
+        shown = path if len(path) < 80 else path[:60] + "..."
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"{shown!r}: cannot be looked up ({reason}); name another file.") from error
 
 
 def _check_written(written: Sequence[Path | None], read: Sequence[str | None]) -> None:

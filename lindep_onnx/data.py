@@ -496,7 +496,11 @@ def _shards(source: Any, specs: Sequence[InputSpec], folder: Path, max_samples: 
     if isinstance(source, str | Path):
         text = str(source)
         path = Path(text)
-        if path.exists() or ".py:" not in text:
+        try:
+            exists = path.exists()
+        except (OSError, ValueError) as error:  # no name for a file: too long, or with a NUL in it
+            raise CalibrationError(f"{text[:80]!r}: cannot be looked up ({error}).") from error
+        if exists or ".py:" not in text:
             return _from_path(path, [spec.name for spec in specs], folder)
         return _spooled(_called(load_function(text, "--calib"), text), text, folder, max_samples, specs)
     where = "the calibration data"

@@ -128,7 +128,11 @@ def read_model(source: str | Path | onnx.ModelProto) -> onnx.ModelProto:
     if isinstance(source, onnx.ModelProto):
         return source
     path = Path(source)
-    if not path.is_file():
+    try:
+        is_file = path.is_file()
+    except (OSError, ValueError) as error:  # no name for a file: too long, or with a NUL in it
+        raise ModelError(f"{str(path)[:80]!r}: cannot be looked up ({error}).") from error
+    if not is_file:
         raise ModelError(f"{path}: no such model file." if not path.exists() else f"{path}: is not a file.")
     try:
         proto = onnx.load(path, format="protobuf", load_external_data=False)

@@ -440,7 +440,8 @@ def tracer(rng: random.Random, corpus: Corpus) -> None:
     if full_check_passes(found.channels.model.proto) is not None:
         return  # ONNX Runtime does not load it, so that nothing is ever rewritten
     plan = found.proof.plan
-    rewrite(found.channels, fold_sites(found.channels, plan.folds, found.proof.evidence, plan.removed), "fuzz")
+    with api.following(found.channels.model.proto):
+        rewrite(found.channels, fold_sites(found.channels, plan.folds, found.proof.evidence, plan.removed), "fuzz")
 
 
 def _npy(rng: random.Random) -> bytes:
@@ -587,8 +588,7 @@ def options(rng: random.Random, corpus: Corpus) -> None:
     given = ["mlp.onnx", "out.onnx", "--calib", "data.npz"] if rng.random() < 0.02 else []
     for _ in range(rng.randrange(1, 7)):
         given += [rng.choice(FLAGS), rng.choice(WORDS)] if rng.random() < 0.7 else [rng.choice(WORDS)]
-    if "--debug" in given:
-        given.remove("--debug")
+    given = [word for word in given if word != "--debug"]  # which prints whole tracebacks
     errors = io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
         try:

@@ -15,7 +15,6 @@ import math
 import shutil
 import struct
 import sys
-import tempfile
 import tokenize
 import zipfile
 import zlib
@@ -32,6 +31,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from lindep_onnx.errors import CalibrationError, UsageError
+from lindep_onnx.files import Scratch
 from lindep_onnx.shapes import Shape
 
 __all__ = ["Batch", "InputSpec", "Part", "Samples", "load_function", "open_samples"]
@@ -43,6 +43,8 @@ Arrays: TypeAlias = "Mapping[str, Array]"
 UNNAMED = "arr_0"
 #: Fewer different samples than this cannot be split into three parts.
 LEAST_SAMPLES = 3
+#: A model with a larger fixed batch means harm: its last batch is filled up.
+MOST_BATCH = 1 << 16
 SUFFIXES = (".npz", ".npy")
 #: What the standard library and NumPy raise on damaged files; a locked archive is a RuntimeError.
 UNREADABLE = (
@@ -127,7 +129,7 @@ class Samples:
         notes: what the user should know about the data.
     """
 
-    def __init__(self, shards: Sequence[_Shard], plan: _Feeding, folder: tempfile.TemporaryDirectory[str]) -> None:
+    def __init__(self, shards: Sequence[_Shard], plan: _Feeding, folder: Scratch) -> None:
         self._shards = shards
         self._plan = plan
         self._folder = folder
@@ -252,7 +254,7 @@ def open_samples(
         CalibrationError: the data is missing, damaged or does not fit.
         UsageError: `FILE.py:FUNC` names nothing that can be called.
     """
-    folder = tempfile.TemporaryDirectory(prefix="lindep_onnx_")
+    folder = Scratch()
     try:
         shards = _shards(source, inputs, Path(folder.name), max_samples)
         plan = _feeding(shards, inputs, batch_size)
@@ -353,6 +355,10 @@ def _feeding(shards: Sequence[_Shard], specs: Sequence[InputSpec], batch_size: i
             "clear what a sample is; export it with a free batch axis."
         )
     fixed_batch = int(fixed.pop()) if fixed else None
+    if fixed_batch is not None and not 0 < fixed_batch <= MOST_BATCH:
+        raise CalibrationError(
+            f"The model declares a batch of {fixed_batch:,} samples; it must be from 1 to {MOST_BATCH:,}, or free."
+        )
     return _Feeding(specs, shared, fixed_batch or batch_size, fixed_batch, tuple(notes))
 
 

@@ -11,7 +11,6 @@ import html
 import json
 import math
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lindep_onnx.errors import OutputError, UsageError
+from lindep_onnx.files import replacing
 from lindep_onnx.variants import Variant
 from lindep_onnx.verify import OutputComparison
 
@@ -318,14 +318,9 @@ def write_report(report: Report, path: str | Path) -> None:
     path = Path(path)
     check_path(path)
     text = report.to_json() if path.suffix.lower() == ".json" else _page(report)
-    # Not `tempfile`: its files are private to the user, and the report would stay so.
-    staged = path.with_name(f".lindep_onnx.{secrets.token_hex(8)}.tmp")
     try:
-        try:
+        with replacing(path) as staged:
             staged.write_text(text, encoding="utf-8", newline="\n")
-            staged.replace(path)
-        finally:
-            staged.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror or error}).") from error
 

@@ -20,7 +20,7 @@ import onnxruntime
 import pytest
 from build import build, run
 
-from lindep_onnx import api, budget, graph
+from lindep_onnx import api, budget, files, graph
 from lindep_onnx.cli import main
 from lindep_onnx.data import InputSpec, Part, open_samples
 
@@ -337,7 +337,7 @@ def test_a_disk_that_fills_up_leaves_the_old_output_and_nothing_else(
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(graph, "_flush", full)
+    monkeypatch.setattr(files, "flush", full)
     assert_one_clear_message(cli(*GOOD, *options), 1, "out.onnx: cannot be written .No space left on device")
     assert content(folder.parent) == before
 

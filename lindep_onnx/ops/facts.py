@@ -225,6 +225,8 @@ def _convolution(node: Node, known: Known) -> Facts | None:
     if weight is None or data is None or bias is None:
         return None
     group, rows = int(node.attributes.get("group", 1)), len(weight)
+    if group < 1 or rows % group or group * weight.shape[1] != len(data.low):
+        return None
     w = weight.reshape(rows, weight.shape[1], -1)
     b = np.broadcast_to(bias.astype(np.float64).ravel(), (rows,))
     padded = any(node.attributes.get("pads", ())) or node.attributes.get("auto_pad", "NOTSET") not in (

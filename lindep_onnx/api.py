@@ -6,9 +6,9 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -25,16 +25,17 @@ from lindep_onnx.channels import Channels
 from lindep_onnx.config import Config
 from lindep_onnx.cost import Cost
 from lindep_onnx.data import InputSpec, Part, Samples, open_samples
-from lindep_onnx.errors import LindepError, ModelError, OutputError, UsageError
+from lindep_onnx.errors import LindepError, ModelError, OutputError, UsageError, VerificationError
 from lindep_onnx.groups import measure_groups
 from lindep_onnx.plan import KINDS
 from lindep_onnx.precision import resolution, widened
-from lindep_onnx.proven import Proof, prove
+from lindep_onnx.proven import Proof, prove, ranges_of
 from lindep_onnx.report import BudgetReport, GroupReport, RefusalReport, Report, Size, Verification
 from lindep_onnx.shapes import Resolved, resolve
 from lindep_onnx.tracing import trace
+from lindep_onnx.variants import Variant, compare_variants
 
-__all__ = ["Outcome", "Result", "compress", "run"]
+__all__ = ["Outcome", "Result", "Understood", "compress", "following", "run", "understand"]
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 
@@ -74,6 +75,7 @@ def compress(
     model: str | Path | onnx.ModelProto,
     calib: Any = None,
     *,
+    stress: Any = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> Result:
@@ -83,6 +85,7 @@ def compress(
         model: a path or a model in memory; never changed.
         calib: calibration data: a path (see the README), a dict of arrays with samples along the leading axis, an
             iterable of such dicts, or an object with `get_next()`. None only with `proven_only=True`.
+        stress: a second data set, in any of these forms, that the result has to match the original on as well.
         progress: called with (stage, samples done, samples in all).
         **options: fields of `lindep_onnx.Config`.
 
@@ -97,7 +100,7 @@ def compress(
     if unknown:
         raise UsageError(f"Unknown option {sorted(unknown)[0]!r}; the options are the fields of lindep_onnx.Config.")
     config = Config(**options)
-    outcome = run(model, calib, config, output=None, progress=progress or _silent)
+    outcome = run(model, calib, config, output=None, stress=stress, progress=progress or _silent)
     if outcome.failure is not None and not config.force:
         raise outcome.failure
     return Result(outcome.model, outcome.report)
@@ -113,6 +116,7 @@ def run(
     config: Config,
     *,
     output: Path | None,
+    stress: Any = None,
     external_data: bool = False,
     progress: Progress = _silent,
 ) -> Outcome:
@@ -122,52 +126,121 @@ def run(
     if output is not None:
         _check_output(source, output)
     clock = _Clock()
-    with clock.stage("load"):
-        model = graph.load(source)
-        half = model.proto if resolution(model.proto) else None
-        if half is not None:
-            model = graph.load(widened(half))
-        resolved = resolve(model)
-    with clock.stage("trace"):
-        channels = trace(
-            model,
-            resolved,
-            include=config.include,
-            exclude=config.exclude,
-            min_channels=config.min_channels,
-        )
-    with clock.stage("prove"):
-        proof = prove(channels)
+    understood = understand(source, config, clock.stage)
     with ExitStack() as stack:
         # Half of the cores: BLAS threads that compete with ONNX Runtime's, or with other programs, wait for each other
         # (measured on two busy cores: refits 8 times slower with two threads than with one).
         stack.enter_context(threadpool_limits(max(1, (os.cpu_count() or 1) // 2), user_api="blas"))
-        samples = None
-        if calib is not None:
+        inputs = _inputs(understood)
+        batch_size = config.batch_size or _batch_size(understood.channels.resolved)
+
+        def opened(source: Any, max_samples: int | None) -> Samples | None:
+            if source is None:
+                return None
             with clock.stage("read data"):
-                opened = open_samples(
-                    calib,
-                    _inputs(model, resolved),
+                found = open_samples(
+                    source,
+                    inputs,
                     seed=config.seed,
                     holdout=config.holdout,
-                    max_samples=config.max_samples,
-                    batch_size=config.batch_size or _batch_size(resolved),
+                    max_samples=max_samples,
+                    batch_size=batch_size,
                 )
-            samples = stack.enter_context(opened)
-        return _run(channels, half, proof, samples, config, clock, output, external_data, progress)
+            return stack.enter_context(found)
+
+        data = _Data(opened(calib, config.max_samples), opened(stress, None), inputs)
+        return _run(understood, data, config, clock, output, external_data, progress)
+
+
+@dataclass(frozen=True)
+class Understood:
+    """What the model alone says.
+
+    Attributes:
+        channels: the traced model; its widened copy if it is in half precision.
+        half: the model itself in that case, else None.
+        ranges: lowest and highest value of inputs, where they are known.
+        proof: what follows from the weights.
+    """
+
+    channels: Channels
+    half: onnx.ModelProto | None
+    ranges: Mapping[str, tuple[float, float]]
+    proof: Proof
+
+
+def understand(
+    source: str | Path | onnx.ModelProto, config: Config, stage: Callable[[str], Any] = nullcontext
+) -> Understood:
+    """Everything that needs no data.
+
+    Raises:
+        ModelError: the model cannot be read, or is not well formed.
+        UsageError: an input range names no input.
+    """
+    with stage("load"):
+        model = graph.load(source)
+    with following(model.proto, source):
+        with stage("load"):
+            half = model.proto if resolution(model.proto) else None
+            if half is not None:
+                model = graph.load(widened(half))
+            resolved = resolve(model)
+        with stage("trace"):
+            channels = trace(
+                model, resolved, include=config.include, exclude=config.exclude, min_channels=config.min_channels
+            )
+        with stage("prove"):
+            ranges = ranges_of(model, config.input_range)
+            proof = prove(channels, ranges)
+    return Understood(channels, half, ranges, proof)
+
+
+@contextmanager
+def following(proto: onnx.ModelProto, source: object = None) -> Iterator[None]:
+    """Blame what goes wrong inside on the model: rules rely on what the ONNX standard says, and nothing has run it yet.
+
+    Args:
+        proto: the model.
+        source: its path, for the message.
+
+    Raises:
+        ModelError: instead of any other exception.
+    """
+    try:
+        yield
+    except LindepError:
+        raise
+    except Exception as error:
+        name = source if isinstance(source, (str, Path)) else proto.graph.name or "the model"
+        fault = verify.full_check_passes(proto)
+        if fault is not None:
+            raise ModelError(f"{name}: is not a valid ONNX model, and cannot be followed: {fault}") from error
+        raise ModelError(
+            f"{name}: cannot be followed ({type(error).__name__}: {str(error)[:200]}).\n"
+            "If ONNX Runtime runs it, run again with --debug and report it."
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Data:
+    """The samples to learn from, those that only judge, and what the model declares about both."""
+
+    samples: Samples | None
+    stress: Samples | None
+    inputs: Sequence[InputSpec]
 
 
 def _run(
-    channels: Channels,
-    half: onnx.ModelProto | None,
-    proof: Proof,
-    samples: Samples | None,
+    understood: Understood,
+    data: _Data,
     config: Config,
     clock: _Clock,
     output: Path | None,
     external_data: bool,
     progress: Progress,
 ) -> Outcome:
+    samples, channels, half, proof = data.samples, understood.channels, understood.half, understood.proof
     runtime: dict[str, Any] = {"providers": config.providers, "threads": config.threads}
     evidence, doubtful = None, np.zeros(channels.units, dtype=bool)
     if samples is not None and len(samples.parts[Part.FIT]) and not config.proven_only:
@@ -179,17 +252,43 @@ def _run(
             doubtful = silence.unexplained(channels.units, watched, ranges, evidence.samples)
     original_passed = verify.full_check_passes(channels.model.proto if half is None else half) is None
     workshop = Workshop(channels, evidence, doubtful, proof, samples, config, clock.stage, progress, half)
-    chosen = workshop.choose()
+    with following(channels.model.proto) if samples is None else nullcontext():
+        chosen = workshop.choose()
     with clock.stage("verify"):
         result = workshop.stored(chosen.proto)
         if half is not None and not chosen.removed.any():
             result = graph.edit(graph.load(half), graph.Edits(), workshop.metadata)
         verify.check_model(result, original_passed=original_passed)
         errors = measure_groups(channels, chosen, samples, seed=config.seed, **runtime) if samples is not None else {}
+        variants: tuple[Variant, ...] = ()
+        if samples is not None:
+            variants = compare_variants(channels.model.proto, chosen.proto, samples, data.inputs, **runtime)
+        chosen = replace(chosen, failure=chosen.failure or _variant_failure(variants))
+    stressed, failure = None, chosen.failure
+    if data.stress is not None:
+        with clock.stage("stress"):
+            stressed = workshop.compared(chosen.proto, data.stress)
+            stress_failure = workshop.stress_failure(stressed)
+            failure = failure or stress_failure
     report = _report(channels, workshop.before, chosen, proof, errors, samples, config, clock)
-    if output is not None and (chosen.failure is None or config.force):
+    if report.verification is not None:
+        report = replace(report, verification=replace(report.verification, variants=variants))
+    if stressed is not None:
+        stress_data = "the stress data, which nothing was fitted to or chosen by"
+        report = replace(report, stress=_verification(stressed, stress_failure is None, stress_data))
+    if output is not None and (failure is None or config.force):
         graph.save(result, output, external_data=external_data)
-    return Outcome(result, report, chosen.failure)
+    return Outcome(result, report, failure)
+
+
+def _variant_failure(variants: Sequence[Variant]) -> LindepError | None:
+    for variant in variants:
+        if not variant.passed:
+            return VerificationError(
+                f"Run {variant.name}, the result differs from the original by {variant.relative_error:.2g}, more than "
+                "as usual. Nothing was written; this is a fault of this package, please report it with the model."
+            )
+    return None
 
 
 class _Clock:
@@ -220,7 +319,8 @@ def _check_output(source: str | Path | onnx.ModelProto, output: Path) -> None:
         raise OutputError(f"{output}: the folder {folder} cannot be written to.")
 
 
-def _inputs(model: graph.Model, resolved: Resolved) -> list[InputSpec]:
+def _inputs(understood: Understood) -> list[InputSpec]:
+    model, resolved, ranges = understood.channels.model, understood.channels.resolved, understood.ranges
     specs = []
     for value in model.proto.graph.input:
         if value.name in model.inputs:
@@ -231,7 +331,8 @@ def _inputs(model: graph.Model, resolved: Resolved) -> list[InputSpec]:
                     "needs no data, or export the model with tensor inputs."
                 )
             dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
-            specs.append(InputSpec(value.name, dtype, resolved.shapes.get(value.name, ())))
+            shape = resolved.shapes.get(value.name, ())
+            specs.append(InputSpec(value.name, dtype, shape, ranges.get(value.name)))
     return specs
 
 
@@ -240,6 +341,19 @@ def _batch_size(resolved: Resolved) -> int:
     computed = (shape for name, shape in resolved.shapes.items() if name not in resolved.constants)
     elements = sum(math.prod(size for size in shape[1:] if isinstance(size, int)) for shape in computed)
     return max(1, min(MOST_BATCH, ACTIVATION_BYTES // max(1, 4 * elements)))
+
+
+def _verification(found: verify.Comparison, passed: bool, data: str) -> Verification:
+    return Verification(
+        samples=found.samples,
+        relative_error=found.relative_error,
+        max_abs_error=found.max_abs_error,
+        agreement=found.agreement,
+        passed=passed,
+        data=data,
+        worst_samples=found.worst_samples,
+        outputs=found.outputs,
+    )
 
 
 def _report(
@@ -255,16 +369,8 @@ def _report(
     found = chosen.comparison
     verification = None
     if found is not None:
-        verification = Verification(
-            samples=found.samples,
-            relative_error=found.relative_error,
-            max_abs_error=found.max_abs_error,
-            agreement=found.agreement,
-            passed=chosen.failure is None,
-            data="calibration samples that nothing was fitted to or chosen by",
-            worst_samples=found.worst_samples,
-            outputs=found.outputs,
-        )
+        where = "calibration samples that nothing was fitted to or chosen by"
+        verification = _verification(found, chosen.failure is None, where)
     latency = chosen.latency or (None, None)
     return Report(
         before=Size(before.parameters, before.macs, before.bytes, before.channels, latency[0]),

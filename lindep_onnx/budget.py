@@ -377,9 +377,35 @@ class Workshop:
     def _compared(self, proto: onnx.ModelProto, part: Part) -> verify.Comparison | None:
         if self._samples is None or not len(self._samples.parts[part]):
             return None
+        return self.compared(proto, self._samples, part)
+
+    def compared(self, proto: onnx.ModelProto, samples: Samples, *parts: Part) -> verify.Comparison:
+        """A result against the original, on some parts of some samples; on all without a part."""
         session = verify.open_session(proto, **self._runtime)
         wanted = self._config.agreement_output
-        return verify.compare(self._original, session, self._samples.batches(part), agreement_output=wanted)
+        return verify.compare(self._original, session, samples.batches(*parts), agreement_output=wanted)
+
+    def stress_failure(self, found: verify.Comparison) -> LindepError | None:
+        """Why a result must not be used after what was found on a second data set; None if all is well."""
+        limits: list[tuple[str, float | None, bool]] = []
+        if self._config.max_error is not None:
+            kept = self._holds("max_error", found.relative_error)
+            limits.append((f"--max-error {self._config.max_error:g}", found.relative_error, kept))
+        if self._config.min_agreement is not None:
+            kept = self._holds("min_agreement", found.agreement)
+            limits.append((f"--min-agreement {self._config.min_agreement:g}", found.agreement, kept))
+        if not self._config.budgeted:
+            kept = found.relative_error <= self._allowed
+            limits.append((f"the lossless bound {self._allowed:g}", found.relative_error, kept))
+        for name, value, kept in limits:
+            if not kept:
+                reached = "it could not be measured" if value is None else f"it is {value:.4g}"
+                worst = ", ".join(map(str, found.worst_samples[:3])) or "none"
+                return VerificationError(
+                    f"{name} does not hold on the stress data: there {reached} (worst samples: {worst}). Nothing was "
+                    "written; add samples like these to the calibration data."
+                )
+        return None
 
     def _finished(
         self, proto: onnx.ModelProto, removed: NDArray[np.bool_], kind: NDArray[np.int8], notes: tuple[str, ...]

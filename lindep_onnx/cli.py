@@ -18,6 +18,7 @@ from lindep_onnx._version import __version__
 from lindep_onnx.config import Config
 from lindep_onnx.data import load_function
 from lindep_onnx.errors import LindepError, UsageError
+from lindep_onnx.proven import EVERY_INPUT
 
 __all__ = ["main"]
 
@@ -52,6 +53,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DATA",
         help=".npz with input names as keys, .npy, a directory of shards or of ONNX test_data_set_* folders, or "
         "FILE.py:FUNC that yields dicts of arrays",
+    )
+    data.add_argument(
+        "--stress", metavar="DATA", help="a second data set that the result has to hold on, not fitted to"
+    )
+    data.add_argument(
+        "--input-range",
+        action="append",
+        metavar="[NAME=]LO:HI",
+        help="lowest and highest value of an input, or of all: what holds for every input in there is proven",
     )
     data.add_argument("--max-samples", type=int, metavar="N", help="use at most N samples")
     data.add_argument("--batch-size", type=int, metavar="N", help="samples per run, where the batch is dynamic")
@@ -138,24 +148,30 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
     for name in ("include", "exclude", "providers"):
         if name in changed:
             changed[name] = tuple(changed[name])
+    if options.input_range is not None:
+        changed["input_range"] = _ranges(options.input_range)
     if options.round_to is not None:
         changed["round_to"] = _round_to(options.round_to)
     if options.eval is not None:
         changed["eval"] = load_function(options.eval, "--eval")
     config = Config(**changed)
+    for path in (options.model, options.output, options.calib, options.stress, options.report):
+        if path is not None:
+            _check_name(path)
     if options.output is None and not options.dry_run:
         raise UsageError("OUT.onnx is missing: name the file to write, or use --dry-run.")
     report_path = Path(options.report) if options.report else None
     if report_path is not None:
         report.check_path(report_path)
     output = Path(options.output) if options.output and not options.dry_run else None
-    _check_written([output, report_path], [options.model, options.calib])
+    _check_written([output, report_path], [options.model, options.calib, options.stress])
     with _progress(errors, options.quiet) as progress:
         result = api.run(
             options.model,
             options.calib,
             config,
             output=output,
+            stress=options.stress,
             external_data=options.save_as_external_data,
             progress=progress,
         )
@@ -168,6 +184,16 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
     return OK
 
 
+def _check_name(path: str) -> None:
+    """Refuse what no file system takes: NUL characters, names that are too long."""
+    try:
+        Path(path).exists()
+    except (OSError, ValueError) as error:
+        shown = path if len(path) < 80 else path[:60] + "..."
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"{shown!r}: cannot be looked up ({reason}); name another file.") from error
+
+
 def _check_written(written: Sequence[Path | None], read: Sequence[str | None]) -> None:
     """Nothing that is read may be overwritten, and nothing may be written twice."""
     taken = {Path(path).resolve() for path in read if path}
@@ -177,6 +203,19 @@ def _check_written(written: Sequence[Path | None], read: Sequence[str | None]) -
                 f"{path}: is the input model, the calibration data or the other output; name another file."
             )
         taken.add(path.resolve())
+
+
+def _ranges(texts: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """From `NAME=LO:HI`, or `LO:HI` for every input. A name may itself hold a colon or an equals sign."""
+    found = {}
+    for text in texts:
+        name, _, ends = text.rpartition("=")
+        low, _, high = ends.partition(":")
+        try:
+            found[name or EVERY_INPUT] = float(low), float(high)
+        except ValueError:
+            raise UsageError(f"--input-range takes NAME=LO:HI or LO:HI, such as image=0:1, not {text!r}.") from None
+    return found
 
 
 def _round_to(text: str) -> int | str:

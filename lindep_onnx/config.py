@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 from lindep_onnx.errors import UsageError
@@ -37,6 +39,8 @@ class Config:
         eval: a user metric, called with an `onnxruntime.InferenceSession`; higher is better.
         max_drop: how far `eval` may fall.
         proven_only: remove only what the weights prove; needs no calibration data.
+        input_range: lowest and highest value of inputs by name, `*` for all that are not named. What the weights imply
+            for every input in there counts as proven; data outside it is refused.
         refit: how consumers are refitted; `auto` folds in lossless mode, else refits in sequence.
         round_to: round kept counts up to this multiple; 1 leaves them as they are; `auto` rounds up to 8 or 16 where
             the result is not measured to be faster without.
@@ -62,6 +66,7 @@ class Config:
     eval: Callable[[Any], float] | None = None
     max_drop: float | None = None
     proven_only: bool = False
+    input_range: Mapping[str, tuple[float, float]] = field(default_factory=lambda: MappingProxyType({}))
     refit: Refit = "auto"
     round_to: int | Literal["auto"] = 1
     min_channels: int = 1
@@ -97,6 +102,9 @@ class Config:
             raise UsageError(f"--holdout is a share between 0 and 1, not {self.holdout}.")
         if self.proven_only and self.budgeted:
             raise UsageError("--proven-only removes what costs nothing: it takes no budget.")
+        for name, ends in self.input_range.items():
+            if len(ends) != 2 or any(math.isnan(end) for end in ends) or not ends[0] <= ends[1]:
+                raise UsageError(f"--input-range of {name!r} goes from LO up to HI, not {':'.join(map(str, ends))}.")
         if self.refit not in ("auto", "fold", "kernel", "sequential"):
             raise UsageError(f"--refit is one of auto, fold, kernel, sequential, not {self.refit!r}.")
         least = {
@@ -120,11 +128,11 @@ class Config:
 
     def described(self) -> dict[str, Any]:
         """The options that differ from their defaults, as JSON values."""
-        changed = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if getattr(self, field.name) != field.default
-        }
+        default = Config()
+        values = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        changed = {name: value for name, value in values.items() if value != getattr(default, name)}
+        if self.input_range:
+            changed["input_range"] = dict(self.input_range)
         return {name: getattr(value, "__name__", value) for name, value in changed.items()}
 
 

@@ -15,7 +15,6 @@ import math
 import shutil
 import struct
 import sys
-import tempfile
 import tokenize
 import zipfile
 import zlib
@@ -32,6 +31,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from lindep_onnx.errors import CalibrationError, UsageError
+from lindep_onnx.files import Scratch
 from lindep_onnx.shapes import Shape
 
 __all__ = ["Batch", "InputSpec", "Part", "Samples", "load_function", "open_samples"]
@@ -43,6 +43,8 @@ Arrays: TypeAlias = "Mapping[str, Array]"
 UNNAMED = "arr_0"
 #: Fewer different samples than this cannot be split into three parts.
 LEAST_SAMPLES = 3
+#: A model with a larger fixed batch means harm: its last batch is filled up.
+MOST_BATCH = 1 << 16
 SUFFIXES = (".npz", ".npy")
 #: What the standard library and NumPy raise on damaged files; a locked archive is a RuntimeError.
 UNREADABLE = (
@@ -74,11 +76,13 @@ class InputSpec:
         name: of the graph input.
         dtype: element type.
         shape: sizes; symbols are strings. Empty for scalars, None where the rank is not declared.
+        range: lowest and highest value that the user allows; None for any.
     """
 
     name: str
     dtype: np.dtype[Any]
     shape: Shape | None
+    range: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ class Samples:
         notes: what the user should know about the data.
     """
 
-    def __init__(self, shards: Sequence[_Shard], plan: _Feeding, folder: tempfile.TemporaryDirectory[str]) -> None:
+    def __init__(self, shards: Sequence[_Shard], plan: _Feeding, folder: Scratch) -> None:
         self._shards = shards
         self._plan = plan
         self._folder = folder
@@ -146,22 +150,29 @@ class Samples:
         self._open = None
         self._folder.cleanup()
 
-    def batches(self, *parts: Part, limit: int | None = None) -> Iterator[Batch]:
+    @property
+    def free_batch(self) -> bool:
+        """Whether the model takes any number of samples in a run."""
+        return self._plan.fixed_batch is None
+
+    def batches(self, *parts: Part, limit: int | None = None, size: int | None = None) -> Iterator[Batch]:
         """Feeds for one pass over some parts (all by default), in ascending order of the samples.
 
         Args:
             *parts: which samples.
             limit: stop after so many samples.
+            size: samples per run, where the model leaves that free; None for the usual number.
 
         Raises:
-            CalibrationError: a value is NaN or infinite, naming input and sample.
+            CalibrationError: a value is NaN, infinite or outside the declared range, naming input and sample.
         """
         numbers = np.sort(np.concatenate([self.parts[part] for part in (parts or Part)]))[:limit]
         shard = np.searchsorted(self._starts, numbers, side="right") - 1
+        step = size if size is not None and self.free_batch else self._plan.batch
         for index in np.unique(shard).tolist():
             own = numbers[shard == index]
-            for start in range(0, len(own), self._plan.batch):
-                yield self._batch(index, own[start : start + self._plan.batch])
+            for start in range(0, len(own), step):
+                yield self._batch(index, own[start : start + step])
 
     def _batch(self, index: int, numbers: NDArray[np.int64]) -> Batch:
         fixed = self._plan.fixed_batch
@@ -175,10 +186,23 @@ class Samples:
             taken = np.asarray(value if spec.name in self._plan.shared else value[rows])
             where = f"{self._shards[index].where}: input {spec.name!r}"
             feeds[spec.name] = _cast(taken, spec.dtype, where)
-            if _kind(spec.dtype) == "float" and not np.isfinite(feeds[spec.name]).all():
-                sample = None if spec.name in self._plan.shared else int(numbers[_first_bad(feeds[spec.name])])
-                raise _not_finite(where, spec.dtype, taken, sample)
+            fed = feeds[spec.name]
+            # What counts comes first; filler repeats it.
+            good = np.isfinite(fed) if _kind(spec.dtype) == "float" else np.ones(1, dtype=bool)
+            if not good.all():
+                raise _not_finite(where, spec.dtype, taken, self._sample(spec, numbers, good))
+            if spec.range is not None and fed.size:
+                low, high = spec.range
+                inside = (fed >= low) & (fed <= high)
+                if not inside.all():
+                    raise _outside(where, spec.range, fed[~inside].flat[0], self._sample(spec, numbers, inside))
         return Batch(MappingProxyType(feeds), numbers, len(rows))
+
+    def _sample(self, spec: InputSpec, numbers: NDArray[np.int64], good: Array) -> int | None:
+        """The first sample that is not good throughout; None if the array belongs to no sample."""
+        if spec.name in self._plan.shared:
+            return None
+        return int(numbers[np.argmin([row.all() for row in good])])
 
     def _arrays(self, index: int) -> Arrays:
         if self._open is None or self._open[0] != index:
@@ -230,7 +254,7 @@ def open_samples(
         CalibrationError: the data is missing, damaged or does not fit.
         UsageError: `FILE.py:FUNC` names nothing that can be called.
     """
-    folder = tempfile.TemporaryDirectory(prefix="lindep_onnx_")
+    folder = Scratch()
     try:
         shards = _shards(source, inputs, Path(folder.name), max_samples)
         plan = _feeding(shards, inputs, batch_size)
@@ -331,6 +355,10 @@ def _feeding(shards: Sequence[_Shard], specs: Sequence[InputSpec], batch_size: i
             "clear what a sample is; export it with a free batch axis."
         )
     fixed_batch = int(fixed.pop()) if fixed else None
+    if fixed_batch is not None and not 0 < fixed_batch <= MOST_BATCH:
+        raise CalibrationError(
+            f"The model declares a batch of {fixed_batch:,} samples; it must be from 1 to {MOST_BATCH:,}, or free."
+        )
     return _Feeding(specs, shared, fixed_batch or batch_size, fixed_batch, tuple(notes))
 
 
@@ -453,15 +481,18 @@ def _cast(value: Array, dtype: np.dtype[Any], where: str) -> Array:
         return np.ascontiguousarray(value, dtype=dtype).reshape(value.shape)
 
 
-def _first_bad(value: Array) -> int:
-    """The first entry along the leading axis that is not finite throughout."""
-    return int(np.argmin([np.isfinite(row).all() for row in value]))
-
-
 def _not_finite(where: str, dtype: np.dtype[Any], stored: Array, sample: int | None) -> CalibrationError:
     what = "NaN or infinite values" if not np.isfinite(stored).all() else f"values too large for {dtype}"
     which, remedy = ("", "repair it") if sample is None else (f" (sample {sample})", "remove or repair this sample")
     return CalibrationError(f"{where} holds {what}{which}; {remedy}.")
+
+
+def _outside(where: str, allowed: tuple[float, float], found: Any, sample: int | None) -> CalibrationError:
+    which = "" if sample is None else f" (sample {sample})"
+    return CalibrationError(
+        f"{where} holds {float(found):.6g}{which}, outside the --input-range {allowed[0]:g}:{allowed[1]:g}; "
+        "widen the range or repair the data."
+    )
 
 
 # ---- sources ------------------------------------------------------------------------------------------------------
@@ -471,7 +502,11 @@ def _shards(source: Any, specs: Sequence[InputSpec], folder: Path, max_samples: 
     if isinstance(source, str | Path):
         text = str(source)
         path = Path(text)
-        if path.exists() or ".py:" not in text:
+        try:
+            exists = path.exists()
+        except (OSError, ValueError) as error:  # no name for a file: too long, or with a NUL in it
+            raise CalibrationError(f"{text[:80]!r}: cannot be looked up ({error}).") from error
+        if exists or ".py:" not in text:
             return _from_path(path, [spec.name for spec in specs], folder)
         return _spooled(_called(load_function(text, "--calib"), text), text, folder, max_samples, specs)
     where = "the calibration data"

@@ -6,9 +6,11 @@ Everything else sees a `Model`: nodes in topological order, constants as arrays,
 
 from __future__ import annotations
 
+import filecmp
+import json
 import logging
-import os
-import tempfile
+import re
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -23,6 +25,7 @@ import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
+from lindep_onnx import files
 from lindep_onnx.errors import ModelError, OutputError
 
 __all__ = [
@@ -50,6 +53,8 @@ METADATA_KEY = "lindep_onnx"
 PROTOBUF_LIMIT = 2**31 - 1
 #: Smaller tensors stay in the model file when the others go into a file of their own.
 EXTERNAL_BYTES = 1024
+#: A larger model is taken to use the file that is looked for.
+MOST_SEARCHED = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,11 @@ def read_model(source: str | Path | onnx.ModelProto) -> onnx.ModelProto:
     if isinstance(source, onnx.ModelProto):
         return source
     path = Path(source)
-    if not path.is_file():
+    try:
+        is_file = path.is_file()
+    except (OSError, ValueError) as error:  # no name for a file: too long, or with a NUL in it
+        raise ModelError(f"{str(path)[:80]!r}: cannot be looked up ({error}).") from error
+    if not is_file:
         raise ModelError(f"{path}: no such model file." if not path.exists() else f"{path}: is not a file.")
     try:
         proto = onnx.load(path, format="protobuf", load_external_data=False)
@@ -141,7 +150,7 @@ def read_model(source: str | Path | onnx.ModelProto) -> onnx.ModelProto:
         raise ModelError(f"{path}: is not an ONNX model (no graph, IR version or operator set in it).")
     try:
         onnx.load_external_data_for_model(proto, str(path.parent))
-    except (OSError, ValueError, onnx.checker.ValidationError) as error:
+    except Exception as error:  # file system errors of C++ among them
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{path}: its external data cannot be read: {first}") from error
     return proto
@@ -161,10 +170,14 @@ def load(source: str | Path | onnx.ModelProto) -> Model:
     stored: dict[str, Array] = {}
     try:
         for tensor in graph.initializer:
-            stored[tensor.name] = onnx.numpy_helper.to_array(tensor)
+            if tensor.name in stored:
+                raise ModelError(
+                    f"{where}: tensor {tensor.name!r} is defined twice; every tensor needs a name of its own."
+                )
+            stored[tensor.name] = _array(tensor)
         sparse = {tensor.values.name for tensor in graph.sparse_initializer}
         nodes, constants = _read_nodes(graph)
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+    except Exception as error:  # decoding raises whatever it meets
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{where}: a tensor or attribute in it is damaged: {first}") from error
     for name, value in constants.items():
@@ -243,9 +256,18 @@ def _attribute(proto: onnx.AttributeProto) -> Any:
     value = onnx.helper.get_attribute_value(proto) if not proto.ref_attr_name else None
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
-    if isinstance(value, onnx.TensorProto):
-        return onnx.numpy_helper.to_array(value)
-    return value
+    return _array(value) if isinstance(value, onnx.TensorProto) else value
+
+
+def _array(tensor: onnx.TensorProto) -> Array:
+    """The values of a tensor that is in memory."""
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        # Without the model's folder the location would be looked up in the working directory.
+        raise ValueError(f"{tensor.name!r} is in a file of its own that was not read; give the path of the model")
+    values: Array = onnx.numpy_helper.to_array(tensor)
+    if values.size * values.itemsize > max(64, 8 * tensor.ByteSize()):
+        raise ValueError(f"{tensor.name!r} declares more values than it holds")
+    return values
 
 
 def _subgraphs(proto: onnx.NodeProto) -> list[onnx.GraphProto]:
@@ -554,23 +576,66 @@ def save(proto: onnx.ModelProto, path: Path, *, external_data: bool = False) -> 
     total = sum(tensor_bytes(tensor) for tensor in proto.graph.initializer)
     external = external_data or total > PROTOBUF_LIMIT - 2**20
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            staged = Path(folder) / path.name
-            if external:
-                data = Path(folder) / _data_name(path)
-                proto = _externalised(proto, data)
-                _flush(data)
-            staged.write_bytes(proto.SerializeToString(deterministic=True))
-            _flush(staged)
-            if external and data.stat().st_size:
-                data.replace(path.parent / data.name)
-            staged.replace(path)
+        for folder in files.abandoned(path.parent):
+            if (folder / files.KEEP).is_file():
+                _settle(folder)
+                shutil.rmtree(folder, ignore_errors=True)
+        with files.Scratch(path.parent) as name:
+            _save(proto, path, Path(name), external)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror or error}).") from error
 
 
+def _save(proto: onnx.ModelProto, path: Path, folder: Path, external: bool) -> None:
+    """Write into `folder` and move from there: first the weights, under a name that nothing uses, then the model.
+
+    At any moment the model at `path` is the old one with its old weights, or the new one with its new weights. Weights
+    that are not, or no longer, those of the model at `path` are on a list in the folder until they are gone.
+    """
+    staged, data = folder / path.name, folder / "weights"
+    before = _own_data(path)
+    after: set[str] = set()
+    if external:
+        proto = _externalised(proto, data)
+        if data.stat().st_size:
+            files.flush(data)
+            name = _data_name(path, data, before)
+            after = {name}
+            for tensor in proto.graph.initializer:
+                if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                    tensor.external_data.add(key="location", value=name)
+    staged.write_bytes(proto.SerializeToString(deterministic=True))
+    files.flush(staged)
+    if before != after:
+        (folder / files.KEEP).write_text(json.dumps([path.name, *sorted(before | after)]), encoding="utf-8")
+        files.flush(folder / files.KEEP)
+    for name in after - before:
+        data.replace(path.parent / name)
+    staged.replace(path)
+    if before != after:
+        _settle(folder)
+
+
+def _settle(folder: Path) -> None:
+    """Remove the weights on the list that the model beside the folder does not refer to."""
+    try:
+        model, *names = json.loads((folder / files.KEEP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # the run ended before the list was complete, and before anything was moved
+        return
+    wanted = _own_data(folder.parent / model)
+    for name in names:
+        if name not in wanted and _is_data_name(name, model) and not _is_named(name, folder.parent, model):
+            (folder.parent / name).unlink(missing_ok=True)
+
+
+def _is_named(name: str, folder: Path, model: str) -> bool:
+    """Whether another model in the folder may use that file: somebody may have made a copy of ours."""
+    others = (path for path in folder.glob("*.onnx") if path.name != model and path.is_file())
+    return any(path.stat().st_size > MOST_SEARCHED or name.encode() in path.read_bytes() for path in others)
+
+
 def _externalised(proto: onnx.ModelProto, data: Path) -> onnx.ModelProto:
-    """A copy without the weights, which go into the file `data`.
+    """A copy without the weights, which go into the file `data`; where that will be is still to be added.
 
     Not by `onnx.save`: it refuses to write if a file of that name is in the working directory, and what it writes
     cannot be read by other users.
@@ -579,7 +644,7 @@ def _externalised(proto: onnx.ModelProto, data: Path) -> onnx.ModelProto:
     with data.open("wb") as file:
         for tensor in copy.graph.initializer:
             if len(tensor.raw_data) >= EXTERNAL_BYTES:
-                place = {"location": data.name, "offset": file.tell(), "length": len(tensor.raw_data)}
+                place = {"offset": file.tell(), "length": len(tensor.raw_data)}
                 file.write(tensor.raw_data)
                 tensor.ClearField("raw_data")
                 tensor.data_location = onnx.TensorProto.EXTERNAL
@@ -588,19 +653,27 @@ def _externalised(proto: onnx.ModelProto, data: Path) -> onnx.ModelProto:
     return copy
 
 
-def _data_name(path: Path) -> str:
-    """A name for the data file of the model at `path` that overwrites no other model's weights."""
-    own: set[str] = set()
-    if path.is_file():
-        try:
-            old = onnx.load(path, format="protobuf", load_external_data=False)
-            own = {entry.value for t in old.graph.initializer for entry in t.external_data if entry.key == "location"}
-        except (DecodeError, ValueError):
-            logger.debug("%s is about to be replaced and is no model", path)
+def _own_data(path: Path) -> set[str]:
+    """Names of the files with the weights of the model at `path`, of those that this package names."""
+    if not path.is_file():
+        return set()
+    try:
+        old = onnx.load(path, format="protobuf", load_external_data=False)
+    except (DecodeError, ValueError):
+        logger.debug("%s is no model", path)
+        return set()
+    found = {entry.value for t in old.graph.initializer for entry in t.external_data if entry.key == "location"}
+    return {name for name in found if _is_data_name(name, path.name)}
+
+
+def _is_data_name(name: str, model: str) -> bool:
+    return re.fullmatch(re.escape(model) + r"(\.\d+)?\.data", name) is not None
+
+
+def _data_name(path: Path, data: Path, own: set[str]) -> str:
+    """Its old name if the weights are the same as before, else one that nothing uses."""
+    for name in sorted(own):
+        if (path.parent / name).is_file() and filecmp.cmp(path.parent / name, data, shallow=False):
+            return name
     names = (f"{path.name}{number}.data" for number in ("", *(f".{count}" for count in range(1, 1000))))
-    return next(name for name in names if name in own or not (path.parent / name).exists())
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    return next(name for name in names if not (path.parent / name).exists())

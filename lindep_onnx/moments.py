@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import secrets
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from scipy.linalg.blas import dsyrk
 
 from lindep_onnx.errors import CalibrationError, OutputError
+from lindep_onnx.files import replacing
 
 __all__ = ["Moments", "MomentsAccumulator", "load_moments", "save_moments"]
 
@@ -127,6 +129,22 @@ class MomentsAccumulator:
         )
 
 
+#: What the standard library and NumPy raise on damaged files, and on sizes that nobody has the memory for.
+UNREADABLE = (
+    *(
+        OSError,
+        ValueError,
+        KeyError,
+        EOFError,
+        TypeError,
+        RuntimeError,
+        MemoryError,
+        OverflowError,
+        SyntaxError,
+        AttributeError,
+    ),
+    *(zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError),
+)
 _FIELDS = ("sum", "gram", "low", "high", "active")
 
 
@@ -140,14 +158,9 @@ def save_moments(path: Path, named: Mapping[str, Moments]) -> None:
     for number, moments in enumerate(named.values()):
         arrays[f"{number}.counts"] = np.array([moments.rows, moments.samples, moments.effective_rows])
         arrays.update({f"{number}.{field}": getattr(moments, field) for field in _FIELDS})
-    staged = path.with_name(f".lindep_onnx.{secrets.token_hex(8)}.tmp")
     try:
-        try:
-            with staged.open("wb") as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type]
-            staged.replace(path)
-        finally:
-            staged.unlink(missing_ok=True)
+        with replacing(path) as staged, staged.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror or error}).") from error
 
@@ -171,5 +184,5 @@ def load_moments(path: Path) -> dict[str, Moments]:
                     raise ValueError(f"the sizes of {name!r} do not agree")
                 result[name] = Moments(int(rows), int(samples), float(effective), **fields)
             return result
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except UNREADABLE as error:
         raise CalibrationError(f"{path}: is not a readable file of moments ({error}).") from error

@@ -17,7 +17,6 @@ so that the layer also makes up for the error of the other branch.
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from numpy.typing import NDArray
 
 from lindep_onnx.channels import Channels, Product, Window
 from lindep_onnx.data import Part, Samples
+from lindep_onnx.files import Scratch
 from lindep_onnx.graph import Edits, Node
 from lindep_onnx.placement import Placement
 from lindep_onnx.sampling import Place, RowSampler, rows_at
@@ -123,7 +123,7 @@ def refit(
     most = {task.place: _positions(task.product, compressed, max(1, fitted)) for task in tasks}
     source = compressed if mode == "sequential" else original
     with (
-        tempfile.TemporaryDirectory(prefix="lindep_onnx_") as folder,
+        Scratch() as folder,
         Stages(source.model, source.resolved, samples.batches(Part.FIT), **runtime) as fit,
         Stages(source.model, source.resolved, samples.batches(Part.SELECT), **runtime) as select,
     ):

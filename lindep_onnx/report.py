@@ -11,7 +11,6 @@ import html
 import json
 import math
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lindep_onnx.errors import OutputError, UsageError
+from lindep_onnx.files import replacing
+from lindep_onnx.variants import Variant
 from lindep_onnx.verify import OutputComparison
 
 __all__ = [
@@ -46,15 +47,18 @@ ADVICE: Mapping[str, str] = {
     "computed_weight": "Fold constants before compressing, so that the weight is stored in the file.",
     "contracted": "Nothing to do: both factors of such a product (attention scores) are data.",
     "counted": "Export with fixed shapes, so that no Size or Shape operator counts channels at run time.",
+    "einsum": "Export the Einsum as MatMul, if it is one.",
     "excluded": "Widen --include or drop --exclude to let these nodes take part.",
     "frozen_input": "Nothing to do here; the channels become free where what feeds them does.",
     "graph_output": "Nothing to do: the shapes of the outputs are part of the model.",
-    "grouped_convolution": "Nothing to do: removing a channel would leave groups of unequal size.",
+    "grouped_convolution": "Nothing to do: a group of one channel cannot lose it.",
     "mixed_axis": "Nothing to do: the operator mixes all channels, so that each one changes the others.",
     "overridable": "Take the weight out of the graph inputs, if no caller replaces it.",
     "pad_mode": "Export with zero padding, or leave these channels as they are.",
     "picked": "Nothing to do: a single channel that is picked out has to stay.",
     "pool_indices": "Export without the indices of MaxPool, if nothing needs them.",
+    "quantised": "Compress the floating-point model, and quantise the result.",
+    "recurrent_steps": "Nothing to do: these channels take part in every step of the recurrence.",
     "repeated": "Export without Tile or Expand along the channels (broadcasting does the same).",
     "reshape": "Export with fixed shapes, so that the Reshape can be followed.",
     "runtime_indices": "Export with constant indices, if they do not depend on the data.",
@@ -104,8 +108,9 @@ class Verification:
         agreement: share of samples (0 to 1) with the same arg-max; None if no output has one.
         passed: whether all that was asked for holds.
         data: what the samples were, in words.
-        worst_samples: the samples that differ most, worst first.
+        worst_samples: the samples that differ most, worst first, by their place in the data.
         outputs: one entry per output.
+        variants: the same comparison with other batches, shapes and optimisations.
     """
 
     samples: int
@@ -116,6 +121,7 @@ class Verification:
     data: str
     worst_samples: tuple[int, ...] = ()
     outputs: tuple[OutputComparison, ...] = ()
+    variants: tuple[Variant, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -198,6 +204,7 @@ class Report:
         options: that differ from their defaults.
         notes: sentences for the user.
         mode: "lossless", "budgeted" or "proven".
+        stress: the comparison on a second data set that the user gave; None without one.
     """
 
     before: Size
@@ -211,6 +218,7 @@ class Report:
     options: Mapping[str, Any]
     notes: tuple[str, ...] = ()
     mode: str = "lossless"
+    stress: Verification | None = None
 
     def to_json(self) -> str:
         """Strict JSON with sorted keys; infinity becomes the string "inf", a number that is none becomes null."""
@@ -225,14 +233,11 @@ class Report:
         """
         try:
             values = json.loads(text)
-            verification = values["verification"]
-            if verification is not None:
-                outputs = tuple(_build(OutputComparison, output) for output in verification["outputs"])
-                verification = _build(Verification, {**verification, "outputs": outputs})
             parts = {
                 "before": _build(Size, values["before"]),
                 "after": _build(Size, values["after"]),
-                "verification": verification,
+                "verification": _built_verification(values["verification"]),
+                "stress": _built_verification(values.get("stress")),
                 "groups": tuple(_build(GroupReport, group) for group in values["groups"]),
                 "refusals": tuple(_build(RefusalReport, refusal) for refusal in values["refusals"]),
                 "budget": tuple(_build(BudgetReport, budget) for budget in values["budget"]),
@@ -261,6 +266,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else ("inf" if value > 0 else "-inf")
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def _built_verification(values: Mapping[str, Any] | None) -> Verification | None:
+    if values is None:
+        return None
+    outputs = tuple(_build(OutputComparison, output) for output in values["outputs"])
+    variants = tuple(_build(Variant, variant) for variant in values.get("variants", ()))
+    built: Verification = _build(Verification, {**values, "outputs": outputs, "variants": variants})
+    return built
 
 
 def _build(kind: type[Any], values: Mapping[str, Any]) -> Any:
@@ -307,14 +321,9 @@ def write_report(report: Report, path: str | Path) -> None:
     path = Path(path)
     check_path(path)
     text = report.to_json() if path.suffix.lower() == ".json" else _page(report)
-    # Not `tempfile`: its files are private to the user, and the report would stay so.
-    staged = path.with_name(f".lindep_onnx.{secrets.token_hex(8)}.tmp")
     try:
-        try:
+        with replacing(path) as staged:
             staged.write_text(text, encoding="utf-8", newline="\n")
-            staged.replace(path)
-        finally:
-            staged.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror or error}).") from error
 
@@ -391,19 +400,31 @@ def _many(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
-def _verdict(report: Report) -> str:
-    found = report.verification
+def _verdict(found: Verification | None, what: str = "Verification") -> str:
     if found is None:
         return "Not verified: there were no unseen samples to compare the two models on."
-    passed = "Verification passed" if found.passed else "VERIFICATION FAILED"
+    passed = f"{what} passed" if found.passed else f"{what} FAILED".upper()
     text = f"{passed}: on {_many(found.samples, 'sample')} ({_safe(found.data)}) "
     text += f"the worst output error is {_error(found.relative_error)}"
     text += f" and the largest absolute difference {_error(found.max_abs_error)}"
     if found.agreement is not None:
         text += f"; the arg-max agrees in {_share(found.agreement)}"
-    if not found.passed and found.worst_samples:
+    if (not found.passed or what != "Verification") and found.worst_samples:
         text += f". Samples that differ most: {', '.join(map(str, found.worst_samples))}"
+    failed = [variant for variant in found.variants if not variant.passed]
+    if failed:
+        text += ". Run otherwise, it differs by more: " + ", ".join(map(_variant_words, failed))
     return text + "."
+
+
+def _variant_words(variant: Variant) -> str:
+    return f"{_safe(variant.name)} ({_error(variant.relative_error)})"
+
+
+def _verdicts(report: Report) -> Iterator[tuple[Verification | None, str]]:
+    yield report.verification, _verdict(report.verification)
+    if report.stress is not None:
+        yield report.stress, _verdict(report.stress, "Stress test")
 
 
 def _budget_lines(report: Report) -> Iterator[str]:
@@ -475,12 +496,14 @@ def render(report: Report, console: Console, *, verbose: bool) -> None:
     if len(shown) < len(changed):
         console.print(Text(f"... {_many(len(changed) - len(shown), 'more group')} (-v shows all)\n", style="dim"))
 
-    found = report.verification
-    style = "yellow" if found is None else "green" if found.passed else "bold red"
-    console.print(Text(_verdict(report), style=style))
-    if verbose and found is not None:
-        for output in found.outputs:
-            console.print(Text(f"  output {_safe(output.name)}: {_output_words(output)}"))
+    for found, verdict in _verdicts(report):
+        style = "yellow" if found is None else "green" if found.passed else "bold red"
+        console.print(Text(verdict, style=style))
+        if verbose and found is not None:
+            for output in found.outputs:
+                console.print(Text(f"  output {_safe(output.name)}: {_output_words(output)}"))
+            if found.variants:
+                console.print(Text(f"  also run {', '.join(map(_variant_words, found.variants))}"))
     for line in _budget_lines(report):
         console.print(Text(line))
 
@@ -527,7 +550,8 @@ def _group_table(groups: Sequence[GroupReport], name_width: int | None) -> Table
 def _output_words(output: OutputComparison) -> str:
     if output.changed_share is not None:
         return f"{_share(output.changed_share)} of the elements differ"
-    return f"error {_error(output.relative_error)}, as one tensor {_error(output.whole_error)}"
+    text = f"error {_error(output.relative_error)}, as one tensor {_error(output.whole_error)}"
+    return text if output.cosine is None else f"{text}, 1 - cosine {_error(1 - output.cosine)}"
 
 
 # -------------------------------------------------------------------------------------------------------- HTML
@@ -554,13 +578,8 @@ th { color: var(--dim); font-weight: 600; } .n { text-align: right; font-variant
 
 def _page(report: Report) -> str:
     """The report as one HTML file that needs nothing else: no scripts, no network."""
-    found = report.verification
-    tone = "dim" if found is None else "good" if found.passed else "bad"
-    verdict = f'<p class="{tone}">{_escape(_verdict(report))}</p>'
+    verdict = "".join(_verdict_html(found, text) for found, text in _verdicts(report))
     verdict += "".join(f"<p>{_escape(line)}</p>" for line in _budget_lines(report))
-    if found is not None and found.outputs:
-        rows = [(o.name, _output_words(o), _error(o.max_abs_error), str(o.worst_sample)) for o in found.outputs]
-        verdict += _table(("output", "difference", "largest absolute", "worst sample"), rows, numbers={2, 3})
     refusals = "".join(
         f'<li>{_escape(what)}<br><span class="dim">{_escape(advice)}</span></li>'
         for what, advice in (_refusal_lines(refusal, None) for refusal in _refusals(report))
@@ -596,6 +615,20 @@ def _page(report: Report) -> str:
 </body>
 </html>
 """
+
+
+def _verdict_html(found: Verification | None, text: str) -> str:
+    tone = "dim" if found is None else "good" if found.passed else "bad"
+    verdict = f'<p class="{tone}">{_escape(text)}</p>'
+    if found is not None and found.outputs:
+        rows = [(o.name, _output_words(o), _error(o.max_abs_error), str(o.worst_sample)) for o in found.outputs]
+        verdict += _table(("output", "difference", "largest absolute", "worst sample"), rows, numbers={2, 3})
+    if found is not None and found.variants:
+        ways = [
+            (v.name, f"{v.samples:,}", _error(v.relative_error), "yes" if v.passed else "NO") for v in found.variants
+        ]
+        verdict += _table(("run otherwise", "samples", "error", "passed"), ways, numbers={1, 2})
+    return verdict
 
 
 def _escape(text: object) -> str:

@@ -7,7 +7,6 @@ limit and in files beyond it, so that a pass over all layers costs about one run
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +17,7 @@ import onnx
 from numpy.typing import NDArray
 
 from lindep_onnx.data import Batch
+from lindep_onnx.files import Scratch
 from lindep_onnx.graph import Model, Node
 from lindep_onnx.shapes import Resolved
 from lindep_onnx.verify import open_session
@@ -60,7 +60,7 @@ class Stages:
         self._weights: dict[str, Array] = {}
         self._operands: dict[tuple[int, int], Array] = {}
         self._last = self._last_uses()
-        self._folder = tempfile.TemporaryDirectory(prefix="lindep_onnx_")
+        self._folder = Scratch()
         self._memory = memory
         self.sizes: list[tuple[int, int]] = []
         self._frontier: list[_Store] = []

@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -37,6 +37,7 @@ __all__ = [
     "Comparison",
     "OutputComparison",
     "OutputErrors",
+    "Session",
     "check_model",
     "compare",
     "full_check_passes",
@@ -46,6 +47,7 @@ __all__ = [
 
 Array: TypeAlias = NDArray[Any]
 Floats: TypeAlias = NDArray[np.float64]
+Session: TypeAlias = onnxruntime.InferenceSession
 
 #: Axes with more slices than this are skipped: they are positions rather than channels.
 MOST_SLICES = 4096
@@ -79,8 +81,9 @@ class OutputComparison:
         relative_error: worst slice, see the module; `changed_share` where that is given; inf where shapes differ.
         whole_error: ||y - y'|| / ||y|| of the whole tensor; `changed_share` where that is given.
         max_abs_error: largest absolute difference, in the unit of the output; of strings inf if any differs.
-        worst_sample: the sample, counted in order of the updates, with the largest ||y - y'|| / ||y||.
+        worst_sample: the sample with the largest ||y - y'|| / ||y||.
         changed_share: share of elements that differ, of an integer, bool or string output; None for floats.
+        cosine: y.y' / (||y|| ||y'||) of the whole tensor; None for other outputs than floats, and where one is zero.
     """
 
     name: str
@@ -89,6 +92,7 @@ class OutputComparison:
     max_abs_error: float
     worst_sample: int
     changed_share: float | None
+    cosine: float | None = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,8 @@ class Comparison:
         relative_error: worst over outputs.
         max_abs_error: worst over float outputs, and inf if the shapes of any output differ.
         agreement: share of samples (times positions, of a 4-D output) with the same arg-max; None if no output has one.
-        worst_samples: up to five samples that differ most, worst first, counted in order of the updates.
+        worst_samples: up to five samples that differ most, worst first: by the numbers that `compare` was given, by
+            order of the updates without any.
     """
 
     samples: int
@@ -259,6 +264,7 @@ class _Output:
         self._changed = 0
         self._elements = 0
         self._max_abs = 0.0
+        self._products = np.zeros(3)  # y.y, y'.y', y.y'
         self._worst = (-1.0, 0)
 
     def update(self, y: Array, other: Array, samples: int) -> Floats:
@@ -288,6 +294,8 @@ class _Output:
             difference[~np.isfinite(other)] = np.inf
             difference[~finite] = np.where((other == y) | (np.isnan(other) & np.isnan(y)), 0.0, np.inf)[~finite]
             y[~finite] = 0.0
+            seen = np.where(finite, other, 0.0)
+            self._products += (np.vdot(y, y), np.vdot(seen, seen), np.vdot(y, seen))
             self._max_abs = max(self._max_abs, float(difference.max()))
             difference *= difference
             for slices in (self._whole, *self._slices):
@@ -322,7 +330,13 @@ class _Output:
             several = [slices.error() for slices in self._slices if slices.most_entries > 1]
             whole, largest = self._whole.uncentred_error(), self._max_abs
             relative = max(several) if several else self._whole.error() if self._whole.most_entries > 1 else whole
-        return OutputComparison(self._name, relative, whole, largest, self._worst[1], share)
+        return OutputComparison(self._name, relative, whole, largest, self._worst[1], share, self._cosine())
+
+    def _cosine(self) -> float | None:
+        one, two, both = self._products
+        if not self._is_float or self._shapes_differ or not (one > 0 and 0 < two < np.inf):
+            return None
+        return float(np.clip(both / (np.sqrt(one) * np.sqrt(two)), -1.0, 1.0))
 
 
 class _Slices:
@@ -403,6 +417,7 @@ def compare(
     """
     wanted = list(names) if names is not None else [output.name for output in original_session.get_outputs()]
     errors = OutputErrors(agreement_output=agreement_output)
+    numbers: list[int] = []
     for batch in batches:
         try:
             reference = _run(original_session, wanted, batch.feeds)
@@ -415,7 +430,13 @@ def compare(
                 f"The result cannot run on data the original runs on: {_one_line(error)}"
             ) from error
         errors.update(reference, candidate, len(batch.samples), fed=getattr(batch, "size", None))
-    return errors.result()
+        numbers += batch.samples.tolist()
+    found = errors.result()
+    return replace(
+        found,
+        worst_samples=tuple(numbers[place] for place in found.worst_samples),
+        outputs=tuple(replace(output, worst_sample=numbers[output.worst_sample]) for output in found.outputs),
+    )
 
 
 def _run(session: onnxruntime.InferenceSession, names: Sequence[str], feeds: Mapping[str, Array]) -> dict[str, Array]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import tempfile
 import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -599,7 +600,7 @@ def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("source", [[{"x": rows(4)}, {"y": rows(4)}], [{"x": rows(8)}]])
 def test_no_temporary_file_is_left(source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     try:
         with opened(source) as samples:
             assert list(tmp_path.iterdir())

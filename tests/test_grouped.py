@@ -64,11 +64,13 @@ def test_what_every_group_can_spare_goes(copies: dict[int, int], width: int) -> 
 
 @pytest.mark.parametrize(("copies", "width"), [({1: 0, 7: 5}, 6), ({1: 0, 2: 0, 7: 5}, 6), ({1: 0}, 8)])
 def test_the_weights_alone_prove_it_group_by_group(copies: dict[int, int], width: int) -> None:
-    w = as_array("w", (8, 3, 1, 1))
+    w = as_array("w", (8, 12, 1, 1))
     for copy, source in copies.items():
         w[copy] = 3 * w[source]
     model = build(
-        "h = Conv(x, w)\ng = Conv<group=2>(h, k)\ny = Conv(g, v)", {"w": w, "k": (8, 4, 1, 1), "v": (4, 8, 1, 1)}
+        "h = Conv(x, w)\ng = Conv<group=2>(h, k)\ny = Conv(g, v)",
+        {"w": w, "k": (8, 4, 1, 1), "v": (4, 8, 1, 1)},
+        x=("N", 12, 4, 4),
     )
     smaller = compress(model, proven_only=True).model
     assert initializer(smaller, "w").shape[0] == width

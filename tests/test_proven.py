@@ -173,3 +173,170 @@ def test_one_or_two_samples_prove_nothing_by_themselves(count: int) -> None:
     found = lindep_onnx.compress(model, data).report
     assert [group.channels_after for group in found.groups] == [7]
     assert "only what the weights imply" in " ".join(found.notes)
+
+
+# ---------------------------------------------------------------------------------------------------- declared ranges
+
+
+BOX = {"x": (-1.0, 1.0)}
+
+
+def in_the_box(model: onnx.ModelProto, other: onnx.ModelProto, shape: tuple[int, ...]) -> float:
+    """Largest error over random inputs, corners and constants of the box -1 to 1, relative to the largest output."""
+    rng = np.random.default_rng(5)
+    tries = [
+        rng.uniform(-1, 1, (16, *shape)),
+        np.sign(rng.normal(size=(64, *shape))),
+        np.ones((1, *shape)),
+        -np.ones((1, *shape)),
+    ]
+    pairs = [(run(model, {"x": x.astype(np.float32)})[0], run(other, {"x": x.astype(np.float32)})[0]) for x in tries]
+    return float(max(np.abs(a - b).max() for a, b in pairs) / max(np.abs(a).max() for a, _ in pairs))
+
+
+def bounded(model: onnx.ModelProto, ranges: dict, shape: tuple[int, ...] = (3, 6, 6)) -> int:
+    found = lindep_onnx.compress(model, proven_only=True, input_range=ranges)
+    if ranges:
+        assert in_the_box(model, found.model, shape) < 2e-6
+    return sum(group.proven for group in found.report.groups)
+
+
+def test_a_channel_that_no_input_in_the_range_wakes_goes() -> None:
+    given = weights({})
+    given["b"][3] = -np.abs(given["w"][3]).sum() - 0.01
+    model = build(NETS["relu"][0], given, x=("N", 3, 6, 6))
+    assert [bounded(model, ranges) for ranges in (BOX, {"*": (-1, 1)}, {"x": (-1.1, 1.1)}, {})] == [1, 1, 0, 0]
+
+
+def test_a_bound_that_only_rounding_passes_is_no_proof() -> None:
+    given = weights({})
+    given["b"][3] = np.nextafter(-np.abs(given["w"][3].astype(np.float64)).sum(), -np.inf).astype(np.float32)
+    assert bounded(build(NETS["relu"][0], given, x=("N", 3, 6, 6)), BOX) == 0
+
+
+def test_a_channel_that_is_always_saturated_is_a_constant() -> None:
+    given = weights({"lo": np.float32(0), "hi": np.float32(6)})
+    given["b"][3] = np.abs(given["w"][3]).sum() + 6.01
+    model = build("h = Conv(x, w, b)\nr = Clip(h, lo, hi)\ny = Conv(r, v)", given, x=("N", 3, 6, 6))
+    assert [bounded(model, ranges) for ranges in (BOX, {})] == [1, 0]
+
+
+@pytest.mark.parametrize("activation", ["Relu(h)", "Clip(h, lo)", "LeakyRelu(h)", "HardSwish(h)"])
+def test_combinations_of_channels_that_are_always_linear_go(activation: str) -> None:
+    given = weights({"lo": np.float32(0)} if "Clip" in activation else {})
+    given["w"][5], given["w"][6] = (given["w"][2] + given["w"][3]) / 2, (given["w"][0] + 3 * given["w"][1]) / 4
+    given["b"][:] = 20  # a combination too, as the factors add up to 1
+    body = f"h = Conv<pads=[1,1,1,1]>(x, w, b)\nr = {activation}\np = AveragePool<kernel_shape=[2,2]>(r)\ny = Conv<pads=[1,1,1,1]>(p, v)"
+    model = build(body, given, x=("N", 3, 6, 6))
+    assert [bounded(model, ranges) for ranges in (BOX, {"x": (-100, 100)}, {})] == [2, 0, 0]
+
+
+def test_a_product_of_low_rank_without_activation_needs_no_range() -> None:
+    rng = np.random.default_rng(2)
+    w = (rng.normal(size=(7, 3)) @ rng.normal(size=(3, 9))).astype(np.float32)
+    model = build(
+        "h = MatMul(x, w)\ns = Add(h, c)\ny = Gemm(s, v)",
+        {"w": w, "c": np.zeros(9, np.float32), "v": (9, 4)},
+        x=("N", 7),
+    )
+    smaller, removed = shrunk(model)
+    assert removed == 6 and worst(model, smaller, (7,)) < 5e-6
+    shifted = build(
+        "h = MatMul(x, w)\ns = Add(h, c)\ny = Gemm(s, v)",
+        {"w": w, "c": rng.normal(size=9).astype(np.float32), "v": (9, 4)},
+        x=("N", 7),
+    )
+    smaller, removed = shrunk(shifted)
+    assert removed == 5 and worst(shifted, smaller, (7,)) < 5e-6  # the shifts take one dimension more
+
+
+def test_a_copy_of_a_combination_goes_with_it() -> None:
+    given = {"w": as_array("w", (8, 3, 1, 1)), "v": (4, 8, 1, 1)}
+    given["w"][7] = 2 * given["w"][6]
+    model = build("h = Conv(x, w)\ny = Conv(h, v)", given, x=("N", 3, 6, 6))
+    smaller, removed = shrunk(model)  # of rank 3
+    assert removed == 5 and worst(model, smaller, (3, 6, 6)) < 5e-6
+
+
+def test_two_readers_that_see_different_channels_combined_prove_nothing() -> None:
+    given = weights({"m": as_array("m", (8, 1, 1)), "v": (4, 8, 1, 1), "u": (4, 8, 1, 1)})
+    given["w"] = as_array("w", (8, 3, 1, 1))
+    body = "h = Conv(x, w)\na = Conv(h, v)\nr = Relu(h)\nb = Conv(r, u)\ny = Add(a, b)"
+    del given["m"], given["b"]
+    assert shrunk(build(body, given, x=("N", 3, 6, 6)))[1] == 0
+
+
+def test_a_leaky_relu_that_turns_is_not_monotone() -> None:
+    given = weights({})
+    given["b"][3], given["w"][3] = 0.0, 0.25
+    model = build("h = Conv(x, w, b)\nr = LeakyRelu<alpha=-1.0>(h)\ny = Conv(r, v)", given, x=("N", 3, 6, 6))
+    assert bounded(model, BOX) == 0
+
+
+def test_a_gemm_with_one_addend_a_sample_proves_nothing_of_its_channels() -> None:
+    c = np.array([[-100.0], [0], [0], [0]], np.float32)  # the first sample, not the first channel
+    model = build("h = Gemm(x, w, c)\nr = Relu(h)\ny = MatMul(r, v)", {"w": (3, 4), "c": c, "v": (4, 2)}, x=(4, 3))
+    assert sum(g.proven for g in lindep_onnx.compress(model, proven_only=True, input_range=BOX).report.groups) == 0
+
+
+def test_images_of_bytes_bring_their_range_along() -> None:
+    given = weights({"d": np.float32(255), "s": np.array([0.2, 0.5, 0.9], np.float32).reshape(3, 1, 1)})
+    given["b"][3] = -np.abs(given["w"][3]).sum() - 0.01
+    body = "f = Cast<to=1>(x)\ng = Div(f, d)\nk = Sub(g, s)\nh = Conv(k, w, b)\nr = Relu(h)\ny = Conv(r, v)"
+    model = build(body, given, x=("N", 3, 6, 6))
+    assert shrunk(model)[1] == 0
+    model.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.UINT8
+    assert shrunk(model)[1] == 1
+
+
+def test_a_range_along_the_last_axis_reaches_channels_behind_a_transpose() -> None:
+    given = weights({})
+    given["b"][3] = -np.abs(given["w"][3]).sum() - 0.01
+    body = "t = Transpose<perm=[0,3,1,2]>(x)\nh = Conv(t, w, b)\nr = Relu(h)\ny = Conv(r, v)"
+    model = build(body, given, x=("N", 6, 6, 3))
+    assert bounded(model, BOX, (6, 6, 3)) == 1
+
+
+@pytest.mark.parametrize(
+    ("ranges", "match"),
+    [
+        ({"z": (0, 1)}, "no numeric input 'z'; it has: x"),
+        ({"x": (1, 0)}, "from LO up to HI, not 1:0"),
+        ({"x": (float("nan"), 1)}, "from LO up to HI"),
+    ],
+)
+def test_a_range_without_a_meaning_is_refused(ranges: dict, match: str) -> None:
+    model = build(NETS["relu"][0], weights({}), x=("N", 3, 6, 6))
+    with pytest.raises(lindep_onnx.UsageError, match=match):
+        lindep_onnx.compress(model, proven_only=True, input_range=ranges)
+
+
+def test_data_outside_the_declared_range_is_refused() -> None:
+    model = build(NETS["relu"][0], weights({}), x=("N", 3, 6, 6))
+    x = np.random.default_rng(0).uniform(0, 1, (40, 3, 6, 6)).astype(np.float32)
+    assert lindep_onnx.compress(model, {"x": x}, input_range={"x": (0, 1)}).report.options["input_range"] == {
+        "x": (0, 1)
+    }
+    x[17, 1, 2, 3] = 1.5
+    with pytest.raises(
+        lindep_onnx.CalibrationError, match=r"'x' holds 1.5 \(sample 17\), outside the --input-range 0:1"
+    ):
+        lindep_onnx.compress(model, {"x": x}, input_range={"x": (0, 1)})
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_bounds_in_a_box_hold_for_what_is_computed(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    body = "h = Conv<pads=[1,1,1,1]>(x, w, b)\nn = BatchNormalization(h, s, t, m, q)\nr = HardSwish(n)\na = Conv(r, k)\ns1 = Softplus(a)\np = GlobalAveragePool(s1)\nu = Tanh(p)\nz = Sub(u, p)\ng = Neg(z)\ne = HardSigmoid(g)\ny = Conv(e, v1)"
+    given = {**weights({"v1": (4, 8, 1, 1)}), **BN, "k": rng.normal(size=(8, 8, 3, 3)).astype(np.float32)}
+    del given["v"]
+    channels = traced(build(body, given, x=("N", 3, 6, 6)))
+    known = Known(channels.resolved.constants, channels.resolved.shapes, facts := {})
+    facts["x"] = known.bounded("x", 1, -1.0, 1.0)
+    for node in channels.model.nodes:
+        facts[node.outputs[0]] = output_facts(node, known)
+    x = np.concatenate([rng.uniform(-1, 1, (32, 3, 6, 6)), np.sign(rng.normal(size=(64, 3, 6, 6)))]).astype(np.float32)
+    for name in ("h", "n", "r", "a", "s1", "p", "u", "z", "g", "e"):
+        (value,) = run(build(body, given, x=("N", 3, 6, 6), outputs=name), {"x": x})
+        flat = np.moveaxis(value, 1, 0).reshape(8, -1)
+        assert (flat.min(1) >= facts[name].low).all() and (flat.max(1) <= facts[name].high).all(), name

@@ -10,6 +10,7 @@ import pytest
 from build import build
 
 from lindep_onnx import verify
+from lindep_onnx.data import Batch
 from lindep_onnx.errors import ModelError, UsageError, VerificationError
 from lindep_onnx.verify import Comparison, OutputErrors
 
@@ -437,3 +438,26 @@ def test_stale_shapes_fail_the_check_only_if_the_original_passed(model: onnx.Mod
         with pytest.raises(VerificationError, match="fails the ONNX checker"):
             verify.check_model(given, original_passed=True)
         verify.check_model(given, original_passed=False)
+
+
+def test_the_cosine_is_that_of_the_whole_output(rng: np.random.Generator) -> None:
+    y, other = rng.normal(size=(2, 6, 5))
+    errors = OutputErrors()
+    for rows in (slice(0, 2), slice(2, 6)):
+        errors.update({"y": y[rows]}, {"y": other[rows]})
+    expected = (y * other).sum() / np.linalg.norm(y) / np.linalg.norm(other)
+    assert errors.result().outputs[0].cosine == pytest.approx(expected, abs=1e-12)
+    ids = OutputErrors()
+    ids.update({"y": np.arange(4)}, {"y": np.arange(4)})
+    assert ids.result().outputs[0].cosine is None
+
+
+def test_the_worst_samples_have_their_numbers_in_the_data() -> None:
+    model = build("y = Relu(x)", {}, x=("N", 3))
+    wrong = build("z = Relu(x)\nt = Constant<value_float=3.0>()\ny = Min(z, t)", {}, x=("N", 3))
+    x = np.ones((4, 3), np.float32)
+    x[2] = 9
+    batch = Batch({"x": x}, np.array([11, 25, 40, 77]), 4)
+    sessions = [verify.open_session(m, providers=("CPUExecutionProvider",), threads=1) for m in (model, wrong)]
+    found = verify.compare(*sessions, [batch])
+    assert found.worst_samples == (40,) and found.outputs[0].worst_sample == 40

@@ -1,0 +1,77 @@
+"""Files that are never seen half written, and temporary folders that do not outlive their run for long.
+
+A run that is killed cannot clean up. So the name of a temporary folder says which process on which machine made it, and
+whoever makes the next one beside it removes those whose process is gone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["KEEP", "Scratch", "abandoned", "flush", "replacing"]
+
+#: A folder with a file of this name is left to whoever wrote it: there is more to clean up than the folder.
+KEEP = "keep"
+#: Not the name of the machine itself: it may hold any character.
+_PREFIX = f".lindep_onnx.{hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()}."
+
+
+class Scratch(tempfile.TemporaryDirectory[str]):
+    """A temporary folder; what dead runs left beside it goes first.
+
+    Args:
+        parent: where to make it; None for the system's place.
+    """
+
+    def __init__(self, parent: Path | None = None) -> None:
+        for folder in abandoned(Path(tempfile.gettempdir()) if parent is None else parent):
+            if not (folder / KEEP).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+        super().__init__(prefix=f"{_PREFIX}{os.getpid()}.", dir=parent, ignore_cleanup_errors=True)
+
+
+def abandoned(parent: Path) -> Iterator[Path]:
+    """Temporary folders in `parent` that processes of this machine made which are gone."""
+    if os.name != "posix":  # elsewhere one cannot ask whether a process is there
+        return
+    for folder in sorted(parent.glob(f"{_PREFIX}*")):
+        number = folder.name.removeprefix(_PREFIX).partition(".")[0]
+        if number.isdigit() and not folder.is_symlink() and not _is_alive(int(number)):
+            yield folder
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A place to write to; its content takes the place of `path` in one step if nothing goes wrong inside.
+
+    Raises:
+        OSError: it cannot be written; `path` is as it was.
+    """
+    with Scratch(path.parent) as name:
+        staged = Path(name) / path.name
+        yield staged
+        flush(staged)
+        staged.replace(path)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -329,12 +329,13 @@ def _stored(path: Path) -> Feeds:
 # ---- the report ---------------------------------------------------------------------------------------------------
 
 
-def report(models: Sequence[Outcome], suite: Sequence[Outcome]) -> str:
+def report(models: Sequence[Outcome], suite: Sequence[Outcome], samples: int) -> str:
     """The whole of `docs/coverage.md`."""
     lines = [
         "# Coverage",
         "",
-        "Made by `python tools/coverage.py MODELS --suite --out docs/coverage.md`; the columns are explained there.",
+        f"Made by `python tools/coverage.py MODELS --suite --samples {samples} --out docs/coverage.md`; the columns "
+        "are explained there.",
         "",
         "## Operators",
         "",
@@ -402,7 +403,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for tasks in (_files(options.models), _suite() if options.suite else ()):
         chosen = [task for task in tasks if options.only in task.name]
         found.append(sweep(chosen, options.samples, options.seconds, said))
-    text = report(*found)
+    text = report(found[0], found[1], options.samples)
     if options.out:
         options.out.write_text(text + "\n", encoding="utf-8")
     print("\n".join(line for line in text.splitlines() if line.startswith("|")))

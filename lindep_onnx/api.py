@@ -31,6 +31,7 @@ from lindep_onnx.plan import KINDS
 from lindep_onnx.proven import Proof, prove, ranges_of
 from lindep_onnx.report import BudgetReport, GroupReport, RefusalReport, Report, Size, Verification
 from lindep_onnx.shapes import Resolved, resolve
+from lindep_onnx.support import Support, sentences, support
 from lindep_onnx.tracing import trace
 from lindep_onnx.variants import Variant, compare_variants
 
@@ -262,7 +263,16 @@ def _run(
             stressed = workshop.compared(chosen.proto, data.stress)
             stress_failure = workshop.stress_failure(stressed)
             failure = failure or stress_failure
+    found: dict[int, Support] = {}
+    if samples is not None and evidence is not None:
+        with clock.stage("statistics"):
+            found = support(channels, evidence, chosen, proof)
+            kept = int((doubtful & evidence.silent & ~chosen.removed).sum())
+            notes = (*chosen.notes, *sentences(found, kept, len(samples)))
+            chosen = replace(chosen, notes=notes)
     report = _report(channels, workshop.before, chosen, proof, errors, samples, config, clock)
+    groups = tuple(replace(group, support=found.get(number)) for number, group in enumerate(report.groups))
+    report = replace(report, groups=groups)
     if report.verification is not None:
         report = replace(report, verification=replace(report.verification, variants=variants))
     if stressed is not None:

@@ -80,6 +80,7 @@ class Proof:
     evidence: tuple[SiteEvidence, ...]
 
 
+@np.errstate(all="ignore")  # weights may be infinite
 def prove(channels: Channels, ranges: Ranges = MappingProxyType({})) -> Proof:
     """Propagate bounds and identities through the graph, and see what they mean at the sites.
 

@@ -243,7 +243,7 @@ class Report:
                 "budget": tuple(_build(BudgetReport, budget) for budget in values["budget"]),
             }
             report: Report = _build(cls, {**values, **parts})
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise UsageError(f"This is no JSON report of lindep_onnx ({reason}); write one with --report.") from error
         return report

@@ -194,6 +194,7 @@ def load(source: str | Path | onnx.ModelProto) -> Model:
     graph = proto.graph
     where = str(source) if not isinstance(source, onnx.ModelProto) else (graph.name or "the model")
 
+    _check_arity(where, graph, {entry.domain: entry.version for entry in proto.opset_import})
     stored: dict[str, Array] = {}
     try:
         for tensor in graph.initializer:
@@ -300,6 +301,27 @@ def _captures(graph: onnx.GraphProto) -> set[str]:
         for body in _subgraphs(node):
             read |= _captures(body)
     return read - own - {""}
+
+
+def _check_arity(where: str, graph: onnx.GraphProto, versions: Mapping[str, int]) -> None:
+    """Refuse nodes that lack inputs or outputs: onnx's shape inference, in C++, takes them for granted."""
+    for node in graph.node:
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        try:
+            schema = onnx.defs.get_schema(node.op_type, versions.get(domain, versions.get(node.domain, 1)), domain)
+        except (onnx.defs.SchemaError, TypeError, OverflowError):  # not one of the standard's
+            schema = None
+        for what, least, found in (
+            ("inputs", schema.min_input if schema else 0, len(node.input)),
+            ("outputs", schema.min_output if schema else 0, len(node.output)),
+        ):
+            if found < least:
+                raise ModelError(
+                    f"{where}: node {node.name or node.op_type!r} ({node.op_type}) has {found} {what}, not the {least} "
+                    "that the operator needs."
+                )
+        for body in _subgraphs(node):
+            _check_arity(where, body, versions)
 
 
 def _check_order(where: str, nodes: Iterable[Node], known: set[str], outputs: Iterable[str]) -> None:

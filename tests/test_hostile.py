@@ -62,6 +62,10 @@ REFUSED = {
     "a negative size": lambda m: tensor(m, "w").dims.__setitem__(0, -6),
     "a type that does not exist": lambda m: setattr(tensor(m, "w"), "data_type", 99),
     "weights in a file that was not read": outside,
+    "an operator without its inputs": lambda m: (
+        setattr(m.graph.node[1], "op_type", "MatMulInteger"),
+        m.graph.node[0].input.pop(),
+    ),
     "an output that nothing computes": lambda m: setattr(m.graph.output[0], "name", "z"),
 }
 

@@ -29,7 +29,7 @@ class SiteEvidence:
 
     Attributes:
         site: the site.
-        index: (F, T) places of each feature on the weight's input axis, by tap.
+        index: (F, T) places of each feature on the input axis of the site's part of the weight, by tap.
         unit: (F,) unit of each feature, -1 where it stays.
         mean: (F,) mean over the fit rows; zero where the site cannot absorb a constant.
         gram: (F, F) second moments per row about `mean`, fit samples.
@@ -133,14 +133,15 @@ def _merged(parts: Sequence[Moments]) -> Moments:
 
 def site_weight(channels: Channels, seen: SiteEvidence) -> NDArray[np.float64]:
     """The weight of a site as (features, taps, outputs, kernel) in float64."""
-    weight = np.asarray(channels.resolved.constants[seen.site.weight], dtype=np.float64)
+    weight = np.asarray(seen.site.part(channels.resolved.constants[seen.site.weight]), dtype=np.float64)
     first = np.moveaxis(weight, (seen.site.inputs, seen.site.outputs), (0, 1))
     return first.reshape(*first.shape[:2], -1)[seen.index]
 
 
 def outer_product(channels: Channels, seen: SiteEvidence, removed: NDArray[np.bool_]) -> NDArray[np.float64]:
     """(F, F) sum of w w' over the taps and the outputs that survive `removed`."""
-    weight = np.moveaxis(channels.resolved.constants[seen.site.weight], (seen.site.inputs, seen.site.outputs), (0, 1))
+    own = seen.site.part(channels.resolved.constants[seen.site.weight])
+    weight = np.moveaxis(own, (seen.site.inputs, seen.site.outputs), (0, 1))
     rows = channels.mask(seen.site.rows, removed)
     total = np.zeros((len(seen.index), len(seen.index)))
     for places in seen.index.T:  # tap by tap: the whole of a large weight in float64 is not needed

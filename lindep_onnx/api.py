@@ -28,6 +28,7 @@ from lindep_onnx.data import InputSpec, Part, Samples, open_samples
 from lindep_onnx.errors import LindepError, ModelError, OutputError, UsageError, VerificationError
 from lindep_onnx.groups import measure_groups
 from lindep_onnx.plan import KINDS
+from lindep_onnx.precision import resolution, widened
 from lindep_onnx.proven import Proof, prove, ranges_of
 from lindep_onnx.report import BudgetReport, GroupReport, RefusalReport, Report, Size, Verification
 from lindep_onnx.shapes import Resolved, resolve
@@ -149,7 +150,7 @@ def run(
             return stack.enter_context(found)
 
         data = _Data(opened(calib, config.max_samples), opened(stress, None), inputs)
-        return _run(understood.channels, understood.proof, data, config, clock, output, external_data, progress)
+        return _run(understood, data, config, clock, output, external_data, progress)
 
 
 @dataclass(frozen=True)
@@ -160,11 +161,13 @@ class Understood:
         channels: the traced model.
         ranges: lowest and highest value of inputs, where they are known.
         proof: what follows from the weights.
+        half: the model as it is stored, where that is in half precision: all else is about a copy in single precision.
     """
 
     channels: Channels
     ranges: Mapping[str, tuple[float, float]]
     proof: Proof
+    half: onnx.ModelProto | None
 
 
 def understand(
@@ -178,8 +181,11 @@ def understand(
     """
     with stage("load"):
         model = graph.load(source)
+        half = model.proto if resolution(model.proto) else None
     with following(model.proto, source):
         with stage("load"):
+            if half is not None:
+                model = graph.load(widened(half))
             resolved = resolve(model)
         with stage("trace"):
             channels = trace(
@@ -187,8 +193,8 @@ def understand(
             )
         with stage("prove"):
             ranges = ranges_of(model, config.input_range)
-            proof = prove(channels, ranges)
-    return Understood(channels, ranges, proof)
+            proof = prove(channels, ranges, half=half is not None)
+    return Understood(channels, ranges, proof, half)
 
 
 @contextmanager
@@ -227,8 +233,7 @@ class _Data:
 
 
 def _run(
-    channels: Channels,
-    proof: Proof,
+    understood: Understood,
     data: _Data,
     config: Config,
     clock: _Clock,
@@ -236,7 +241,7 @@ def _run(
     external_data: bool,
     progress: Progress,
 ) -> Outcome:
-    samples = data.samples
+    channels, proof, half, samples = understood.channels, understood.proof, understood.half, data.samples
     runtime: dict[str, Any] = {"providers": config.providers, "threads": config.threads}
     evidence, doubtful = None, np.zeros(channels.units, dtype=bool)
     if samples is not None and len(samples.parts[Part.FIT]) and not config.proven_only:
@@ -246,12 +251,15 @@ def _run(
             watched = silence.flats(channels, evidence)
             ranges = silence.observe(channels, watched, samples, progress=progress, **runtime) if watched else ()
             doubtful = silence.unexplained(channels.units, watched, ranges, evidence.samples)
-    original_passed = verify.full_check_passes(channels.model.proto) is None
-    workshop = Workshop(channels, evidence, doubtful, proof, samples, config, clock.stage, progress)
+    original_passed = verify.full_check_passes(channels.model.proto if half is None else half) is None
+    workshop = Workshop(channels, evidence, doubtful, proof, samples, config, clock.stage, progress, half)
     with following(channels.model.proto) if samples is None else nullcontext():
         chosen = workshop.choose()
     with clock.stage("verify"):
-        verify.check_model(chosen.proto, original_passed=original_passed)
+        result = workshop.stored(chosen.proto)
+        if half is not None and not chosen.removed.any():
+            result = graph.edit(graph.load(half), graph.Edits(), workshop.metadata)
+        verify.check_model(result, original_passed=original_passed)
         errors = measure_groups(channels, chosen, samples, seed=config.seed, **runtime) if samples is not None else {}
         variants: tuple[Variant, ...] = ()
         if samples is not None:
@@ -279,8 +287,8 @@ def _run(
         stress_data = "the stress data, which nothing was fitted to or chosen by"
         report = replace(report, stress=_verification(stressed, stress_failure is None, stress_data))
     if output is not None and (failure is None or config.force):
-        graph.save(chosen.proto, output, external_data=external_data)
-    return Outcome(chosen.proto, report, failure)
+        graph.save(result, output, external_data=external_data)
+    return Outcome(result, report, failure)
 
 
 def _variant_failure(variants: Sequence[Variant]) -> LindepError | None:
@@ -326,6 +334,12 @@ def _inputs(understood: Understood) -> list[InputSpec]:
     specs = []
     for value in model.proto.graph.input:
         if value.name in model.inputs:
+            if not value.type.HasField("tensor_type"):
+                kind = (value.type.WhichOneof("value") or "unknown type").removesuffix("_type")
+                raise ModelError(
+                    f"Input {value.name!r} is a {kind}, and calibration data holds tensors: use --proven-only, which "
+                    "needs no data, or export the model with tensor inputs."
+                )
             dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
             shape = resolved.shapes.get(value.name, ())
             specs.append(InputSpec(value.name, dtype, shape, ranges.get(value.name)))

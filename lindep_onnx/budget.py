@@ -29,7 +29,9 @@ from lindep_onnx.data import Part, Samples
 from lindep_onnx.errors import BudgetError, LindepError, VerificationError
 from lindep_onnx.influence import Disturbances, measured_curves, site_influence
 from lindep_onnx.ladder import Ladder, Saving, build_ladder, curves, folds_of, savings
+from lindep_onnx.placement import balanced
 from lindep_onnx.plan import Fold, Plan, plan_lossless
+from lindep_onnx.precision import narrowed, neighbour, resolution, widened
 from lindep_onnx.proven import Proof
 from lindep_onnx.reconstruct import fold_sites
 from lindep_onnx.refit import refit
@@ -43,6 +45,9 @@ __all__ = ["Chosen", "Workshop"]
 Progress: TypeAlias = Callable[[str, int, int], None]
 Stage: TypeAlias = Callable[[str], AbstractContextManager[None]]
 
+#: What counts as lossless in half precision: at a site in spacings of its numbers, at the outputs in errors that the
+#: original itself makes when every weight moves to a neighbouring number or stays.
+SITE_ROUNDINGS, OUTPUT_ROUNDINGS = 1.0, 2.0
 #: Widths that `--round-to auto` tries in turn: ONNX Runtime's kernels work on blocks of 8 or 16 channels.
 WIDTHS = (1, 8, 16)
 #: Seconds that original and result are timed against each other.
@@ -100,6 +105,7 @@ class Workshop:
         config: the options.
         stage: times the stages.
         progress: called with (stage, done, all).
+        half: the model in half precision of which `channels` is the widened copy; None for any other model.
     """
 
     def __init__(
@@ -112,7 +118,11 @@ class Workshop:
         config: Config,
         stage: Stage,
         progress: Progress,
+        half: onnx.ModelProto | None = None,
     ) -> None:
+        self._half = half
+        rounding = 0.0 if half is None else resolution(half)
+        self._tolerance = max(LOSSLESS_SITE_ERROR, SITE_ROUNDINGS * rounding)
         self._channels, self._proof, self._samples, self._config = channels, proof, samples, config
         self._observed = evidence
         self._doubtful = doubtful & ~proof.constant
@@ -120,16 +130,17 @@ class Workshop:
         self._runtime: dict[str, Any] = {"providers": config.providers, "threads": config.threads}
         self._original = verify.open_session(channels.model.proto, **self._runtime)
         self._shapes, self._batch = _first_shapes(samples)
-        self.before = cost(channels.model, self._shapes, self._batch)
-        self._metadata = json.dumps({"version": __version__, "options": config.described()}, sort_keys=True)
+        self.before = cost(channels.model if half is None else graph.load(half), self._shapes, self._batch)
+        self.metadata = json.dumps({"version": __version__, "options": config.described()}, sort_keys=True)
         self._metric: float | None = None
+        self._allowed = max(LOSSLESS_VERIFIED_ERROR, OUTPUT_ROUNDINGS * self._rounding_error())
 
     def choose(self) -> Chosen:
         """The result that the options ask for; look at its `failure`."""
         if self._observed is None or self._config.proven_only:
             return self._proven()
         with self._stage("plan"):
-            lossless = plan_lossless(self._channels, self._evidence, self._doubtful, tolerance=LOSSLESS_SITE_ERROR)
+            lossless = plan_lossless(self._channels, self._evidence, self._doubtful, tolerance=self._tolerance)
             ladder = self._ladder(lossless) if self._config.budgeted else None
         best: Chosen | None = None
         for width in WIDTHS if self._config.round_to == "auto" else (self._config.round_to,):
@@ -180,7 +191,7 @@ class Workshop:
     def _carried_out(self, plan: Plan, evidence: tuple[SiteEvidence, ...]) -> Chosen:
         with self._stage("rewrite"):
             proto = rewrite(
-                self._channels, fold_sites(self._channels, plan.folds, evidence, plan.removed), self._metadata
+                self._channels, fold_sites(self._channels, plan.folds, evidence, plan.removed), self.metadata
             )
         return self._finished(proto, plan.removed, plan.kind, ())
 
@@ -194,7 +205,7 @@ class Workshop:
         silent = self._evidence.silent & ~self._proof.constant
         if (plan.removed & silent).any():
             with self._stage("plan"):
-                wary = plan_lossless(self._channels, self._evidence, silent, tolerance=LOSSLESS_SITE_ERROR)
+                wary = plan_lossless(self._channels, self._evidence, silent, tolerance=self._tolerance)
             chosen = self._lossless(wary, silent, width)
         if chosen.failure is not None:
             chosen = self._carried_out(self._proof.plan, self._proof.evidence)
@@ -208,16 +219,15 @@ class Workshop:
         return dataclasses.replace(chosen, notes=(*chosen.notes, note))
 
     def _lossless(self, plan: Plan, doubtful: NDArray[np.bool_], width: int) -> Chosen:
-        removed = rounded(self._channels, plan.removed, np.flatnonzero(plan.removed), width)
+        order = np.flatnonzero(plan.removed)
+        removed = balanced(self._channels, rounded(self._channels, plan.removed, order, width), order)
         if (removed != plan.removed).any():
             with self._stage("plan"):
-                plan = plan_lossless(
-                    self._channels, self._evidence, doubtful, tolerance=LOSSLESS_SITE_ERROR, keep=~removed
-                )
+                plan = plan_lossless(self._channels, self._evidence, doubtful, tolerance=self._tolerance, keep=~removed)
         with self._stage("reconstruct"):
             new = fold_sites(self._channels, plan.folds, self._evidence.sites, plan.removed)
         with self._stage("rewrite"):
-            proto = rewrite(self._channels, new, self._metadata)
+            proto = rewrite(self._channels, new, self.metadata)
         if self._config.refit in ("kernel", "sequential") and plan.removed.any():
             proto, notes = self._refit(plan.removed, proto)
         else:
@@ -242,7 +252,8 @@ class Workshop:
         judged = self._judged()
 
         def removed_at(count: int) -> NDArray[np.bool_]:
-            return rounded(self._channels, ladder.removed(count), ladder.order[:count], width)
+            order = ladder.order[:count]
+            return balanced(self._channels, rounded(self._channels, ladder.removed(count), order, width), order)
 
         def build(count: int, refit_it: bool) -> tuple[onnx.ModelProto, NDArray[np.bool_], tuple[str, ...]]:
             removed = removed_at(count)
@@ -335,7 +346,7 @@ class Workshop:
 
     def _folded(self, removed: NDArray[np.bool_]) -> onnx.ModelProto:
         folds = folds_of(self._channels, self._evidence, removed, {})
-        return rewrite(self._channels, fold_sites(self._channels, folds, self._evidence.sites, removed), self._metadata)
+        return rewrite(self._channels, fold_sites(self._channels, folds, self._evidence.sites, removed), self.metadata)
 
     def _refit(self, removed: NDArray[np.bool_], proto: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
         with self._stage("refit"):
@@ -350,10 +361,21 @@ class Workshop:
             if found.skipped:
                 names = ", ".join(found.skipped[:3]) + (" and others" if len(found.skipped) > 3 else "")
                 notes.append(f"{len(found.skipped)} layer(s) are too wide to be refitted and keep their fold: {names}.")
-            return graph.edit(smaller, found.edits, self._metadata), tuple(notes)
+            return graph.edit(smaller, found.edits, self.metadata), tuple(notes)
 
     def _cost(self, proto: onnx.ModelProto) -> Cost:
-        return cost(graph.load(proto), self._shapes, self._batch)
+        return cost(graph.load(self.stored(proto)), self._shapes, self._batch)
+
+    def _rounding_error(self) -> float:
+        """What one rounding of all weights does to the outputs of a half-precision model; no error below it counts."""
+        if self._half is None:
+            return 0.0
+        found = self._compared(widened(neighbour(self._half, self._config.seed)), Part.VERIFY)
+        return 0.0 if found is None else found.relative_error
+
+    def stored(self, proto: onnx.ModelProto) -> onnx.ModelProto:
+        """A result as it is written: in the precision of the original."""
+        return proto if self._half is None else narrowed(proto, self._half)
 
     def _compared(self, proto: onnx.ModelProto, part: Part) -> verify.Comparison | None:
         if self._samples is None or not len(self._samples.parts[part]):
@@ -392,6 +414,8 @@ class Workshop:
         self, proto: onnx.ModelProto, removed: NDArray[np.bool_], kind: NDArray[np.int8], notes: tuple[str, ...]
     ) -> Chosen:
         with self._stage("verify"):
+            if self._half is not None:  # what is judged has been rounded like what is written
+                proto = widened(self.stored(proto))
             found = self._compared(proto, Part.VERIFY)
             after = self._cost(proto)
             achieved: dict[str, float | None] = {name: self._share(name, after) for name in self._sizes()}
@@ -415,10 +439,10 @@ class Workshop:
                     f"{flag} {getattr(self._config, name):g} does not hold together with the other budgets: on unseen "
                     f"samples it {reached_text}. Nothing was written; loosen one of them."
                 )
-        if not self._config.budgeted and found is not None and found.relative_error > LOSSLESS_VERIFIED_ERROR:
+        if not self._config.budgeted and found is not None and found.relative_error > self._allowed:
             return VerificationError(
                 f"The result differs from the original by {found.relative_error:.2g} on unseen samples, more than "
-                f"the {LOSSLESS_VERIFIED_ERROR:.2g} allowed. Nothing was written; give more or more varied data."
+                f"the {self._allowed:.2g} allowed. Nothing was written; give more or more varied data."
             )
         return None
 

@@ -78,7 +78,7 @@ class Tap:
 
 def tap(site: Site, reader: Reader) -> Tap:
     """The tap of one reader of a site."""
-    index = features(site.columns).index
+    index = features(site.columns).index + site.first_column
     layout = hashlib.blake2b(index.astype("<i8").tobytes(), digest_size=8).hexdigest()
     return Tap(reader.tensor, reader.axis, reader.strides, layout)
 
@@ -125,7 +125,7 @@ def calibrate(
     wanted: dict[Tap, NDArray[np.int64]] = {}
     for site in channels.sites:
         for reader in site.readers:
-            wanted.setdefault(tap(site, reader), features(site.columns).index)
+            wanted.setdefault(tap(site, reader), features(site.columns).index + site.first_column)
     counts = {part: len(samples.parts[part]) for part in (Part.FIT, Part.SELECT)}
     if not wanted:
         return Calibration({}, {}, (counts[Part.FIT], counts[Part.SELECT]))

@@ -26,6 +26,7 @@ __all__ = [
     "Channels",
     "Group",
     "Labelling",
+    "Multiplied",
     "Producer",
     "Product",
     "Reader",
@@ -38,7 +39,8 @@ __all__ = [
 
 Array: TypeAlias = NDArray[Any]
 Atoms: TypeAlias = NDArray[np.int64]
-#: Atoms by the axis they can be cut along.
+#: Atoms by the axis they can be cut along. Those of a constant may be (blocks, places): its axis 0 is divided into so
+#: many blocks, and each has channels of its own along every axis (the weight of a grouped convolution).
 Axes: TypeAlias = "Mapping[int, Atoms]"
 
 #: Unit number of atoms that always stay.
@@ -60,18 +62,22 @@ class Labelling:
     Attributes:
         axes: the axes along which ids vary, ascending.
         atoms: ids, one axis of the array for each of `axes`.
-        cut: the axis along which elements may be removed. Ids that differ only along the other axes are linked, so
-            that what survives is a box.
+        cut: the axis along which elements may be removed. Places that differ only along the other axes are aligned
+            (`Tracer.align`), so that what survives is a box.
     """
 
     axes: tuple[int, ...]
     atoms: Atoms
     cut: int
 
-    def along_cut(self) -> Atoms:
-        """One id for each place along the cut axis."""
+    def rows(self) -> Atoms:
+        """(rows, places along the cut axis) ids, one row for each index along the other axes."""
         place = self.axes.index(self.cut)
-        return np.moveaxis(self.atoms, place, 0).reshape(self.atoms.shape[place], -1)[:, 0]
+        return np.asarray(np.moveaxis(self.atoms, place, -1).reshape(-1, self.atoms.shape[place]))
+
+    def along_cut(self) -> Atoms:
+        """One id for each place along the cut axis, out of all that are aligned."""
+        return np.asarray(self.rows()[0])
 
 
 @dataclass(frozen=True)
@@ -161,7 +167,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Site:
-    """One constant weight and all nodes that multiply it.
+    """One constant weight, or one block of it, and all nodes that multiply it.
 
     Attributes:
         weight: name of the constant.
@@ -172,6 +178,8 @@ class Site:
         rows: atom of each place along the `outputs` axis.
         affine: whether a constant added to the output can make up for a constant channel: one reader, which sees no
             zeros beyond the border, and a place for a bias.
+        block, blocks: which of how many equal parts along axis 0 of the weight this is. Each part multiplies as many
+            channels of the readers' data, in order, and makes as many of their outputs (grouped convolution).
     """
 
     weight: str
@@ -181,6 +189,23 @@ class Site:
     columns: Atoms
     rows: Atoms
     affine: bool
+    block: int = 0
+    blocks: int = 1
+
+    @property
+    def first_column(self) -> int:
+        """Place of the first column on the channel axis of the readers' data."""
+        return self.block * len(self.columns)
+
+    @property
+    def first_row(self) -> int:
+        """Place of the first row on the channel axis of the readers' output."""
+        return self.block * len(self.rows)
+
+    def part(self, weight: Array) -> Array:
+        """The block of the weight, as a view."""
+        size = len(weight) // self.blocks
+        return weight[self.block * size : (self.block + 1) * size]
 
 
 @dataclass(frozen=True)
@@ -232,6 +257,9 @@ class Channels:
         reads: for each constant, the atoms along its axes as each (node index, input position) reads them.
         unit: unit number of every atom; -1 where it always stays.
         units: number of units.
+        bundle: (units,) units of one bundle have aligned places: as many go from each part of a group, or from each
+            head (see `lindep_onnx.placement`). Most bundles hold one unit.
+        cell: (units,) units of one cell can trade places without changing what the model computes.
         sites: in topological order of their first reader.
         products: in topological order.
         producers: in topological order.
@@ -246,6 +274,8 @@ class Channels:
     reads: Mapping[str, Mapping[tuple[int, int], Axes]]
     unit: NDArray[np.int64]
     units: int
+    bundle: NDArray[np.int64]
+    cell: NDArray[np.int64]
     sites: tuple[Site, ...]
     products: tuple[Product, ...]
     producers: tuple[Producer, ...]
@@ -253,20 +283,22 @@ class Channels:
     refusals: tuple[Refusal, ...]
     least: tuple[tuple[NDArray[np.int64], int], ...]
 
-    def kept(self, tensor: str, removed: NDArray[np.bool_]) -> dict[int, NDArray[np.bool_]]:
-        """Which places survive on each axis of `tensor` that loses some.
-
-        Args:
-            tensor: name of any tensor.
-            removed: (units,) bool.
-        """
-        masks = {label.cut: self.mask(label.along_cut(), removed) for label in self.labels.get(tensor, ())}
-        return {axis: mask for axis, mask in masks.items() if not mask.all()}
-
     def mask(self, atoms: Atoms, removed: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Which of these atoms survive when the units in `removed` go."""
         gone = np.append(removed, False)  # the last entry answers for FROZEN
         return np.asarray(~gone[self.unit[atoms]])
+
+
+@dataclass(frozen=True)
+class Multiplied:
+    """A node that multiplies a weight along a labelled axis; the fields are those of `Site`."""
+
+    weight: str
+    inputs: int
+    outputs: int
+    reader: Reader
+    affine: bool
+    blocks: int
 
 
 @dataclass
@@ -278,9 +310,10 @@ class Tracer:
     labels: dict[str, tuple[Labelling, ...]] = field(default_factory=dict)
     atoms: int = 0
     links: list[tuple[Atoms, Atoms]] = field(default_factory=list)
+    aligned: list[tuple[Atoms, Atoms]] = field(default_factory=list)
     frozen: list[tuple[Atoms, Reason, Node | None]] = field(default_factory=list)
     claims: dict[str, dict[tuple[int, int], dict[int, Atoms]]] = field(default_factory=dict)
-    sites: list[tuple[str, int, int, Reader, bool]] = field(default_factory=list)
+    sites: list[Multiplied] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
     producers: list[Producer] = field(default_factory=list)
 
@@ -300,8 +333,17 @@ class Tracer:
         return None if shape is None else len(shape)
 
     def axes(self, name: str) -> dict[int, Atoms]:
-        """The atoms of a tensor by the axis they can be cut along."""
-        return {label.cut: label.along_cut() for label in self.labels.get(name, ())}
+        """The atoms of a tensor by the axis they can be cut along.
+
+        Where ids vary over other axes too, those along them are linked: whoever asks for one axis treats them alike.
+        """
+        return {label.cut: self.flat(label) for label in self.labels.get(name, ())}
+
+    def flat(self, label: Labelling) -> Atoms:
+        """One id for each place along the cut axis, with which all others of the place live and die."""
+        rows = label.rows()
+        self.link(rows, rows[:1])
+        return np.asarray(rows[0])
 
     # ---- writing -----------------------------------------------------------------------------------------------
 
@@ -331,6 +373,11 @@ class Tracer:
         differ = left != right
         if differ.any():
             self.links.append((left[differ], right[differ]))
+
+    def align(self, rows: Atoms) -> None:
+        """Make the places (rows, places) of a column vanish together, whichever channels sit on them then."""
+        left, right = np.broadcast_arrays(rows, rows[:1])
+        self.aligned.append((left[1:], right[1:]))
 
     def freeze(self, atoms: Atoms, reason: Reason, node: Node | None) -> None:
         """Keep atoms for ever."""
@@ -363,7 +410,7 @@ class Tracer:
         """
         name = node.input(position)
         if self.constant(name) is not None:
-            wanted = {axis: atoms for axis, atoms in axes.items() if len(atoms) > 1}
+            wanted = {axis: atoms for axis, atoms in axes.items() if atoms.shape[-1] > 1}
             self.claims.setdefault(name, {})[node.index, position] = wanted
 
     def refuse(self, node: Node, reason: Reason) -> None:
@@ -378,6 +425,6 @@ class Tracer:
         self.producers.append(Producer(node.index, atoms))
         return atoms
 
-    def site(self, weight: str, inputs: int, outputs: int, reader: Reader, affine: bool) -> None:
-        """Record that a node multiplies a constant weight along a labelled axis."""
-        self.sites.append((weight, inputs, outputs, reader, affine))
+    def site(self, weight: str, inputs: int, outputs: int, reader: Reader, affine: bool, blocks: int = 1) -> None:
+        """Record that a node multiplies a constant weight, in so many blocks, along a labelled axis."""
+        self.sites.append(Multiplied(weight, inputs, outputs, reader, affine, blocks))

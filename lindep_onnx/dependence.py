@@ -503,7 +503,9 @@ class _Search:
         self.kind = np.zeros(units, dtype=np.int8)
         self._tolerance = tolerance
         self._least = least
-        self._classes = [collinear_classes(site.gram, site.holdout) for site in sites]
+        self._classes = [
+            collinear_classes(site.gram, site.holdout, tolerance=max(COLLINEAR, tolerance**2)) for site in sites
+        ]
         self._zero = [
             (np.diagonal(site.gram) == 0) & (True if site.holdout is None else np.diagonal(site.holdout) == 0)
             for site in sites

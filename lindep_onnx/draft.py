@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from lindep_onnx.channels import Channels
 from lindep_onnx.graph import Edits, Insertion, Node
+from lindep_onnx.placement import Placement
 
 __all__ = ["Draft"]
 
@@ -21,12 +22,12 @@ class Draft:
 
     Attributes:
         channels: the traced model.
-        removed: (units,) bool, what goes.
+        placement: what goes, and where the others sit then.
     """
 
     def __init__(self, channels: Channels, removed: NDArray[np.bool_]) -> None:
         self.channels = channels
-        self.removed = removed
+        self.placement = Placement(channels, removed)
         self._constants: dict[str, Array] = {}
         self._inputs: dict[tuple[int, int], str | Array] = {}
         self._attributes: dict[tuple[int, str], Any] = {}
@@ -39,7 +40,7 @@ class Draft:
 
     def kept(self, tensor: str) -> dict[int, NDArray[np.bool_]]:
         """Masks of what survives, for the axes of a tensor that lose something."""
-        return self.channels.kept(tensor, self.removed)
+        return self.placement.kept(tensor)
 
     def constant(self, name: str) -> Array | None:
         """Original value of a constant tensor, None for others."""

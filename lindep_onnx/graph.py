@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
+import onnx.inliner
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
@@ -189,7 +190,7 @@ def load(source: str | Path | onnx.ModelProto) -> Model:
     Raises:
         ModelError: the file cannot be read, or the graph is not well formed.
     """
-    proto = read_model(source)
+    proto = _inlined(read_model(source))
     opset = next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 0)
     graph = proto.graph
     where = str(source) if not isinstance(source, onnx.ModelProto) else (graph.name or "the model")
@@ -224,6 +225,17 @@ def load(source: str | Path | onnx.ModelProto) -> Model:
         overridable=frozenset(name for name in graph_inputs if name in stored and proto.ir_version >= 4),
         opset=opset,
     )
+
+
+def _inlined(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with the functions that it defines itself written out, so that their nodes can be read like any."""
+    if not proto.functions:
+        return proto
+    try:
+        return onnx.inliner.inline_local_functions(proto)
+    except Exception:  # it raises what it likes; a function that stays is an operator without a rule
+        logger.debug("could not inline the functions of the model", exc_info=True)
+        return proto
 
 
 def _read_nodes(graph: onnx.GraphProto) -> tuple[list[Node], dict[str, Array]]:
@@ -561,7 +573,8 @@ def _declare(original: onnx.ModelProto, result: onnx.ModelProto, edits: Edits) -
     alive = stored.keys() | {name for node in graph.node for name in node.output}
     graph.value_info.extend(value for value in original.graph.value_info if value.name in alive)
     for value in (*graph.value_info, *graph.input):
-        sizes = dict(enumerate(stored[value.name].dims)) if value.name in stored else {}
+        held = stored[value.name].dims if value.name in stored else ()
+        sizes = dict(enumerate(edits.constants[value.name].shape if value.name in edits.constants else held))
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):
             size = sizes.get(axis, edits.dims.get((value.name, axis)))
             if size is not None:

@@ -12,6 +12,7 @@ from lindep_onnx import graph
 from lindep_onnx.budget import Chosen
 from lindep_onnx.channels import Channels, Reader
 from lindep_onnx.data import Part, Samples
+from lindep_onnx.placement import Placement
 from lindep_onnx.sampling import Place, RowSampler
 from lindep_onnx.shapes import resolve
 
@@ -53,7 +54,8 @@ def measure_groups(
     after = RowSampler(smaller, resolved, most, **runtime)
     sums = {place: [0, 0.0, 0.0, 0.0] for place in most}
     rng, again = np.random.default_rng(seed), np.random.default_rng(seed)
-    kept = {place: channels.kept(place.tensor, chosen.removed).get(place.axis) for place in most}
+    placement = Placement(channels, chosen.removed)
+    kept = {place: placement.chosen_along(place.tensor, place.axis) for place in most}
     for batch in samples.batches(Part.VERIFY, limit=SAMPLES):
         original, result = before.rows(batch, rng), after.rows(batch, again)
         for place in most:
@@ -79,7 +81,7 @@ def _place(channels: Channels, reader: Reader) -> Place:
     return Place(tensor or reader.output, reader.output_axis)
 
 
-def _add(sums: list[Any], original: NDArray[Any], result: NDArray[Any], kept: NDArray[np.bool_] | None) -> None:
+def _add(sums: list[Any], original: NDArray[Any], result: NDArray[Any], kept: NDArray[np.int64] | None) -> None:
     y = original.astype(np.float64)
     if kept is not None:
         y = y[:, :, kept]

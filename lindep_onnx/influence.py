@@ -15,6 +15,7 @@ from lindep_onnx.channels import Channels
 from lindep_onnx.data import Part, Samples
 from lindep_onnx.dependence import SiteProblem, choose_ridge, eliminate, removal_cost
 from lindep_onnx.ladder import Curve, folds_of
+from lindep_onnx.placement import balanced
 from lindep_onnx.plan import Fold
 from lindep_onnx.reconstruct import fold_sites
 from lindep_onnx.rewrite import rewrite
@@ -130,6 +131,7 @@ def measured_curves(
             if depth and curve.cost[depth - 1] > 0:
                 removed = np.zeros(channels.units, dtype=bool)
                 removed[curve.units[:depth]] = True
+                removed = balanced(channels, removed, curve.units[:depth])
                 error = disturbances.error(folds_of(channels, evidence, removed, {}), removed)
                 if np.isfinite(error) and error > 0:
                     depths.append(depth)

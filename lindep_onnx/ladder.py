@@ -100,7 +100,8 @@ def savings(channels: Channels, kind: Saving) -> NDArray[np.float64]:
         for key, axes in readers.items():
             times = 1.0 if kind == "parameters" else positions.get(key, 0.0)
             for axis, atoms in axes.items():
-                slice_size = math.prod(shape) / max(1, shape[axis])
+                blocks = len(atoms) if atoms.ndim == 2 and axis > 0 else 1
+                slice_size = math.prod(shape) / max(1, shape[axis]) / blocks
                 np.add.at(total, channels.unit[atoms], times * slice_size)
             if kind == "parameters":
                 break  # a shared weight is stored once

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from lindep_onnx.analysis import Evidence, problem
 from lindep_onnx.channels import FROZEN, Channels, Group
 from lindep_onnx.dependence import Least, SiteProblem, lossless_removals
+from lindep_onnx.placement import balanced
 
 __all__ = ["Fold", "Plan", "local_least", "local_problem", "local_units", "plan_lossless"]
 
@@ -68,6 +69,21 @@ def plan_lossless(
         tolerance: RMS relative error that one site may gain.
         keep: (units,) bool, units that stay in any case; None for none.
     """
+    while True:
+        plan = _planned(channels, evidence, doubtful, keep, tolerance)
+        whole = balanced(channels, plan.removed)
+        if (whole == plan.removed).all():
+            return plan
+        keep = ~whole
+
+
+def _planned(
+    channels: Channels,
+    evidence: Evidence,
+    doubtful: NDArray[np.bool_],
+    keep: NDArray[np.bool_] | None,
+    tolerance: float,
+) -> Plan:
     removed = np.zeros(channels.units, dtype=bool)
     kind = np.zeros(channels.units, dtype=np.int8)
     folds: dict[int, Fold] = {}

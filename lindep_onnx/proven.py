@@ -21,7 +21,8 @@ from lindep_onnx.channels import FROZEN, Channels, Group, Site
 from lindep_onnx.dependence import COLLINEAR_KIND, CONSTANT, JOINT
 from lindep_onnx.errors import UsageError
 from lindep_onnx.graph import Model
-from lindep_onnx.ops.facts import Facts, Form, Known, output_facts, rounding_of
+from lindep_onnx.ops.facts import ROUNDING, ROUNDING_HALF, Facts, Form, Known, output_facts
+from lindep_onnx.placement import balanced
 from lindep_onnx.plan import Fold, Plan
 
 __all__ = ["EVERY_INPUT", "Proof", "prove", "ranges_of"]
@@ -81,15 +82,16 @@ class Proof:
 
 
 @np.errstate(all="ignore")  # weights may be infinite
-def prove(channels: Channels, ranges: Ranges = MappingProxyType({})) -> Proof:
+def prove(channels: Channels, ranges: Ranges = MappingProxyType({}), *, half: bool = False) -> Proof:
     """Propagate bounds and identities through the graph, and see what they mean at the sites.
 
     Args:
         channels: the traced model.
         ranges: lowest and highest value of inputs, by name, as `ranges_of` gives them.
+        half: whether the result will be computed in half precision, of which the model is a copy in single precision.
     """
     resolved = channels.resolved
-    known = Known(resolved.constants, resolved.shapes, facts := {}, rounding_of(resolved.constants))
+    known = Known(resolved.constants, resolved.shapes, facts := {}, ROUNDING_HALF if half else ROUNDING)
     for name, (low, high) in ranges.items():
         found = _bounded(known, name, low, high)
         if found is not None:
@@ -107,17 +109,18 @@ def prove(channels: Channels, ranges: Ranges = MappingProxyType({})) -> Proof:
         live = site.unit != FROZEN
         constant[site.unit[live & ~gone]] = False
     kind = np.zeros(channels.units, dtype=np.int8)
-    left = [len(members) - bound for members, bound in channels.least]
+    bounds = _Bounds(channels)
     partner = np.full(channels.units, -1)
     for unit in np.flatnonzero(constant)[::-1].tolist():
-        if _take(channels, left, unit):
+        if bounds.take(unit):
             kind[unit] = CONSTANT
     for unit, other in _multiples(channels, seen, kind):
-        if _take(channels, left, unit):
+        if bounds.take(unit):
             kind[unit], partner[unit] = COLLINEAR_KIND, other
-    combinations = [found for group in channels.groups for found in _combinations(channels, group, seen, kind, left)]
+    combinations = [found for group in channels.groups for found in _combinations(channels, group, seen, kind, bounds)]
     for combination in combinations:
         kind[combination.removed] = JOINT
+    kind[~balanced(channels, kind > 0)] = 0
     plan = Plan(kind > 0, kind, _folds(seen, kind, partner, combinations))
     return Proof(plan, constant, tuple(_of_removed_constants(entry.evidence, kind) for entry in seen))
 
@@ -173,24 +176,22 @@ def _bounded(known: Known, name: str, low: float, high: float) -> Facts | None:
 def _site(channels: Channels, site: Site, known: Known) -> _Seen:
     """The site's features as evidence, and what ties them to each other."""
     layout = features(site.columns)
-    size = len(layout.index)
-    first = layout.index[:, 0]
+    index = layout.index + site.first_column
+    size = len(index)
+    first = index[:, 0]
     found: list[Facts | None] = [known.of(reader.tensor, reader.axis) for reader in site.readers]
     facts = found[0] if len(site.readers) == 1 else None
     low, high, scale = np.full(size, -np.inf), np.full(size, np.inf), np.ones(size)
     keys = [b"" for _ in range(size)]
     forms: list[Form | None] = [None] * size
     if facts is not None:
-        every = facts.low[layout.index], facts.high[layout.index]
+        every = facts.low[index], facts.high[index]
         low, high, scale = every[0].min(axis=1), every[1].max(axis=1), facts.scale[first]
-        ratios = facts.scale[layout.index] / np.where(scale > 0, scale, 1.0)[:, None]
+        ratios = facts.scale[index] / np.where(scale > 0, scale, 1.0)[:, None]
         same = (np.abs(ratios - 1) < 1e-9).all(axis=1) | (scale == 0)
         # Behind a Flatten a channel is known by all of its positions.
-        keys = [
-            b"".join(facts.key[place] for place in row) if ok else b""
-            for row, ok in zip(layout.index, same, strict=True)
-        ]
-        forms = [_common([facts.form[place] for place in row]) for row in layout.index.tolist()]
+        keys = [b"".join(facts.key[place] for place in row) if ok else b"" for row, ok in zip(index, same, strict=True)]
+        forms = [_common([facts.form[place] for place in row]) for row in index]
     constant = np.isfinite(low) & (low == high)
     mean = np.where(constant, low, 0.0) if site.affine else np.zeros(size)
     if not site.affine:
@@ -216,14 +217,24 @@ def _common(forms: list[Form | None]) -> Form | None:
     return Form(b"".join(form.base for form in forms if form), first.product, first.row, first.factor, first.shift)
 
 
-def _take(channels: Channels, left: list[int], unit: int) -> bool:
-    """Whether a unit may go without emptying an axis; counts it if so."""
-    own = [number for number, (members, _) in enumerate(channels.least) if unit in members]
-    if any(left[number] <= 0 for number in own):
-        return False
-    for number in own:
-        left[number] -= 1
-    return True
+class _Bounds:
+    """How many units of each set (`Channels.least`) may still go."""
+
+    def __init__(self, channels: Channels) -> None:
+        self._left = [len(members) - bound for members, bound in channels.least]
+        self._sets: dict[int, list[int]] = {}
+        for number, (members, _) in enumerate(channels.least):
+            for unit in members.tolist():
+                self._sets.setdefault(unit, []).append(number)
+
+    def take(self, unit: int) -> bool:
+        """Whether a unit may go without emptying an axis; counts it if so."""
+        own = self._sets.get(unit, ())
+        if any(self._left[number] <= 0 for number in own):
+            return False
+        for number in own:
+            self._left[number] -= 1
+        return True
 
 
 def _multiples(channels: Channels, seen: list[_Seen], kind: NDArray[np.int8]) -> list[tuple[int, int]]:
@@ -246,7 +257,7 @@ def _multiples(channels: Channels, seen: list[_Seen], kind: NDArray[np.int8]) ->
 
 
 def _combinations(
-    channels: Channels, group: Group, seen: list[_Seen], kind: NDArray[np.int8], left: list[int]
+    channels: Channels, group: Group, seen: list[_Seen], kind: NDArray[np.int8], bounds: _Bounds
 ) -> Iterator[_Combination]:
     """Units that are the same combination of others at every site of the group that reads them.
 
@@ -273,14 +284,12 @@ def _combinations(
         width = sum(form.product.rows.shape[1] + 1 for _, form in forms[units[0]] or ())
         if len(units) > 1 and float(len(units)) ** 2 * width <= MOST_WORK:
             vectors = np.stack([np.concatenate([form.vector() for _, form in forms[unit] or ()]) for unit in units])
-            found = _dependent(channels, np.array(units), vectors, left)
+            found = _dependent(np.array(units), vectors, bounds)
             if found is not None:
                 yield found
 
 
-def _dependent(
-    channels: Channels, units: NDArray[np.int64], vectors: NDArray[np.float64], left: list[int]
-) -> _Combination | None:
+def _dependent(units: NDArray[np.int64], vectors: NDArray[np.float64], bounds: _Bounds) -> _Combination | None:
     """Which of the units are combinations of the others; `vectors` is (units, coefficients)."""
     length = np.linalg.norm(vectors, axis=1)
     if not np.isfinite(length).all() or not (length > 0).all():
@@ -299,7 +308,7 @@ def _dependent(
         for place in range(len(units) - rank)
         if rest[place] <= ROUNDED * (1 + np.abs(factors[:, place]).sum())
         and np.abs(factors[:, place]).max() <= LARGEST_FACTOR
-        and _take(channels, left, int(units[order[rank + place]]))
+        and bounds.take(int(units[order[rank + place]]))
     ]
     if not good:
         return None
@@ -324,6 +333,8 @@ def _folds(
                 kept = np.concatenate([places[int(unit)] for unit in combination.kept])
                 removed = np.concatenate([places[int(unit)] for unit in combination.removed])
                 full[np.ix_(kept, removed)] = combination.matrix
+                back = removed[~gone[removed]]  # what has to stay for another reason
+                full[:, back] = np.eye(len(gone))[:, back]
         for unit, mine in places.items():
             if kind[unit] == COLLINEAR_KIND:  # of a unit that may itself be a combination
                 others = places[int(partner[unit])]

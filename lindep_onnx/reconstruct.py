@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ __all__ = ["fold_sites"]
 def fold_sites(
     channels: Channels,
     folds: Mapping[int, Fold],
-    evidence: tuple[SiteEvidence, ...],
+    evidence: Sequence[SiteEvidence],
     removed: NDArray[np.bool_],
 ) -> Reconstruction:
     """Fold the removed features of every site into the kept ones.
@@ -42,18 +42,20 @@ def fold_sites(
         gone = weight[~kept].copy()
         weight[kept] += np.tensordot(matrix, gone, axes=1)
         weight[~kept] = 0.0
-        weights[site.weight] = _original_layout(channels, seen, weight)
+        whole = weights.setdefault(site.weight, channels.resolved.constants[site.weight].astype(np.float64))
+        site.part(whole)[...] = _original_layout(channels, seen, weight)
         if site.affine:
             rest = seen.mean[~kept] - matrix.T @ seen.mean[kept]
-            shifts[site.readers[0]] = np.tensordot(rest, gone, axes=1).sum(axis=(0, 2))
+            shift = shifts.setdefault(site.readers[0], np.zeros(site.blocks * len(site.rows)))
+            shift[site.first_row :][: len(site.rows)] = np.tensordot(rest, gone, axes=1).sum(axis=(0, 2))
     return Reconstruction(removed, weights, shifts)
 
 
 def _original_layout(channels: Channels, seen: SiteEvidence, weight: NDArray[np.float64]) -> NDArray[np.float64]:
     """Undo `site_weight`."""
     site = seen.site
-    shape = channels.resolved.constants[site.weight].shape
+    shape = site.part(channels.resolved.constants[site.weight]).shape
     kernel = tuple(size for axis, size in enumerate(shape) if axis not in (site.inputs, site.outputs))
     ordered = np.empty((shape[site.inputs], shape[site.outputs], *kernel))
     ordered[seen.index] = weight.reshape(*weight.shape[:3], *kernel)
-    return np.ascontiguousarray(np.moveaxis(ordered, (0, 1), (site.inputs, site.outputs)))
+    return np.moveaxis(ordered, (0, 1), (site.inputs, site.outputs))

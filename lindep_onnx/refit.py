@@ -30,6 +30,7 @@ from lindep_onnx.channels import Channels, Product, Window
 from lindep_onnx.data import Part, Samples
 from lindep_onnx.files import Scratch
 from lindep_onnx.graph import Edits, Node
+from lindep_onnx.placement import Placement
 from lindep_onnx.sampling import Place, RowSampler, rows_at
 from lindep_onnx.staging import Stages
 
@@ -72,14 +73,14 @@ class _Task:
     Attributes:
         product: in the compressed model.
         place: what the original is asked for.
-        rows: (channels of the place,) bool, which of them the compressed model still has.
+        rows: (M,) which channel of the place each output of the compressed model is.
         scale, shift: (M,) z = scale y + shift leads from the product to the place.
         other: operand that is added to z; empty if none.
     """
 
     product: Product
     place: Place
-    rows: NDArray[np.bool_]
+    rows: NDArray[np.int64]
     scale: Matrix
     shift: Matrix
     other: str
@@ -111,7 +112,8 @@ def refit(
         progress: called with (stage, products done, products in all).
     """
     runtime: dict[str, Any] = {"providers": providers, "threads": threads}
-    tasks, skipped = _tasks(original, removed, compressed, residual=mode == "sequential")
+    placement = Placement(original, removed)
+    tasks, skipped = _tasks(original, placement, compressed, residual=mode == "sequential")
     edits: dict[str, Array] = {}
     operands: dict[tuple[int, int], Array] = {}
     errors: dict[str, tuple[float, float]] = {}
@@ -131,7 +133,7 @@ def refit(
         for done, task in enumerate(tasks):
             node = task.product.reader.node
             at = node if source is compressed else original.model.producer[task.product.reader.output].index
-            kept = original.kept(task.product.reader.tensor, removed).get(task.product.reader.axis)
+            kept = placement.chosen_along(task.product.reader.tensor, task.product.reader.axis)
             data = []
             for stages, target in zip((fit, select), targets, strict=True):
                 stages.run_to(at)
@@ -154,9 +156,9 @@ def refit(
 
 
 def _tasks(
-    original: Channels, removed: NDArray[np.bool_], compressed: Channels, *, residual: bool
+    original: Channels, placement: Placement, compressed: Channels, *, residual: bool
 ) -> tuple[list[_Task], tuple[str, ...]]:
-    changed = _changed(original, removed)
+    changed = _changed(original, placement)
     readers: dict[str, int] = {}
     for product in compressed.products:
         readers[product.weight] = readers.get(product.weight, 0) + 1
@@ -171,7 +173,7 @@ def _tasks(
         if _unknowns(product, compressed) > WIDEST:
             skipped.append(output)
             continue
-        task = _task(product, original, removed, compressed, residual)
+        task = _task(product, original, placement, compressed, residual)
         if task is not None:
             tasks.append(task)
     return tasks, tuple(skipped)
@@ -186,18 +188,18 @@ def _free(product: Product, compressed: Channels) -> bool:
     return stored and (not given or given in compressed.resolved.constants) and product.reader.axis > 0
 
 
-def _changed(original: Channels, removed: NDArray[np.bool_]) -> set[str]:
+def _changed(original: Channels, placement: Placement) -> set[str]:
     """Computed tensors that differ from the original's, in channels or in values."""
     changed: set[str] = set()
     for node in original.model.nodes:
         touched = any(name in changed for name in (*node.inputs, *node.captures))
-        if touched or any(original.kept(name, removed) for name in node.outputs if name):
+        if touched or any(placement.kept(name) for name in node.outputs if name):
             changed.update(name for name in node.outputs if name)
     return changed
 
 
 def _task(
-    product: Product, original: Channels, removed: NDArray[np.bool_], compressed: Channels, residual: bool
+    product: Product, original: Channels, placement: Placement, compressed: Channels, residual: bool
 ) -> _Task | None:
     model, constants = compressed.model, compressed.resolved.constants
     axis = product.reader.output_axis
@@ -224,12 +226,12 @@ def _task(
     if np.abs(scale).min() <= 1e-6 * np.abs(scale).max():  # a channel that is multiplied by nothing has no target
         tensor, other = product.reader.output, ""
         scale, shift = np.ones(outputs), np.zeros(outputs)
-    kept = original.kept(tensor, removed).get(axis)
+    chosen = placement.chosen_along(tensor, axis)
     full = original.resolved.shapes.get(tensor, ())
     if axis >= len(full) or not isinstance(full[axis], int):
         return None
-    rows = np.ones(int(full[axis]), dtype=bool) if kept is None else kept
-    if rows.sum() != outputs:
+    rows = np.arange(int(full[axis])) if chosen is None else chosen
+    if len(rows) != outputs:
         return None
     return _Task(product, Place(tensor, axis), rows, scale, shift, other)
 
@@ -335,7 +337,7 @@ class _Rows:
     target: Matrix
 
 
-def _gathered(task: _Task, stages: Stages, targets: _Targets, kept: NDArray[np.bool_] | None) -> _Rows:
+def _gathered(task: _Task, stages: Stages, targets: _Targets, kept: NDArray[np.int64] | None) -> _Rows:
     product = task.product
     patches, others = [], []
     wanted = targets.take(task.place)
@@ -345,7 +347,7 @@ def _gathered(task: _Task, stages: Stages, targets: _Targets, kept: NDArray[np.b
         if data is None:
             raise AssertionError(f"{product.reader.tensor} is not in the frontier")
         if kept is not None:
-            data = np.compress(kept, data, product.reader.axis)
+            data = np.take(data, kept, product.reader.axis)
         patches.append(_patches(data, product, positions))
         if task.other:
             other = stages.tensor(number, task.other)

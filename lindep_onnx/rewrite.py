@@ -25,7 +25,7 @@ class Reconstruction:
     """What goes, and what the surviving weights become.
 
     Attributes:
-        removed: (units,) bool.
+        removed: (units,) bool, with equal counts in every group (`lindep_onnx.placement.balanced`).
         weights: new values of site weights in their original shape, float64; what lies on removed rows and columns
             does not matter.
         shifts: (site outputs,) float64, what to add to the output of a reader, by the reader.
@@ -71,8 +71,10 @@ def _rewrite_constant(
     values = {}
     for (index, position), axes in readers.items():
         value = biases.get((index, position), original if weight is None else weight)
-        for axis, atoms in axes.items():
-            value = value.compress(draft.channels.mask(atoms, draft.removed), axis)
+        for axis, atoms in sorted(axes.items(), reverse=True):  # axis 0 last, since its blocks tell the others apart
+            parts = np.split(value, len(atoms)) if atoms.ndim == 2 else [value]
+            chosen = [draft.placement.chosen(own) for own in np.atleast_2d(atoms)]
+            value = np.concatenate([part.take(own, axis) for part, own in zip(parts, chosen, strict=True)])
         values[index, position] = value.astype(original.dtype)
     first = next(iter(values.values()))
     everyone = sum(node.inputs.count(name) for node in model.consumers.get(name, ()))
@@ -101,9 +103,9 @@ def _biases(draft: Draft, new: Reconstruction) -> dict[tuple[int, int], NDArray[
             found[bias.node or 0, bias.position] = _shifted(draft, reader, bias, shift)
             continue
         model = draft.channels.model
-        kept = draft.kept(reader.output).get(reader.output_axis, np.ones(len(shift), dtype=bool))
+        chosen = draft.placement.chosen_along(reader.output, reader.output_axis)
         dtype = draft.channels.resolved.constants[weights[reader]].dtype
-        value = (shift[kept] * bias.scale).astype(dtype)
+        value = ((shift if chosen is None else shift[chosen]) * bias.scale).astype(dtype)
         if bias.node is not None:
             draft.set_input(model.nodes[bias.node], bias.position, value)
         else:

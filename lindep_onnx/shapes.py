@@ -35,6 +35,8 @@ Shape: TypeAlias = "tuple[int | str, ...]"
 SHAPE_VALUE_LIMIT = 4096
 #: Constants that nodes make out of nothing (ConstantOfShape, Expand, Range) are evaluated up to this size.
 MADE_LIMIT = 1 << 16
+#: Arithmetic on whole weights (a scale, a weight norm) is evaluated up to this size.
+WEIGHT_LIMIT = 1 << 24
 
 #: Operators that compute the same from the same constants, evaluated by the ONNX reference implementation.
 FOLDABLE = frozenset(
@@ -64,8 +66,12 @@ FOLDABLE = frozenset(
         "Or",
         "Pow",
         "Range",
+        "Reciprocal",
+        "ReduceL2",
+        "ReduceMean",
         "ReduceProd",
         "ReduceSum",
+        "ReduceSumSquare",
         "Reshape",
         "Shape",
         "Size",
@@ -80,7 +86,7 @@ FOLDABLE = frozenset(
         "Where",
     ]
 )
-#: Of these, the ones that keep every element, so that a weight behind them can stand in for the stored one.
+#: Of these, the ones that only view what is there, and so may be of any size.
 REARRANGING = frozenset(["Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"])
 
 
@@ -90,15 +96,12 @@ class Resolved:
 
     Attributes:
         constants: value of every tensor that is the same in every run.
-        origins: for a constant that nodes compute, the stored constants it is a rearrangement of; a computed
-            constant without an entry may be read but not replaced.
         shapes: shape of every tensor whose rank is known; symbols are strings.
         values: partly known integer tensors as object arrays of int and str.
         dtypes: element type (`onnx.TensorProto.DataType`) of tensors where inference found one.
     """
 
     constants: Mapping[str, Array]
-    origins: Mapping[str, tuple[str, ...]]
     shapes: Mapping[str, Shape]
     values: Mapping[str, Array]
     dtypes: Mapping[str, int]
@@ -120,22 +123,20 @@ def resolve(model: Model, inputs: Mapping[str, Shape] = MappingProxyType({})) ->
     constants: dict[str, Array] = dict(model.stored)
     for name in model.overridable:
         del constants[name]
-    origins: dict[str, tuple[str, ...]] = {}
     symbols = (f"?{number}" for number in itertools.count())
     shapes: dict[str, Shape] = {}
     values: dict[str, Array] = {}
     dtypes: dict[str, int] = {}
-    _fold(model, constants, origins)
+    _fold(model, constants)
     for _ in range(8):
         _infer(model, inputs, constants, shapes, dtypes, symbols)
         known = len(constants), len(values), sum(_fixed(shape) for shape in shapes.values())
         values = _follow(model, constants, shapes, symbols)
-        _fold(model, constants, origins)
+        _fold(model, constants)
         if known == (len(constants), len(values), sum(_fixed(shape) for shape in shapes.values())):
             break
     return Resolved(
         constants=MappingProxyType(constants),
-        origins=MappingProxyType(origins),
         shapes=MappingProxyType(shapes),
         values=MappingProxyType(values),
         dtypes=MappingProxyType(dtypes),
@@ -149,11 +150,11 @@ def _fixed(shape: Shape) -> int:
 # ---- whole constants -------------------------------------------------------------------------------------------
 
 
-def _fold(model: Model, constants: dict[str, Array], origins: dict[str, tuple[str, ...]]) -> None:
+def _fold(model: Model, constants: dict[str, Array]) -> None:
     for node in model.nodes:
         if node.op not in FOLDABLE or node.outputs[0] in constants or node.captures:
             continue
-        if not all(name in constants for name in node.inputs if name):
+        if not all(name in constants for name in node.inputs if name) or _is_filling(model, node):
             continue
         operands = {name: constants[name] for name in node.inputs if name}
         if not _small_enough(node, operands):
@@ -163,21 +164,23 @@ def _fold(model: Model, constants: dict[str, Array], origins: dict[str, tuple[st
         except Exception:  # the reference implementation raises whatever it likes; the node just stays unknown
             logger.debug("could not evaluate %s", node.name, exc_info=True)
             continue
-        made = [(name, np.asarray(value)) for name, value in zip(node.outputs, results, strict=False) if name]
-        constants.update(made)
-        data = node.input(0)
-        if node.op in REARRANGING and data:
-            stored = origins.get(data, (data,) if data in model.stored else ())
-            if stored:
-                origins[node.outputs[0]] = stored
+        constants.update((name, np.asarray(value)) for name, value in zip(node.outputs, results, strict=False) if name)
+
+
+def _is_filling(model: Model, node: Node) -> bool:
+    """Whether a node makes channels of one value to go beside others: as many may go as the others lose."""
+    if node.op != "ConstantOfShape":
+        return False
+    value = np.asarray(node.attributes.get("value", np.float32(0)))
+    readers = model.consumers.get(node.outputs[0], ())
+    return value.dtype.kind == "f" and bool(readers) and all(reader.op == "Concat" for reader in readers)
 
 
 def _small_enough(node: Node, operands: Mapping[str, Array]) -> bool:
     if node.op in ("ConstantOfShape", "Expand", "Tile", "Range"):
         target = [abs(int(value)) for name in node.inputs[-1:] for value in np.ravel(operands[name])]
         return math.prod(target) * max(1, operands[node.inputs[0]].size) <= MADE_LIMIT
-    # Arithmetic on whole weights is left to run time: its result could not be written back anyway.
-    return node.op in REARRANGING or all(value.size <= MADE_LIMIT for value in operands.values())
+    return node.op in REARRANGING or all(value.size <= WEIGHT_LIMIT for value in operands.values())
 
 
 def _evaluate(model: Model, node: Node, operands: Mapping[str, Array]) -> Sequence[Any]:

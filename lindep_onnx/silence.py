@@ -169,7 +169,8 @@ def flats(channels: Channels, evidence: Evidence) -> tuple[Flat, ...]:
                 found.append(Flat(node.inputs[0], label.cut, parts, places, unit[places]))
     for seen in evidence.sites:
         constant = seen.constant & (seen.unit != FROZEN)
-        places, units = seen.index[constant].ravel(), np.repeat(seen.unit[constant], seen.index.shape[1])
+        places = seen.index[constant].ravel() + seen.site.first_column
+        units = np.repeat(seen.unit[constant], seen.index.shape[1])
         tensors = {(reader.tensor, reader.axis) for reader in seen.site.readers if reader.axis != 0}
         # A sample of the positions was constant; now all of them are asked.
         found.extend(Flat(tensor, axis, (), places, units) for tensor, axis in sorted(tensors) if len(places))

@@ -27,6 +27,7 @@ def build(
     outputs: str = "y",
     opset: int = 17,
     inputs: Mapping[str, Sequence[int | str]] | None = None,
+    kind: int = TensorProto.FLOAT,
 ) -> onnx.ModelProto:
     """A model from one node a line. Shapes in `weights` become seeded random arrays; the input is called x."""
     nodes = [onnx.parser.parse_node(line.strip()) for line in body.strip().splitlines()]
@@ -36,10 +37,7 @@ def build(
     graph = helper.make_graph(
         nodes,
         "test",
-        [
-            helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-            for name, shape in {"x": x, **(inputs or {})}.items()
-        ],
+        [helper.make_tensor_value_info(name, kind, shape) for name, shape in {"x": x, **(inputs or {})}.items()],
         [helper.make_empty_tensor_value_info(name) for name in outputs.split()],
         initializers,
     )
@@ -106,6 +104,6 @@ def ignoring(channels: Channels, removed: np.ndarray) -> onnx.ModelProto:
             raise AssertionError("plain weights only")
         index = [slice(None)] * value.ndim
         index[site.inputs] = gone
-        value[tuple(index)] = 0
+        site.part(value)[tuple(index)] = 0
         model = with_initializer(model, name, value)
     return model

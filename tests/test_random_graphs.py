@@ -8,6 +8,7 @@ from build import build, feed, ignoring, run, traced
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from lindep_onnx.placement import balanced
 from lindep_onnx.rewrite import Reconstruction, rewrite
 
 SIZE = 4  # positions along each spatial axis
@@ -65,6 +66,13 @@ def depthwise(builder: Builder, data: st.DataObject, source: str) -> str:
     return builder.add(f"Conv<group={width}, pads=[1,1,1,1]>({source}, @w)", width * times, w=(width * times, 1, 3, 3))
 
 
+def grouped(builder: Builder, data: st.DataObject, source: str) -> str:
+    width = builder.width[source]
+    groups = data.draw(st.sampled_from([group for group in (2, 3) if width % group == 0 and width > group] or [1]))
+    made = groups * data.draw(st.integers(1, 3))
+    return builder.add(f"Conv<group={groups}>({source}, @w, @b)", made, w=(made, width // groups, 1, 1), b=(made,))
+
+
 def pooling(builder: Builder, data: st.DataObject, source: str) -> str:
     op = data.draw(st.sampled_from(["MaxPool", "AveragePool"]))
     return builder.add(f"{op}<kernel_shape=[3,3], pads=[1,1,1,1]>({source})", builder.width[source])
@@ -119,7 +127,7 @@ def shuffling(builder: Builder, data: st.DataObject, source: str) -> str:
 STEPS = [
     *[convolution] * 4,
     *[pointwise] * 2,
-    constant, normalization, depthwise, pooling, addition, concatenation, slicing, picking, padding, shuffling,
+    constant, normalization, depthwise, grouped, pooling, addition, concatenation, slicing, picking, padding, shuffling,
 ]  # fmt: skip
 
 
@@ -142,6 +150,7 @@ def test_any_removal_from_any_graph_is_exact(data: st.DataObject) -> None:
         short = least - int((~removed[members]).sum())
         if short > 0:
             removed[members[removed[members]][:short]] = False
+    removed = balanced(channels, removed)
     smaller = rewrite(channels, Reconstruction(removed), "test")
     onnx.checker.check_model(smaller, full_check=True)
     feeds = feed(model)

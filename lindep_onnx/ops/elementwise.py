@@ -5,6 +5,7 @@ from __future__ import annotations
 from lindep_onnx.channels import Labelling, Reason, Tracer
 from lindep_onnx.graph import Node
 from lindep_onnx.ops.registry import traces
+from lindep_onnx.ops.saturation import may_flatten
 
 __all__ = ["broadcast"]
 
@@ -52,7 +53,10 @@ def broadcast(node: Node, tracer: Tracer) -> list[Labelling]:
     labels = [label for position in operands for label in _aligned(tracer, node.inputs[position], rank)]
     result: list[Labelling] = []
     for cut in sorted({label.cut for label in labels}):
-        result.append(_linked([label for label in labels if label.cut == cut], tracer))
+        found = _linked([label for label in labels if label.cut == cut], tracer)
+        if may_flatten(node) and len(found.axes) > 1:  # whether channels stay silent is watched along one axis only
+            found = Labelling((cut,), tracer.flat(found), cut)
+        result.append(found)
     for position, name in enumerate(node.inputs):
         shape = tracer.shape(name) if name else None
         offset = rank - len(shape) if shape is not None else 0
@@ -64,7 +68,7 @@ def broadcast(node: Node, tracer: Tracer) -> list[Labelling]:
                     tracer.freeze(label.atoms.ravel(), MISMATCH, node)
         elif name and shape is not None:
             wanted = {
-                label.cut - offset: label.along_cut()
+                label.cut - offset: tracer.flat(label)
                 for label in result
                 if label.cut >= offset and shape[label.cut - offset] != 1
             }
@@ -86,5 +90,5 @@ def _linked(labels: list[Labelling], tracer: Tracer) -> Labelling:
             tracer.link(first.atoms, label.atoms)
         return first
     for label in labels[1:]:
-        tracer.link(first.along_cut(), label.along_cut())
-    return Labelling((first.cut,), first.along_cut(), first.cut)
+        tracer.link(tracer.flat(first), tracer.flat(label))
+    return Labelling((first.cut,), tracer.flat(first), first.cut)

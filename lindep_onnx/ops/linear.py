@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lindep_onnx.channels import Atoms, Bias, Product, Reader, Reason, Tracer, Window
+from lindep_onnx.channels import Atoms, Bias, Labelling, Product, Reader, Reason, Tracer, Window
 from lindep_onnx.draft import Draft
 from lindep_onnx.graph import Node
 from lindep_onnx.ops.registry import rewrites, traces
 
 __all__: list[str] = []
 
-GROUPED = Reason("grouped_convolution", "a grouped convolution needs all groups of the same size")
+SINGLE = Reason("grouped_convolution", "a grouped convolution has one of them in each group, and no group can be empty")
 DYNAMIC_WEIGHT = Reason("runtime_weight", "the weight is computed at run time")
 WEIGHT_RANK = Reason("weight_rank", "a constant weight of rank over 2 is a batch of matrices")
 TRANSPOSED = Reason("transposed_data", "Gemm reads its data transposed (transA)")
 CONTRACTED = Reason("contracted", "two computed tensors are multiplied along them")
 FROZEN_INPUT = Reason("frozen_input", "a depthwise convolution computes them one by one from channels that stay")
+EQUATION = Reason("einsum", "an Einsum that is more than the product with a constant matrix reads them")
 VECTOR = Reason("vector_product", "a product with a vector reads them")
 SPATIAL = Reason("spatial_axis", "they lie along an axis that a window moves over")
 
@@ -42,18 +43,29 @@ def convolution(node: Node, tracer: Tracer) -> None:
         _depthwise(node, tracer, group, kernel.shape[0] // group)
         return
     made = tracer.produce(node, kernel.shape[0])
-    if group > 1:
-        tracer.freeze_tensor(data, GROUPED, node, [1])
-        tracer.freeze(made, GROUPED, node)
-    columns = axes.get(1) if group == 1 else None
-    tracer.claim(node, 1, {0: made} if columns is None else {0: made, 1: columns})
+    columns = axes.get(1)
+    rows = _by_group(made, group, node, tracer)
+    given = None if columns is None else _by_group(columns, group, node, tracer)
+    tracer.claim(node, 1, {0: rows} if given is None else {0: rows, 1: given})
     if node.input(2):
         if bias is None:
             tracer.freeze(made, DYNAMIC_WEIGHT, node)
         tracer.claim(node, 2, {0: made})
     tracer.label_axes(node.outputs[0], {**outputs, 1: made})
     if columns is not None:
-        tracer.site(weight, 1, 0, reader, bias is not None and not any(map(any, window.pads)))
+        affine = bias is not None and not any(map(any, window.pads))
+        tracer.site(weight, 1, 0, reader, affine, blocks=group)
+
+
+def _by_group(atoms: Atoms, group: int, node: Node, tracer: Tracer) -> Atoms:
+    """(groups, channels of each), aligned, since groups stay of equal size; as it is where there is one group."""
+    if group == 1:
+        return atoms
+    rows = atoms.reshape(group, -1)
+    tracer.align(rows)
+    if rows.shape[1] == 1:
+        tracer.freeze(atoms, SINGLE, node)
+    return rows
 
 
 def _depthwise(node: Node, tracer: Tracer, group: int, multiplier: int) -> None:
@@ -128,7 +140,7 @@ def _pads(
 @rewrites("Conv")
 def convolution_groups(node: Node, draft: Draft) -> None:
     """The `group` of a depthwise convolution follows its input channels."""
-    if node.attributes.get("group", 1) > 1:
+    if node.attributes.get("group", 1) > 1 and draft.shape(node.inputs[1])[1] == 1:
         kept = draft.kept(node.inputs[0])
         if 1 in kept:
             draft.set_attribute(node, "group", int(kept[1].sum()))
@@ -150,21 +162,17 @@ def transposed_convolution(node: Node, tracer: Tracer) -> None:
         tracer.products.append(Product(weight, 1, 0, 1, group, 1.0, reader, window))
     tracer.freeze_tensor(data, SPATIAL, node, [axis for axis in axes if axis > 1])
     made = tracer.produce(node, kernel.shape[1] * group)
-    if group > 1:
-        tracer.freeze_tensor(data, GROUPED, node, [1])
-        tracer.freeze(made, GROUPED, node)
-        columns = None
-    else:
-        columns = axes.get(1)
-    wanted = {} if group > 1 else {1: made}
-    tracer.claim(node, 1, wanted if columns is None else {**wanted, 0: columns})
+    columns = axes.get(1)
+    rows = _by_group(made, group, node, tracer)
+    given = None if columns is None else _by_group(columns, group, node, tracer)
+    tracer.claim(node, 1, {1: rows} if given is None else {1: rows, 0: given})
     if node.input(2) and tracer.constant(node.input(2)) is None:
         tracer.freeze(made, DYNAMIC_WEIGHT, node)
     tracer.claim(node, 2, {0: made})
     tracer.label_axes(node.outputs[0], {1: made})
     if columns is not None:
         # Its border mixes fewer taps, so that a constant channel is not a constant of the output.
-        tracer.site(weight, 0, 1, reader, affine=False)
+        tracer.site(weight, 0, 1, reader, affine=False, blocks=group)
 
 
 def _transposed_window(node: Node, tracer: Tracer, kernel: Sequence[int]) -> Window | None:
@@ -262,6 +270,40 @@ def _constant_product(node: Node, tracer: Tracer, position: int, mixed: int) -> 
         tracer.site(weight, inputs, outputs, reader, affine=True)
 
 
+@traces("Einsum")
+def einsum(node: Node, tracer: Tracer) -> None:
+    """A computed tensor times a constant matrix, whose other indices pass in their order; nothing else."""
+    inputs, _, result = node.attributes["equation"].replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    constant = [tracer.constant(name) is not None for name in node.inputs]
+    if len(terms) != 2 or sum(constant) != 1 or "." in inputs or any(len(set(term)) < len(term) for term in terms):
+        tracer.refuse(node, EQUATION)
+        return
+    position = constant.index(True)
+    weight, data = terms[position], terms[1 - position]
+    summed, made = set(weight) & set(data) - set(result), set(weight) & set(result) - set(data)
+    if len(weight) != 2 or len(summed) != 1 or len(made) != 1:
+        tracer.refuse(node, EQUATION)
+        return
+    (one,), (other,) = summed, made
+    if data.replace(one, "") != result.replace(other, ""):
+        tracer.refuse(node, EQUATION)
+        return
+    axis, new, name = data.index(one), result.index(other), node.inputs[1 - position]
+    outputs = weight.index(other)
+    atoms = tracer.produce(node, tracer.resolved.constants[node.inputs[position]].shape[outputs])
+    axes = tracer.axes(name)
+    columns = axes.get(axis)
+    wanted = {outputs: atoms} if columns is None else {outputs: atoms, 1 - outputs: columns}
+    tracer.claim(node, position, wanted)
+    passing = {result.index(data[place]): own for place, own in axes.items() if place != axis}
+    tracer.label_axes(node.outputs[0], {**passing, new: atoms})
+    reader = Reader(node.index, name, axis, node.outputs[0], new, bias=_following_bias(node, tracer, new))
+    tracer.products.append(Product(node.inputs[position], position, 1 - outputs, outputs, 1, 1.0, reader, None))
+    if columns is not None:
+        tracer.site(node.inputs[position], 1 - outputs, outputs, reader, affine=True)
+
+
 def _following_bias(node: Node, tracer: Tracer, axis: int) -> Bias:
     """The constant of an Add right behind the product, or a new Add."""
     result = node.outputs[0]
@@ -285,15 +327,14 @@ def _computed_product(node: Node, tracer: Tracer) -> None:
         tracer.refuse(node, CONTRACTED)
         return
     rank = max(ranks[0], ranks[1])
-    left_axes = {axis + rank - ranks[0]: atoms for axis, atoms in tracer.axes(left).items()}
-    right_axes = {axis + rank - ranks[1]: atoms for axis, atoms in tracer.axes(right).items()}
-    tracer.freeze_tensor(left, CONTRACTED, node, [-1])
-    tracer.freeze_tensor(right, CONTRACTED, node, [-2])
-    for axis in range(rank - 2):  # batch axes
-        for name in (left, right):
-            own = axis - (rank - (tracer.rank(name) or 0))
-            if own >= 0:
-                tracer.freeze_tensor(name, CONTRACTED, node, [own])
-    passing = {axis: atoms for axis, atoms in left_axes.items() if axis == rank - 2}
-    passing.update({axis: atoms for axis, atoms in right_axes.items() if axis == rank - 1})
-    tracer.label_axes(result, passing)
+    passing = []
+    for name, own_rank, free, contracted in ((left, ranks[0], -2, -1), (right, ranks[1], -1, -2)):
+        offset = rank - own_rank
+        for label in tracer.labels.get(name, ()):
+            if label.cut != own_rank + free:  # a batch axis, or the one that is summed over
+                tracer.freeze(label.atoms.ravel(), CONTRACTED, node)
+            elif own_rank + contracted in label.axes:
+                passing.append(Labelling((label.cut + offset,), tracer.flat(label), label.cut + offset))
+            else:  # ids may vary over batch axes: the channels of each head
+                passing.append(Labelling(tuple(axis + offset for axis in label.axes), label.atoms, label.cut + offset))
+    tracer.label(result, passing)

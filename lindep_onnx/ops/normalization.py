@@ -56,6 +56,14 @@ def layer_normalization(node: Node, tracer: Tracer) -> None:
             tracer.claim(node, position, {})
 
 
+@traces("GroupNormalization")
+def group_normalization(node: Node, tracer: Tracer) -> None:
+    """Mixes the channels of each group with all positions."""
+    _mix(node, tracer, range(1, tracer.rank(node.inputs[0]) or 1))
+    for position in range(1, len(node.inputs)):
+        tracer.claim(node, position, {})
+
+
 @traces("Softmax", "LogSoftmax", "Hardmax")
 def softmax(node: Node, tracer: Tracer) -> None:
     """Mixes one axis; before opset 13 that one and all behind it."""

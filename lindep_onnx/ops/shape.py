@@ -15,6 +15,7 @@ __all__: list[str] = []
 
 REGROUPED = Reason("reshape", "a Reshape regroups them with axes of unknown size or other channels")
 COUNTED = Reason("counted", "their number is an output of the model, or a Size operator counts them")
+MOVED = Reason("spatial_axis", "they lie along an axis whose positions become channels, or the other way round")
 REPEATED = Reason("repeated", "a Tile or Expand repeats them")
 RUNTIME_SHAPE = Reason("runtime_shape", "the shape they are given is computed at run time")
 
@@ -47,12 +48,17 @@ def regroup(node: Node, tracer: Tracer) -> None:
         return
     labels: list[Labelling] = []
     done: set[int] = set()
-    for ins, outs in _blocks(before, after):
+    blocks = _blocks(before, after)
+    renamed = {ins[0]: outs[0] for ins, outs in blocks if len(ins) == len(outs) == 1}
+    for ins, outs in blocks:
         inside = [label for label in tracer.labels[data] if label.cut in ins]
         done.update(label.cut for label in inside)
         if len(inside) > 1 and len(outs) != len(ins):
             for label in inside:
                 tracer.freeze(label.atoms.ravel(), REGROUPED, node)
+        elif len(inside) == 1 and all(axis in renamed for axis in inside[0].axes):
+            label = inside[0]
+            labels.append(Labelling(tuple(renamed[axis] for axis in label.axes), label.atoms, renamed[label.cut]))
         elif len(inside) == 1:
             labels.extend(_regrouped(inside[0], ins, outs, before, after, tracer))
     for label in tracer.labels[data]:
@@ -114,9 +120,7 @@ def _regrouped(
     tracer: Tracer,
 ) -> list[Labelling]:
     if any(axis not in ins for axis in label.axes):
-        label = Labelling((label.cut,), label.along_cut(), label.cut)
-    if len(ins) == len(outs) == 1:
-        return [Labelling((outs[0],), label.along_cut(), outs[0])]
+        label = Labelling((label.cut,), tracer.flat(label), label.cut)
     full = np.broadcast_to(_spread(label, ins), [int(before[axis]) for axis in ins])
     atoms = full.reshape([int(after[axis]) for axis in outs])
     varying = [place for place in range(len(outs)) if (np.diff(atoms, axis=place) != 0).any()]
@@ -127,10 +131,9 @@ def _regrouped(
     atoms = atoms[index]
     axes = [outs[place] for place in varying]
     cut = max(range(len(axes)), key=lambda place: (atoms.shape[place], place))
-    # What survives has to be a box again: all places along the other axes go together.
-    first = np.take(np.moveaxis(atoms, cut, 0).reshape(atoms.shape[cut], -1), [0], axis=1)
-    tracer.link(np.moveaxis(atoms, cut, 0).reshape(atoms.shape[cut], -1), first)
-    return [Labelling(tuple(axes), atoms, axes[cut])]
+    made = Labelling(tuple(axes), atoms, axes[cut])
+    tracer.align(made.rows())  # what survives has to be a box again
+    return [made]
 
 
 def _spread(label: Labelling, ins: list[int]) -> Atoms:
@@ -175,6 +178,32 @@ def squeeze_axes(node: Node, draft: Draft) -> None:
         draft.set_input(node, 1, np.array(axes, dtype=np.int64))
     else:
         draft.set_attribute(node, "axes", axes)
+
+
+@traces("DepthToSpace")
+def depth_to_space(node: Node, tracer: Tracer) -> None:
+    """The channels that become one channel, block by block of positions, go together."""
+    data = node.inputs[0]
+    axes = tracer.axes(data)
+    tracer.freeze_tensor(data, MOVED, node, [2, 3])
+    if 1 in axes:
+        squares = int(node.attributes["blocksize"]) ** 2
+        last = node.attributes.get("mode", "DCR") == "CRD"
+        parts = axes[1].reshape(-1, squares).T if last else axes[1].reshape(squares, -1)
+        tracer.link(parts, parts[:1])
+        axes[1] = parts[0]
+    tracer.label_axes(node.outputs[0], {axis: atoms for axis, atoms in axes.items() if axis < 2})
+
+
+@traces("SpaceToDepth")
+def space_to_depth(node: Node, tracer: Tracer) -> None:
+    """Each channel becomes one for each place in a block; they go together."""
+    data = node.inputs[0]
+    axes = tracer.axes(data)
+    tracer.freeze_tensor(data, MOVED, node, [2, 3])
+    if 1 in axes:
+        axes[1] = tracer.distinct(np.tile(axes[1], int(node.attributes["blocksize"]) ** 2))
+    tracer.label_axes(node.outputs[0], {axis: atoms for axis, atoms in axes.items() if axis < 2})
 
 
 @traces("Expand")
@@ -253,7 +282,22 @@ def size(node: Node, tracer: Tracer) -> None:
     tracer.freeze_tensor(node.inputs[0], COUNTED, node)
 
 
-@traces("ConstantOfShape", "Range", "RandomNormal", "RandomUniform", "EyeLike", "NonZero")
+@traces("ConstantOfShape")
+def filled(node: Node, tracer: Tracer) -> None:
+    """One value everywhere: as many places may go as its readers want, where their number is fixed."""
+    shape = tracer.shape(node.outputs[0]) or ()
+    axes = {axis: tracer.fresh(size) for axis, size in enumerate(shape) if axis > 0 and isinstance(size, int)}
+    tracer.label_axes(node.outputs[0], axes)
+
+
+@rewrites("ConstantOfShape")
+def filled_sizes(node: Node, draft: Draft) -> None:
+    """The sizes that are left."""
+    kept = draft.kept(node.outputs[0])
+    draft.set_elements(node, 0, {axis: int(mask.sum()) for axis, mask in kept.items()})
+
+
+@traces("Range", "RandomNormal", "RandomUniform", "EyeLike", "NonZero")
 def made(node: Node, tracer: Tracer) -> None:
     """Makes elements out of sizes: no channels come in or go out."""
     tracer.refuse(node, RUNTIME_SHAPE)

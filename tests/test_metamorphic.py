@@ -1,0 +1,110 @@
+"""What must not matter does not: the order of channels, the names of tensors, a second run, the exporter's habits."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from build import as_array, build, feed, initializer, run, with_initializer
+from test_planted import _images, _net, _widths
+
+from lindep_onnx.api import compress
+
+
+def kept(model: onnx.ModelProto, smaller: onnx.ModelProto, name: str) -> set[int]:
+    """Which rows of a weight are still there, found by their values."""
+    rows = initializer(smaller, name)
+    return {i for i, row in enumerate(initializer(model, name)) if any(np.array_equal(row, other) for other in rows)}
+
+
+def permuted(model: onnx.ModelProto, order: np.ndarray) -> onnx.ModelProto:
+    """The channels between the two convolutions in another order."""
+    for name, axis in (("w1", 0), ("b1", 0), ("w2", 1)):
+        model = with_initializer(model, name, initializer(model, name).take(order, axis))
+    return model
+
+
+def test_permuting_channels_permutes_the_plan() -> None:
+    w = as_array("w1", (10, 3, 3, 3))
+    w[7], w[8] = 0, 0  # of a class of equals any may stay; of these two none does
+    model = with_initializer(_net(planted=False), "w1", w)
+    model = with_initializer(model, "b1", np.where(np.isin(np.arange(10), (7, 8)), -1, initializer(model, "b1")))
+    order = np.random.default_rng(3).permutation(10)
+    other = permuted(model, order)
+    np.testing.assert_allclose(run(model, _images(4, 9))[0], run(other, _images(4, 9))[0], rtol=1e-4, atol=1e-5)
+    first, second = (compress(one, _images(64, 1)).model for one in (model, other))
+    want = kept(model, first, "w1")
+    assert want == set(range(10)) - {7, 8}
+    assert {int(order[i]) for i in kept(other, second, "w1")} == want
+
+
+def test_permuting_planted_channels_keeps_their_number() -> None:
+    model = _net(planted=True)
+    for seed in range(3):
+        other = permuted(model, np.random.default_rng(seed).permutation(10))
+        assert _widths(compress(other, _images(64, 1)).model) == _widths(compress(model, _images(64, 1)).model)
+
+
+def test_renaming_everything_changes_nothing() -> None:
+    model = _net(planted=True)
+    other = onnx.ModelProto()
+    other.CopyFrom(model)
+    new = {name: f"zz/{len(name)}:{name[::-1]}" for node in model.graph.node for name in (*node.input, *node.output)}
+    new |= {"x": "x", "y": "y"}
+    for number, node in enumerate(other.graph.node):
+        node.name = f"n{-number}"
+        for names in (node.input, node.output):
+            names[:] = [new[name] for name in names]
+    for tensor in other.graph.initializer:
+        tensor.name = new[tensor.name]
+    left, right = (compress(one, _images(64, 1)).model for one in (model, other))
+    for before in left.graph.initializer:
+        np.testing.assert_array_equal(initializer(right, new[before.name]), onnx.numpy_helper.to_array(before))
+
+
+def test_a_second_run_removes_nothing_new() -> None:
+    once = compress(_net(planted=True), _images(64, 1)).model
+    twice = compress(once, _images(64, 1)).model
+    for model in (once, twice):
+        del model.metadata_props[:]
+    assert once.SerializeToString(deterministic=True) == twice.SerializeToString(deterministic=True)
+
+
+FUSED = "h = Conv<pads=[1,1,1,1]>(x, w, b)\nr = Relu(h)\nf = Flatten(r)\ny = Gemm(f, v, c)"
+UNFUSED = {
+    "a bias of its own": "a = Conv<pads=[1,1,1,1]>(x, w)\nh = Add(a, b4)\nr = Relu(h)\nf = Flatten(r)\nm = MatMul(f, v)\ny = Add(m, c)",
+    "channels last": "p = Transpose<perm=[0,2,3,1]>(x)\nq = Transpose<perm=[0,3,1,2]>(p)\nh = Conv<pads=[1,1,1,1]>(q, w, b)\nr = Relu(h)\nf = Reshape(r, flat)\ny = Gemm(f, v, c)",
+    "weights behind nodes": "k = Transpose<perm=[3,2,0,1]>(wt)\nh = Conv<pads=[1,1,1,1]>(x, k, b)\nr = Relu(h)\nf = Flatten(r)\ny = Gemm<transB=1>(f, vt, c)",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("habit", UNFUSED)
+def test_the_same_model_written_in_another_way_loses_as_many_channels(habit: str) -> None:
+    w, b = as_array("w", (8, 3, 3, 3)), as_array("b", (8,))
+    w[5], b[5] = 2 * w[1], 2 * b[1]
+    w[6], b[6] = w[2], b[2]
+    v = as_array("v", (128, 4))
+    weights = {
+        "w": w,
+        "b": b,
+        "b4": b.reshape(1, 8, 1, 1),
+        "wt": w.transpose(2, 3, 1, 0).copy(),
+        "v": v,
+        "vt": v.T.copy(),
+    }
+    weights |= {"c": (4,), "flat": np.array([0, -1])}
+    models = []
+    for body in (FUSED, UNFUSED[habit]):
+        used = {
+            key: value
+            for key, value in weights.items()
+            if any(
+                key in line.replace("(", " ").replace(")", " ").replace(",", " ").split() for line in body.splitlines()
+            )
+        }
+        models.append(build(body, used, x=("N", 3, 4, 4)))
+    data = feed(models[0])
+    np.testing.assert_allclose(run(models[0], data)[0], run(models[1], data)[0], rtol=1e-4, atol=1e-4)
+    calib = {"x": np.random.default_rng(1).normal(size=(100, 3, 4, 4)).astype(np.float32)}
+    results = [compress(model, calib) for model in models]
+    assert [result.report.after.channels for result in results] == [6 + 4, 6 + 4]

@@ -1,0 +1,413 @@
+"""What the tool can touch, and that it breaks nothing: a sweep over real models and over the test suite of ONNX.
+
+Every model is compressed without loss on random data of its declared inputs. It has to end in a verified model or in a
+named reason: no traceback, no wrong output. Outputs are compared here once more, in ONNX Runtime, on other random data;
+a model from which nothing went has to be the original to the last byte, but for the metadata entry.
+
+The report has one row for each real model:
+
+| column | what |
+|---|---|
+| channels | output channels of Conv, ConvTranspose, Gemm and MatMul with constant weights |
+| eligible | those that may go, as far as the graph is concerned |
+| parameters | share of the elements of constant matrices and kernels on an eligible channel, read or made |
+| outcome | channels that went on random data, or the reason why none could |
+| refused | channels by reason |
+
+Usage: python tools/coverage.py MODELS... [--suite] [--out docs/coverage.md] [--samples 24] [--seconds 600]
+MODELS are ONNX files, or folders that are searched for them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import multiprocessing
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import TimeoutError as Timeout
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+
+from lindep_onnx import budget
+from lindep_onnx.api import compress
+from lindep_onnx.channels import FROZEN, Channels
+from lindep_onnx.errors import LindepError
+from lindep_onnx.graph import METADATA_KEY, load, read_model
+from lindep_onnx.ops import supported
+from lindep_onnx.shapes import resolve
+from lindep_onnx.tracing import trace
+
+__all__ = ["Outcome", "coverage", "sweep"]
+
+Array: TypeAlias = NDArray[Any]
+Feeds: TypeAlias = "dict[str, Array]"
+
+#: Sizes tried for dimensions that a model leaves open, behind the batch.
+SIZES = (64, 32, 128, 224, 16, 512, 8, 4, 1)
+#: Relative error of an output on other data that counts as wrong.
+WRONG = 1e-2
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model to try: a file, or serialised, with inputs that are known to fit it."""
+
+    name: str
+    source: Path | bytes
+    feeds: Feeds = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one model; see the module for the meaning of the fields.
+
+    Attributes:
+        name: of the model.
+        kind: "verified", "unchanged", "reason", "unrunnable" (ONNX Runtime cannot run it either), "crash" or "wrong".
+        text: channels that went, the reason, or the traceback.
+        coverage: a row of the table; None where the model cannot be read.
+        seconds: of the compression.
+    """
+
+    name: str
+    kind: str
+    text: str
+    coverage: Coverage | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What tracing says about a model."""
+
+    channels: int
+    eligible: int
+    parameters: float
+    refused: tuple[tuple[str, int], ...]
+    messages: tuple[tuple[str, str], ...] = ()
+
+
+def coverage(channels: Channels) -> Coverage:
+    """Count what may go.
+
+    Args:
+        channels: the traced model.
+    """
+    produced = np.concatenate([np.empty(0, np.int64), *(producer.atoms for producer in channels.producers)])
+    matrices = {name: value for name, value in channels.resolved.constants.items() if _is_weight(channels, name)}
+    total = sum(value.size for value in matrices.values())
+    touched = sum(value.size * _touched(channels, name) for name, value in matrices.items())
+    refused: Counter[str] = Counter()
+    for refusal in channels.refusals:
+        refused[refusal.reason.code] += refusal.channels
+    return Coverage(
+        channels=len(produced),
+        eligible=int((channels.unit[produced] != FROZEN).sum()),
+        parameters=touched / total if total else 0.0,
+        refused=tuple(refused.most_common()),
+        messages=tuple(sorted({(refusal.reason.code, refusal.reason.message) for refusal in channels.refusals})),
+    )
+
+
+def _is_weight(channels: Channels, name: str) -> bool:
+    value = channels.resolved.constants[name]
+    if value.dtype.kind not in "fV" or sum(size > 1 for size in value.shape) < 2:
+        return False
+    return any(name in node.inputs for node in channels.model.consumers.get(name, ())) and not any(
+        output in channels.resolved.constants
+        for node in channels.model.consumers.get(name, ())
+        for output in node.outputs
+    )
+
+
+def _touched(channels: Channels, name: str) -> float:
+    """Share of the elements that lie on an eligible row or column."""
+    for axes in channels.reads.get(name, {}).values():
+        left = 1.0
+        for atoms in axes.values():
+            left *= float((channels.unit[atoms] == FROZEN).mean())
+        return 1.0 - left
+    return 0.0
+
+
+# ---- one model ----------------------------------------------------------------------------------------------------
+
+
+def attempt(task: Task, samples: int) -> Outcome:
+    """Compress one model on random data, and compare.
+
+    Args:
+        task: the model.
+        samples: how many random samples to calibrate with.
+    """
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    onnxruntime.set_default_logger_severity(4)
+    budget.TIMED = 0.0  # timings are not what this is about
+    start = time.perf_counter()
+    row: Coverage | None = None
+    try:
+        proto = read_model(task.source) if isinstance(task.source, Path) else onnx.ModelProto.FromString(task.source)
+        model = load(proto)
+        row = coverage(trace(model, resolve(model)))
+        rng = np.random.default_rng(0)
+        session, feeds = _fitting(proto, task.feeds, rng)
+        if session is None:
+            return _finished(task, "unrunnable", feeds, row, start)
+        calib = [_varied(feeds, rng) for _ in range(samples)]
+        result = compress(proto, calib, round_to=1)
+        gone = result.report.before.channels - result.report.after.channels
+        if gone == 0 and not _same(proto, result.model):
+            return _finished(task, "wrong", "nothing went, and yet the model differs", row, start)
+        error = _error(session, result.model, [_varied(feeds, rng) for _ in range(3)]) if gone else 0.0
+        if error > WRONG:
+            return _finished(task, "wrong", f"error {error:.2g} with {gone} channels gone", row, start)
+        return _finished(task, "verified" if gone else "unchanged", str(gone), row, start)
+    except LindepError as error:
+        return _finished(task, "reason", f"{type(error).__name__}: {str(error).splitlines()[0]}", row, start)
+    except Exception:
+        return _finished(task, "crash", traceback.format_exc(), row, start)
+
+
+def _finished(task: Task, kind: str, text: object, row: Coverage | None, start: float) -> Outcome:
+    return Outcome(task.name, kind, str(text), row, time.perf_counter() - start)
+
+
+def _same(before: onnx.ModelProto, after: onnx.ModelProto) -> bool:
+    plain = []
+    for proto in (before, after):
+        copy = onnx.ModelProto()
+        copy.CopyFrom(proto)
+        for entry in [entry for entry in copy.metadata_props if entry.key == METADATA_KEY]:
+            copy.metadata_props.remove(entry)
+        plain.append(copy.SerializeToString(deterministic=True))
+    return plain[0] == plain[1]
+
+
+def _session(proto: onnx.ModelProto) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _fitting(
+    proto: onnx.ModelProto, given: Feeds, rng: np.random.Generator
+) -> tuple[onnxruntime.InferenceSession | None, Any]:
+    """A session and inputs that it accepts; None and why not, if there are none."""
+    reason = ""
+    try:
+        session = _session(proto)
+        for size in SIZES if not given else SIZES[:1]:
+            feeds = given or {
+                value.name: _random(value, size, rng)
+                for value in proto.graph.input
+                if value.name in {known.name for known in session.get_inputs()}
+            }
+            try:
+                session.run(None, feeds)
+            except Exception as error:  # ONNX Runtime raises many types
+                reason = reason or str(error)
+            else:
+                return session, feeds
+    except Exception as error:  # and so do models it cannot load, and inputs that are no tensors
+        reason = str(error)
+    return None, reason.strip().splitlines()[0] if reason.strip() else "no inputs fit it"
+
+
+def _random(value: onnx.ValueInfoProto, size: int, rng: np.random.Generator) -> Array:
+    tensor = value.type.tensor_type
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+    shape = [
+        dim.dim_value if dim.dim_value > 0 else (1 if axis == 0 else size) for axis, dim in enumerate(tensor.shape.dim)
+    ]
+    if dtype.kind in "iu":
+        return rng.integers(0, 2, shape).astype(dtype)
+    return rng.normal(size=shape).astype(dtype) if dtype.kind in "fV" else np.zeros(shape, dtype)
+
+
+def _varied(feeds: Feeds, rng: np.random.Generator) -> Feeds:
+    """Other values of the same sizes; what is no floating-point number stays, since it may be an index."""
+    return {
+        name: rng.normal(size=value.shape).astype(value.dtype)
+        if isinstance(value, np.ndarray) and value.dtype.kind == "f"
+        else value
+        for name, value in feeds.items()
+    }
+
+
+def _error(session: onnxruntime.InferenceSession, proto: onnx.ModelProto, data: Sequence[Feeds]) -> float:
+    other = _session(proto)
+    worst = 0.0
+    for feeds in data:
+        for left, right in zip(session.run(None, feeds), other.run(None, feeds), strict=True):
+            if isinstance(left, np.ndarray) and left.dtype.kind == "f":
+                difference = np.abs(left.astype(np.float64) - right).max(initial=0.0)
+                worst = max(worst, float(difference / (np.abs(left).max(initial=0.0) + 1e-12)))
+            elif not np.array_equal(left, right):
+                return math.inf
+    return worst
+
+
+# ---- many models --------------------------------------------------------------------------------------------------
+
+
+def sweep(tasks: Sequence[Task], samples: int, seconds: float, said: Callable[[Outcome], None]) -> list[Outcome]:
+    """Try all models, in another process, so that a crash or an endless loop is an outcome too.
+
+    Args:
+        tasks: the models.
+        samples: random samples for each.
+        seconds: that one model may take.
+        said: called with every outcome.
+    """
+    outcomes = []
+    pool = _pool()
+    for task in tasks:
+        try:
+            outcome = pool.submit(attempt, task, samples).result(timeout=seconds)
+        except Timeout:
+            for process in pool._processes.values():
+                process.terminate()
+            outcome, pool = Outcome(task.name, "crash", f"no end after {seconds:.0f} s"), _pool()
+        except BrokenProcessPool:
+            outcome, pool = Outcome(task.name, "crash", "the process died"), _pool()
+        outcomes.append(outcome)
+        said(outcome)
+    pool.shutdown()
+    return outcomes
+
+
+def _pool() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+
+
+def _files(places: Sequence[Path]) -> Iterator[Task]:
+    for place in places:
+        for path in sorted(place.rglob("*.onnx")) if place.is_dir() else [place]:
+            yield Task(path.stem if path.stem != "model" else f"{path.parent.name}/model", path)
+
+
+def _suite() -> Iterator[Task]:
+    """Every graph of the backend test suite of the installed onnx."""
+    from onnx.backend.test.case.node import collect_testcases
+
+    warnings.simplefilter("ignore")
+    for case in collect_testcases(None):
+        names = [value.name for value in case.model.graph.input]
+        inputs = case.data_sets[0][0] if case.data_sets else ()
+        yield Task(case.name, case.model.SerializeToString(), dict(zip(names, inputs, strict=False)))
+    data = Path(onnx.__file__).parent / "backend" / "test" / "data"
+    for path in sorted(data.glob("*/*/model.onnx")):
+        yield Task(f"{path.parents[1].name}/{path.parent.name}", path, _stored(path))
+    for path in sorted(data.glob("light/*.onnx")):
+        yield Task(f"light/{path.stem}", path)
+
+
+def _stored(path: Path) -> Feeds:
+    """The inputs of the first data set beside a model; nothing if they are no plain tensors."""
+    names = [value.name for value in onnx.load(path, load_external_data=False).graph.input]
+    feeds: Feeds = {}
+    for name, file in zip(names, sorted(path.parent.glob("test_data_set_0/input_*.pb")), strict=False):
+        tensor = onnx.TensorProto.FromString(file.read_bytes())
+        feeds[name] = onnx.numpy_helper.to_array(tensor)
+    return feeds
+
+
+# ---- the report ---------------------------------------------------------------------------------------------------
+
+
+def report(models: Sequence[Outcome], suite: Sequence[Outcome]) -> str:
+    """The whole of `docs/coverage.md`."""
+    lines = [
+        "# Coverage",
+        "",
+        "Made by `python tools/coverage.py MODELS --suite --out docs/coverage.md`; the columns are explained there.",
+        "",
+        "## Operators",
+        "",
+        f"{len(supported())} operators have a rule; whatever feeds or reads another one is left alone, and the report "
+        "of each run says so:",
+        "",
+        ", ".join(supported()) + ".",
+        "",
+    ]
+    if models:
+        lines += ["## Models", "", "| model | channels | eligible | parameters | outcome | refused |", "|---" * 6 + "|"]
+        lines += [_row(outcome) for outcome in models] + [""]
+        rows = [outcome.coverage for outcome in models if outcome.coverage is not None]
+        messages = dict(message for row in rows for message in row.messages)
+        lines += ["Why channels are refused:", ""]
+        lines += [f"- `{code}`: {text}." for code, text in sorted(messages.items())] + [""]
+    for title, outcomes in (("Models", models), ("The test suite of ONNX", suite)):
+        if outcomes:
+            lines += [f"## {title}: what came of them", "", *_summary(outcomes), ""]
+    return "\n".join(lines)
+
+
+def _row(outcome: Outcome) -> str:
+    row = outcome.coverage or Coverage(0, 0, 0.0, ())
+    text = f"{outcome.text} channels went" if outcome.kind == "verified" else outcome.kind
+    if outcome.kind in ("reason", "unrunnable"):
+        text += ": " + outcome.text.replace("|", "/")[:120]
+    refused = ", ".join(f"{code} {count}" for code, count in row.refused)
+    return f"| {outcome.name} | {row.channels} | {row.eligible} | {row.parameters:.1%} | {text} | {refused} |"
+
+
+def _summary(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    counts = Counter(outcome.kind for outcome in outcomes)
+    meaning = {
+        "verified": "smaller, and the same outputs",
+        "unchanged": "nothing went; byte for byte the original",
+        "reason": "a named reason why the model cannot be handled",
+        "unrunnable": "ONNX Runtime does not run the original either",
+        "wrong": "WRONG OUTPUT",
+        "crash": "TRACEBACK",
+    }
+    yield from ("| outcome | models |", "|---|---|")
+    yield from (f"| {text} | {counts[kind]} |" for kind, text in meaning.items())
+    reasons = Counter(outcome.text.split(":")[0] for outcome in outcomes if outcome.kind == "reason")
+    for reason, count in reasons.most_common():
+        example = next(o for o in outcomes if o.kind == "reason" and o.text.startswith(reason))
+        yield f"\n{reason}: {count}, for instance {example.name} ({example.text[len(reason) + 2 :][:150]})"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Say what can be removed from many models, and that none breaks.")
+    parser.add_argument("models", nargs="*", type=Path, metavar="MODELS", help="ONNX files, or folders of them")
+    parser.add_argument("--suite", action="store_true", help="also every graph of the test suite of onnx")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only models whose name contains this")
+    parser.add_argument("--out", type=Path, metavar="FILE.md", help="write the report here")
+    parser.add_argument("--samples", type=int, default=24, help="random samples for each model (default 24)")
+    parser.add_argument("--seconds", type=float, default=600, help="that one model may take (default 600)")
+    options = parser.parse_args(arguments)
+
+    def said(outcome: Outcome) -> None:
+        if outcome.kind in ("crash", "wrong"):
+            print(f"{outcome.kind.upper()} {outcome.name}\n{outcome.text}", flush=True)
+
+    found = []
+    for tasks in (_files(options.models), _suite() if options.suite else ()):
+        chosen = [task for task in tasks if options.only in task.name]
+        found.append(sweep(chosen, options.samples, options.seconds, said))
+    text = report(*found)
+    if options.out:
+        options.out.write_text(text + "\n", encoding="utf-8")
+    print("\n".join(line for line in text.splitlines() if line.startswith("|")))
+    return int(any(outcome.kind in ("crash", "wrong") for outcomes in found for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -13,7 +13,7 @@ from lindep_onnx.channels import FROZEN, Channels, Site
 from lindep_onnx.dependence import SiteProblem
 from lindep_onnx.moments import Moments
 
-__all__ = ["CONSTANT_TOLERANCE", "Evidence", "SiteEvidence", "evidence", "outer_product", "problem"]
+__all__ = ["CONSTANT_TOLERANCE", "JOINT_ROWS", "Evidence", "SiteEvidence", "evidence", "outer_product", "problem"]
 
 #: What differs by less than this share of its size is constant: it is rounding.
 CONSTANT_TOLERANCE = 1e-6
@@ -38,6 +38,8 @@ class SiteEvidence:
         constant: (F,) bool, the feature never changes.
         active: (F,) number of fit samples in which the feature is other than zero.
         joint: whether there are rows enough for dependence on several others.
+        rows: number of rows that were fitted to.
+        effective_rows: the same, but at most 16 for each sample.
     """
 
     site: Site
@@ -50,6 +52,8 @@ class SiteEvidence:
     constant: NDArray[np.bool_]
     active: NDArray[np.int64]
     joint: bool
+    rows: int = 0
+    effective_rows: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,8 @@ def _site_evidence(channels: Channels, site: Site, calibration: Calibration) -> 
         constant=constant,
         active=fit.active,
         joint=fit.effective_rows >= JOINT_ROWS * len(low),
+        rows=fit.rows,
+        effective_rows=fit.effective_rows,
     )
 
 

@@ -32,6 +32,7 @@ from lindep_onnx.precision import resolution, widened
 from lindep_onnx.proven import Proof, prove, ranges_of
 from lindep_onnx.report import BudgetReport, GroupReport, RefusalReport, Report, Size, Verification
 from lindep_onnx.shapes import Resolved, resolve
+from lindep_onnx.support import Support, sentences, support
 from lindep_onnx.tracing import trace
 from lindep_onnx.variants import Variant, compare_variants
 
@@ -157,16 +158,16 @@ class Understood:
     """What the model alone says.
 
     Attributes:
-        channels: the traced model; its widened copy if it is in half precision.
-        half: the model itself in that case, else None.
+        channels: the traced model.
         ranges: lowest and highest value of inputs, where they are known.
         proof: what follows from the weights.
+        half: the model as it is stored, where that is in half precision: all else is about a copy in single precision.
     """
 
     channels: Channels
-    half: onnx.ModelProto | None
     ranges: Mapping[str, tuple[float, float]]
     proof: Proof
+    half: onnx.ModelProto | None
 
 
 def understand(
@@ -180,9 +181,9 @@ def understand(
     """
     with stage("load"):
         model = graph.load(source)
+        half = model.proto if resolution(model.proto) else None
     with following(model.proto, source):
         with stage("load"):
-            half = model.proto if resolution(model.proto) else None
             if half is not None:
                 model = graph.load(widened(half))
             resolved = resolve(model)
@@ -192,8 +193,8 @@ def understand(
             )
         with stage("prove"):
             ranges = ranges_of(model, config.input_range)
-            proof = prove(channels, ranges)
-    return Understood(channels, half, ranges, proof)
+            proof = prove(channels, ranges, half=half is not None)
+    return Understood(channels, ranges, proof, half)
 
 
 @contextmanager
@@ -240,7 +241,7 @@ def _run(
     external_data: bool,
     progress: Progress,
 ) -> Outcome:
-    samples, channels, half, proof = data.samples, understood.channels, understood.half, understood.proof
+    channels, proof, half, samples = understood.channels, understood.proof, understood.half, data.samples
     runtime: dict[str, Any] = {"providers": config.providers, "threads": config.threads}
     evidence, doubtful = None, np.zeros(channels.units, dtype=bool)
     if samples is not None and len(samples.parts[Part.FIT]) and not config.proven_only:
@@ -270,7 +271,16 @@ def _run(
             stressed = workshop.compared(chosen.proto, data.stress)
             stress_failure = workshop.stress_failure(stressed)
             failure = failure or stress_failure
+    found: dict[int, Support] = {}
+    if samples is not None and evidence is not None:
+        with clock.stage("statistics"):
+            found = support(channels, evidence, chosen, proof)
+            kept = int((doubtful & evidence.silent & ~chosen.removed).sum())
+            notes = (*chosen.notes, *sentences(found, kept, len(samples)))
+            chosen = replace(chosen, notes=notes)
     report = _report(channels, workshop.before, chosen, proof, errors, samples, config, clock)
+    groups = tuple(replace(group, support=found.get(number)) for number, group in enumerate(report.groups))
+    report = replace(report, groups=groups)
     if report.verification is not None:
         report = replace(report, verification=replace(report.verification, variants=variants))
     if stressed is not None:

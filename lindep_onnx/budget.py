@@ -12,7 +12,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -30,7 +30,7 @@ from lindep_onnx.errors import BudgetError, LindepError, VerificationError
 from lindep_onnx.influence import Disturbances, measured_curves, site_influence
 from lindep_onnx.ladder import Ladder, Saving, build_ladder, curves, folds_of, savings
 from lindep_onnx.placement import balanced
-from lindep_onnx.plan import Plan, plan_lossless
+from lindep_onnx.plan import Fold, Plan, plan_lossless
 from lindep_onnx.precision import narrowed, neighbour, resolution, widened
 from lindep_onnx.proven import Proof
 from lindep_onnx.reconstruct import fold_sites
@@ -78,6 +78,7 @@ class Chosen:
         achieved: what was reached of each budget, by option name.
         failure: why it must not be used; None if all is well.
         notes: what the user should know.
+        folds: how sites make up for what went, as far as the plan says.
     """
 
     proto: onnx.ModelProto
@@ -89,6 +90,7 @@ class Chosen:
     achieved: Mapping[str, float | None]
     failure: LindepError | None
     notes: tuple[str, ...] = ()
+    folds: Mapping[int, Fold] = field(default_factory=dict)
 
 
 class Workshop:
@@ -230,7 +232,8 @@ class Workshop:
             proto, notes = self._refit(plan.removed, proto)
         else:
             notes = ()
-        return self._finished(proto, plan.removed, plan.kind, notes)
+        chosen = self._finished(proto, plan.removed, plan.kind, notes)
+        return dataclasses.replace(chosen, folds=plan.folds)
 
     # ---- budgets -----------------------------------------------------------------------------------------------
 

@@ -187,6 +187,8 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
 def _check_name(path: str) -> None:
     """Refuse what no file system takes: NUL characters, names that are too long."""
     try:
+        if "\0" in path:  # which some questions about a path answer with no, and others with an error
+            raise ValueError("it holds a NUL character")
         Path(path).exists()
     except (OSError, ValueError) as error:
         shown = path if len(path) < 80 else path[:60] + "..."

@@ -116,6 +116,8 @@ class Config:
         for name, count in least.items():
             if count is not None and count < 1:
                 raise UsageError(f"{_flag(name)} must be at least 1, not {count}.")
+        if self.seed < 0:
+            raise UsageError(f"--seed must be at least 0, not {self.seed}.")
         if self.threads < 0:
             raise UsageError(f"--threads must be at least 0, not {self.threads}.")
 

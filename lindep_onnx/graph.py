@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -148,12 +148,40 @@ def read_model(source: str | Path | onnx.ModelProto) -> onnx.ModelProto:
         raise ModelError(f"{path}: is not a readable ONNX model (damaged or cut short, or another format).") from error
     if not proto.ir_version or not proto.HasField("graph") or not proto.opset_import:
         raise ModelError(f"{path}: is not an ONNX model (no graph, IR version or operator set in it).")
+    for tensor in _external_tensors(proto.graph):
+        _check_location(path, tensor)
     try:
         onnx.load_external_data_for_model(proto, str(path.parent))
     except Exception as error:  # file system errors of C++ among them
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{path}: its external data cannot be read: {first}") from error
     return proto
+
+
+def _external_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from (t for t in (attribute.t, *attribute.tensors) if t.data_location == onnx.TensorProto.EXTERNAL)
+        for body in _subgraphs(node):
+            yield from _external_tensors(body)
+    yield from (tensor for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL)
+
+
+def _check_location(path: Path, tensor: onnx.TensorProto) -> None:
+    """A model names the files that its weights are in: none but those below its own folder are read.
+
+    onnx checks the same, but not in all versions that are supported.
+    """
+    location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+    try:
+        inside = (path.parent / location).resolve().is_relative_to(path.parent.resolve())
+    except (OSError, ValueError, RuntimeError):  # no name for a file, or links in a circle
+        inside = False
+    if not inside or Path(location).is_absolute():
+        raise ModelError(
+            f"{path}: tensor {tensor.name!r} is in {location[:80]!r}, outside the folder of the model; "
+            "put the file there."
+        )
 
 
 def load(source: str | Path | onnx.ModelProto) -> Model:
@@ -167,6 +195,7 @@ def load(source: str | Path | onnx.ModelProto) -> Model:
     graph = proto.graph
     where = str(source) if not isinstance(source, onnx.ModelProto) else (graph.name or "the model")
 
+    _check_arity(where, graph, {entry.domain: entry.version for entry in proto.opset_import})
     stored: dict[str, Array] = {}
     try:
         for tensor in graph.initializer:
@@ -284,6 +313,27 @@ def _captures(graph: onnx.GraphProto) -> set[str]:
         for body in _subgraphs(node):
             read |= _captures(body)
     return read - own - {""}
+
+
+def _check_arity(where: str, graph: onnx.GraphProto, versions: Mapping[str, int]) -> None:
+    """Refuse nodes that lack inputs or outputs: onnx's shape inference, in C++, takes them for granted."""
+    for node in graph.node:
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        try:
+            schema = onnx.defs.get_schema(node.op_type, versions.get(domain, versions.get(node.domain, 1)), domain)
+        except (onnx.defs.SchemaError, TypeError, OverflowError):  # not one of the standard's
+            schema = None
+        for what, least, found in (
+            ("inputs", schema.min_input if schema else 0, len(node.input)),
+            ("outputs", schema.min_output if schema else 0, len(node.output)),
+        ):
+            if found < least:
+                raise ModelError(
+                    f"{where}: node {node.name or node.op_type!r} ({node.op_type}) has {found} {what}, not the {least} "
+                    "that the operator needs."
+                )
+        for body in _subgraphs(node):
+            _check_arity(where, body, versions)
 
 
 def _check_order(where: str, nodes: Iterable[Node], known: set[str], outputs: Iterable[str]) -> None:

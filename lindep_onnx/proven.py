@@ -21,7 +21,7 @@ from lindep_onnx.channels import FROZEN, Channels, Group, Site
 from lindep_onnx.dependence import COLLINEAR_KIND, CONSTANT, JOINT
 from lindep_onnx.errors import UsageError
 from lindep_onnx.graph import Model
-from lindep_onnx.ops.facts import Facts, Form, Known, output_facts, rounding_of
+from lindep_onnx.ops.facts import ROUNDING, ROUNDING_HALF, Facts, Form, Known, output_facts
 from lindep_onnx.placement import balanced
 from lindep_onnx.plan import Fold, Plan
 
@@ -85,15 +85,17 @@ class Proof:
     evidence: tuple[SiteEvidence, ...]
 
 
-def prove(channels: Channels, ranges: Ranges = MappingProxyType({})) -> Proof:
+@np.errstate(all="ignore")  # weights may be infinite
+def prove(channels: Channels, ranges: Ranges = MappingProxyType({}), *, half: bool = False) -> Proof:
     """Propagate bounds and identities through the graph, and see what they mean at the sites.
 
     Args:
         channels: the traced model.
         ranges: lowest and highest value of inputs, by name, as `ranges_of` gives them.
+        half: whether the result will be computed in half precision, of which the model is a copy in single precision.
     """
     resolved = channels.resolved
-    known = Known(resolved.constants, resolved.shapes, facts := {}, rounding_of(resolved.constants))
+    known = Known(resolved.constants, resolved.shapes, facts := {}, ROUNDING_HALF if half else ROUNDING)
     for name, (low, high) in ranges.items():
         found = _bounded(known, name, low, high)
         if found is not None:
@@ -119,7 +121,7 @@ def prove(channels: Channels, ranges: Ranges = MappingProxyType({})) -> Proof:
     for unit, other in _multiples(channels, seen, kind):
         if bounds.take(unit):
             kind[unit], partner[unit] = COLLINEAR_KIND, other
-    combinations = [found for group in channels.groups for found in _combinations(group, seen, kind, bounds)]
+    combinations = [found for group in channels.groups for found in _combinations(channels, group, seen, kind, bounds)]
     for combination in combinations:
         kind[combination.removed] = JOINT
     kind[~balanced(channels, kind > 0)] = 0
@@ -194,7 +196,7 @@ def _site(channels: Channels, site: Site, known: Known) -> _Seen:
         same = (np.abs(ratios - 1) < 1e-9).all(axis=1) | (scale == 0)
         # Behind a Flatten a channel is known by all of its positions.
         keys = [b"".join(facts.key[place] for place in row) if ok else b"" for row, ok in zip(index, same, strict=True)]
-        forms = [_common([facts.form[place] for place in row]) for row in index.tolist()]
+        forms = [_common([facts.form[place] for place in row]) for row in index]
     constant = np.isfinite(low) & (low == high)
     mean = np.where(constant, low, 0.0) if site.affine else np.zeros(size)
     if not site.affine:
@@ -259,7 +261,9 @@ def _multiples(channels: Channels, seen: list[_Seen], kind: NDArray[np.int8]) ->
     return found[::-1]
 
 
-def _combinations(group: Group, seen: list[_Seen], kind: NDArray[np.int8], bounds: _Bounds) -> Iterator[_Combination]:
+def _combinations(
+    channels: Channels, group: Group, seen: list[_Seen], kind: NDArray[np.int8], bounds: _Bounds
+) -> Iterator[_Combination]:
     """Units that are the same combination of others at every site of the group that reads them.
 
     A unit's vector holds the coefficients of its form at every site, end to end. A dependence between vectors is one
@@ -334,6 +338,8 @@ def _folds(
                 kept = np.concatenate([places[int(unit)] for unit in combination.kept])
                 removed = np.concatenate([places[int(unit)] for unit in combination.removed])
                 full[np.ix_(kept, removed)] = combination.matrix
+                back = removed[~gone[removed]]  # what has to stay for another reason
+                full[:, back] = np.eye(len(gone))[:, back]
         for unit, mine in places.items():
             if kind[unit] == COLLINEAR_KIND:  # of a unit that may itself be a combination
                 others = places[int(partner[unit])]

@@ -24,6 +24,7 @@ from rich.text import Text
 
 from lindep_onnx.errors import OutputError, UsageError
 from lindep_onnx.files import replacing
+from lindep_onnx.support import Support
 from lindep_onnx.variants import Variant
 from lindep_onnx.verify import OutputComparison
 
@@ -138,6 +139,7 @@ class GroupReport:
         observed: how many of the removed channels are redundant on data like the calibration data.
         kinds: removed channels by kind of redundancy.
         note: a sentence on this group, or nothing.
+        support: how well the data supports what was removed; None without data.
     """
 
     name: str
@@ -149,6 +151,7 @@ class GroupReport:
     observed: int = 0
     kinds: Mapping[str, int] = field(default_factory=dict)
     note: str = ""
+    support: Support | None = None
 
     @property
     def removed(self) -> int:
@@ -238,12 +241,12 @@ class Report:
                 "after": _build(Size, values["after"]),
                 "verification": _built_verification(values["verification"]),
                 "stress": _built_verification(values.get("stress")),
-                "groups": tuple(_build(GroupReport, group) for group in values["groups"]),
+                "groups": tuple(_built_group(group) for group in values["groups"]),
                 "refusals": tuple(_build(RefusalReport, refusal) for refusal in values["refusals"]),
                 "budget": tuple(_build(BudgetReport, budget) for budget in values["budget"]),
             }
             report: Report = _build(cls, {**values, **parts})
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise UsageError(f"This is no JSON report of lindep_onnx ({reason}); write one with --report.") from error
         return report
@@ -274,6 +277,12 @@ def _built_verification(values: Mapping[str, Any] | None) -> Verification | None
     outputs = tuple(_build(OutputComparison, output) for output in values["outputs"])
     variants = tuple(_build(Variant, variant) for variant in values.get("variants", ()))
     built: Verification = _build(Verification, {**values, "outputs": outputs, "variants": variants})
+    return built
+
+
+def _built_group(values: Mapping[str, Any]) -> GroupReport:
+    given = values.get("support")
+    built: GroupReport = _build(GroupReport, {**values, "support": None if given is None else _build(Support, given)})
     return built
 
 
@@ -440,6 +449,27 @@ def _how(group: GroupReport) -> str:
     return "; ".join(part for part in (kinds, proven, _safe(group.note)) if part)
 
 
+def _support(group: GroupReport) -> str:
+    """What the data of a group is worth, in words."""
+    found = group.support
+    if found is None:
+        return ""
+    parts = [
+        f"{_many(found.rows, 'row')}, at most {found.effective_rows:,.0f} of them independent, for "
+        f"{_many(found.features, 'feature')}"
+    ]
+    if found.fit_error is not None:
+        held = "" if found.heldout_error is None else f", {_error(found.heldout_error)} held out"
+        parts.append(f"error {_error(found.fit_error)} fitted{held}")
+    if found.silent_bound is not None:
+        parts.append(
+            f"{found.silent:,} never changed in {found.samples:,} samples (95 % bound {_share(found.silent_bound)})"
+        )
+    if found.samples_needed is not None:
+        parts.append(f"combinations of several channels need {found.samples_needed:,} samples that decide")
+    return "; ".join(parts)
+
+
 def _refusals(report: Report) -> list[RefusalReport]:
     """Refusals by reason, the one that costs most channels first."""
     by_reason: dict[str, list[RefusalReport]] = {}
@@ -493,6 +523,8 @@ def render(report: Report, console: Console, *, verbose: bool) -> None:
     shown = changed if verbose else changed[:MOST_GROUPS]
     if shown:
         console.print(_group_table(shown, None if verbose else max(20, console.width - 53)))
+    if verbose:
+        _print_list(console, "Support", [Text(f"{_safe(g.name)}: {_support(g)}") for g in report.groups if g.support])
     if len(shown) < len(changed):
         console.print(Text(f"... {_many(len(changed) - len(shown), 'more group')} (-v shows all)\n", style="dim"))
 
@@ -683,11 +715,12 @@ def _groups_html(report: Report) -> str:
             f"{group.channels_after:,}",
             _error(group.error),
             _how(group),
+            _support(group),
             ", ".join(group.sites),
         )
         for group in report.changed
     ]
     rest = len(report.groups) - len(rows)
     unchanged = f'<p class="dim">{_escape(_many(rest, "group"))} unchanged.</p>' if rest else ""
-    titles = ("no.", "group", "before", "after", "error", "removed", "read by")
+    titles = ("no.", "group", "before", "after", "error", "removed", "support", "read by")
     return (_table(titles, rows, numbers={0, 2, 3, 4}) if rows else "") + unchanged

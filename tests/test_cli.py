@@ -262,6 +262,14 @@ BAD = [
     Bad("output folder is a file", "in.onnx/out.onnx", ("in.onnx", "in.onnx/out.onnx", *GOOD[2:])),
     Bad("missing report folder", "nowhere", (*GOOD, "--report", "nowhere/r.json")),
     Bad("report of another kind", "written as .json or .html", (*GOOD, "--report", "r.txt"), code=2),
+    *[
+        Bad(f"NUL in {what}", "cannot be looked up .it holds a NUL", arguments, code=2)
+        for what, arguments in {
+            "the model": ("in\0.onnx", *GOOD[1:]),
+            "the output": ("in.onnx", "out\0.onnx", *GOOD[2:]),
+            "the stress data": (*GOOD, "--stress", "\0"),
+        }.items()
+    ],
     # the options
     Bad("no arguments", "The following arguments are required: IN.onnx", (), code=2),
     Bad("unknown option", "nrecognized arguments: --prune", (*GOOD, "--prune"), code=2),
@@ -278,7 +286,7 @@ BAD = [
             "--max-samples": ("0", "-3", "many", "1.5"),
             "--batch-size": ("0", "x"),
             "--holdout": ("0", "1", "nan", "-0.1", "half"),
-            "--seed": ("x", "1.5"),
+            "--seed": ("x", "1.5", "-1"),
             "--max-error": ("-1", "nan", "small"),
             "--min-agreement": ("1.1", "-0.1", "nan"),
             "--params": ("0", "1.5", "nan", "50%"),

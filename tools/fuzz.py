@@ -655,7 +655,10 @@ def work(target: str, seed: int, first: int, count: int, state: Path, seconds: f
             progress[:] = struct.pack("<q", number)
             fault = execute(target, seed, number, corpus)
             if fault is not None:
-                place = [line for line in fault.splitlines() if "lindep_onnx/" in line][-1:], fault.splitlines()[-1:]
+                place = (
+                    [line for line in fault.splitlines() if "lindep_onnx/" in line][-1:],
+                    fault.splitlines()[-1].split(" says ")[-1:],
+                )
                 if str(place) not in known:
                     print(f"--target {target} --repeat {seed}:{number}\n{fault}", flush=True)
                 known.add(str(place))

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from lindep_onnx.graph import Node
 from lindep_onnx.shapes import Shape
 
-__all__ = ["Facts", "Form", "Known", "Product", "output_facts", "rounding_of"]
+__all__ = ["ROUNDING", "ROUNDING_HALF", "Facts", "Form", "Known", "Product", "output_facts"]
 
 Array: TypeAlias = NDArray[Any]
 Vector: TypeAlias = NDArray[np.float64]
@@ -139,12 +139,6 @@ class Known:
             return None
         keys = tuple(_hash("channel", name, axis, channel) for channel in range(size))
         return Facts(axis, np.full(size, low), np.full(size, high), keys, np.ones(size), (None,) * size)
-
-
-def rounding_of(constants: Mapping[str, Array]) -> float:
-    """The share by which one rounding may change a number in a model with these constants."""
-    halves = any(value.dtype.itemsize == 2 and value.dtype.kind in "fV" for value in constants.values())
-    return ROUNDING_HALF if halves else ROUNDING
 
 
 def output_facts(node: Node, known: Known) -> Facts | None:

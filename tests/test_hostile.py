@@ -1,0 +1,189 @@
+"""Models and data that mean harm, or were damaged: one clear error, or a result that equals the original."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from build import build, run
+from onnx import TensorProto, numpy_helper
+
+import lindep_onnx
+from lindep_onnx import api, graph
+from lindep_onnx.config import Config
+from lindep_onnx.errors import CalibrationError, LindepError, ModelError
+
+ROOT = Path(__file__).parents[1]
+PROVEN = Config(proven_only=True)
+
+
+def model(**weights: np.ndarray) -> onnx.ModelProto:
+    given = {"w": (6, 3, 3, 3), "b": (6,), "v": (4, 6, 1, 1), **weights}
+    return build("h = Conv<pads=[1,1,1,1]>(x, w, b)\nr = Relu(h)\ny = Conv(r, v)", given, x=("N", 3, 6, 6))
+
+
+def changed(change: Callable[[onnx.ModelProto], object]) -> onnx.ModelProto:
+    made = model()
+    change(made)
+    return made
+
+
+def tensor(made: onnx.ModelProto, name: str) -> onnx.TensorProto:
+    return next(entry for entry in made.graph.initializer if entry.name == name)
+
+
+def set_attribute(made: onnx.ModelProto, node: int, **values: object) -> None:
+    for key, value in values.items():
+        kept = [attribute for attribute in made.graph.node[node].attribute if attribute.name != key]
+        del made.graph.node[node].attribute[:]
+        made.graph.node[node].attribute.extend([*kept, onnx.helper.make_attribute(key, value)])
+
+
+def outside(made: onnx.ModelProto) -> None:
+    entry = tensor(made, "w")
+    entry.ClearField("raw_data")
+    entry.data_location = TensorProto.EXTERNAL
+    entry.external_data.add(key="location", value="weights")
+
+
+REFUSED = {
+    "a cycle": lambda m: m.graph.node[0].input.__setitem__(0, "r"),
+    "nodes out of order": lambda m: m.graph.node.reverse(),
+    "two tensors of one name": lambda m: m.graph.node[1].output.__setitem__(0, "h"),
+    "two initializers of one name": lambda m: m.graph.initializer.add().CopyFrom(tensor(m, "w")),
+    "an initializer that is missing": lambda m: m.graph.initializer.pop(0),
+    "more values declared than there are": lambda m: tensor(m, "w").dims.__setitem__(0, 2**40),
+    "a negative size": lambda m: tensor(m, "w").dims.__setitem__(0, -6),
+    "a type that does not exist": lambda m: setattr(tensor(m, "w"), "data_type", 99),
+    "weights in a file that was not read": outside,
+    "an operator without its inputs": lambda m: (
+        setattr(m.graph.node[1], "op_type", "MatMulInteger"),
+        m.graph.node[0].input.pop(),
+    ),
+    "an output that nothing computes": lambda m: setattr(m.graph.output[0], "name", "z"),
+}
+
+
+@pytest.mark.parametrize("change", REFUSED.values(), ids=REFUSED.keys())
+def test_a_damaged_model_is_refused(change: Callable) -> None:
+    with pytest.raises(ModelError) as caught:
+        lindep_onnx.compress(changed(change), proven_only=True)
+    assert 1 <= len(str(caught.value).splitlines()) <= 3
+
+
+SURVIVED = {
+    "groups without number": lambda m: set_attribute(m, 0, group=2**40),
+    "groups that do not divide": lambda m: set_attribute(m, 0, group=4),
+    "an input of impossible size": lambda m: setattr(
+        m.graph.input[0].type.tensor_type.shape.dim[1], "dim_value", 2**62
+    ),
+    "an input of negative size": lambda m: setattr(m.graph.input[0].type.tensor_type.shape.dim[1], "dim_value", -3),
+    "an input of no rows": lambda m: setattr(m.graph.input[0].type.tensor_type.shape.dim[2], "dim_value", 0),
+    "an input of strings": lambda m: setattr(m.graph.input[0].type.tensor_type, "elem_type", TensorProto.STRING),
+    "an input of integers": lambda m: setattr(m.graph.input[0].type.tensor_type, "elem_type", TensorProto.INT64),
+    "an operator set of the future": lambda m: setattr(m.opset_import[0], "version", 999),
+    "an operator that does not exist": lambda m: setattr(m.graph.node[1], "op_type", "Nonsense"),
+    "strange attributes": lambda m: set_attribute(m, 0, pads=[2**62] * 4, strides=[0, -1], kernel_shape=[0, 0]),
+    "attributes of another type": lambda m: set_attribute(m, 0, pads="x", group=[1, 2]),
+    "an axis beyond all": lambda m: (setattr(m.graph.node[1], "op_type", "Softmax"), set_attribute(m, 1, axis=99)),
+    "a bias of one": lambda m: tensor(m, "b").CopyFrom(numpy_helper.from_array(np.zeros(1, np.float32), "b")),
+}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("change", SURVIVED.values(), ids=SURVIVED.keys())
+def test_a_strange_model_is_an_error_of_ours_or_none(change: Callable) -> None:
+    made = changed(change)
+    tracemalloc.start()
+    for ranges in ({}, {"*": (0.0, 1.0)}):
+        try:
+            lindep_onnx.compress(made, proven_only=True, input_range=ranges)
+        except LindepError as error:
+            assert 1 <= len(str(error).splitlines()) <= 3
+    assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_no_numbers_change_nothing_but_themselves(value: float) -> None:
+    w = numpy_helper.to_array(tensor(model(), "w")).copy()
+    w[1] = w[4]
+    w[2, 0, 0, 0] = value
+    made = model(w=w, b=np.zeros(6, np.float32))
+    result = lindep_onnx.compress(made, proven_only=True).model
+    x = np.random.default_rng(0).normal(size=(3, 3, 6, 6)).astype(np.float32)
+    np.testing.assert_allclose(run(result, {"x": x})[0], run(made, {"x": x})[0], rtol=1e-4, atol=1e-4)
+    with pytest.raises(CalibrationError, match=r"Tensor .* becomes NaN or infinite"):
+        lindep_onnx.compress(made, {"x": np.repeat(x, 20, axis=0)})
+
+
+@pytest.mark.parametrize("location", ["../secret", "{folder}/secret", "link", "up/secret", "/dev/zero", "", "a" * 300])
+def test_external_data_outside_the_folder_of_the_model_is_never_read(location: str, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    made = model()
+    (tmp_path / "secret").write_bytes(tensor(made, "w").raw_data)
+    (home / "link").symlink_to(tmp_path / "secret")
+    (home / "up").symlink_to(tmp_path)
+    outside(made)
+    tensor(made, "w").external_data[0].value = location.format(folder=tmp_path)
+    (home / "m.onnx").write_bytes(made.SerializeToString())
+    with pytest.raises(ModelError, match=r"outside the folder|external data cannot be read"):
+        graph.load(home / "m.onnx")
+
+
+def test_external_data_inside_the_folder_is_read(tmp_path: Path) -> None:
+    made = model()
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "weights").write_bytes(tensor(made, "w").raw_data)
+    want = numpy_helper.to_array(tensor(made, "w"))
+    outside(made)
+    tensor(made, "w").external_data[0].value = "sub/weights"
+    (tmp_path / "m.onnx").write_bytes(made.SerializeToString())
+    np.testing.assert_array_equal(graph.load(tmp_path / "m.onnx").stored["w"], want)
+
+
+def test_a_batch_that_nobody_could_fill_is_refused() -> None:
+    made = model()
+    made.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2**40
+    with pytest.raises(CalibrationError, match="declares a batch of"):
+        lindep_onnx.compress(made, {"x": np.zeros((9, 3, 6, 6), np.float32)})
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a\0b"])
+def test_names_that_no_file_can_have_are_refused(name: str) -> None:
+    with pytest.raises(ModelError, match=r"cannot be looked up|no such model file"):
+        api.understand(name, PROVEN)
+    with pytest.raises(CalibrationError, match=r"cannot be looked up|no such calibration data"):
+        lindep_onnx.compress(model(), name)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests" / "corpus").glob("*.onnx")), ids=lambda path: path.stem)
+def test_the_undamaged_corpus_is_understood(path: Path) -> None:
+    assert len(api.understand(path, PROVEN).channels.model.nodes) > 1
+
+
+@pytest.mark.parametrize("target", ["loader", "tracer", "calibration", "records", "options"])
+def test_fuzzing_for_a_moment_finds_nothing(target: str) -> None:
+    command = [sys.executable, str(ROOT / "tools" / "fuzz.py"), "--target", target, "--executions", "250"]
+    found = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert " 250 executions" in found.stdout
+
+
+def test_fuzzing_reports_what_it_finds(tmp_path: Path) -> None:
+    code = (
+        (ROOT / "tools" / "fuzz.py")
+        .read_text()
+        .replace('    """A model file."""\n', "    [][rng.randrange(9):].pop()\n")
+    )
+    (tmp_path / "fuzz.py").write_text(code.replace("Path(__file__).parents[1]", f"Path({str(ROOT)!r})"))
+    command = [sys.executable, str(tmp_path / "fuzz.py"), "--target", "loader", "--executions", "5"]
+    found = subprocess.run(command, env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True)
+    assert found.returncode == 1 and "IndexError" in found.stdout and "--repeat 0:0" in found.stdout

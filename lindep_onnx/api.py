@@ -20,6 +20,7 @@ from threadpoolctl import threadpool_limits
 
 from lindep_onnx import analysis, calibration, graph, silence, verify
 from lindep_onnx._version import __version__
+from lindep_onnx.anneal import anneal
 from lindep_onnx.budget import Chosen, Workshop
 from lindep_onnx.channels import Channels
 from lindep_onnx.config import Config
@@ -164,17 +165,27 @@ def _run(
     progress: Progress,
 ) -> Outcome:
     runtime: dict[str, Any] = {"providers": config.providers, "threads": config.threads}
-    evidence, doubtful = None, np.zeros(channels.units, dtype=bool)
-    if samples is not None and len(samples.parts[Part.FIT]) and not config.proven_only:
-        with clock.stage("calibrate"):
-            seen = calibration.calibrate(channels, samples, seed=config.seed, progress=progress, **runtime)
-            evidence = analysis.evidence(channels, seen)
-            watched = silence.flats(channels, evidence)
-            ranges = silence.observe(channels, watched, samples, progress=progress, **runtime) if watched else ()
-            doubtful = silence.unexplained(channels.units, watched, ranges, evidence.samples)
     original_passed = verify.full_check_passes(channels.model.proto) is None
-    workshop = Workshop(channels, evidence, doubtful, proof, samples, config, clock.stage, progress)
-    chosen = workshop.choose()
+
+    def open_round(current: Channels, options: Config) -> Workshop:
+        evidence, doubtful = None, np.zeros(current.units, dtype=bool)
+        if samples is not None and len(samples.parts[Part.FIT]) and not config.proven_only:
+            with clock.stage("calibrate"):
+                seen = calibration.calibrate(current, samples, seed=config.seed, progress=progress, **runtime)
+                evidence = analysis.evidence(current, seen)
+                watched = silence.flats(current, evidence)
+                ranges = silence.observe(current, watched, samples, progress=progress, **runtime) if watched else ()
+                doubtful = silence.unexplained(current.units, watched, ranges, evidence.samples)
+        known = proof if current is channels else prove(current)
+        return Workshop(
+            current, evidence, doubtful, known, samples, options, clock.stage, progress, reference=channels.model
+        )
+
+    if samples is not None and (config.rounds > 1 or config.recover is not None):
+        workshop, chosen = anneal(channels, samples, config, open_round, clock.stage, progress)
+    else:
+        workshop = open_round(channels, config)
+        chosen = workshop.choose()
     with clock.stage("verify"):
         verify.check_model(chosen.proto, original_passed=original_passed)
         errors = measure_groups(channels, chosen, samples, seed=config.seed, **runtime) if samples is not None else {}

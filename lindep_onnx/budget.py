@@ -38,7 +38,7 @@ from lindep_onnx.search import first_small_enough, last_good_enough, on_grid
 from lindep_onnx.shapes import resolve
 from lindep_onnx.tracing import trace
 
-__all__ = ["Chosen", "Workshop"]
+__all__ = ["SIZES", "Chosen", "Workshop"]
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 Stage: TypeAlias = Callable[[str], AbstractContextManager[None]]
@@ -98,6 +98,7 @@ class Workshop:
         config: the options.
         stage: times the stages.
         progress: called with (stage, done, all).
+        reference: what results are compared with, and their sizes are shares of; None if it is the traced model.
     """
 
     def __init__(
@@ -110,15 +111,17 @@ class Workshop:
         config: Config,
         stage: Stage,
         progress: Progress,
+        reference: graph.Model | None = None,
     ) -> None:
+        self._reference = reference or channels.model
         self._channels, self._proof, self._samples, self._config = channels, proof, samples, config
         self._observed = evidence
         self._doubtful = doubtful & ~proof.constant
         self._stage, self._progress = stage, progress
         self._runtime: dict[str, Any] = {"providers": config.providers, "threads": config.threads}
-        self._original = verify.open_session(channels.model.proto, **self._runtime)
+        self._original = verify.open_session(self._reference.proto, **self._runtime)
         self._shapes, self._batch = _first_shapes(samples)
-        self.before = cost(channels.model, self._shapes, self._batch)
+        self.before = cost(self._reference, self._shapes, self._batch)
         self._metadata = json.dumps({"version": __version__, "options": config.described()}, sort_keys=True)
         self._metric: float | None = None
 
@@ -141,6 +144,18 @@ class Workshop:
         if self._config.round_to == "auto" and not self._sizes() and _ratio(best) > 1 / FASTER:
             best = self._unchanged()
         return dataclasses.replace(best, notes=(*best.notes, *self._slower(best)))
+
+    def judge(self, model: graph.Model, weights: Mapping[str, NDArray[Any]], chosen: Chosen) -> Chosen:
+        """A result with other weights, held to the budgets anew.
+
+        Args:
+            model: the model of `chosen`.
+            weights: new values of stored tensors.
+            chosen: the result so far.
+        """
+        proto = graph.edit(model, graph.Edits(constants=weights), self._metadata)
+        found = self._finished(proto, chosen.removed, chosen.kind, chosen.notes)
+        return dataclasses.replace(found, latency=chosen.latency)
 
     def _unchanged(self) -> Chosen:
         nothing = Plan(np.zeros(self._channels.units, dtype=bool), np.zeros(self._channels.units, dtype=np.int8), {})
@@ -397,7 +412,7 @@ class Workshop:
         if self._samples is None:
             return None
         feeds = next(iter(self._samples.batches(limit=1))).feeds
-        models = (self._channels.model.proto, proto)
+        models = (self._reference.proto, proto)
         sessions = [verify.open_session(model, timed=True, **self._runtime) for model in models]
         before, after = verify.measure_latency(sessions, feeds, seconds=TIMED)
         return before, after

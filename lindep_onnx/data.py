@@ -163,6 +163,37 @@ class Samples:
             for start in range(0, len(own), self._plan.batch):
                 yield self._batch(index, own[start : start + self._plan.batch])
 
+    @property
+    def batch(self) -> int:
+        """Samples in a full run."""
+        return self._plan.batch
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all samples have the same shapes."""
+        specs = [spec for spec in self._plan.specs if spec.name not in self._plan.shared]
+        shapes = {
+            tuple(shard.headers[_source(spec, shard.headers)].shape[1:] for spec in specs) for shard in self._shards
+        }
+        return len(shapes) == 1
+
+    def take(self, numbers: NDArray[np.int64]) -> Arrays:
+        """Feeds for chosen samples of a `uniform` source, grouped by shard.
+
+        Args:
+            numbers: sample numbers, as many as the model takes in one run.
+
+        Raises:
+            CalibrationError: a value is NaN or infinite.
+        """
+        shard = np.searchsorted(self._starts, numbers, side="right") - 1
+        parts = [self._batch(index, numbers[shard == index]).feeds for index in np.unique(shard).tolist()]
+        whole = self._plan.shared
+        return {
+            name: value if name in whole or len(parts) == 1 else np.concatenate([part[name] for part in parts])
+            for name, value in parts[0].items()
+        }
+
     def _batch(self, index: int, numbers: NDArray[np.int64]) -> Batch:
         fixed = self._plan.fixed_batch
         rows = numbers - self._starts[index]

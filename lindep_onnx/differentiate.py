@@ -3,8 +3,8 @@
 The weights become inputs and their gradients outputs, so that one session serves all steps of an optimiser. The walk
 goes once from the loss to the weights; what each operator does on the way is in `lindep_onnx.gradients`.
 
-A weight whose effect on the loss runs, wholly or in part, through an operator without a rule is left out: half a gradient
-is no gradient.
+A weight whose effect on the loss runs, wholly or in part, through an operator without a rule is left out: half a
+gradient is no gradient.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 
 from lindep_onnx.gradients import FLAT, Tape, Unsupported, gradient_rule
-from lindep_onnx.graph import Model, Node, load
+from lindep_onnx.graph import Model, load
 from lindep_onnx.shapes import Shape, resolve
 
 __all__ = ["Differentiated", "differentiate", "with_inputs"]
@@ -105,7 +105,9 @@ def _walk(model: Model, tape: Tape, loss: str, active: Collection[str]) -> dict[
             return _Stopped(node.index, str(reason))
         for position, gradient in gradients.items():
             flowing.setdefault(node.inputs[position], []).append(gradient)
-    return {name: gradient for name in flowing if (gradient := summed(name)) is not None}
+    for name in flowing:
+        summed(name)
+    return total
 
 
 def _dependents(model: Model, names: Collection[str]) -> set[str]:

@@ -6,8 +6,8 @@ constant and never asks for one at run time. The operators written on the tape a
 change since.
 
 Sources: a convolution is linear in its data and in its weight, so that both gradients are its adjoints: of the data a
-transposed convolution, of the weight the product of the output gradient with the patches (Goodfellow, Bengio, Courville,
-"Deep Learning", 9.5). The others are derivatives of the formulas in the ONNX operator documentation.
+transposed convolution, of the weight the product of the output gradient with the patches (Goodfellow, Bengio and
+Courville, "Deep Learning", 9.5). The others are derivatives of the formulas in the ONNX operator documentation.
 """
 
 from __future__ import annotations
@@ -34,8 +34,29 @@ Rule: TypeAlias = "Callable[[Node, Sequence[str | None], frozenset[int], Tape], 
 
 #: Operators whose outputs do not change under small changes of their inputs: nothing flows back through them.
 FLAT = frozenset(
-    "ArgMax ArgMin And Ceil ConstantOfShape Equal Floor Greater GreaterOrEqual IsInf IsNaN Less LessOrEqual NonZero Not "
-    "Or Round Shape Sign Size Xor".split()
+    [
+        "ArgMax",
+        "ArgMin",
+        "And",
+        "Ceil",
+        "ConstantOfShape",
+        "Equal",
+        "Floor",
+        "Greater",
+        "GreaterOrEqual",
+        "IsInf",
+        "IsNaN",
+        "Less",
+        "LessOrEqual",
+        "NonZero",
+        "Not",
+        "Or",
+        "Round",
+        "Shape",
+        "Sign",
+        "Size",
+        "Xor",
+    ]
 )
 
 
@@ -381,7 +402,7 @@ def _matmul(node: Node, given: Sequence[str | None], wanted: frozenset[int], tap
 # ---- element by element -------------------------------------------------------------------------------------------
 
 
-@gradients_of("Add", "Sub", "Mul", "Div", "Sum")
+@gradients_of("Add", "Sub", "Mul", "Div", "Sum", "Mean")
 def _arithmetic(node: Node, given: Sequence[str | None], wanted: frozenset[int], tape: Tape) -> Gradients:
     dy, found = _first(given), {}
     out = tape.shape(node.outputs[0])
@@ -394,6 +415,7 @@ def _arithmetic(node: Node, given: Sequence[str | None], wanted: frozenset[int],
                 flowing = tape.add("Neg", tape.add("Mul", flowing, node.outputs[0]))
         else:
             flowing = tape.add("Neg", dy) if node.op == "Sub" and position == 1 else dy
+            flowing = tape.add("Mul", dy, 1 / len(node.inputs)) if node.op == "Mean" else flowing
         found[position] = tape.unbroadcast(flowing, out, tape.shape(node.inputs[position]))
     return found
 

@@ -94,6 +94,7 @@ AFTER = {
     "Div": ("s = Exp(a)\ny = Div(v, s)", {"v": (7,)}),
     "Div by a weight": ("y = Div(a, v)", {"v": np.linspace(1, 2, 7, dtype=np.float32)}),
     "Sum": ("y = Sum(a, v, v)", {"v": (4, 6, 7)}),
+    "Mean": ("m = Mean(a, v, a)\ny = Mul(m, a)", {"v": (4, 6, 7)}),
     "Relu": ("y = Relu(a)", {}),
     "LeakyRelu": ("y = LeakyRelu<alpha=0.3>(a)", {}),
     "Elu": ("y = Elu<alpha=0.7>(a)", {}),

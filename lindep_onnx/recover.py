@@ -47,7 +47,7 @@ OPSET = 17
 LOSS = "lindep_onnx_loss"
 TARGET = "lindep_onnx_target_"
 #: Length of a step relative to the root mean square of a tensor, at its peak.
-RATE = 3e-3
+RATE = 1e-2
 #: Share of the steps in which the rate rises; it then falls along a cosine.
 WARM_UP = 0.05
 DECAY, SQUARED_DECAY, TINY = 0.9, 0.999, 1e-12

@@ -178,27 +178,34 @@ class Samples:
         return len(shapes) == 1
 
     def take(self, numbers: NDArray[np.int64]) -> Arrays:
-        """Feeds for chosen samples of a `uniform` source, grouped by shard.
+        """Feeds for chosen samples of a `uniform` source, in the order asked for.
 
         Args:
-            numbers: sample numbers, as many as the model takes in one run.
+            numbers: sample numbers, at most `batch`; filled up by repetition where the model fixes the batch.
 
         Raises:
             CalibrationError: a value is NaN or infinite.
         """
+        numbers = self._filled(numbers)
         shard = np.searchsorted(self._starts, numbers, side="right") - 1
-        parts = [self._batch(index, numbers[shard == index]).feeds for index in np.unique(shard).tolist()]
-        whole = self._plan.shared
+        parts = [self._feeds(index, numbers[shard == index]) for index in np.unique(shard).tolist()]
+        places = np.argsort(np.argsort(shard, kind="stable"))
         return {
-            name: value if name in whole or len(parts) == 1 else np.concatenate([part[name] for part in parts])
+            name: value if name in self._plan.shared else np.concatenate([part[name] for part in parts])[places]
             for name, value in parts[0].items()
         }
 
     def _batch(self, index: int, numbers: NDArray[np.int64]) -> Batch:
+        filled = self._filled(numbers)
+        return Batch(MappingProxyType(self._feeds(index, filled)), numbers, len(filled))
+
+    def _filled(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         fixed = self._plan.fixed_batch
+        return numbers if fixed is None else np.concatenate([numbers, np.repeat(numbers[-1:], fixed - len(numbers))])
+
+    def _feeds(self, index: int, numbers: NDArray[np.int64]) -> dict[str, Array]:
+        """Samples of one shard."""
         rows = numbers - self._starts[index]
-        if fixed is not None:
-            rows = np.concatenate([rows, np.repeat(rows[-1:], fixed - len(rows))])
         arrays = self._arrays(index)
         feeds = {}
         for spec in self._plan.specs:
@@ -209,7 +216,7 @@ class Samples:
             if _kind(spec.dtype) == "float" and not np.isfinite(feeds[spec.name]).all():
                 sample = None if spec.name in self._plan.shared else int(numbers[_first_bad(feeds[spec.name])])
                 raise _not_finite(where, spec.dtype, taken, sample)
-        return Batch(MappingProxyType(feeds), numbers, len(rows))
+        return feeds
 
     def _arrays(self, index: int) -> Arrays:
         if self._open is None or self._open[0] != index:

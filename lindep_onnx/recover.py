@@ -315,7 +315,7 @@ class _Teacher:
             targets = [np.stack(column) for column in zip(*rows, strict=True)]
         else:
             targets = self._session.run(list(self.spread), feeds)
-            whole = all(len(target) == len(numbers) for target in targets)
+            whole = all(len(target) == len(numbers) for target in targets)  # no filler, samples along the first axis
             if whole and (len(self._known) + len(numbers)) * sum(t[0].nbytes for t in targets) <= REMEMBERED:
                 self._known.update((int(number), [t[row] for t in targets]) for row, number in enumerate(numbers))
         return {**feeds, **{f"{TARGET}{number}": target for number, target in enumerate(targets)}}

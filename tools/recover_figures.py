@@ -9,6 +9,7 @@
 | trained | loss on trained samples at the end: the gap between the two is over-fitting |
 | best at | steps after which the held-out loss was lowest |
 | seconds | of the refit and all before it, and of the training |
+| PyTorch, its seconds | with --torch: as many steps of `tools/torch_recover.py` from the same start |
 
 With --rounds the cut is made in so many rounds, each with its own training; losses are then not shown. Without --final
 the results are judged by held-out calibration images, and the test images stay unopened.
@@ -33,7 +34,7 @@ from lindep_onnx import graph
 from lindep_onnx.api import compress
 from lindep_onnx.config import Effort
 from lindep_onnx.cost import cost
-from lindep_onnx.data import InputSpec, Samples, open_samples
+from lindep_onnx.data import InputSpec, Part, Samples, open_samples
 from lindep_onnx.recover import recover
 
 __all__ = ["main", "row"]
@@ -50,11 +51,13 @@ COLUMNS = (
     "best at",
     "seconds refit",
     "seconds training",
+    "PyTorch",
+    "its seconds",
 )
 RUNTIME: dict[str, Any] = {"providers": ("CPUExecutionProvider",), "threads": 0}
 
 
-def row(task: Task, point: float, steps: int, rounds: int, holdout: float, folder: Path) -> str:
+def row(task: Task, point: float, steps: int, rounds: int, holdout: float, folder: Path, *, beside: bool) -> str:
     """A line of the table.
 
     Args:
@@ -64,6 +67,7 @@ def row(task: Task, point: float, steps: int, rounds: int, holdout: float, folde
         rounds: in how many the cut is made.
         holdout: share of the calibration images that is not trained on.
         folder: where models go.
+        beside: whether PyTorch trains too.
     """
     original = graph.load(task.model)
     before = cost(original, {})
@@ -90,17 +94,29 @@ def row(task: Task, point: float, steps: int, rounds: int, holdout: float, folde
     else:
         recovered = compress(original.proto, calib, **budget, holdout=holdout, rounds=rounds, recover=steps).model
     seconds.append(time.perf_counter() - start)
+    models = {"refit": refitted, "recovered": recovered}
+    if beside:
+        from torch_recover import distil  # only this column needs PyTorch
+
+        start = time.perf_counter()
+        student = graph.load(refitted)
+        with _samples(task, original, holdout) as samples:
+            images = np.concatenate([batch.feeds[task.input] for batch in samples.batches(Part.FIT)])
+        weights = distil(original, student, images, steps=steps * rounds)
+        models["PyTorch"] = graph.edit(student, graph.Edits(constants=weights), "")
+        seconds.append(time.perf_counter() - start)
     reached = []
-    for label, model in (("refit", refitted), ("recovered", recovered)):
+    for label, model in models.items():
         path = folder / f"{task.name}_{point:g}_{label}.onnx"
         onnx.save(model, path)
         reached.append(score(task, reference, outputs(path, task.input, task.judged)))
     cells = [
         f"{point:.0%}",
         f"{cost(graph.load(recovered), {}).parameters / before.parameters:.1%}",
-        *(f"{value:.2%}" for value in (score(task, reference, reference), *reached)),
+        *(f"{value:.2%}" for value in (score(task, reference, reference), *reached[:2])),
         *losses,
-        *(f"{value:.0f}" for value in seconds),
+        *(f"{value:.0f}" for value in seconds[:2]),
+        *((f"{reached[2]:.2%}", f"{seconds[2]:.0f}") if beside else ("", "")),
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -124,6 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--rounds", type=int, default=1, metavar="N")
     parser.add_argument("--holdout", type=float, default=0.15, metavar="F", help="not trained on (default 0.15)")
+    parser.add_argument("--torch", action="store_true", help="train with PyTorch too")
     parser.add_argument("--final", action="store_true", help="judge by the test images")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the models here")
     options = parser.parse_args(arguments)
@@ -132,7 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for point in options.points or task.points:
             where = options.keep or Path(folder)
-            print(row(task, point, options.steps, options.rounds, options.holdout, where), flush=True)
+            line = row(task, point, options.steps, options.rounds, options.holdout, where, beside=options.torch)
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

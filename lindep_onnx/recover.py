@@ -27,7 +27,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnxruntime import InferenceSession
 
 from lindep_onnx.config import Effort
 from lindep_onnx.data import Part, Samples
@@ -115,49 +114,45 @@ def recover(
         progress: called with (stage, done, all) in steps or seconds.
     """
     runtime: dict[str, Any] = {"providers": providers, "threads": threads}
-    rng = np.random.default_rng(seed)
-    if not samples.uniform or not len(samples.parts[Part.SELECT]):
-        return _untrained("the samples differ in shape" if not samples.uniform else "no sample could be held out")
+    fitted = samples.parts[Part.FIT]
+    if not samples.uniform or not len(fitted) or not len(samples.parts[Part.SELECT]):
+        return _untrained("the samples differ in shape" if not samples.uniform else "there are too few samples")
     guide = _Teacher(teacher, samples, **runtime)
     if not guide.spread:
         return _untrained("no output of type float32 varies")
     try:
         modern = _with_loss(student, guide.spread)
-    except LindepError as error:
+        chosen = [name for name in trainable(student, frozen) if name in modern.stored]
+        batch = min(samples.batch, len(fitted))
+        shapes = {name: value.shape for name, value in guide.feeds(fitted[:batch]).items()}
+        backward = differentiate(modern.proto, LOSS, chosen, shapes)
+        notes = tuple(
+            f"Weights in front of node {name!r} ({op}) were not trained: {why}." for name, op, why in backward.obstacles
+        )
+        if not backward.gradients:
+            return Recovered({}, 0, (), notes or _untrained("no output depends on a float32 weight").notes)
+        step = open_session(backward.proto, **runtime)
+    except LindepError as error:  # the refit is worth keeping without it
         return _untrained(str(error))
-    chosen = [name for name in trainable(student, frozen) if name in modern.stored]
-    batch = min(samples.batch, len(samples.parts[Part.FIT]))
-    shapes = {name: value.shape for name, value in guide.feeds(samples.parts[Part.FIT][:batch]).items()}
-    backward = differentiate(modern.proto, LOSS, chosen, shapes)
-    notes = tuple(
-        f"Weights in front of node {name!r} ({op}) were not trained: {why}." for name, op, why in backward.obstacles
-    )
-    if not backward.gradients:
-        return Recovered({}, 0, (), notes or _untrained("it has no float32 weights that its outputs depend on").notes)
-    weights = {name: modern.stored[name].copy() for name in backward.gradients}
-    step = open_session(backward.proto, **runtime)
-    forward = with_inputs(modern, weights)
-    del forward.graph.output[:]
-    forward.graph.output.append(onnx.ValueInfoProto(name=LOSS))
-    judge = _HeldOut(open_session(forward, **runtime), guide, samples)
-    optimiser = _Adam(weights)
-    best, history = dict(weights), [(0, math.nan, judge.loss(weights))]
-    clock, looked, seen, count = _Clock(effort), 0, [], 0
-    for numbers in _shuffled(samples.parts[Part.FIT], batch, rng):
-        feeds = guide.feeds(numbers)
-        loss, *slopes = step.run([LOSS, *backward.gradients.values()], {**feeds, **weights})
-        seen.append(float(loss) / batch)
-        slopes = dict(zip(weights, slopes, strict=True))
-        optimiser.step(weights, slopes, _rate(clock.share(count)))
+    judge = _HeldOut(modern, list(backward.gradients), guide, samples, **runtime)
+    weights = best = {name: modern.stored[name] for name in backward.gradients}
+    optimiser, clock = _Adam(weights), _Clock(effort)
+    history = [(0, math.nan, judge.loss(weights))]
+    count, looked, losses = 0, 0, []
+    for numbers in _shuffled(fitted, batch, np.random.default_rng(seed)):
+        loss, *slopes = step.run([LOSS, *backward.gradients.values()], {**guide.feeds(numbers), **weights})
+        weights = optimiser.moved(weights, dict(zip(weights, slopes, strict=True)), _rate(clock.share(count)))
+        losses.append(float(loss) / batch)
         count += 1
         share = clock.share(count)
         progress("recover", *clock.done(count))
         if int(share * LOOKS) > looked or share >= 1:
             looked = int(share * LOOKS)
-            history.append((count, float(np.mean(seen)), judge.loss(weights)))
-            seen = []
-            if history[-1][2] <= min(entry[2] for entry in history):
-                best = dict(weights)
+            found = judge.loss(weights)
+            if found < min(entry[2] for entry in history):
+                best = weights
+            history.append((count, float(np.mean(losses)), found))
+            losses = []
         if share >= 1:
             break
     changed = {name: value for name, value in best.items() if not np.array_equal(value, modern.stored[name])}
@@ -324,8 +319,20 @@ class _Teacher:
 class _HeldOut:
     """The loss on samples that are not trained on."""
 
-    def __init__(self, session: InferenceSession, guide: _Teacher, samples: Samples) -> None:
-        self._session, self._guide = session, guide
+    def __init__(
+        self,
+        student: Model,
+        weights: Collection[str],
+        guide: _Teacher,
+        samples: Samples,
+        *,
+        providers: Sequence[str],
+        threads: int,
+    ) -> None:
+        forward = with_inputs(student, weights)
+        del forward.graph.output[:]
+        forward.graph.output.append(onnx.ValueInfoProto(name=LOSS))
+        self._session, self._guide = open_session(forward, providers=providers, threads=threads), guide
         self._batches = [(batch.samples, batch.size) for batch in samples.batches(Part.SELECT, limit=HELD_OUT)]
 
     def loss(self, weights: Weights) -> float:
@@ -351,21 +358,23 @@ class _Adam:
         self._size = {name: size if size > 1e-3 * typical else 1e-3 * typical for name, size in sizes.items()}
         self._count, self._norm = 0, 0.0
 
-    def step(self, weights: Weights, slopes: Mapping[str, Array], rate: float) -> None:
-        """Move the weights; the arrays in the dict are replaced, never changed."""
-        self._count += 1
+    def moved(self, weights: Weights, slopes: Mapping[str, Array], rate: float) -> Weights:
+        """The weights one step further; as they are if a slope is not finite."""
         norm = math.sqrt(sum(float(np.vdot(slope, slope)) for slope in slopes.values()))
         if not math.isfinite(norm):
-            return
+            return weights
+        self._count += 1
         factor = min(1.0, CLIP * self._norm / max(norm, TINY)) if self._count > 1 else 1.0
         self._norm = 0.9 * self._norm + 0.1 * norm * factor if self._count > 1 else norm
         first, second = 1 - DECAY**self._count, 1 - SQUARED_DECAY**self._count
+        result = {}
         for name, slope in slopes.items():
             slope = slope * factor
             self._mean[name] += (1 - DECAY) * (slope - self._mean[name])
             self._square[name] += (1 - SQUARED_DECAY) * (slope * slope - self._square[name])
             direction = self._mean[name] / first / (np.sqrt(self._square[name] / second) + TINY)
-            weights[name] = (weights[name] - rate * self._size[name] * direction).astype(np.float32)
+            result[name] = (weights[name] - rate * self._size[name] * direction).astype(np.float32)
+        return result
 
 
 def _rate(share: float) -> float:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -9,6 +12,7 @@ from build import build, initializer, run, traced, with_initializer
 
 import lindep_onnx
 from lindep_onnx import anneal, graph
+from lindep_onnx.cli import main
 from lindep_onnx.config import Config, Effort
 from lindep_onnx.data import InputSpec, Samples, open_samples
 from lindep_onnx.errors import UsageError
@@ -213,3 +217,23 @@ def test_rounds_spend_what_recovery_won_back(wide: onnx.ModelProto, inputs: dict
     )
     assert thrice.after.parameters < once.after.parameters
     assert thrice.verification is not None and thrice.verification.relative_error <= 0.2
+
+
+def test_the_command_line_trains_too(wide: onnx.ModelProto, inputs: dict, tmp_path: Path) -> None:
+    onnx.save(wide, tmp_path / "in.onnx")
+    np.savez(tmp_path / "data.npz", **inputs)
+    paths = [str(tmp_path / name) for name in ("in.onnx", "out.onnx")]
+    options = ["--calib", str(tmp_path / "data.npz"), "--params", "0.5", "--recover", "0.02min", "--rounds", "2"]
+    assert main([*paths, *options, "--report", str(tmp_path / "r.json"), "-q"]) == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["options"]["recover"] == "0.02min" and report["seconds"]["recover"] > 2
+    assert [note[:8] for note in report["notes"]] == ["Round 1:", "Round 2:"]
+
+
+def test_a_model_that_cannot_be_trained_keeps_its_refit_and_says_why() -> None:
+    body = "a = Gemm(x, w)\nb = Relu(a)\nc = Gemm(b, v)\ny = CumSum(c, axis)"
+    model = build(body, {"w": (8, 24), "v": (24, 3), "axis": np.array(1)}, x=("N", 8))
+    x = {"x": np.random.default_rng(0).normal(size=(400, 8)).astype(np.float32)}
+    plain, found = (lindep_onnx.compress(model, x, params=0.5, **extra) for extra in ({}, {"recover": 10}))
+    assert found.model.graph.initializer == plain.model.graph.initializer
+    assert any("CumSum" in note and "not trained" in note for note in found.report.notes)

@@ -59,34 +59,36 @@ def anneal(
     removed = np.zeros(original.units, dtype=bool)
     best: Chosen | None = None
     first: Workshop | None = None
+    told: list[str] = []  # of all rounds; what else a round has to say matters for the last one only
     for number, options in enumerate(schedule(config)):
         workshop = open_round(current, options)
         first = first or workshop
         chosen = workshop.choose()
-        gone = lifted(original, removed, current, chosen.removed)
         if best is not None and not chosen.removed.any():
-            best = dataclasses.replace(best, notes=(*best.notes, f"Round {number + 1} found nothing more to remove."))
+            told.append(f"Round {number + 1} found nothing more to remove.")
             break
+        gone = lifted(original, removed, current, chosen.removed)
         if config.effort is not None and gone.any():
             with stage("recover"):
-                chosen = _recovered(workshop, chosen, original, samples, config, config.effort, number, progress)
+                chosen, notes = _recovered(workshop, chosen, original, samples, config, config.effort, number, progress)
+            told.extend(notes)
+        if best is not None and best.failure is None and chosen.failure is not None and not config.sized:
+            told.append(f"Round {number + 1} broke a budget and was undone.")
+            break
         if number:  # kinds and units are those of this round's model
             chosen = dataclasses.replace(chosen, kind=np.zeros(original.units, dtype=np.int8))
-        chosen = dataclasses.replace(chosen, removed=gone, notes=(*(best.notes if best else ()), *chosen.notes))
-        if best is not None and best.failure is None and chosen.failure is not None and not config.sized:
-            best = dataclasses.replace(best, notes=(*best.notes, f"Round {number + 1} broke a budget and was undone."))
-            break
-        best, removed = chosen, gone
-        smaller = graph.load(chosen.proto)
-        current = trace(
-            smaller,
-            resolve(smaller),
-            include=config.include,
-            exclude=config.exclude,
-            min_channels=config.min_channels,
-        )
+        best, removed = dataclasses.replace(chosen, removed=gone), gone
+        if number + 1 < config.rounds:
+            smaller = graph.load(chosen.proto)
+            current = trace(
+                smaller,
+                resolve(smaller),
+                include=config.include,
+                exclude=config.exclude,
+                min_channels=config.min_channels,
+            )
     assert best is not None and first is not None
-    return first, best
+    return first, dataclasses.replace(best, notes=(*best.notes, *told))
 
 
 def schedule(config: Config) -> Iterator[Config]:
@@ -140,8 +142,8 @@ def _recovered(
     effort: Effort,
     number: int,
     progress: Progress,
-) -> Chosen:
-    """The result with trained weights, or as it was if unseen samples turn those down."""
+) -> tuple[Chosen, tuple[str, ...]]:
+    """The result with trained weights, or as it was if unseen samples turn those down, and what to tell the user."""
     student = graph.load(chosen.proto)
     found = recover(
         original.model.proto,
@@ -158,9 +160,9 @@ def _recovered(
     if found.weights:
         trained = workshop.judge(student, found.weights, chosen)
         if trained.failure is None or chosen.failure is not None:
-            return dataclasses.replace(trained, notes=(*chosen.notes, *notes))
+            return trained, notes
         notes = (*notes, "Unseen samples turned the trained weights down; the refitted ones were kept.")
-    return dataclasses.replace(chosen, notes=(*chosen.notes, *notes))
+    return chosen, notes
 
 
 def _notes(found: Recovered, number: int | None) -> Iterator[str]:

@@ -16,10 +16,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import scipy
+from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from lindep_onnx import analysis, calibration, graph, silence, verify
 from lindep_onnx._version import __version__
+from lindep_onnx.anneal import anneal
 from lindep_onnx.budget import Chosen, Workshop
 from lindep_onnx.channels import Channels
 from lindep_onnx.config import Config
@@ -243,18 +245,34 @@ def _run(
 ) -> Outcome:
     channels, proof, half, samples = understood.channels, understood.proof, understood.half, data.samples
     runtime: dict[str, Any] = {"providers": config.providers, "threads": config.threads}
-    evidence, doubtful = None, np.zeros(channels.units, dtype=bool)
-    if samples is not None and len(samples.parts[Part.FIT]) and not config.proven_only:
-        with clock.stage("calibrate"):
-            seen = calibration.calibrate(channels, samples, seed=config.seed, progress=progress, **runtime)
-            evidence = analysis.evidence(channels, seen)
-            watched = silence.flats(channels, evidence)
-            ranges = silence.observe(channels, watched, samples, progress=progress, **runtime) if watched else ()
-            doubtful = silence.unexplained(channels.units, watched, ranges, evidence.samples)
     original_passed = verify.full_check_passes(channels.model.proto if half is None else half) is None
-    workshop = Workshop(channels, evidence, doubtful, proof, samples, config, clock.stage, progress, half)
+
+    def learn(current: Channels) -> tuple[analysis.Evidence | None, NDArray[np.bool_]]:
+        if samples is None or not len(samples.parts[Part.FIT]) or config.proven_only:
+            return None, np.zeros(current.units, dtype=bool)
+        with clock.stage("calibrate"):
+            seen = calibration.calibrate(current, samples, seed=config.seed, progress=progress, **runtime)
+            evidence = analysis.evidence(current, seen)
+            watched = silence.flats(current, evidence)
+            ranges = silence.observe(current, watched, samples, progress=progress, **runtime) if watched else ()
+            return evidence, silence.unexplained(current.units, watched, ranges, evidence.samples)
+
+    evidence, doubtful = learn(channels)
+
+    def open_round(current: Channels, options: Config) -> Workshop:
+        first = current is channels
+        learned = (evidence, doubtful) if first else learn(current)
+        known = proof if first else prove(current, understood.ranges, half=half is not None)
+        return Workshop(
+            current, *learned, known, samples, options, clock.stage, progress, half=half, reference=channels.model
+        )
+
     with following(channels.model.proto) if samples is None else nullcontext():
-        chosen = workshop.choose()
+        if samples is not None and (config.rounds > 1 or config.recover is not None):
+            workshop, chosen = anneal(channels, samples, config, open_round, clock.stage, progress)
+        else:
+            workshop = open_round(channels, config)
+            chosen = workshop.choose()
     with clock.stage("verify"):
         result = workshop.stored(chosen.proto)
         if half is not None and not chosen.removed.any():

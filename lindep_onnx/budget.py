@@ -40,7 +40,7 @@ from lindep_onnx.search import first_small_enough, last_good_enough, on_grid
 from lindep_onnx.shapes import resolve
 from lindep_onnx.tracing import trace
 
-__all__ = ["Chosen", "Workshop"]
+__all__ = ["SIZES", "Chosen", "Workshop"]
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 Stage: TypeAlias = Callable[[str], AbstractContextManager[None]]
@@ -106,6 +106,7 @@ class Workshop:
         stage: times the stages.
         progress: called with (stage, done, all).
         half: the model in half precision of which `channels` is the widened copy; None for any other model.
+        reference: what results are compared with, and their sizes are shares of; None if it is the traced model.
     """
 
     def __init__(
@@ -119,7 +120,9 @@ class Workshop:
         stage: Stage,
         progress: Progress,
         half: onnx.ModelProto | None = None,
+        reference: graph.Model | None = None,
     ) -> None:
+        self._reference = reference or channels.model
         self._half = half
         rounding = 0.0 if half is None else resolution(half)
         self._tolerance = max(LOSSLESS_SITE_ERROR, SITE_ROUNDINGS * rounding)
@@ -128,9 +131,9 @@ class Workshop:
         self._doubtful = doubtful & ~proof.constant
         self._stage, self._progress = stage, progress
         self._runtime: dict[str, Any] = {"providers": config.providers, "threads": config.threads}
-        self._original = verify.open_session(channels.model.proto, **self._runtime)
+        self._original = verify.open_session(self._reference.proto, **self._runtime)
         self._shapes, self._batch = _first_shapes(samples)
-        self.before = cost(channels.model if half is None else graph.load(half), self._shapes, self._batch)
+        self.before = cost(self._reference if half is None else graph.load(half), self._shapes, self._batch)
         self.metadata = json.dumps({"version": __version__, "options": config.described()}, sort_keys=True)
         self._metric: float | None = None
         self._allowed = max(LOSSLESS_VERIFIED_ERROR, OUTPUT_ROUNDINGS * self._rounding_error())
@@ -154,6 +157,18 @@ class Workshop:
         if self._config.round_to == "auto" and not self._sizes() and _ratio(best) > 1 / FASTER:
             best = self._unchanged()
         return dataclasses.replace(best, notes=(*best.notes, *self._slower(best)))
+
+    def judge(self, model: graph.Model, weights: Mapping[str, NDArray[Any]], chosen: Chosen) -> Chosen:
+        """A result with other weights, held to the budgets anew.
+
+        Args:
+            model: the model of `chosen`.
+            weights: new values of stored tensors.
+            chosen: the result so far.
+        """
+        proto = graph.edit(model, graph.Edits(constants=weights), self.metadata)
+        found = self._finished(proto, chosen.removed, chosen.kind, chosen.notes)
+        return dataclasses.replace(found, latency=chosen.latency)
 
     def _unchanged(self) -> Chosen:
         nothing = Plan(np.zeros(self._channels.units, dtype=bool), np.zeros(self._channels.units, dtype=np.int8), {})
@@ -450,7 +465,7 @@ class Workshop:
         if self._samples is None:
             return None
         feeds = next(iter(self._samples.batches(limit=1))).feeds
-        models = (self._channels.model.proto, proto)
+        models = (self._reference.proto, proto)
         sessions = [verify.open_session(model, timed=True, **self._runtime) for model in models]
         before, after = verify.measure_latency(sessions, feeds, seconds=TIMED)
         return before, after

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lindep_onnx import api, report
 from lindep_onnx._version import __version__
@@ -82,6 +82,8 @@ def _parser() -> argparse.ArgumentParser:
 
     how = parser.add_argument_group("how")
     how.add_argument("--refit", choices=("auto", "fold", "kernel", "sequential"), help="refit of the survivors")
+    how.add_argument("--rounds", type=int, metavar="N", help="contract in N rounds (1)")
+    how.add_argument("--recover", metavar="N|Nmin", help="train without labels: N steps or minutes after each round")
     how.add_argument("--min-channels", type=int, metavar="N", help="no channel axis is cut below N")
     how.add_argument("--round-to", metavar="auto|N", help="round kept counts up to a multiple")
     how.add_argument("--include", action="append", metavar="GLOB", help="touch only matching nodes")
@@ -238,6 +240,7 @@ class _progress:  # noqa: N801 - used like a function
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TimeRemainingColumn(),
             console=console,
             transient=True,
             disable=quiet or not console.is_terminal,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -11,7 +12,7 @@ from typing import Any, Literal
 
 from lindep_onnx.errors import UsageError
 
-__all__ = ["LOSSLESS_SITE_ERROR", "LOSSLESS_VERIFIED_ERROR", "Config", "Refit"]
+__all__ = ["LOSSLESS_SITE_ERROR", "LOSSLESS_VERIFIED_ERROR", "Config", "Effort", "Refit"]
 
 Refit = Literal["auto", "fold", "kernel", "sequential"]
 
@@ -19,6 +20,19 @@ Refit = Literal["auto", "fold", "kernel", "sequential"]
 LOSSLESS_SITE_ERROR = 1e-5
 #: Output error at which a lossless result is verified.
 LOSSLESS_VERIFIED_ERROR = 1e-3
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to train: so many steps, or so many seconds.
+
+    Attributes:
+        steps: number of steps; None where time decides. Only steps give the same result on every run.
+        seconds: time to take; None where steps decide.
+    """
+
+    steps: int | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +56,8 @@ class Config:
         input_range: lowest and highest value of inputs by name, `*` for all that are not named. What the weights imply
             for every input in there counts as proven; data outside it is refused.
         refit: how consumers are refitted; `auto` folds in lossless mode, else refits in sequence.
+        rounds: contract in so many rounds, each followed by refit and recovery.
+        recover: train against the original after each round, without labels: a number of steps, or `"5min"`.
         round_to: round kept counts up to this multiple; 1 leaves them as they are; `auto` rounds up to 8 or 16 where
             the result is not measured to be faster without.
         min_channels: no channel axis is cut below this.
@@ -68,6 +84,8 @@ class Config:
     proven_only: bool = False
     input_range: Mapping[str, tuple[float, float]] = field(default_factory=lambda: MappingProxyType({}))
     refit: Refit = "auto"
+    rounds: int = 1
+    recover: int | str | None = None
     round_to: int | Literal["auto"] = 1
     min_channels: int = 1
     include: tuple[str, ...] = ()
@@ -108,6 +126,7 @@ class Config:
         if self.refit not in ("auto", "fold", "kernel", "sequential"):
             raise UsageError(f"--refit is one of auto, fold, kernel, sequential, not {self.refit!r}.")
         least = {
+            "rounds": self.rounds,
             "round_to": 1 if self.round_to == "auto" else self.round_to,
             "min_channels": self.min_channels,
             "batch_size": self.batch_size,
@@ -120,6 +139,10 @@ class Config:
             raise UsageError(f"--seed must be at least 0, not {self.seed}.")
         if self.threads < 0:
             raise UsageError(f"--threads must be at least 0, not {self.threads}.")
+        if (self.rounds > 1 or self.effort is not None) and not self.budgeted:
+            raise UsageError(
+                "--rounds and --recover win back what a budget costs: name one, for instance --params 0.5."
+            )
 
     @property
     def budgeted(self) -> bool:
@@ -127,6 +150,26 @@ class Config:
         sizes = (self.params, self.macs, self.size, self.channels)
         budgets = (self.max_error, self.min_agreement, self.max_drop, *sizes)
         return any(budget is not None for budget in budgets)
+
+    @property
+    def sized(self) -> bool:
+        """Whether a size is asked for, so that rounds must reach it."""
+        return any(share is not None for share in (self.params, self.macs, self.size, self.channels))
+
+    @property
+    def effort(self) -> Effort | None:
+        """How long `recover` asks to train; None if it does not.
+
+        Raises:
+            UsageError: it is neither a positive number of steps nor of minutes.
+        """
+        if self.recover is None:
+            return None
+        found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(min)?", str(self.recover).strip())
+        amount = float(found[1]) if found is not None else 0.0
+        if found is None or amount <= 0 or (found[2] is None and "." in found[1]):
+            raise UsageError(f"--recover is a number of steps (300) or minutes (5min), not {self.recover!r}.")
+        return Effort(seconds=60 * amount) if found[2] else Effort(steps=int(amount))
 
     def described(self) -> dict[str, Any]:
         """The options that differ from their defaults, as JSON values."""

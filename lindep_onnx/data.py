@@ -174,11 +174,49 @@ class Samples:
             for start in range(0, len(own), step):
                 yield self._batch(index, own[start : start + step])
 
+    @property
+    def batch(self) -> int:
+        """Samples in a full run."""
+        return self._plan.batch
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all samples have the same shapes."""
+        specs = [spec for spec in self._plan.specs if spec.name not in self._plan.shared]
+        shapes = {
+            tuple(shard.headers[_source(spec, shard.headers)].shape[1:] for spec in specs) for shard in self._shards
+        }
+        return len(shapes) == 1
+
+    def take(self, numbers: NDArray[np.int64]) -> Arrays:
+        """Feeds for chosen samples of a `uniform` source, in the order asked for.
+
+        Args:
+            numbers: sample numbers, at most `batch`; filled up by repetition where the model fixes the batch.
+
+        Raises:
+            CalibrationError: a value is NaN or infinite.
+        """
+        numbers = self._filled(numbers)
+        shard = np.searchsorted(self._starts, numbers, side="right") - 1
+        parts = [self._feeds(index, numbers[shard == index]) for index in np.unique(shard).tolist()]
+        places = np.argsort(np.argsort(shard, kind="stable"))
+        return {
+            name: value if name in self._plan.shared else np.concatenate([part[name] for part in parts])[places]
+            for name, value in parts[0].items()
+        }
+
     def _batch(self, index: int, numbers: NDArray[np.int64]) -> Batch:
+        filled = self._filled(numbers)
+        return Batch(MappingProxyType(self._feeds(index, filled)), numbers, len(filled))
+
+    def _filled(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         fixed = self._plan.fixed_batch
+        return numbers if fixed is None else np.concatenate([numbers, np.repeat(numbers[-1:], fixed - len(numbers))])
+
+    def _feeds(self, index: int, numbers: NDArray[np.int64]) -> dict[str, Array]:
+        """Samples of one shard."""
         rows = numbers - self._starts[index]
-        if fixed is not None:
-            rows = np.concatenate([rows, np.repeat(rows[-1:], fixed - len(rows))])
         arrays = self._arrays(index)
         feeds = {}
         for spec in self._plan.specs:
@@ -196,7 +234,7 @@ class Samples:
                 inside = (fed >= low) & (fed <= high)
                 if not inside.all():
                     raise _outside(where, spec.range, fed[~inside].flat[0], self._sample(spec, numbers, inside))
-        return Batch(MappingProxyType(feeds), numbers, len(rows))
+        return feeds
 
     def _sample(self, spec: InputSpec, numbers: NDArray[np.int64], good: Array) -> int | None:
         """The first sample that is not good throughout; None if the array belongs to no sample."""

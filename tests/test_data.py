@@ -716,3 +716,18 @@ def test_a_pass_holds_batches_and_never_the_whole_of_the_data(kind: str, tmp_pat
 
     assert _peak(read) < values.nbytes / 3
     assert _peak(lambda: np.load(tmp_path / "big.npy")) >= values.nbytes  # what is measured here sees arrays
+
+
+def test_chosen_samples_come_in_the_order_asked_for_from_all_shards() -> None:
+    parts = [{"x": rows(5)}, {"x": rows(4, first=5)}, {"x": rows(6, first=9)}]
+    with opened(iter(parts)) as found:
+        assert found.uniform
+        assert found.take(np.array([11, 2, 7, 0]))["x"][:, 0].tolist() == [11, 2, 7, 0]
+    with opened({"x": rows(9)}, spec("x", 4, 3)) as found:
+        assert found.take(np.array([8, 3]))["x"][:, 0].tolist() == [8, 3, 3, 3]
+
+
+def test_samples_of_different_sizes_are_not_uniform() -> None:
+    parts = [{"x": rows(5, 3)}, {"x": rows(4, 6)}]
+    with opened(iter(parts), spec("x", "N", "L")) as found:
+        assert not found.uniform

@@ -1,0 +1,239 @@
+"""Training against the original: it works, it is the same on every run, and what it cannot train it names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from build import build, initializer, run, traced, with_initializer
+
+import lindep_onnx
+from lindep_onnx import anneal, graph
+from lindep_onnx.cli import main
+from lindep_onnx.config import Config, Effort
+from lindep_onnx.data import InputSpec, Samples, open_samples
+from lindep_onnx.errors import UsageError
+from lindep_onnx.recover import Recovered, recover, trainable
+from lindep_onnx.rewrite import Reconstruction, rewrite
+
+BODY = """
+a = Conv<pads=[1,1,1,1]>(x, w0, b0)
+n = BatchNormalization(a, scale, shift, mean, variance)
+r = Relu(n)
+c = Conv<pads=[1,1,1,1]>(r, w1, b1)
+s = Relu(c)
+p = MaxPool<kernel_shape=[2,2], strides=[2,2]>(s)
+g = GlobalAveragePool(p)
+h = Flatten(g)
+y = Gemm(h, w2, b2)
+"""
+WEIGHTS = {
+    "w0": (12, 3, 3, 3), "b0": (12,), "scale": (12,), "shift": (12,), "mean": (12,), "variance": np.linspace(0.5, 2, 12, dtype=np.float32),
+    "w1": (10, 12, 3, 3), "b1": (10,), "w2": (10, 4), "b2": (4,),
+}  # fmt: skip
+TRAINED = {"w0", "b0", "scale", "shift", "w1", "b1", "w2", "b2"}
+
+
+def samples(shape: tuple[int, ...] = (3, 6, 6), count: int = 200, model_batch: int | str = "N") -> Samples:
+    x = np.random.default_rng(0).normal(size=(count, *shape)).astype(np.float32)
+    spec = InputSpec("x", np.dtype(np.float32), (model_batch, *shape))
+    return open_samples({"x": x}, [spec], seed=0, holdout=0.3, max_samples=None, batch_size=16)
+
+
+def worn(model: onnx.ModelProto, name: str = "w1", seed: int = 7) -> onnx.ModelProto:
+    """The model with noise on one weight."""
+    value = initializer(model, name)
+    noise = np.random.default_rng(seed).normal(size=value.shape) * value.std()
+    return with_initializer(model, name, value + 0.5 * noise)
+
+
+def recovered(teacher: onnx.ModelProto, student: onnx.ModelProto, steps: int = 60, **options) -> Recovered:
+    data = options.pop("data", None) or samples()
+    with data:
+        return recover(
+            teacher, graph.load(student), data, Effort(steps=steps),
+            providers=["CPUExecutionProvider"], threads=1, seed=options.pop("seed", 0), progress=lambda *_: None, **options,
+        )  # fmt: skip
+
+
+def error(model: onnx.ModelProto, other: onnx.ModelProto) -> float:
+    feeds = {"x": np.random.default_rng(99).normal(size=(60, 3, 6, 6)).astype(np.float32)}
+    (a,), (b,) = run(model, feeds), run(other, feeds)
+    return float(np.linalg.norm(a - b) / np.linalg.norm(a - a.mean()))
+
+
+@pytest.fixture(scope="module")
+def teacher() -> onnx.ModelProto:
+    return build(BODY, WEIGHTS, x=("N", 3, 6, 6))
+
+
+def test_training_brings_a_worn_model_back_towards_the_original(teacher: onnx.ModelProto) -> None:
+    student = worn(teacher)
+    found = recovered(teacher, student)
+    assert set(found.weights) == TRAINED and not found.notes
+    result = graph.edit(graph.load(student), graph.Edits(constants=found.weights), "")
+    assert error(teacher, result) < 0.4 * error(teacher, student)
+    assert found.after < 0.2 * found.before and found.steps == 60
+
+
+def test_the_loss_is_the_squared_error_relative_to_what_varies(teacher: onnx.ModelProto) -> None:
+    student = worn(teacher)
+    with samples() as data:
+        batches = {part: list(data.batches(part)) for part in data.parts}
+    fit, select = (
+        np.concatenate([b.feeds["x"] for part, bs in batches.items() if part.value == name for b in bs])
+        for name in ("fit", "select")
+    )
+    (y,), (t,), (all_t,) = run(student, {"x": select}), run(teacher, {"x": select}), run(teacher, {"x": fit})
+    spread = all_t.var(axis=0) + 0.01 * all_t.var(axis=0).mean()
+    wanted = (np.square(y - t).mean(axis=0) / spread).mean()
+    assert recovered(teacher, student, 1).before == pytest.approx(wanted, rel=1e-4)
+
+
+def test_the_loss_of_a_softmax_is_the_divergence(teacher: onnx.ModelProto) -> None:
+    body = BODY.replace("y = Gemm", "z = Gemm") + "y = Softmax(z)\n"
+    original = build(body, WEIGHTS, x=("N", 3, 6, 6))
+    student = worn(original)
+    with samples() as data:
+        select = np.concatenate(
+            [b.feeds["x"] for part in data.parts if part.value == "select" for b in data.batches(part)]
+        )
+    (y,), (t,) = run(student, {"x": select}), run(original, {"x": select})
+    found = recovered(original, student)
+    assert found.before == pytest.approx(float((t * np.log(t / y)).sum() / len(t)), rel=1e-3)
+    assert found.after < 0.3 * found.before
+
+
+def test_two_runs_are_the_same_and_another_seed_is_not(teacher: onnx.ModelProto) -> None:
+    first, second, third = (recovered(teacher, worn(teacher), 8, seed=seed) for seed in (0, 0, 1))
+    assert all(np.array_equal(first.weights[name], second.weights[name]) for name in first.weights)
+    assert any(not np.array_equal(first.weights[name], third.weights[name]) for name in first.weights)
+
+
+def test_what_cannot_be_improved_stays_as_it_is(teacher: onnx.ModelProto) -> None:
+    assert not recovered(teacher, teacher, 5).weights  # every other state is worse on held-out samples
+
+
+def test_frozen_nodes_and_shared_weights(teacher: onnx.ModelProto) -> None:
+    found = recovered(teacher, worn(teacher), 8, frozen=["Conv_0", "Gemm_8"])
+    assert set(found.weights) == TRAINED - {"w0", "b0", "w2", "b2"}
+    tied = graph.load(build("a = Gemm(x, w)\nb = Relu(a)\nc = Gemm(b, w)\ny = Mul(c, w)", {"w": (4, 4)}, x=(4, 4)))
+    assert trainable(tied, []) == []  # read as a factor too
+
+
+def test_statistics_masks_and_bounds_are_no_weights() -> None:
+    body = "a = MatMul(x, w)\nb = Add(a, bias)\nc = Add(b, grid)\nd = Mul(c, half)\ne = Clip(d, low)\ny = Sub(e, mean)"
+    weights = {"w": (4, 5), "bias": (5,), "grid": (3, 5), "half": np.float32(0.5), "low": np.float32(0), "mean": (5,)}
+    assert trainable(graph.load(build(body, weights, x=(3, 4))), []) == ["w", "bias"]
+
+
+def test_what_stands_in_the_way_is_named() -> None:
+    body = "a = Gemm(x, w)\nb = CumSum(a, axis)\ny = Gemm(b, v)"
+    model = build(body, {"w": (4, 6), "v": (6, 3), "axis": np.array(1)}, x=("N", 4))
+    found = recovered(model, worn(model, "v"), data=samples((4,)))
+    assert set(found.weights) == {"v"}
+    assert found.notes == ("Weights in front of node 'CumSum_1' (CumSum) were not trained: has no gradient rule.",)
+    model = build("a = Gemm(x, w)\ny = CumSum(a, axis)", {"w": (4, 6), "axis": np.array(1)}, x=("N", 4))
+    found = recovered(model, worn(model, "w"), data=samples((4,)))
+    assert not found.weights and found.steps == 0 and "CumSum" in found.notes[0]
+
+
+def test_a_fixed_batch_and_an_old_operator_set() -> None:
+    model = build(
+        "a = MatMul(x, w)\nb = Clip<min=0.0>(a)\ny = MatMul(b, v)", {"w": (4, 6), "v": (6, 3)}, x=(8, 4), opset=9
+    )
+    found = recovered(model, worn(model, "v"), data=samples((4,), model_batch=8))
+    assert found.after < 0.5 * found.before
+
+
+# ---- options, rounds ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "effort"), [("300", Effort(steps=300)), (20, Effort(steps=20)), ("1.5min", Effort(seconds=90))]
+)
+def test_steps_or_minutes(text: str | int, effort: Effort) -> None:
+    assert Config(params=0.5, recover=text).effort == effort
+
+
+@pytest.mark.parametrize("text", ["0", "5 hours", "2.5", "-3", "min"])
+def test_other_efforts_have_no_meaning(text: str) -> None:
+    with pytest.raises(UsageError, match="--recover is a number of steps"):
+        Config(params=0.5, recover=text)
+
+
+def test_without_a_budget_there_is_nothing_to_recover() -> None:
+    with pytest.raises(UsageError, match="name one"):
+        Config(recover="300")
+
+
+def test_rounds_shrink_by_the_same_factor() -> None:
+    shares = [step.params for step in anneal.schedule(Config(params=0.25, rounds=2))]
+    assert shares == pytest.approx([0.5, 0.25])
+
+
+def test_removals_of_two_rounds_add_up_in_units_of_the_original(teacher: onnx.ModelProto) -> None:
+    channels = traced(teacher)
+    rng = np.random.default_rng(0)
+    removed = rng.random(channels.units) < 0.3
+    smaller = traced(rewrite(channels, Reconstruction(removed), ""))
+    gone = rng.random(smaller.units) < 0.3
+    both = anneal.lifted(channels, removed, smaller, gone)
+    assert both.sum() == removed.sum() + gone.sum() and both[removed].all()
+    twice, once = (rewrite(*pair, "") for pair in ((smaller, Reconstruction(gone)), (channels, Reconstruction(both))))
+    x = {"x": np.ones((2, 3, 6, 6), np.float32)}
+    np.testing.assert_allclose(run(twice, x)[0], run(once, x)[0], rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def wide() -> onnx.ModelProto:
+    """A net of which half is missed."""
+    body = "a = Gemm(x, w0, b0)\nr = Tanh(a)\nc = Gemm(r, w1, b1)\ns = Tanh(c)\ny = Gemm(s, w2)"
+    return build(body, {"w0": (8, 24), "b0": (24,), "w1": (24, 24), "b1": (24,), "w2": (24, 4)}, x=("N", 8))
+
+
+@pytest.fixture(scope="module")
+def inputs() -> dict[str, np.ndarray]:
+    return {"x": np.random.default_rng(3).normal(size=(2000, 8)).astype(np.float32)}
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_compress_recovers_and_says_so(wide: onnx.ModelProto, inputs: dict, rounds: int) -> None:
+    plain = lindep_onnx.compress(wide, inputs, params=0.5)
+    found = lindep_onnx.compress(wide, inputs, params=0.5, recover=200, rounds=rounds)
+    assert found.report.after.parameters <= 0.5 * found.report.before.parameters
+    assert sum("steps of training" in note for note in found.report.notes) == rounds
+    assert found.report.verification.relative_error < 0.9 * plain.report.verification.relative_error
+    removed = sum(group.removed for group in found.report.groups)
+    assert removed == found.report.before.channels - found.report.after.channels
+
+
+def test_rounds_spend_what_recovery_won_back(wide: onnx.ModelProto, inputs: dict) -> None:
+    once, thrice = (
+        lindep_onnx.compress(wide, inputs, max_error=0.2, recover=150, rounds=rounds).report for rounds in (1, 3)
+    )
+    assert thrice.after.parameters < once.after.parameters
+    assert thrice.verification is not None and thrice.verification.relative_error <= 0.2
+
+
+def test_the_command_line_trains_too(wide: onnx.ModelProto, inputs: dict, tmp_path: Path) -> None:
+    onnx.save(wide, tmp_path / "in.onnx")
+    np.savez(tmp_path / "data.npz", **inputs)
+    paths = [str(tmp_path / name) for name in ("in.onnx", "out.onnx")]
+    options = ["--calib", str(tmp_path / "data.npz"), "--params", "0.5", "--recover", "0.02min", "--rounds", "2"]
+    assert main([*paths, *options, "--report", str(tmp_path / "r.json"), "-q"]) == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["options"]["recover"] == "0.02min" and report["seconds"]["recover"] > 2
+    assert [note[:8] for note in report["notes"]] == ["Round 1:", "Round 2:"]
+
+
+def test_a_model_that_cannot_be_trained_keeps_its_refit_and_says_why() -> None:
+    body = "a = Gemm(x, w)\nb = Relu(a)\nc = Gemm(b, v)\ny = CumSum(c, axis)"
+    model = build(body, {"w": (8, 24), "v": (24, 3), "axis": np.array(1)}, x=("N", 8))
+    x = {"x": np.random.default_rng(0).normal(size=(400, 8)).astype(np.float32)}
+    plain, found = (lindep_onnx.compress(model, x, params=0.5, **extra) for extra in ({}, {"recover": 10}))
+    assert found.model.graph.initializer == plain.model.graph.initializer
+    assert any("CumSum" in note and "not trained" in note for note in found.report.notes)

@@ -1,0 +1,133 @@
+"""Distillation in PyTorch, to hold `lindep_onnx.recover` against: the usual Adam, the same number of steps and samples.
+
+A small interpreter runs the nodes of an ONNX graph with PyTorch's functions, weights being leaves of autograd. It knows
+the operators of convolutional classifiers and says which one it lacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+import torch.nn.functional as functional
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lindep_onnx.graph import Model, Node
+from lindep_onnx.recover import trainable
+from lindep_onnx.shapes import Resolved, resolve
+
+__all__ = ["distil", "evaluate"]
+
+Array: TypeAlias = NDArray[Any]
+
+RATE, BATCH = 1e-3, 32
+#: Shapes of a model for the sizes it was run with; the model is held so that its id stays its own.
+_RESOLVED: dict[Any, tuple[Model, Resolved]] = {}
+
+
+def evaluate(model: Model, feeds: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[Tensor]:
+    """The outputs of a model.
+
+    Args:
+        model: float32, two spatial axes.
+        feeds: by input name.
+        weights: tensors to use instead of the stored ones.
+
+    Raises:
+        NotImplementedError: an operator is not known here.
+    """
+    shapes = {name: tuple(value.shape) for name, value in feeds.items()}
+    key = id(model), *shapes.items()
+    if key not in _RESOLVED:
+        _RESOLVED[key] = model, resolve(model, shapes)
+    resolved = _RESOLVED[key][1]
+    values: dict[str, Tensor] = {**feeds, **weights}
+    for node in model.nodes:
+        if any(name in resolved.constants for name in node.outputs):
+            continue
+        inputs = [_input(name, values, resolved) for name in node.inputs]
+        values[node.outputs[0]] = _output(node, inputs, resolved)
+    return [values[name] for name in model.outputs]
+
+
+def distil(teacher: Model, student: Model, images: NDArray[np.float32], *, steps: int) -> dict[str, Array]:
+    """New weights of a model that is trained to put out what another does: Adam, cosine schedule, squared error.
+
+    Args:
+        teacher: the original; one input, one output.
+        student: the smaller model.
+        images: what to train on, samples first.
+        steps: of the optimiser.
+    """
+    weights = {name: torch.tensor(student.stored[name], requires_grad=True) for name in trainable(student, ())}
+    name = student.inputs[0]
+    with torch.no_grad():
+        parts = [evaluate(teacher, {name: torch.from_numpy(part)}, {})[0] for part in np.array_split(images, 16)]
+    targets = torch.cat(parts)
+    optimiser = torch.optim.Adam(weights.values(), lr=RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    rng = np.random.default_rng(0)
+    for _ in range(steps):
+        chosen = rng.choice(len(images), BATCH, replace=False)
+        (found,) = evaluate(student, {name: torch.from_numpy(images[chosen])}, weights)
+        loss = ((found - targets[chosen]).square().mean(0) / targets.var(0)).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    return {name: value.detach().numpy() for name, value in weights.items()}
+
+
+def _input(name: str, values: Mapping[str, Tensor], resolved: Resolved) -> Any:
+    if not name or name in values:
+        return values.get(name)
+    return torch.from_numpy(np.array(resolved.constants[name]))
+
+
+def _output(node: Node, inputs: list[Any], resolved: Resolved) -> Tensor:
+    x, a = inputs[0], node.attributes
+    if node.op == "Conv":
+        pads = list(a.get("pads", [0] * 4))
+        x = functional.pad(x, (pads[1], pads[3], pads[0], pads[2]))
+        bias = inputs[2] if len(inputs) > 2 else None
+        return functional.conv2d(
+            x, inputs[1], bias, tuple(a.get("strides", (1, 1))), 0, tuple(a.get("dilations", (1, 1))), a.get("group", 1)
+        )
+    if node.op == "Gemm":
+        left, right = (x.T if a.get("transA", 0) else x), (inputs[1].T if a.get("transB", 0) else inputs[1])
+        product = a.get("alpha", 1.0) * left @ right
+        return product + a.get("beta", 1.0) * inputs[2] if len(inputs) > 2 else product
+    if node.op == "BatchNormalization":
+        return functional.batch_norm(x, inputs[3], inputs[4], inputs[1], inputs[2], False, 0.0, a.get("epsilon", 1e-5))
+    if node.op == "MaxPool":
+        return functional.max_pool2d(x, tuple(a["kernel_shape"]), tuple(a.get("strides", (1, 1))))
+    if node.op == "Slice":
+        for begin, end, axis, step in zip(*(value.tolist() for value in _bounds(inputs)), strict=True):
+            x = x.index_select(axis, torch.arange(x.shape[axis])[begin:end:step])
+        return x
+    if node.op == "Pad":
+        pads, rank = inputs[1].tolist(), x.ndim
+        return functional.pad(x, [pads[side * rank + axis] for axis in reversed(range(rank)) for side in (0, 1)])
+    if node.op in ("Flatten", "Reshape"):
+        return x.reshape([int(size) for size in resolved.shapes[node.outputs[0]]])
+    plain = {
+        "Relu": lambda: torch.relu(x),
+        "Clip": lambda: torch.clamp(x, *(None if bound is None else float(bound) for bound in inputs[1:])),
+        "Add": lambda: x + inputs[1],
+        "Mul": lambda: x * inputs[1],
+        "GlobalAveragePool": lambda: x.mean((2, 3), keepdim=True),
+        "Identity": lambda: x,
+    }
+    if node.op not in plain:
+        raise NotImplementedError(f"{node.name}: {node.op} is not known to tools/torch_recover.py")
+    return plain[node.op]()
+
+
+def _bounds(inputs: list[Any]) -> list[Tensor]:
+    starts, ends = inputs[1], inputs[2]
+    axes = inputs[3] if len(inputs) > 3 and inputs[3] is not None else torch.arange(len(starts))
+    steps = inputs[4] if len(inputs) > 4 and inputs[4] is not None else torch.ones_like(starts)
+    return [starts, ends, axes, steps]

@@ -9,6 +9,7 @@ at.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -45,8 +46,8 @@ __all__ = ["SIZES", "Chosen", "Workshop"]
 Progress: TypeAlias = Callable[[str, int, int], None]
 Stage: TypeAlias = Callable[[str], AbstractContextManager[None]]
 
-#: What counts as lossless in half precision: at a site in spacings of its numbers, at the outputs in errors that the
-#: original itself makes when every weight moves to a neighbouring number or stays.
+#: What counts as lossless beside the bounds: at a site, in half precision, spacings of its numbers; at the outputs
+#: errors that the original itself makes when every weight moves to a neighbouring number or stays.
 SITE_ROUNDINGS, OUTPUT_ROUNDINGS = 1.0, 2.0
 #: Widths that `--round-to auto` tries in turn: ONNX Runtime's kernels work on blocks of 8 or 16 channels.
 WIDTHS = (1, 8, 16)
@@ -136,7 +137,6 @@ class Workshop:
         self.before = cost(self._reference if half is None else graph.load(half), self._shapes, self._batch)
         self.metadata = json.dumps({"version": __version__, "options": config.described()}, sort_keys=True)
         self._metric: float | None = None
-        self._allowed = max(LOSSLESS_VERIFIED_ERROR, OUTPUT_ROUNDINGS * self._rounding_error())
 
     def choose(self) -> Chosen:
         """The result that the options ask for; look at its `failure`."""
@@ -381,11 +381,15 @@ class Workshop:
     def _cost(self, proto: onnx.ModelProto) -> Cost:
         return cost(graph.load(self.stored(proto)), self._shapes, self._batch)
 
+    def _is_lossless(self, error: float) -> bool:
+        """Whether an output error is small enough, or rounding: on few samples any difference can look large."""
+        return error <= LOSSLESS_VERIFIED_ERROR or error <= OUTPUT_ROUNDINGS * self._rounding_error
+
+    @functools.cached_property
     def _rounding_error(self) -> float:
-        """What one rounding of all weights does to the outputs of a half-precision model; no error below it counts."""
-        if self._half is None:
-            return 0.0
-        found = self._compared(widened(neighbour(self._half, self._config.seed)), Part.VERIFY)
+        """What one rounding of all weights does to the outputs of the original; no error below it counts."""
+        moved = neighbour(self._reference.proto if self._half is None else self._half, self._config.seed)
+        found = self._compared(moved if self._half is None else widened(moved), Part.VERIFY)
         return 0.0 if found is None else found.relative_error
 
     def stored(self, proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -413,8 +417,8 @@ class Workshop:
             kept = self._holds("min_agreement", found.agreement)
             limits.append((f"--min-agreement {self._config.min_agreement:g}", found.agreement, kept))
         if not self._config.budgeted:
-            kept = found.relative_error <= self._allowed
-            limits.append((f"the lossless bound {self._allowed:g}", found.relative_error, kept))
+            kept = self._is_lossless(found.relative_error)
+            limits.append((f"the lossless bound {LOSSLESS_VERIFIED_ERROR:g}", found.relative_error, kept))
         for name, value, kept in limits:
             if not kept:
                 reached = "it could not be measured" if value is None else f"it is {value:.4g}"
@@ -454,10 +458,10 @@ class Workshop:
                     f"{flag} {getattr(self._config, name):g} does not hold together with the other budgets: on unseen "
                     f"samples it {reached_text}. Nothing was written; loosen one of them."
                 )
-        if not self._config.budgeted and found is not None and found.relative_error > self._allowed:
+        if not self._config.budgeted and found is not None and not self._is_lossless(found.relative_error):
             return VerificationError(
                 f"The result differs from the original by {found.relative_error:.2g} on unseen samples, more than "
-                f"the {self._allowed:.2g} allowed. Nothing was written; give more or more varied data."
+                f"the {LOSSLESS_VERIFIED_ERROR:.2g} allowed. Nothing was written; give more or more varied data."
             )
         return None
 

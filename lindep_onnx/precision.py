@@ -16,6 +16,7 @@ __all__ = ["narrowed", "neighbour", "resolution", "widened"]
 
 #: Relative spacing of numbers, by type.
 NARROW: Mapping[int, float] = {onnx.TensorProto.FLOAT16: 2.0**-10, onnx.TensorProto.BFLOAT16: 2.0**-7}
+FLOATS = (*NARROW, onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE)
 #: Attributes that name the type of an output.
 TYPES = ("to", "dtype")
 
@@ -91,7 +92,7 @@ def narrowed(result: onnx.ModelProto, original: onnx.ModelProto) -> onnx.ModelPr
 
 
 def neighbour(proto: onnx.ModelProto, seed: int) -> onnx.ModelProto:
-    """A copy of a model in which every half-precision weight moved to the next number above or below, or stayed.
+    """A copy of a model in which every weight moved to the next number above or below, or stayed.
 
     Args:
         proto: the model; not changed.
@@ -101,11 +102,12 @@ def neighbour(proto: onnx.ModelProto, seed: int) -> onnx.ModelProto:
     copy.CopyFrom(proto)
     rng = np.random.default_rng(seed)
     for tensor in _tensors(copy.graph):
-        if tensor.data_type in NARROW:
+        if tensor.data_type in FLOATS:
             value = onnx.numpy_helper.to_array(tensor)
-            bits = value.view(np.int16) if value.ndim else value.reshape(1).view(np.int16).reshape(())
-            moved = bits + rng.integers(-1, 2, bits.shape, dtype=np.int16) * (value != 0)
-            tensor.CopyFrom(onnx.numpy_helper.from_array(moved.astype(np.int16).view(value.dtype), tensor.name))
+            bits = np.atleast_1d(value).view(f"i{value.dtype.itemsize}")
+            moved = bits + rng.integers(-1, 2, bits.shape, dtype=bits.dtype) * (bits != 0)
+            moved = moved.astype(bits.dtype).view(value.dtype).reshape(value.shape)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(moved, tensor.name))
     return copy
 
 
@@ -122,11 +124,10 @@ def _types(proto: onnx.ModelProto) -> dict[str, int]:
     del skeleton.graph.initializer[:]
     skeleton.graph.initializer.extend(kept)
     inferred = onnx.shape_inference.infer_shapes(skeleton).graph
-    floats = (*NARROW, onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE)
     values = (*inferred.input, *inferred.output, *inferred.value_info)
     found = {value.name: value.type.tensor_type.elem_type for value in values}
     found.update((tensor.name, tensor.data_type) for tensor in proto.graph.initializer)
-    return {name: kind for name, kind in found.items() if kind in floats}
+    return {name: kind for name, kind in found.items() if kind in FLOATS}
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

@@ -35,6 +35,8 @@ __all__ = ["Flat", "Quiet", "Range", "flats", "observe", "required_margin", "une
 Floats: TypeAlias = NDArray[np.float64]
 Progress: TypeAlias = Callable[[str, int, int], None]
 
+#: Of fewer samples nothing is concluded: what never changed in n of them may change in a share of 3 / n of all others.
+LEAST_SAMPLES = 32
 #: Standard deviations, over all positions, by which a channel must stay inside a flat part in any case; for many and
 #: for few samples. Measured on efficientnet_lite0: without a margin 0.75 % of decisions changed.
 MARGIN, MANY_SAMPLES, MARGIN_FEW = 2.0, 600, 4.0
@@ -291,7 +293,7 @@ def unexplained(units: int, watched: Sequence[Flat], ranges: Sequence[Range], sa
     """(units,) bool: constant so far, but not by a margin.
 
     A channel whose input stays inside a flat part of the activation with margin to spare is taken to stay there. One
-    that varies before an operator without known flat parts is not.
+    that varies before an operator without known flat parts is not, and none is if there are too few samples.
 
     Args:
         units: how many there are.
@@ -301,7 +303,7 @@ def unexplained(units: int, watched: Sequence[Flat], ranges: Sequence[Range], sa
     """
     deviations = MARGIN if samples >= MANY_SAMPLES else MARGIN_FEW
     required = required_margin(ranges)
-    doubtful = np.zeros(units, dtype=bool)
+    doubtful = np.full(units, samples < LEAST_SAMPLES)
     for flat, seen in zip(watched, ranges, strict=True):
         doubtful[flat.units[_doubted(flat, seen, deviations, required)]] = True
     return doubtful

@@ -686,6 +686,7 @@ def test_what_unseen_samples_turn_down_stays(treacherous: Path, cli: Callable) -
 def strict(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A bound that nothing meets, not even what the weights prove."""
     monkeypatch.setattr(budget, "LOSSLESS_VERIFIED_ERROR", -1.0)
+    monkeypatch.setattr(budget, "OUTPUT_ROUNDINGS", -1.0)
     return folder
 
 

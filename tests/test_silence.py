@@ -118,3 +118,9 @@ def test_a_part_without_an_end_counts_nobody_and_warns_of_nothing() -> None:
     values = np.ones((3, 2))
     found = silence._range(flat, (values, values, values, values), 3)
     assert found.quiet[0].count.tolist() == [0, 0] and np.isinf(found.quiet[0].margin).all()
+
+
+@pytest.mark.parametrize(("samples", "goes"), [(40, 0), (80, 1)])
+def test_nothing_is_concluded_from_silence_in_a_few_samples(samples: int, goes: int) -> None:
+    w = as_array("w", (8, 3, 1, 1))
+    assert removed(net(np.r_[-60.0, np.zeros(7)], w), images(samples)[: samples * 9 // 10]) == goes

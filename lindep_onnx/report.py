@@ -49,6 +49,7 @@ ADVICE: Mapping[str, str] = {
     "contracted": "Nothing to do: both factors of such a product (attention scores) are data.",
     "counted": "Export with fixed shapes, so that no Size or Shape operator counts channels at run time.",
     "einsum": "Export without Einsum, or with the weight as a plain matrix.",
+    "enormous": "Nothing to do: looking for dependence among so many would take for ever.",
     "excluded": "Widen --include or drop --exclude to let these nodes take part.",
     "frozen_input": "Nothing to do here; the channels become free where what feeds them does.",
     "graph_output": "Nothing to do: the shapes of the outputs are part of the model.",

@@ -386,3 +386,9 @@ def test_sparse_weights_are_refused() -> None:
     model.graph.initializer.remove(dense)
     model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, index, [8, 3, 1, 1]))
     assert traced(model).units == 0
+
+
+def test_a_pad_of_millions_of_channels_is_refused_at_once() -> None:
+    pads = np.array([0, 0, 0, 0, 0, 1 << 40, 0, 0])
+    channels = traced(build("h = Conv(x, w)\np = Pad(h, pads)\ny = Relu(p)", {"w": (8, 3, 1, 1), "pads": pads}))
+    assert "enormous" in {refusal.reason.code for refusal in channels.refusals}

@@ -15,7 +15,10 @@ FROZEN_OPERAND = Reason("unlabelled_operand", "they are combined with a tensor w
 RUNTIME_INDICES = Reason("runtime_indices", "which of them are picked is computed at run time")
 PICKED = Reason("picked", "a single one of them is picked out")
 BORDER = Reason("pad_mode", "a Pad that crops, repeats or reflects them")
+ENORMOUS = Reason("enormous", "a Pad makes more than a million of them")
 
+#: Channels that a Pad may add: arrays over more would take longer than all else.
+MOST_PADDED = 1 << 20
 END = np.iinfo(np.int64).max
 
 
@@ -280,6 +283,8 @@ def pad(node: Node, tracer: Tracer) -> None:
             tracer.freeze_tensor(data, RUNTIME_INDICES, node, [axis])
         elif (before or after) and (not constant_mode or min(before, after) < 0):
             tracer.freeze_tensor(data, BORDER, node, [axis])
+        elif before + after > MOST_PADDED:
+            tracer.freeze_tensor(data, ENORMOUS, node, [axis])
         else:
             labels[axis] = np.concatenate([tracer.fresh(before), atoms, tracer.fresh(after)])
     tracer.label_axes(result, labels)

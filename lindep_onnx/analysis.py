@@ -17,7 +17,7 @@ __all__ = ["CONSTANT_TOLERANCE", "JOINT_ROWS", "Evidence", "SiteEvidence", "evid
 
 #: What differs by less than this share of its size is constant: it is rounding.
 CONSTANT_TOLERANCE = 1e-6
-#: Samples in which a feature must be other than zero before anything but silence is concluded from it.
+#: Samples in which a feature must leave its rest before anything but silence is concluded from it; half, of fewer.
 LEAST_ACTIVE_SAMPLES = 8
 #: Rows for each feature, at most 16 counted per sample, that a dependence on several others needs.
 JOINT_ROWS = 3.0
@@ -36,7 +36,7 @@ class SiteEvidence:
         holdout: the same over unseen samples, about the same `mean`; None if there are none.
         offset: (F,) mean over the fit rows, less `mean`.
         constant: (F,) bool, the feature never changes.
-        active: (F,) number of fit samples in which the feature is other than zero.
+        active: (F,) number of fit samples in which the feature leaves its rest (`Moments.moving`).
         joint: whether there are rows enough for dependence on several others.
         rows: number of rows that were fitted to.
         effective_rows: the same, but at most 16 for each sample.
@@ -81,7 +81,7 @@ def evidence(channels: Channels, calibration: Calibration) -> Evidence:
     constant = np.ones(channels.units, dtype=bool)
     silent = np.zeros(channels.units, dtype=bool)
     active = np.ones(channels.units, dtype=bool)
-    enough = min(LEAST_ACTIVE_SAMPLES, max(1, calibration.samples[0] // 4))
+    enough = min(LEAST_ACTIVE_SAMPLES, max(1, calibration.samples[0] // 2))
     for site in sites:
         live = site.unit != FROZEN
         silent[site.unit[live & site.constant]] = True
@@ -117,7 +117,7 @@ def _site_evidence(channels: Channels, site: Site, calibration: Calibration) -> 
         holdout=holdout,
         offset=fit.mean - mean,
         constant=constant,
-        active=fit.active,
+        active=fit.moving,
         joint=fit.effective_rows >= JOINT_ROWS * len(low),
         rows=fit.rows,
         effective_rows=fit.effective_rows,

@@ -37,6 +37,8 @@ class Moments:
         low: (F,) smallest value.
         high: (F,) largest value.
         active: (F,) int64, number of samples with a value other than zero.
+        at_low: (F,) int64, number of samples all of whose values are `low`.
+        at_high: (F,) int64, number of samples all of whose values are `high`.
     """
 
     rows: int
@@ -47,6 +49,13 @@ class Moments:
     low: NDArray[np.float64]
     high: NDArray[np.float64]
     active: NDArray[np.int64]
+    at_low: NDArray[np.int64]
+    at_high: NDArray[np.int64]
+
+    @property
+    def moving(self) -> NDArray[np.int64]:
+        """(F,) number of samples in which a feature leaves its rest: zero, or the value at an end of its range."""
+        return np.asarray(np.minimum(self.active, self.samples - np.maximum(self.at_low, self.at_high)))
 
     @property
     def mean(self) -> NDArray[np.float64]:
@@ -64,6 +73,8 @@ class Moments:
             low=np.minimum(self.low, other.low),
             high=np.maximum(self.high, other.high),
             active=self.active + other.active,
+            at_low=_at_end(self.low, self.at_low, other.low, other.at_low),
+            at_high=_at_end(-self.high, self.at_high, -other.high, other.at_high),
         )
 
     def about(self, center: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -85,7 +96,7 @@ class MomentsAccumulator:
         self._sum = np.zeros(features)
         self._gram = np.zeros((features, features), order="F")
         self._low, self._high = np.full(features, np.inf), np.full(features, -np.inf)
-        self._active = np.zeros(features, dtype=np.int64)
+        self._active, self._at_low, self._at_high = np.zeros((3, features), dtype=np.int64)
 
     def update(self, rows: NDArray[Any]) -> None:
         """Add rows.
@@ -101,12 +112,15 @@ class MomentsAccumulator:
         flat = np.ascontiguousarray(rows, dtype=np.float64).reshape(-1, features)
         if not len(flat):
             return
-        low, high = flat.min(axis=0), flat.max(axis=0)
+        lows, highs = rows.min(axis=1).astype(np.float64), rows.max(axis=1).astype(np.float64)
+        low, high = lows.min(axis=0), highs.max(axis=0)
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
             raise CalibrationError("An activation is NaN or infinite.")
         # The transpose of a C-ordered array is F-ordered: BLAS takes it as it is.
         self._gram = dsyrk(1.0, flat.T, beta=1.0, c=self._gram, overwrite_c=True, lower=True)
         self._sum += flat.sum(axis=0)
+        self._at_low = _at_end(self._low, self._at_low, low, (highs == low).sum(axis=0))
+        self._at_high = _at_end(-self._high, self._at_high, -high, (lows == high).sum(axis=0))
         np.minimum(self._low, low, out=self._low)
         np.maximum(self._high, high, out=self._high)
         self._active += (rows != 0).any(axis=1).sum(axis=0)
@@ -126,7 +140,16 @@ class MomentsAccumulator:
             low=self._low.copy(),
             high=self._high.copy(),
             active=self._active.copy(),
+            at_low=self._at_low.copy(),
+            at_high=self._at_high.copy(),
         )
+
+
+def _at_end(
+    end: NDArray[np.float64], count: NDArray[np.int64], other: NDArray[np.float64], more: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """(F,) how many samples lie at the lower of two ends."""
+    return np.where(other < end, 0, count) + np.where(other > end, 0, more)
 
 
 #: What the standard library and NumPy raise on damaged files, and on sizes that nobody has the memory for.
@@ -145,7 +168,7 @@ UNREADABLE = (
     ),
     *(zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError),
 )
-_FIELDS = ("sum", "gram", "low", "high", "active")
+_FIELDS = ("sum", "gram", "low", "high", "active", "at_low", "at_high")
 
 
 def save_moments(path: Path, named: Mapping[str, Moments]) -> None:

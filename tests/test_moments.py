@@ -187,3 +187,25 @@ def test_a_file_that_holds_no_moments_is_refused_by_name(
         path.write_bytes(content)
     with pytest.raises(CalibrationError, match=r"moments\.npz: is not a readable file of moments"):
         load_moments(path)
+
+
+@pytest.mark.parametrize("pieces", [1, 3, 10])
+def test_samples_that_leave_the_rest_are_counted(pieces: int) -> None:
+    values = np.random.default_rng(0).normal(size=(10, 4, 5)) + 5.0
+    values[:, :, 0] = 1.0  # rests at its lowest value, but in two samples
+    values[[3, 7], 2, 0] = 2.0
+    values[:, :, 1] = -values[:, :, 0]  # at its highest
+    values[:, :, 2] = values[:, :, 0] - 1.0  # at zero
+    values[:, 0, 3] = 0.0  # at an end at one position only: that is no rest
+    parts = []
+    for piece in np.array_split(values, pieces):
+        accumulator = MomentsAccumulator(5)
+        accumulator.update(piece)
+        parts.append(accumulator.result())
+    merged = parts[0]
+    for part in parts[1:]:
+        merged = merged.merge(part)
+    whole = MomentsAccumulator(5)
+    for piece in np.array_split(values, pieces):
+        whole.update(piece)
+    assert merged.moving.tolist() == whole.result().moving.tolist() == [2, 2, 2, 10, 10]

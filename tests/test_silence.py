@@ -124,3 +124,19 @@ def test_a_part_without_an_end_counts_nobody_and_warns_of_nothing() -> None:
 def test_nothing_is_concluded_from_silence_in_a_few_samples(samples: int, goes: int) -> None:
     w = as_array("w", (8, 3, 1, 1))
     assert removed(net(np.r_[-60.0, np.zeros(7)], w), images(samples)[: samples * 9 // 10]) == goes
+
+
+def test_channels_that_leave_a_rest_other_than_zero_together_once_are_no_multiples() -> None:
+    # Behind the BatchNormalization rest is not zero: only what changes tells how often a channel spoke.
+    rng = np.random.default_rng(3)
+    w, x = rng.normal(size=(8, 3, 1, 1)), rng.normal(size=(60, 3, 1, 1)).astype(np.float32)
+    w[1], b = 0.5 * w[0] + 1e-3, np.zeros(8)
+    spoken = np.sort(np.einsum("i,nihw->n", w[0, :, 0, 0], x.astype(np.float64)))
+    b[:2] = -(spoken[-1] + spoken[-2]) / 2 * np.array([1.0, 0.5])  # one sample wakes both
+    weights = {
+        "w": w.astype(np.float32), "b": b.astype(np.float32), "v": (4, 8, 1, 1), "c": (4,),
+        "s": np.ones(8, np.float32), "o": np.full(8, 3, np.float32),
+        "m": np.zeros(8, np.float32), "n": np.ones(8, np.float32),
+    }  # fmt: skip
+    net = "h = Conv(x, w, b)\nr = Relu(h)\nq = BatchNormalization(r, s, o, m, n)\ny = Conv(q, v, c)"
+    assert removed(build(net, weights, x=("N", 3, 1, 1)), x) == 0

@@ -601,6 +601,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 table { border-collapse: collapse; width: 100%; } th, td { text-align: left; vertical-align: top;
   padding: .3rem .6rem .3rem 0; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
+td:not(.n), th:not(.n) { min-width: 5.5rem; }
 th { color: var(--dim); font-weight: 600; } .n { text-align: right; font-variant-numeric: tabular-nums;
   white-space: nowrap; } .wide { overflow-x: auto; } .dim { color: var(--dim); } li { overflow-wrap: anywhere; }
 .good { color: var(--good); font-weight: 600; } .bad { color: var(--bad); font-weight: 600; }

@@ -515,8 +515,11 @@ def _cast(value: Array, dtype: np.dtype[Any], where: str) -> Array:
         limits = np.iinfo(dtype)
         if int(value.min()) < limits.min or int(value.max()) > limits.max:
             raise CalibrationError(f"{where} holds integers that do not fit {dtype}.")
-    with np.errstate(over="ignore"):
-        return np.ascontiguousarray(value, dtype=dtype).reshape(value.shape)
+    try:
+        with np.errstate(over="ignore"):
+            return np.ascontiguousarray(value, dtype=dtype).reshape(value.shape)
+    except UnicodeDecodeError:
+        raise CalibrationError(f"{where} holds bytes that are no ASCII text; store it as strings.") from None
 
 
 def _not_finite(where: str, dtype: np.dtype[Any], stored: Array, sample: int | None) -> CalibrationError:

@@ -731,3 +731,7 @@ def test_samples_of_different_sizes_are_not_uniform() -> None:
     parts = [{"x": rows(5, 3)}, {"x": rows(4, 6)}]
     with opened(iter(parts), spec("x", "N", "L")) as found:
         assert not found.uniform
+
+
+def test_bytes_that_are_no_text_are_refused_for_a_string_input() -> None:
+    refused("no ASCII text", {"s": np.array([[b"\xd3"]] * 4)}, spec("s", "N", 1, dtype="U8"))

@@ -283,11 +283,14 @@ def _run(
         if samples is not None:
             variants = compare_variants(channels.model.proto, chosen.proto, samples, data.inputs, **runtime)
         chosen = replace(chosen, failure=chosen.failure or _variant_failure(variants))
-    stressed, failure = None, chosen.failure
+    stressed: Verification | None = None
+    failure = chosen.failure
     if data.stress is not None:
         with clock.stage("stress"):
-            stressed = workshop.compared(chosen.proto, data.stress)
-            stress_failure = workshop.stress_failure(stressed)
+            compared = workshop.compared(chosen.proto, data.stress)
+            stress_failure = workshop.stress_failure(compared)
+            where = "the stress data, which nothing was fitted to or chosen by"
+            stressed = _verification(compared, stress_failure is None, where)
             failure = failure or stress_failure
     found: dict[int, Support] = {}
     if samples is not None and evidence is not None:
@@ -296,14 +299,7 @@ def _run(
             kept = int((doubtful & evidence.silent & ~chosen.removed).sum())
             notes = (*chosen.notes, *sentences(found, kept, len(samples)))
             chosen = replace(chosen, notes=notes)
-    report = _report(channels, workshop.before, chosen, proof, errors, samples, config, clock)
-    groups = tuple(replace(group, support=found.get(number)) for number, group in enumerate(report.groups))
-    report = replace(report, groups=groups)
-    if report.verification is not None:
-        report = replace(report, verification=replace(report.verification, variants=variants))
-    if stressed is not None:
-        stress_data = "the stress data, which nothing was fitted to or chosen by"
-        report = replace(report, stress=_verification(stressed, stress_failure is None, stress_data))
+    report = _report(understood, workshop.before, chosen, errors, found, variants, stressed, samples, config, clock)
     if output is not None and (failure is None or config.force):
         graph.save(result, output, external_data=external_data)
     return Outcome(result, report, failure)
@@ -371,7 +367,9 @@ def _batch_size(resolved: Resolved) -> int:
     return max(1, min(MOST_BATCH, ACTIVATION_BYTES // max(1, 4 * elements)))
 
 
-def _verification(found: verify.Comparison, passed: bool, data: str) -> Verification:
+def _verification(
+    found: verify.Comparison, passed: bool, data: str, variants: tuple[Variant, ...] = ()
+) -> Verification:
     return Verification(
         samples=found.samples,
         relative_error=found.relative_error,
@@ -381,33 +379,36 @@ def _verification(found: verify.Comparison, passed: bool, data: str) -> Verifica
         data=data,
         worst_samples=found.worst_samples,
         outputs=found.outputs,
+        variants=variants,
     )
 
 
 def _report(
-    channels: Channels,
+    understood: Understood,
     before: Cost,
     chosen: Chosen,
-    proof: Proof,
     errors: Mapping[int, float],
+    found: Mapping[int, Support],
+    variants: tuple[Variant, ...],
+    stressed: Verification | None,
     samples: Samples | None,
     config: Config,
     clock: _Clock,
 ) -> Report:
-    found = chosen.comparison
     verification = None
-    if found is not None:
+    if chosen.comparison is not None:
         where = "calibration samples that nothing was fitted to or chosen by"
-        verification = _verification(found, chosen.failure is None, where)
+        verification = _verification(chosen.comparison, chosen.failure is None, where, variants)
     latency = chosen.latency or (None, None)
     return Report(
         before=Size(before.parameters, before.macs, before.bytes, before.channels, latency[0]),
         after=Size(chosen.cost.parameters, chosen.cost.macs, chosen.cost.bytes, chosen.cost.channels, latency[1]),
         verification=verification,
-        groups=tuple(_group_reports(channels, chosen, proof, errors)),
+        stress=stressed,
+        groups=tuple(_group_reports(understood, chosen, errors, found)),
         refusals=tuple(
             RefusalReport(refusal.reason.code, refusal.nodes, refusal.channels, refusal.reason.message)
-            for refusal in channels.refusals
+            for refusal in understood.channels.refusals
         ),
         budget=tuple(
             BudgetReport(kind, float(getattr(config, kind)), reached) for kind, reached in chosen.achieved.items()
@@ -428,12 +429,13 @@ def _report(
 
 
 def _group_reports(
-    channels: Channels, chosen: Chosen, proof: Proof, errors: Mapping[int, float]
+    understood: Understood, chosen: Chosen, errors: Mapping[int, float], found: Mapping[int, Support]
 ) -> Iterator[GroupReport]:
+    channels = understood.channels
     for number, group in enumerate(channels.groups):
         gone = chosen.removed[group.units]
         kinds = chosen.kind[group.units][gone]
-        proven = int((gone & proof.plan.removed[group.units]).sum())
+        proven = int((gone & understood.proof.plan.removed[group.units]).sum())
         yield GroupReport(
             name=group.name,
             channels_before=len(group.units),
@@ -443,4 +445,5 @@ def _group_reports(
             observed=int(gone.sum()) - proven,
             sites=tuple(channels.model.nodes[channels.sites[site].readers[0].node].name for site in group.sites),
             kinds={KINDS[kind]: int((kinds == kind).sum()) for kind in sorted(set(kinds.tolist())) if kind},
+            support=found.get(number),
         )

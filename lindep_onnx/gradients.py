@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
 from lindep_onnx.graph import Model, Node
+from lindep_onnx.ops.registry import registering
 from lindep_onnx.shapes import Resolved
 
 __all__ = ["FLAT", "Rule", "Tape", "Unsupported", "gradient_rule", "gradients_of"]
@@ -207,15 +208,7 @@ _RULES: dict[str, Rule] = {}
 
 def gradients_of(*ops: str) -> Callable[[Rule], Rule]:
     """Register a rule for some operator types."""
-
-    def register(rule: Rule) -> Rule:
-        for op in ops:
-            if op in _RULES:
-                raise KeyError(f"two gradient rules for {op}")
-            _RULES[op] = rule
-        return rule
-
-    return register
+    return registering(_RULES, ops)
 
 
 def gradient_rule(op: str) -> Rule | None:

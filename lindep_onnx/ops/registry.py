@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 from lindep_onnx.channels import Reason, Tracer
 from lindep_onnx.draft import Draft
 from lindep_onnx.graph import Node
 
-__all__ = ["UNKNOWN", "Rewriting", "Tracing", "rewrites", "rewriting_rule", "supported", "traces", "tracing_rule"]
+__all__ = [
+    "UNKNOWN",
+    "Rewriting",
+    "Tracing",
+    "registering",
+    "rewrites",
+    "rewriting_rule",
+    "supported",
+    "traces",
+    "tracing_rule",
+]
 
 Tracing: TypeAlias = Callable[[Node, Tracer], None]
 Rewriting: TypeAlias = Callable[[Node, Draft], None]
+Rule = TypeVar("Rule", bound=Callable[..., Any])
 
 UNKNOWN = Reason("unknown_operator", "an operator without a rule reads them")
 
@@ -20,30 +31,31 @@ _TRACING: dict[str, Tracing] = {}
 _REWRITING: dict[str, Rewriting] = {}
 
 
-def traces(*ops: str) -> Callable[[Tracing], Tracing]:
-    """Register a tracing rule for some operator types."""
+def registering(rules: dict[str, Rule], ops: Sequence[str]) -> Callable[[Rule], Rule]:
+    """A decorator that enters a rule into a table, for each of some operator types.
 
-    def register(rule: Tracing) -> Tracing:
+    Raises:
+        KeyError: when it is applied, if one of them has a rule already.
+    """
+
+    def register(rule: Rule) -> Rule:
         for op in ops:
-            if op in _TRACING:
-                raise KeyError(f"two tracing rules for {op}")
-            _TRACING[op] = rule
+            if op in rules:
+                raise KeyError(f"two rules for {op}")
+            rules[op] = rule
         return rule
 
     return register
+
+
+def traces(*ops: str) -> Callable[[Tracing], Tracing]:
+    """Register a tracing rule for some operator types."""
+    return registering(_TRACING, ops)
 
 
 def rewrites(*ops: str) -> Callable[[Rewriting], Rewriting]:
     """Register a rewriting rule for some operator types."""
-
-    def register(rule: Rewriting) -> Rewriting:
-        for op in ops:
-            if op in _REWRITING:
-                raise KeyError(f"two rewriting rules for {op}")
-            _REWRITING[op] = rule
-        return rule
-
-    return register
+    return registering(_REWRITING, ops)
 
 
 def tracing_rule(op: str) -> Tracing | None:

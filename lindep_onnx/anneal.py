@@ -16,14 +16,17 @@ import fnmatch
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lindep_onnx import graph
+from lindep_onnx.augment import checked, mix
 from lindep_onnx.budget import SIZES, Chosen, Workshop
 from lindep_onnx.channels import Channels
+from lindep_onnx.checkpoint import Checkpoint
 from lindep_onnx.config import Config, Effort
 from lindep_onnx.data import Samples
 from lindep_onnx.recover import Recovered, recover
@@ -63,6 +66,7 @@ def anneal(
     if config.rounds > 1 and len(np.unique(original.bundle)) < original.units:
         told.append("Grouped convolutions or attention heads trade places of channels: all rounds were run as one.")
         config = dataclasses.replace(config, rounds=1)
+    checkpoint = Checkpoint(Path(config.checkpoint)) if config.checkpoint is not None else None
     for number, options in enumerate(schedule(config)):
         workshop = open_round(current, options)
         first = first or workshop
@@ -73,7 +77,9 @@ def anneal(
         gone = lifted(original, removed, current, chosen.removed)
         if config.effort is not None and gone.any():
             with stage("recover"):
-                chosen, notes = _recovered(workshop, chosen, original, samples, config, config.effort, number, progress)
+                chosen, notes = _recovered(
+                    workshop, chosen, original, samples, config, config.effort, checkpoint, number, progress
+                )
             told.extend(notes)
         if best is not None and best.failure is None and chosen.failure is not None and not config.sized:
             told.append(f"Round {number + 1} broke a budget and was undone.")
@@ -142,17 +148,22 @@ def _recovered(
     samples: Samples,
     config: Config,
     effort: Effort,
+    checkpoint: Checkpoint | None,
     number: int,
     progress: Progress,
 ) -> tuple[Chosen, tuple[str, ...]]:
     """The result with trained weights, or as it was if unseen samples turn those down, and what to tell the user."""
     student = graph.load(chosen.proto)
+    augment = mix if config.augment == "mix" else checked(config.augment) if config.augment is not None else None
     found = recover(
         original.model.proto,
         student,
         samples,
         effort,
         frozen=[node.name for node in student.nodes if any(fnmatch.fnmatchcase(node.name, g) for g in config.exclude)],
+        agreement_output=config.agreement_output,
+        augment=augment,
+        checkpoint=checkpoint,
         providers=config.providers,
         threads=config.threads,
         seed=config.seed + number,

@@ -84,6 +84,10 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--refit", choices=("auto", "fold", "kernel", "sequential"), help="refit of the survivors")
     how.add_argument("--rounds", type=int, metavar="N", help="contract in N rounds (1)")
     how.add_argument("--recover", metavar="N|Nmin", help="train without labels: N steps or minutes after each round")
+    how.add_argument(
+        "--augment", metavar="mix|FILE.py:FUNC", help="vary what --recover trains on: FUNC(feeds, rng) -> feeds"
+    )
+    how.add_argument("--checkpoint", metavar="FILE", help="keep the state of --recover here, and take it up from here")
     how.add_argument("--min-channels", type=int, metavar="N", help="no channel axis is cut below N")
     how.add_argument("--round-to", metavar="auto|N", help="round kept counts up to a multiple")
     how.add_argument("--include", action="append", metavar="GLOB", help="touch only matching nodes")
@@ -156,8 +160,10 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
         changed["round_to"] = _round_to(options.round_to)
     if options.eval is not None:
         changed["eval"] = load_function(options.eval, "--eval")
+    if options.augment not in (None, "mix"):
+        changed["augment"] = load_function(options.augment, "--augment")
     config = Config(**changed)
-    for path in (options.model, options.output, options.calib, options.stress, options.report):
+    for path in (options.model, options.output, options.calib, options.stress, options.report, options.checkpoint):
         if path is not None:
             _check_name(path)
     if options.output is None and not options.dry_run:
@@ -165,8 +171,9 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
     report_path = Path(options.report) if options.report else None
     if report_path is not None:
         report.check_path(report_path)
+    checkpoint = Path(options.checkpoint) if options.checkpoint else None
     output = Path(options.output) if options.output and not options.dry_run else None
-    _check_written([output, report_path], [options.model, options.calib, options.stress])
+    _check_written([output, report_path, checkpoint], [options.model, options.calib, options.stress])
     with _progress(errors, options.quiet) as progress:
         result = api.run(
             options.model,

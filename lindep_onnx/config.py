@@ -58,6 +58,9 @@ class Config:
         refit: how consumers are refitted; `auto` folds in lossless mode, else refits in sequence.
         rounds: contract in so many rounds, each followed by refit and recovery.
         recover: train against the original after each round, without labels: a number of steps, or `"5min"`.
+        augment: vary the samples that `recover` trains on: `"mix"` mixes pairs, a function takes the inputs of a run by
+            name and a `numpy.random.Generator` and returns inputs like them.
+        checkpoint: file in which `recover` keeps its state, to go on with after an interruption.
         round_to: round kept counts up to this multiple; 1 leaves them as they are; `auto` rounds up to 8 or 16 where
             the result is not measured to be faster without.
         min_channels: no channel axis is cut below this.
@@ -86,6 +89,8 @@ class Config:
     refit: Refit = "auto"
     rounds: int = 1
     recover: int | str | None = None
+    augment: Literal["mix"] | Callable[..., Any] | None = None
+    checkpoint: str | None = None
     round_to: int | Literal["auto"] = 1
     min_channels: int = 1
     include: tuple[str, ...] = ()
@@ -143,6 +148,11 @@ class Config:
             raise UsageError(
                 "--rounds and --recover win back what a budget costs: name one, for instance --params 0.5."
             )
+
+        if (self.augment is not None or self.checkpoint is not None) and self.recover is None:
+            raise UsageError("--augment and --checkpoint belong to --recover: say how long to train, such as 300.")
+        if not (self.augment in ("mix", None) or callable(self.augment)):
+            raise UsageError(f"--augment is mix or FILE.py:FUNC, not {self.augment!r}.")
 
     @property
     def budgeted(self) -> bool:

@@ -1,50 +1,47 @@
 """Win back what a compression cost: train the smaller model to put out what the original puts out, without labels.
 
-The original is the teacher and the calibration samples are the data. The loss of one sample is, averaged over the
-outputs,
-
-    mean over slices k of  || y_k - t_k ||^2 / V_k,   V_k = E || t_k - mean t_k ||^2,
-
-with t the teacher's output and a slice one place along its channel axis, so that 1 is as bad as a constant, and a
-box coordinate in pixels does not drown the score beside it; where the output is a Softmax it is the divergence
-sum t (log t - log y) instead (Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015). ONNX
+The original is the teacher and the calibration samples are the data (see `lindep_onnx.objective` for the loss). ONNX
 Runtime computes loss and gradients (see `lindep_onnx.differentiate`); Adam (Kingma, Ba, 2015) steps in NumPy, on
 weights that stay inputs of one session.
 
 Each tensor moves in proportion to the root mean square of its own values, so that one step length suits all layers,
 whatever the scale that folding or the exporter left in them. FIT samples are trained on. SELECT samples say which state
-was the best, and that one is kept: the result is never worse on them than what training started from.
+was the best, and that one is kept: the result is never worse on them than what training started from. Where they say
+that steps are too long, training goes back to the best state and goes on with shorter ones.
+
+Every random choice is a function of the seed and the step, so that an interrupted training can be taken up from a
+checkpoint and ends where it would have ended.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from lindep_onnx.augment import Augment
+from lindep_onnx.checkpoint import Checkpoint, State
 from lindep_onnx.config import Effort
 from lindep_onnx.data import Part, Samples
-from lindep_onnx.differentiate import differentiate, with_inputs
+from lindep_onnx.differentiate import differentiate
 from lindep_onnx.errors import LindepError
-from lindep_onnx.graph import Model, load
+from lindep_onnx.graph import Model
+from lindep_onnx.objective import LOSS, HeldOut, Teacher, with_loss
 from lindep_onnx.verify import open_session
 
 __all__ = ["Recovered", "recover", "trainable"]
 
 Array: TypeAlias = NDArray[Any]
-Weights: TypeAlias = dict[str, Array]
+Weights: TypeAlias = Mapping[str, Array]
 Progress: TypeAlias = Callable[[str, int, int], None]
 
-#: The gradient rules are written for this operator set; older models are trained as a converted copy.
-OPSET = 17
-LOSS = "lindep_onnx_loss"
-TARGET = "lindep_onnx_target_"
 #: Length of a step relative to the root mean square of a tensor, at its peak.
 RATE = 1e-2
 #: Share of the steps in which the rate rises; it then falls along a cosine.
@@ -52,12 +49,12 @@ WARM_UP = 0.05
 DECAY, SQUARED_DECAY, TINY = 0.9, 0.999, 1e-12
 #: A gradient is cut to so many times the running mean of the norms.
 CLIP = 3.0
-#: So often the held-out loss is measured, and by how many samples at most.
-LOOKS, HELD_OUT = 12, 512
-#: Least V of a slice, relative to the mean of the output: a slice that hardly varies must not rule the others.
-LEAST_SPREAD = 1e-2
-#: Bytes of teacher outputs that are remembered.
-REMEMBERED = 1 << 28
+#: So often the held-out loss is measured.
+LOOKS = 12
+#: A held-out loss so many times the best tells that steps are too long; they are then so much shorter.
+WORSE, SHORTER = 1.5, 0.3
+#: Seconds between two checkpoints.
+PAUSE = 60.0
 
 
 @dataclass(frozen=True)
@@ -95,6 +92,9 @@ def recover(
     effort: Effort,
     *,
     frozen: Collection[str] = (),
+    agreement_output: str | None = None,
+    augment: Augment | None = None,
+    checkpoint: Checkpoint | None = None,
     providers: Sequence[str],
     threads: int,
     seed: int,
@@ -108,20 +108,27 @@ def recover(
         samples: the data.
         effort: how long.
         frozen: names of nodes whose weights stay as they are.
+        agreement_output: see `lindep_onnx.verify.OutputErrors`.
+        augment: makes other inputs of those of a run.
+        checkpoint: where to keep the state, and to take it up.
         providers: execution providers of ONNX Runtime.
         threads: intra-op threads, 0 for its own choice.
         seed: of the order of the samples.
         progress: called with (stage, done, all) in steps or seconds.
+
+    Raises:
+        UsageError: the checkpoint is of another training, or `augment` breaks its contract.
+        OutputError: the checkpoint cannot be written.
     """
     runtime: dict[str, Any] = {"providers": providers, "threads": threads}
     fitted = samples.parts[Part.FIT]
     if not samples.uniform or not len(fitted) or not len(samples.parts[Part.SELECT]):
         return _untrained("the samples differ in shape" if not samples.uniform else "there are too few samples")
-    guide = _Teacher(teacher, samples, **runtime)
-    if not guide.spread:
+    guide = Teacher(teacher, samples, agreement_output=agreement_output, **runtime)
+    if not guide.measures:
         return _untrained("no output of type float32 varies")
     try:
-        modern = _with_loss(student, guide.spread)
+        modern = with_loss(student, guide.measures)
         chosen = [name for name in trainable(student, frozen) if name in modern.stored]
         batch = min(samples.batch, len(fitted))
         shapes = {name: value.shape for name, value in guide.feeds(fitted[:batch]).items()}
@@ -131,32 +138,114 @@ def recover(
         )
         if not backward.gradients:
             return Recovered({}, 0, (), notes or _untrained("no output depends on a float32 weight").notes)
-        step = open_session(backward.proto, **runtime)
+        session = open_session(backward.proto, **runtime)
     except LindepError as error:  # the refit is worth keeping without it
         return _untrained(str(error))
-    judge = _HeldOut(modern, list(backward.gradients), guide, samples, **runtime)
-    weights = best = {name: modern.stored[name] for name in backward.gradients}
-    optimiser, clock = _Adam(weights), _Clock(effort)
-    history = [(0, math.nan, judge.loss(weights))]
-    count, looked, losses = 0, 0, []
-    for numbers in _shuffled(fitted, batch, np.random.default_rng(seed)):
-        loss, *slopes = step.run([LOSS, *backward.gradients.values()], {**guide.feeds(numbers), **weights})
-        weights = optimiser.moved(weights, dict(zip(weights, slopes, strict=True)), _rate(clock.share(count)))
-        losses.append(float(loss) / batch)
-        count += 1
-        share = clock.share(count)
-        progress("recover", *clock.done(count))
-        if int(share * LOOKS) > looked or share >= 1:
-            looked = int(share * LOOKS)
-            found = judge.loss(weights)
-            if found < min(entry[2] for entry in history):
-                best = weights
-            history.append((count, float(np.mean(losses)), found))
+    held_out = HeldOut(modern, list(backward.gradients), guide, samples, **runtime)
+    order = _Order(fitted, batch, seed)
+
+    def slopes(number: int, weights: Weights) -> tuple[float, dict[str, Array]]:
+        numbers, rng = order.at(number)
+        feeds = guide.feeds(numbers)
+        if augment is not None:
+            plain = {name: feeds[name] for name in student.inputs if name in feeds}
+            varied = augment(plain, rng)
+            feeds = feeds if varied is plain else guide.taught(varied)
+        loss, *found = session.run([LOSS, *backward.gradients.values()], {**feeds, **weights})
+        return float(loss) / batch, dict(zip(backward.gradients, found, strict=True))
+
+    start = {name: modern.stored[name] for name in backward.gradients}
+    key = _key(student.proto, effort, seed, batch, fitted, augment)
+    state = checkpoint.load(key, start) if checkpoint is not None else None
+    if state is None:
+        none = {name: np.zeros_like(value) for name, value in start.items()}
+        state = State(start, start, none, none, history=((0, math.nan, held_out.loss(start)),))
+
+    def keep(state: State) -> None:
+        if checkpoint is not None:
+            checkpoint.save(key, state)
+
+    state = _trained(state, effort, slopes, held_out.loss, _sizes(start), keep, progress)
+    changed = {name: value for name, value in state.best.items() if not np.array_equal(value, start[name])}
+    return Recovered(changed, state.steps, state.history, notes)
+
+
+def _key(
+    student: onnx.ModelProto,
+    effort: Effort,
+    seed: int,
+    batch: int,
+    fitted: NDArray[np.int64],
+    augment: Augment | None,
+) -> str:
+    """All that decides the course of a training, in short: the weights of the student tell the data apart."""
+    options = f"{effort} {seed} {batch} {getattr(augment, '__name__', augment)}".encode()
+    parts = (student.SerializeToString(deterministic=True), options, fitted.tobytes())
+    return hashlib.blake2b(b"".join(hashlib.blake2b(part).digest() for part in parts), digest_size=16).hexdigest()
+
+
+def _trained(
+    state: State,
+    effort: Effort,
+    slopes: Callable[[int, Weights], tuple[float, dict[str, Array]]],
+    held_out: Callable[[Weights], float],
+    sizes: Mapping[str, float],
+    keep: Callable[[State], None],
+    progress: Progress,
+) -> State:
+    """Train until the effort is spent.
+
+    Args:
+        state: where to start from.
+        effort: how long in all.
+        slopes: loss and gradients of a step.
+        held_out: the loss that judges.
+        sizes: by which each tensor moves.
+        keep: called with a state now and then.
+        progress: see `recover`.
+    """
+    begun = saved = time.monotonic()
+    earlier, losses = state.seconds, []
+
+    def share() -> float:
+        if effort.steps is not None:
+            return state.steps / max(1, effort.steps)
+        return state.seconds / max(1e-9, effort.seconds or 0.0)
+
+    def looks() -> int:
+        return int(share() * LOOKS)
+
+    while share() < 1:
+        before = looks()
+        loss, gradients = slopes(state.steps, state.weights)
+        losses.append(loss)
+        state = _moved(state, gradients, _rate(share()), sizes)
+        state = replace(state, seconds=earlier + time.monotonic() - begun)
+        if effort.steps is not None:
+            progress("recover", state.steps, effort.steps)
+        else:
+            progress("recover", int(state.seconds), int(effort.seconds or 0))
+        if looks() > before or share() >= 1:
+            state = _judged(state, float(np.mean(losses)), held_out(state.weights))
             losses = []
-        if share >= 1:
-            break
-    changed = {name: value for name, value in best.items() if not np.array_equal(value, modern.stored[name])}
-    return Recovered(changed, count, tuple(history), notes)
+            keep(state)
+            saved = time.monotonic()
+        elif time.monotonic() - saved > PAUSE:
+            keep(state)
+            saved = time.monotonic()
+    return state
+
+
+def _judged(state: State, trained: float, found: float) -> State:
+    """The state once held-out samples have had their say."""
+    least = min(entry[2] for entry in state.history)
+    state = replace(state, history=(*state.history, (state.steps, trained, found)))
+    if found < least:
+        return replace(state, best=state.weights)
+    if found <= WORSE * least:
+        return state
+    none = {name: np.zeros_like(value) for name, value in state.best.items()}
+    return replace(state, weights=state.best, mean=none, square=none, averaged=0, norm=0.0, rate=SHORTER * state.rate)
 
 
 def _untrained(why: str) -> Recovered:
@@ -199,182 +288,35 @@ def trainable(model: Model, frozen: Collection[str]) -> list[str]:
     return [name for name in found if name not in kept and model.stored[name].ndim]
 
 
-# ---- loss ---------------------------------------------------------------------------------------------------------
-
-
-def _with_loss(student: Model, spread: Mapping[str, Array]) -> Model:
-    """The student with its loss, summed over samples, as one more tensor; targets are inputs.
-
-    Args:
-        student: the smaller model.
-        spread: V of the slices of each output that counts.
-    """
-    proto = onnx.ModelProto()
-    proto.CopyFrom(student.proto)
-    if student.opset < OPSET:
-        try:
-            proto = onnx.version_converter.convert_version(proto, OPSET)
-        except Exception as error:  # the converter's exceptions have no common base
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise LindepError(
-                f"operator set {student.opset} cannot be converted to {OPSET} for training: {first}"
-            ) from error
-    graph = proto.graph
-    makers = {name: node for node in graph.node for name in node.output}
-    terms = []
-    for number, (name, energy) in enumerate(spread.items()):
-        target, prefix = f"{TARGET}{number}", f"{LOSS}_{number}"
-        declared = next(value for value in graph.output if value.name == name)
-        value = onnx.ValueInfoProto()
-        value.CopyFrom(declared)
-        value.name = target
-        graph.input.append(value)
-
-        def node(op: str, inputs: Sequence[str], output: str, prefix: str = prefix, **attributes: Any) -> str:
-            graph.node.append(onnx.helper.make_node(op, inputs, [prefix + output], **attributes))
-            return prefix + output
-
-        def number_of(value: float | Array, label: str, prefix: str = prefix) -> str:
-            graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(value, np.float32), prefix + label))
-            return prefix + label
-
-        maker = makers.get(name)
-        if maker is not None and maker.op_type == "Softmax":
-            axis = next((attribute.i for attribute in maker.attribute if attribute.name == "axis"), -1)
-            logs = node("LogSoftmax", [maker.input[0]], "_log", axis=axis)
-            own = node("Log", [node("Max", [target, number_of(1e-30, "_least")], "_positive")], "_own")
-            each = node("Mul", [target, node("Sub", [own, logs], "_apart")], "_each")
-        else:
-            apart = node("Sub", [name, target], "_apart")
-            each = node(
-                "Mul",
-                [node("Mul", [apart, apart], "_square"), number_of(1 / (energy * energy.size), "_scale")],
-                "_each",
-            )
-        terms.append(node("ReduceSum", [each], "_sum", keepdims=0))
-    graph.node.append(onnx.helper.make_node("Mean", terms, [LOSS]))
-    return load(proto)
-
-
-def slice_axis(shape: Sequence[int]) -> int:
-    """The channel axis of an output: 1, but the last of three if it is shorter (boxes in rows).
-
-    Args:
-        shape: of the output, samples first.
-    """
-    if len(shape) == 3 and shape[2] < shape[1]:
-        return 2
-    return min(1, len(shape) - 1)
-
-
-class _Teacher:
-    """Outputs of the original, computed once for each sample as long as they are small.
-
-    Attributes:
-        spread: V of the slices of each output that varies, over FIT samples, in a shape that broadcasts.
-    """
-
-    def __init__(self, teacher: onnx.ModelProto, samples: Samples, *, providers: Sequence[str], threads: int) -> None:
-        self._session = open_session(teacher, providers=providers, threads=threads)
-        self._samples = samples
-        self._known: dict[int, list[Array]] = {}
-        floats = [output.name for output in self._session.get_outputs() if output.type == "tensor(float)"]
-        gathered: dict[str, list[Array]] = {name: [] for name in floats}
-        axes: dict[str, tuple[int, int]] = {}
-        taken = 0
-        for batch in samples.batches(Part.FIT, limit=HELD_OUT) if floats else ():
-            taken += batch.size
-            for name, value in zip(floats, self._session.run(floats, dict(batch.feeds)), strict=True):
-                if value.ndim == 0:
-                    continue
-                axes[name] = slice_axis(value.shape), value.ndim
-                slices = np.moveaxis(value.astype(np.float64), axes[name][0], 0)
-                slices = slices.reshape(len(slices), -1)
-                sums = [np.full(len(slices), slices.shape[1]), slices.sum(axis=1), np.square(slices).sum(axis=1)]
-                gathered[name].append(np.stack(sums))
-        self.spread: dict[str, Array] = {}
-        for name, parts in gathered.items():
-            if len({part.shape for part in parts}) != 1:
-                continue  # of varying size
-            count, total, squares = np.sum(parts, axis=0)
-            varies = (squares - total**2 / count) / taken
-            if np.isfinite(varies).all() and varies.mean() > 0:
-                aligned = [-1 if place == axes[name][0] else 1 for place in range(axes[name][1])]
-                self.spread[name] = (varies + LEAST_SPREAD * varies.mean()).reshape(aligned)
-
-    def feeds(self, numbers: NDArray[np.int64]) -> dict[str, Array]:
-        """What a training graph reads for some samples: the inputs, and what the teacher makes of them."""
-        feeds = dict(self._samples.take(numbers))
-        if all(int(number) in self._known for number in numbers):
-            rows = [self._known[int(number)] for number in numbers]
-            targets = [np.stack(column) for column in zip(*rows, strict=True)]
-        else:
-            targets = self._session.run(list(self.spread), feeds)
-            whole = all(len(target) == len(numbers) for target in targets)  # no filler, samples along the first axis
-            if whole and (len(self._known) + len(numbers)) * sum(t[0].nbytes for t in targets) <= REMEMBERED:
-                self._known.update((int(number), [t[row] for t in targets]) for row, number in enumerate(numbers))
-        return {**feeds, **{f"{TARGET}{number}": target for number, target in enumerate(targets)}}
-
-
-class _HeldOut:
-    """The loss on samples that are not trained on."""
-
-    def __init__(
-        self,
-        student: Model,
-        weights: Collection[str],
-        guide: _Teacher,
-        samples: Samples,
-        *,
-        providers: Sequence[str],
-        threads: int,
-    ) -> None:
-        forward = with_inputs(student, weights)
-        del forward.graph.output[:]
-        forward.graph.output.append(onnx.ValueInfoProto(name=LOSS))
-        self._session, self._guide = open_session(forward, providers=providers, threads=threads), guide
-        self._batches = [(batch.samples, batch.size) for batch in samples.batches(Part.SELECT, limit=HELD_OUT)]
-
-    def loss(self, weights: Weights) -> float:
-        """Mean over the samples."""
-        total = sum(
-            float(self._session.run([LOSS], {**self._guide.feeds(numbers), **weights})[0])
-            for numbers, _ in self._batches
-        )
-        return total / sum(size for _, size in self._batches)
-
-
 # ---- optimiser ----------------------------------------------------------------------------------------------------
 
 
-class _Adam:
-    """Adam, with steps relative to the size of each tensor."""
+def _sizes(weights: Weights) -> dict[str, float]:
+    """Root mean square of each tensor; next to nothing counts as a thousandth of the usual."""
+    sizes = {name: float(np.sqrt(np.mean(np.square(value)))) for name, value in weights.items()}
+    typical = float(np.median([size for size in sizes.values() if size > 0] or [1.0]))
+    return {name: max(size, 1e-3 * typical) for name, size in sizes.items()}
 
-    def __init__(self, weights: Weights) -> None:
-        self._mean = {name: np.zeros_like(value) for name, value in weights.items()}
-        self._square = {name: np.zeros_like(value) for name, value in weights.items()}
-        sizes = {name: float(np.sqrt(np.mean(np.square(value)))) for name, value in weights.items()}
-        typical = float(np.median([size for size in sizes.values() if size > 0] or [1.0]))
-        self._size = {name: size if size > 1e-3 * typical else 1e-3 * typical for name, size in sizes.items()}
-        self._count, self._norm = 0, 0.0
 
-    def moved(self, weights: Weights, slopes: Mapping[str, Array], rate: float) -> Weights:
-        """The weights one step further; as they are if a slope is not finite."""
-        norm = math.sqrt(sum(float(np.vdot(slope, slope)) for slope in slopes.values()))
-        if not math.isfinite(norm):
-            return weights
-        self._count += 1
-        factor = min(1.0, CLIP * self._norm / max(norm, TINY)) if self._count > 1 else 1.0
-        self._norm = 0.9 * self._norm + 0.1 * norm * factor if self._count > 1 else norm
-        first, second = 1 - DECAY**self._count, 1 - SQUARED_DECAY**self._count
-        result = {}
-        for name, slope in slopes.items():
-            slope = slope * factor
-            self._mean[name] += (1 - DECAY) * (slope - self._mean[name])
-            self._square[name] += (1 - SQUARED_DECAY) * (slope * slope - self._square[name])
-            direction = self._mean[name] / first / (np.sqrt(self._square[name] / second) + TINY)
-            result[name] = (weights[name] - rate * self._size[name] * direction).astype(np.float32)
-        return result
+def _moved(state: State, gradients: Weights, rate: float, sizes: Mapping[str, float]) -> State:
+    """One step of Adam, relative to the size of each tensor; the weights stay if a gradient is not finite."""
+    state = replace(state, steps=state.steps + 1)
+    norm = math.sqrt(sum(float(np.vdot(slope, slope)) for slope in gradients.values()))
+    if not math.isfinite(norm):
+        return state
+    count = state.averaged + 1
+    factor = min(1.0, CLIP * state.norm / max(norm, TINY)) if state.averaged else 1.0
+    running = 0.9 * state.norm + 0.1 * norm * factor if state.averaged else norm
+    first, second = 1 - DECAY**count, 1 - SQUARED_DECAY**count
+    weights, mean, square = {}, {}, {}
+    for name, slope in gradients.items():
+        slope = slope * np.float32(factor)
+        mean[name] = state.mean[name] + (1 - DECAY) * (slope - state.mean[name])
+        square[name] = state.square[name] + (1 - SQUARED_DECAY) * (slope * slope - state.square[name])
+        direction = mean[name] / first / (np.sqrt(square[name] / second) + TINY)
+        step = state.rate * rate * sizes[name]
+        weights[name] = (state.weights[name] - step * direction).astype(np.float32)
+    return replace(state, weights=weights, mean=mean, square=square, averaged=count, norm=running)
 
 
 def _rate(share: float) -> float:
@@ -384,24 +326,17 @@ def _rate(share: float) -> float:
     return RATE * 0.5 * (1 + math.cos(math.pi * (share - WARM_UP) / (1 - WARM_UP)))
 
 
-class _Clock:
-    def __init__(self, effort: Effort) -> None:
-        self._effort, self._start = effort, time.monotonic()
+class _Order:
+    """Which samples each step takes: every sample once before any comes again, but for a rest that fills no batch."""
 
-    def share(self, steps: int) -> float:
-        if self._effort.steps is not None:
-            return steps / max(1, self._effort.steps)
-        return (time.monotonic() - self._start) / max(1e-9, self._effort.seconds or 0.0)
+    def __init__(self, numbers: NDArray[np.int64], batch: int, seed: int) -> None:
+        self._numbers, self._batch, self._seed = numbers, batch, seed
+        self._turn: tuple[int, NDArray[np.int64]] | None = None
 
-    def done(self, steps: int) -> tuple[int, int]:
-        if self._effort.steps is not None:
-            return steps, self._effort.steps
-        return int(time.monotonic() - self._start), int(self._effort.seconds or 0)
-
-
-def _shuffled(numbers: NDArray[np.int64], batch: int, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:
-    """Batches without end: every sample once before any comes again, but for a rest that fills no batch."""
-    while True:
-        order = rng.permutation(numbers)
-        for start in range(0, len(order) - batch + 1, batch):
-            yield order[start : start + batch]
+    def at(self, step: int) -> tuple[NDArray[np.int64], np.random.Generator]:
+        """The samples of a step, and randomness for it."""
+        turn, place = divmod(step, len(self._numbers) // self._batch)
+        if self._turn is None or self._turn[0] != turn:
+            self._turn = turn, np.random.default_rng([self._seed, turn]).permutation(self._numbers)
+        chosen = self._turn[1][place * self._batch :][: self._batch]
+        return chosen, np.random.default_rng([self._seed, turn, place])

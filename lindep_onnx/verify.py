@@ -40,6 +40,7 @@ __all__ = [
     "Session",
     "check_model",
     "compare",
+    "decision",
     "full_check_passes",
     "measure_latency",
     "open_session",
@@ -164,7 +165,7 @@ class OutputErrors:
             # A run that found nothing (no boxes) is a sample too.
             count = fed if fed is not None else max(1, next((len(y) for y in reference.values() if np.ndim(y)), 1))
         if not self._outputs:
-            self._arg_max = _find_arg_max(reference, self._wanted)
+            self._arg_max = decision(reference, self._wanted)
         worst = np.zeros(count)
         for name, value in reference.items():
             y, other = np.asarray(value), np.asarray(candidate[name])
@@ -224,8 +225,16 @@ def _is_float(dtype: np.dtype[Any]) -> bool:
     return dtype.kind == "f" or (dtype.kind == "V" and "float" in dtype.name)
 
 
-def _find_arg_max(outputs: Mapping[str, Array], wanted: str | None) -> tuple[str, int] | None:
-    """Name and axis of the class scores."""
+def decision(outputs: Mapping[str, Array], wanted: str | None) -> tuple[str, int] | None:
+    """Name and axis of the output whose arg-max is the decision of the model; None if none is.
+
+    Args:
+        outputs: by name, samples along the leading axis.
+        wanted: `NAME` or `NAME:AXIS`; None finds one.
+
+    Raises:
+        UsageError: the output does not exist or has no such axis.
+    """
     shapes = {name: np.shape(value) for name, value in outputs.items()}
     if wanted is None:
         for name, shape in shapes.items():

@@ -78,6 +78,7 @@ AFTER = {
     "strides and odd rest": ("y = Conv<strides=[2,3], pads=[1,0,1,1]>(a, v, c)", {"v": (5, 4, 3, 2), "c": (5,)}),
     "dilations": ("y = Conv<dilations=[2,1], pads=[2,0,0,1]>(a, v)", {"v": (5, 4, 3, 2)}),
     "groups": ("y = Conv<group=2, strides=[2,1]>(a, v)", {"v": (6, 2, 3, 3)}),
+    "depthwise, a position left over": ("y = Conv<group=4, strides=[2,2]>(a, v)", {"v": (12, 1, 2, 2)}),
     "depthwise": ("y = Conv<group=4, pads=[1,1,1,1], strides=[2,2]>(a, v, c)", {"v": (4, 1, 3, 3), "c": (4,)}),
     "same, upper": ('y = Conv<auto_pad="SAME_UPPER", strides=[2,2]>(a, v)', {"v": (5, 4, 3, 2)}),
     "same, lower": ('y = Conv<auto_pad="SAME_LOWER", strides=[2,2]>(a, v)', {"v": (5, 4, 2, 3)}),

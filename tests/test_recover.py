@@ -9,14 +9,17 @@ import numpy as np
 import onnx
 import pytest
 from build import build, initializer, run, traced, with_initializer
+from scipy.special import softmax
 
 import lindep_onnx
 from lindep_onnx import anneal, graph
+from lindep_onnx.augment import checked, mix
+from lindep_onnx.checkpoint import Checkpoint, State
 from lindep_onnx.cli import main
 from lindep_onnx.config import Config, Effort
-from lindep_onnx.data import InputSpec, Samples, open_samples
+from lindep_onnx.data import InputSpec, Part, Samples, open_samples
 from lindep_onnx.errors import UsageError
-from lindep_onnx.recover import Recovered, recover, trainable
+from lindep_onnx.recover import RATE, Recovered, _judged, recover, trainable
 from lindep_onnx.rewrite import Reconstruction, rewrite
 
 BODY = """
@@ -79,7 +82,9 @@ def test_training_brings_a_worn_model_back_towards_the_original(teacher: onnx.Mo
     assert found.after < 0.2 * found.before and found.steps == 60
 
 
-def test_the_loss_is_the_squared_error_relative_to_what_varies(teacher: onnx.ModelProto) -> None:
+def test_the_loss_is_the_squared_error_relative_to_what_varies_and_the_divergence_of_decisions(
+    teacher: onnx.ModelProto,
+) -> None:
     student = worn(teacher)
     with samples() as data:
         batches = {part: list(data.batches(part)) for part in data.parts}
@@ -89,8 +94,28 @@ def test_the_loss_is_the_squared_error_relative_to_what_varies(teacher: onnx.Mod
     )
     (y,), (t,), (all_t,) = run(student, {"x": select}), run(teacher, {"x": select}), run(teacher, {"x": fit})
     spread = all_t.var(axis=0) + 0.01 * all_t.var(axis=0).mean()
-    wanted = (np.square(y - t).mean(axis=0) / spread).mean()
-    assert recovered(teacher, student, 1).before == pytest.approx(wanted, rel=1e-4)
+    squares = (np.square(y - t).mean(axis=0) / spread).mean()
+    sharpness = 4 / np.sqrt(all_t.var(axis=1).mean())
+    p, q = softmax(sharpness * t, axis=1), softmax(sharpness * y, axis=1)
+    divergence = (p * np.log(p / q)).sum(axis=1).mean()
+    found = recovered(teacher, student, 1).before
+    assert found == pytest.approx(squares + divergence, rel=1e-4)
+    assert found != pytest.approx(squares, rel=1e-3)  # the term counts
+
+
+def test_scores_that_never_decide_add_no_divergence(teacher: onnx.ModelProto) -> None:
+    flat = build(
+        BODY.replace("y = Gemm", "z = Gemm") + "y = Unsqueeze(z, one)\n",
+        {**WEIGHTS, "one": np.array([1])},
+        x=("N", 3, 6, 6),
+    )
+    student = worn(flat)
+    with samples() as data:
+        select = np.concatenate([b.feeds["x"] for b in data.batches(Part.SELECT)])
+        fit = np.concatenate([b.feeds["x"] for b in data.batches(Part.FIT)])
+    (y,), (t,), (all_t,) = run(student, {"x": select}), run(flat, {"x": select}), run(flat, {"x": fit})
+    wanted = np.square(y - t).sum(axis=(1, 2)).mean() / (1.01 * np.square(all_t - all_t.mean()).sum(axis=(1, 2)).mean())
+    assert recovered(flat, student, 1).before == pytest.approx(wanted, rel=1e-4)
 
 
 def test_the_loss_of_a_softmax_is_the_divergence(teacher: onnx.ModelProto) -> None:
@@ -237,3 +262,135 @@ def test_a_model_that_cannot_be_trained_keeps_its_refit_and_says_why() -> None:
     plain, found = (lindep_onnx.compress(model, x, params=0.5, **extra) for extra in ({}, {"recover": 10}))
     assert found.model.graph.initializer == plain.model.graph.initializer
     assert any("CumSum" in note and "not trained" in note for note in found.report.notes)
+
+
+# ---- augmentation -------------------------------------------------------------------------------------------------
+
+
+def test_mixing_pairs_teaches_what_the_original_makes_of_mixtures(teacher: onnx.ModelProto) -> None:
+    student = worn(teacher)
+    plain, mixed = recovered(teacher, student), recovered(teacher, student, augment=mix)
+    assert mixed.after < 0.3 * mixed.before
+    assert not np.array_equal(plain.weights["w1"], mixed.weights["w1"])
+    again = recovered(teacher, student, augment=mix)
+    assert all(np.array_equal(value, again.weights[name]) for name, value in mixed.weights.items())
+
+
+def test_mixtures_lie_between_their_samples_and_integers_stay() -> None:
+    feeds = {"x": np.arange(24, dtype=np.float32).reshape(8, 3), "z": np.ones((8, 2), np.float32)}
+    runs = [mix(feeds, np.random.default_rng(seed)) for seed in range(20)]
+    changed = [found for found in runs if found is not feeds]
+    assert 4 < len(changed) < 16
+    for found in changed:
+        assert (found["x"] >= 0).all() and (found["x"] <= 23).all() and np.allclose(found["z"], 1)
+        assert np.allclose(np.diff(found["x"], axis=1), 1, atol=1e-5)  # whole samples are mixed
+    ids = {**feeds, "ids": np.zeros((8, 1), np.int64)}
+    assert all(mix(ids, np.random.default_rng(seed)) is ids for seed in range(20))
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda feeds, rng: {"x": feeds["x"][:1]}, "must return 'x' as it gets it"),
+        (lambda feeds, rng: {"x": feeds["x"].astype(np.float64)}, "float64"),
+        (lambda feeds, rng: {}, "KeyError"),
+        (lambda feeds, rng: {"x": feeds["x"] * np.float32(np.inf)}, "not finite"),
+    ],
+)
+def test_a_function_that_breaks_its_contract_is_named(teacher: onnx.ModelProto, function, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        recovered(teacher, worn(teacher), 2, augment=checked(function))
+
+
+def test_a_function_cannot_change_the_samples(teacher: onnx.ModelProto) -> None:
+    def spoil(feeds, rng):
+        feeds["x"][:] = 0
+        return feeds
+
+    x = {"x": np.ones((4, 2), np.float32)}
+    assert not checked(spoil)(x, np.random.default_rng(0))["x"].any() and x["x"].all()
+
+
+# ---- interruptions and steps that are too long --------------------------------------------------------------------
+
+
+class StoppedError(Exception):
+    pass
+
+
+def test_an_interrupted_training_ends_where_it_would_have_ended(teacher: onnx.ModelProto, tmp_path: Path) -> None:
+    student, path = worn(teacher), tmp_path / "state"
+    whole = recovered(teacher, student, augment=mix)
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if done == 33:
+            raise StoppedError
+
+    with samples() as data, pytest.raises(StoppedError):
+        recover(
+            teacher, graph.load(student), data, Effort(steps=60), providers=["CPUExecutionProvider"], threads=1, seed=0,
+            progress=stop, augment=mix, checkpoint=Checkpoint(path),
+        )  # fmt: skip
+    seen = []
+    with samples() as data:
+        rest = recover(
+            teacher, graph.load(student), data, Effort(steps=60), providers=["CPUExecutionProvider"], threads=1, seed=0,
+            progress=lambda stage, done, total: seen.append(done), augment=mix, checkpoint=Checkpoint(path),
+        )  # fmt: skip
+    assert seen[0] == 31 and rest.history[1:] == whole.history[1:]
+    assert all(np.array_equal(value, rest.weights[name]) for name, value in whole.weights.items())
+    assert recovered(teacher, student, augment=mix, checkpoint=Checkpoint(path)).steps == 60  # nothing left to do
+
+
+def test_the_checkpoint_of_another_training_is_refused_and_kept(teacher: onnx.ModelProto, tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    recovered(teacher, worn(teacher), 2, checkpoint=Checkpoint(path))
+    before = path.read_bytes()
+    for other, seed in ((worn(teacher, seed=8), 0), (worn(teacher), 1)):
+        with pytest.raises(UsageError, match="is of another run"):
+            recovered(teacher, other, 2, seed=seed, checkpoint=Checkpoint(path))
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x05\x06" + b"\0" * 18])
+def test_a_file_that_is_no_checkpoint_is_refused_and_kept(
+    teacher: onnx.ModelProto, tmp_path: Path, content: bytes
+) -> None:
+    path = tmp_path / "state"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match="is not a checkpoint"):
+        recovered(teacher, worn(teacher), 2, checkpoint=Checkpoint(path))
+    assert path.read_bytes() == content
+
+
+def test_steps_that_are_too_long_are_taken_back() -> None:
+    old, new = {"w": np.zeros(2, np.float32)}, {"w": np.ones(2, np.float32)}
+    state = State(new, old, new, new, averaged=5, norm=1.0, steps=10, history=((0, np.nan, 1.0),))
+    assert _judged(state, 0.0, 0.5).best is new
+    assert _judged(state, 0.0, 1.4).weights is new and _judged(state, 0.0, 1.4).rate == 1.0
+    back = _judged(state, 0.0, 1.6)
+    assert back.weights is old and back.rate == 0.3 and back.averaged == 0 and not back.mean["w"].any()
+
+
+def test_a_model_that_steps_too_long_would_ruin_is_trained_all_the_same(
+    teacher: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lindep_onnx.recover.RATE", 100 * RATE)
+    found = recovered(teacher, worn(teacher), 240)
+    assert max(entry[2] for entry in found.history) > 1.2 * found.before  # it did go wrong on the way
+    assert found.after < 0.5 * found.before
+
+
+def test_the_command_line_goes_on_where_it_was_interrupted(wide: onnx.ModelProto, inputs: dict, tmp_path: Path) -> None:
+    onnx.save(wide, tmp_path / "in.onnx")
+    np.savez(tmp_path / "calib.npz", **inputs)
+    (tmp_path / "vary.py").write_text(
+        "def noise(feeds, rng):\n    return {n: v + 0.01 * rng.standard_normal(v.shape).astype(v.dtype) for n, v in feeds.items()}\n"
+    )
+    options = ["--calib", str(tmp_path / "calib.npz"), "--params", "0.6", "--recover", "30", "-q"]
+    options += ["--augment", f"{tmp_path / 'vary.py'}:noise", "--checkpoint", str(tmp_path / "state")]
+    for name in "ab":
+        assert main([str(tmp_path / "in.onnx"), str(tmp_path / f"{name}.onnx"), *options]) == 0
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+    assert main([str(tmp_path / "in.onnx"), str(tmp_path / "c.onnx"), *options, "--seed", "1"]) == 2  # another run
+    assert not (tmp_path / "c.onnx").exists()

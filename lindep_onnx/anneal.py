@@ -6,15 +6,16 @@ always against the original, so that rounds do not drift.
 
 Shares of a size fall by the same factor in each round, down to what was asked for. Budgets on errors ask every round
 for as much as they allow: what recovery won back, the next round may spend. A round that breaks such a budget is
-undone, and is the last one.
+undone, and the group whose error was largest is left alone in those that follow.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import glob
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeAlias
@@ -29,6 +30,7 @@ from lindep_onnx.channels import Channels
 from lindep_onnx.checkpoint import Checkpoint
 from lindep_onnx.config import Config, Effort
 from lindep_onnx.data import Samples
+from lindep_onnx.groups import measure_groups
 from lindep_onnx.recover import Recovered, recover
 from lindep_onnx.shapes import resolve
 from lindep_onnx.tracing import trace
@@ -62,6 +64,7 @@ def anneal(
     removed = np.zeros(original.units, dtype=bool)
     best: Chosen | None = None
     first: Workshop | None = None
+    frozen: list[str] = []  # globs on the names of nodes whose groups broke a round
     told: list[str] = []  # of all rounds; what else a round has to say matters for the last one only
     if config.rounds > 1 and len(np.unique(original.bundle)) < original.units:
         told.append("Grouped convolutions or attention heads trade places of channels: all rounds were run as one.")
@@ -82,22 +85,35 @@ def anneal(
                 )
             told.extend(notes)
         if best is not None and best.failure is None and chosen.failure is not None and not config.sized:
-            told.append(f"Round {number + 1} broke a budget and was undone.")
-            break
+            name = _worst(current, chosen, samples, config)
+            told.append(
+                f"Round {number + 1} broke a budget and was undone; the channels of node {name!r}, where its error was "
+                "largest, were left alone from then on."
+            )
+            frozen.append(glob.escape(name))
+            current = _traced(current.model, config, frozen)
+            continue
         if number:  # kinds and units are those of this round's model
             chosen = dataclasses.replace(chosen, kind=np.zeros(original.units, dtype=np.int8))
         best, removed = dataclasses.replace(chosen, removed=gone), gone
         if number + 1 < config.rounds:
-            smaller = graph.load(chosen.proto)
-            current = trace(
-                smaller,
-                resolve(smaller),
-                include=config.include,
-                exclude=config.exclude,
-                min_channels=config.min_channels,
-            )
+            current = _traced(graph.load(chosen.proto), config, frozen)
     assert best is not None and first is not None
     return first, dataclasses.replace(best, notes=(*best.notes, *told))
+
+
+def _traced(model: graph.Model, config: Config, frozen: Sequence[str]) -> Channels:
+    exclude = (*config.exclude, *frozen)
+    return trace(model, resolve(model), include=config.include, exclude=exclude, min_channels=config.min_channels)
+
+
+def _worst(current: Channels, chosen: Chosen, samples: Samples, config: Config) -> str:
+    """The first producer of the group whose readers are furthest off."""
+    errors = measure_groups(
+        current, chosen, samples, seed=config.seed, providers=config.providers, threads=config.threads
+    )
+    changed = [number for number, group in enumerate(current.groups) if chosen.removed[group.units].any()]
+    return current.groups[max(changed, key=lambda number: errors.get(number, 0.0))].name
 
 
 def schedule(config: Config) -> Iterator[Config]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from lindep_onnx.checkpoint import Checkpoint, State
 from lindep_onnx.cli import main
 from lindep_onnx.config import Config, Effort
 from lindep_onnx.data import InputSpec, Part, Samples, open_samples
-from lindep_onnx.errors import UsageError
+from lindep_onnx.errors import BudgetError, UsageError
 from lindep_onnx.recover import RATE, Recovered, _judged, recover, trainable
 from lindep_onnx.rewrite import Reconstruction, rewrite
 
@@ -242,6 +243,26 @@ def test_rounds_spend_what_recovery_won_back(wide: onnx.ModelProto, inputs: dict
     )
     assert thrice.after.parameters < once.after.parameters
     assert thrice.verification is not None and thrice.verification.relative_error <= 0.2
+
+
+def test_the_group_that_broke_a_round_is_left_alone(
+    wide: onnx.ModelProto, inputs: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    genuine, seen = anneal._recovered, []
+
+    def breaking(workshop, chosen, original, *rest):
+        chosen, notes = genuine(workshop, chosen, original, *rest)
+        seen.append((workshop, chosen))
+        failure = BudgetError("made up") if len(seen) == 2 else None
+        return dataclasses.replace(chosen, failure=failure), notes
+
+    monkeypatch.setattr(anneal, "_recovered", breaking)
+    report = lindep_onnx.compress(wide, inputs, max_error=0.2, recover=150, rounds=3).report
+    told = [note for note in report.notes if "broke a budget" in note]
+    assert len(told) == 1 and told[0].startswith("Round 2") and report.verification.passed
+    weight = {"Gemm_0": "w0", "Gemm_2": "w1"}[told[0].split("'")[1]]
+    first, broken, last = (initializer(chosen.proto, weight).shape[1] for _, chosen in seen)
+    assert broken < first == last
 
 
 def test_the_command_line_trains_too(wide: onnx.ModelProto, inputs: dict, tmp_path: Path) -> None:

@@ -11,8 +11,9 @@
 | seconds | of the refit and all before it, and of the training |
 | PyTorch, its seconds | with --torch: as many steps of `tools/torch_recover.py` from the same start |
 
-With --rounds the cut is made in so many rounds, each with its own training; losses are then not shown. Without --final
-the results are judged by held-out calibration images, and the test images stay unopened.
+`--augment` is that of the command line; `tools/augmentations.py` has what suits images. With --rounds the cut is made
+in so many rounds, each with its own training; losses are then not shown. Without --final the results are judged by
+held-out calibration images, and the test images stay unopened.
 
 Usage: python tools/recover_figures.py TASK MODEL.onnx DATA --points 0.5 0.35 --steps 300 --final
 """
@@ -24,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -32,9 +33,10 @@ from tasks import TASKS, Task, open_task, outputs, score
 
 from lindep_onnx import graph
 from lindep_onnx.api import compress
+from lindep_onnx.augment import Augment, mix
 from lindep_onnx.config import Effort
 from lindep_onnx.cost import cost
-from lindep_onnx.data import InputSpec, Part, Samples, open_samples
+from lindep_onnx.data import InputSpec, Part, Samples, load_function, open_samples
 from lindep_onnx.recover import recover
 
 __all__ = ["main", "row"]
@@ -57,7 +59,18 @@ COLUMNS = (
 RUNTIME: dict[str, Any] = {"providers": ("CPUExecutionProvider",), "threads": 0}
 
 
-def row(task: Task, point: float, steps: int, rounds: int, holdout: float, folder: Path, *, beside: bool) -> str:
+def row(
+    task: Task,
+    point: float,
+    steps: int,
+    rounds: int,
+    holdout: float,
+    folder: Path,
+    *,
+    batch: int,
+    augment: Augment | Literal["mix"] | None,
+    beside: bool,
+) -> str:
     """A line of the table.
 
     Args:
@@ -67,6 +80,8 @@ def row(task: Task, point: float, steps: int, rounds: int, holdout: float, folde
         rounds: in how many the cut is made.
         holdout: share of the calibration images that is not trained on.
         folder: where models go.
+        batch: samples in a step.
+        augment: see `lindep_onnx.Config`.
         beside: whether PyTorch trains too.
     """
     original = graph.load(task.model)
@@ -84,15 +99,23 @@ def row(task: Task, point: float, steps: int, rounds: int, holdout: float, folde
     losses = ["", "", "", ""]
     if rounds == 1:
         student = graph.load(refitted)
-        with _samples(task, original, holdout) as samples:
+        with _samples(task, original, holdout, batch) as samples:
             found = recover(
-                original.proto, student, samples, Effort(steps=steps), seed=0, progress=lambda *_: None, **RUNTIME
+                original.proto,
+                student,
+                samples,
+                Effort(steps=steps),
+                augment=mix if augment == "mix" else augment,
+                seed=0,
+                progress=lambda *_: None,
+                **RUNTIME,
             )
         recovered = graph.edit(student, graph.Edits(constants=found.weights), "")
         best = min(found.history, key=lambda entry: entry[2])
         losses = [f"{found.before:.4f}", f"{found.after:.4f}", f"{found.history[-1][1]:.4f}", f"{best[0]} of {steps}"]
     else:
-        recovered = compress(original.proto, calib, **budget, holdout=holdout, rounds=rounds, recover=steps).model
+        options = {"rounds": rounds, "recover": steps, "augment": augment, "batch_size": batch}
+        recovered = compress(original.proto, calib, **budget, holdout=holdout, **options).model
     seconds.append(time.perf_counter() - start)
     models = {"refit": refitted, "recovered": recovered}
     if beside:
@@ -100,7 +123,7 @@ def row(task: Task, point: float, steps: int, rounds: int, holdout: float, folde
 
         start = time.perf_counter()
         student = graph.load(refitted)
-        with _samples(task, original, holdout) as samples:
+        with _samples(task, original, holdout, batch) as samples:
             images = np.concatenate([batch.feeds[task.input] for batch in samples.batches(Part.FIT)])
         weights = distil(original, student, images, steps=steps * rounds)
         models["PyTorch"] = graph.edit(student, graph.Edits(constants=weights), "")
@@ -121,12 +144,12 @@ def row(task: Task, point: float, steps: int, rounds: int, holdout: float, folde
     return f"| {' | '.join(cells)} |"
 
 
-def _samples(task: Task, model: graph.Model, holdout: float) -> Samples:
+def _samples(task: Task, model: graph.Model, holdout: float, batch: int) -> Samples:
     """The split that `compress` makes."""
     declared = model.proto.graph.input[0].type.tensor_type.shape.dim
     shape = tuple(dim.dim_value or dim.dim_param for dim in declared)
     spec = InputSpec(task.input, np.dtype(np.float32), shape)
-    return open_samples({task.input: task.calib}, [spec], seed=0, holdout=holdout, max_samples=None, batch_size=32)
+    return open_samples({task.input: task.calib}, [spec], seed=0, holdout=holdout, max_samples=None, batch_size=batch)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -140,16 +163,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--rounds", type=int, default=1, metavar="N")
     parser.add_argument("--holdout", type=float, default=0.15, metavar="F", help="not trained on (default 0.15)")
+    parser.add_argument("--batch", type=int, default=32, metavar="N", help="samples in a step (default 32)")
+    parser.add_argument("--augment", metavar="mix|FILE.py:FUNC", help="vary what is trained on")
     parser.add_argument("--torch", action="store_true", help="train with PyTorch too")
     parser.add_argument("--final", action="store_true", help="judge by the test images")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the models here")
     options = parser.parse_args(arguments)
     task = open_task(options.task, options.model, options.data, final=options.final)
+    augment = load_function(options.augment, "--augment") if ".py:" in (options.augment or "") else options.augment
     print(f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", sep="\n")
     with tempfile.TemporaryDirectory() as folder:
         for point in options.points or task.points:
             where = options.keep or Path(folder)
-            line = row(task, point, options.steps, options.rounds, options.holdout, where, beside=options.torch)
+            line = row(
+                task,
+                point,
+                options.steps,
+                options.rounds,
+                options.holdout,
+                where,
+                batch=options.batch,
+                augment=augment,
+                beside=options.torch,
+            )
             print(line, flush=True)
 
 

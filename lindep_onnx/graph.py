@@ -344,7 +344,7 @@ def _check_windows(where: str, nodes: Iterable[Node]) -> None:
             value = node.attributes.get(name)
             if isinstance(value, (list, tuple)) and any(isinstance(size, int) and size < 1 for size in value):
                 raise ModelError(
-                    f"{where}: node {node.name!r} ({node.op}) has {name} {list(value)}; every entry has to be at least 1."
+                    f"{where}: node {node.name!r} ({node.op}) has {name} {list(value)}; every entry must be at least 1."
                 )
 
 

@@ -106,7 +106,8 @@ def measured(folder: Path) -> str:
     both = [dict(zip(names, session.run(names, data), strict=True)) for session in sessions]
     errors.update(both[0], both[1])
     sizes = [int(np.prod(tensor.dims)) for tensor in onnx.load(result).graph.initializer]  # of integers too
-    return f"{sum(size for size in sizes if size > 1):,} | {result.stat().st_size / 1000:,.0f} kB | {errors.result().relative_error:.1g}"
+    elements, size = sum(size for size in sizes if size > 1), result.stat().st_size / 1000
+    return f"{elements:,} | {size:,.0f} kB | {errors.result().relative_error:.1g}"
 
 
 def table() -> list[str]:

@@ -46,7 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{time.perf_counter() - start:6.1f} s  downloads")
         # Programs are asked for by name, so that a browser finds the page where the shell is.
         own.update(PIP_NO_INDEX="1", PIP_FIND_LINKS=str(wheels), BROWSER=f"{given.browser} %s")
-        shell = subprocess.Popen(["bash", "-e"], stdin=subprocess.PIPE, cwd=checkout, env=own, text=True)
+        said = (Path(folder) / "said").open("w+")
+        shell = subprocess.Popen(
+            ["bash", "-e"], stdin=subprocess.PIPE, stdout=said, stderr=said, cwd=checkout, env=own, text=True
+        )
         assert shell.stdin is not None
         for number, command in enumerate(commands()):
             done = Path(folder) / f"done{number}"
@@ -55,12 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             shell.stdin.flush()
             while not done.exists():
                 if shell.poll() is not None:
-                    print(f"failed: {command}")
+                    said.seek(0)
+                    print(f"failed: {command}", said.read(), sep="\n")
                     return 1
                 time.sleep(0.05)
             print(f"{time.perf_counter() - start:6.1f} s  {command}", flush=True)
         shell.stdin.close()
         shell.wait()
+        said.close()
         opened = checkout / "opened.png"
         print(f"the browser {'opened the report' if opened.exists() else 'wrote no opened.png'}")
         return 0 if opened.exists() or given.browser != BROWSER else 1

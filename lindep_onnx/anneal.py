@@ -95,7 +95,8 @@ def anneal(
             continue
         if number:  # kinds and units are those of this round's model
             chosen = dataclasses.replace(chosen, kind=np.zeros(original.units, dtype=np.int8))
-        best, removed = dataclasses.replace(chosen, removed=gone), gone
+        frontier = chosen.frontier if best is None else best.frontier  # of the original
+        best, removed = dataclasses.replace(chosen, removed=gone, frontier=frontier), gone
         if number + 1 < config.rounds:
             current = _traced(graph.load(chosen.proto), config, frozen)
     assert best is not None and first is not None

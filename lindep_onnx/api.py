@@ -30,6 +30,7 @@ from lindep_onnx.data import InputSpec, Part, Samples, open_samples
 from lindep_onnx.errors import LindepError, ModelError, OutputError, UsageError, VerificationError
 from lindep_onnx.groups import measure_groups
 from lindep_onnx.plan import KINDS
+from lindep_onnx.portrait import Redundancy, layers, redundancy
 from lindep_onnx.precision import resolution, widened
 from lindep_onnx.proven import Proof, prove, ranges_of
 from lindep_onnx.report import BudgetReport, GroupReport, RefusalReport, Report, Size, Verification
@@ -160,12 +161,14 @@ class Understood:
     """What the model alone says.
 
     Attributes:
+        name: of the file, or of the graph of a model in memory.
         channels: the traced model.
         ranges: lowest and highest value of inputs, where they are known.
         proof: what follows from the weights.
         half: the model as it is stored, where that is in half precision: all else is about a copy in single precision.
     """
 
+    name: str
     channels: Channels
     ranges: Mapping[str, tuple[float, float]]
     proof: Proof
@@ -196,7 +199,8 @@ def understand(
         with stage("prove"):
             ranges = ranges_of(model, config.input_range)
             proof = prove(channels, ranges, half=half is not None)
-    return Understood(channels, ranges, proof, half)
+    name = Path(source).name if isinstance(source, (str, Path)) else model.proto.graph.name
+    return Understood(name, channels, ranges, proof, half)
 
 
 @contextmanager
@@ -293,13 +297,16 @@ def _run(
             stressed = _verification(compared, stress_failure is None, where)
             failure = failure or stress_failure
     found: dict[int, Support] = {}
+    curves: dict[int, Redundancy] = {}
     if samples is not None and evidence is not None:
         with clock.stage("statistics"):
             found = support(channels, evidence, chosen, proof)
+            curves = redundancy(channels, evidence)
             kept = int((doubtful & evidence.silent & ~chosen.removed).sum())
             notes = (*chosen.notes, *sentences(found, kept, len(samples)))
             chosen = replace(chosen, notes=notes)
-    report = _report(understood, workshop.before, chosen, errors, found, variants, stressed, samples, config, clock)
+    groups = tuple(_group_reports(understood, chosen, errors, found, curves))
+    report = _report(understood, workshop.before, chosen, groups, variants, stressed, samples, config, clock)
     if output is not None and (failure is None or config.force):
         graph.save(result, output, external_data=external_data)
     return Outcome(result, report, failure)
@@ -378,6 +385,7 @@ def _verification(
         passed=passed,
         data=data,
         worst_samples=found.worst_samples,
+        worst_errors=found.worst_errors,
         outputs=found.outputs,
         variants=variants,
     )
@@ -387,8 +395,7 @@ def _report(
     understood: Understood,
     before: Cost,
     chosen: Chosen,
-    errors: Mapping[int, float],
-    found: Mapping[int, Support],
+    groups: tuple[GroupReport, ...],
     variants: tuple[Variant, ...],
     stressed: Verification | None,
     samples: Samples | None,
@@ -405,7 +412,7 @@ def _report(
         after=Size(chosen.cost.parameters, chosen.cost.macs, chosen.cost.bytes, chosen.cost.channels, latency[1]),
         verification=verification,
         stress=stressed,
-        groups=tuple(_group_reports(understood, chosen, errors, found)),
+        groups=groups,
         refusals=tuple(
             RefusalReport(refusal.reason.code, refusal.nodes, refusal.channels, refusal.reason.message)
             for refusal in understood.channels.refusals
@@ -425,11 +432,18 @@ def _report(
         options=config.described(),
         notes=(*(samples.notes if samples is not None else ()), *chosen.notes),
         mode="proven" if config.proven_only else "budgeted" if config.budgeted else "lossless",
+        model=understood.name,
+        layers=tuple(layers(understood.channels, chosen.removed)),
+        frontier=chosen.frontier,
     )
 
 
 def _group_reports(
-    understood: Understood, chosen: Chosen, errors: Mapping[int, float], found: Mapping[int, Support]
+    understood: Understood,
+    chosen: Chosen,
+    errors: Mapping[int, float],
+    found: Mapping[int, Support],
+    curves: Mapping[int, Redundancy],
 ) -> Iterator[GroupReport]:
     channels = understood.channels
     for number, group in enumerate(channels.groups):
@@ -446,4 +460,5 @@ def _group_reports(
             sites=tuple(channels.model.nodes[channels.sites[site].readers[0].node].name for site in group.sites),
             kinds={KINDS[kind]: int((kinds == kind).sum()) for kind in sorted(set(kinds.tolist())) if kind},
             support=found.get(number),
+            redundancy=curves.get(number),
         )

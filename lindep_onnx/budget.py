@@ -32,6 +32,7 @@ from lindep_onnx.influence import Disturbances, measured_curves, site_influence
 from lindep_onnx.ladder import Ladder, Saving, build_ladder, curves, folds_of, savings
 from lindep_onnx.placement import balanced
 from lindep_onnx.plan import Fold, Plan, plan_lossless
+from lindep_onnx.portrait import FrontierPoint, kept_parameters
 from lindep_onnx.precision import narrowed, neighbour, resolution, widened
 from lindep_onnx.proven import Proof
 from lindep_onnx.reconstruct import fold_sites
@@ -53,6 +54,8 @@ SITE_ROUNDINGS, OUTPUT_ROUNDINGS = 1.0, 2.0
 WIDTHS = (1, 8, 16)
 #: Seconds that original and result are timed against each other.
 TIMED = 1.0
+#: Shares of the ladder, and samples, that the frontier of errors is measured at.
+FRONTIER, FRONTIER_SAMPLES = tuple(step / 10 for step in range(1, 10)), 64
 #: A result counts as faster only by more than timings wobble.
 FASTER = 0.98
 SIZES = {"params": "parameters", "macs": "macs", "size": "bytes", "channels": "channels"}
@@ -80,6 +83,7 @@ class Chosen:
         failure: why it must not be used; None if all is well.
         notes: what the user should know.
         folds: how sites make up for what went, as far as the plan says.
+        frontier: what smaller and larger reductions would cost, largest model first; empty without a budget.
     """
 
     proto: onnx.ModelProto
@@ -92,6 +96,7 @@ class Chosen:
     failure: LindepError | None
     notes: tuple[str, ...] = ()
     folds: Mapping[int, Fold] = field(default_factory=dict)
+    frontier: tuple[FrontierPoint, ...] = ()
 
 
 class Workshop:
@@ -145,6 +150,7 @@ class Workshop:
         with self._stage("plan"):
             lossless = plan_lossless(self._channels, self._evidence, self._doubtful, tolerance=self._tolerance)
             ladder = self._ladder(lossless) if self._config.budgeted else None
+        frontier = () if ladder is None or self._reference is not self._channels.model else self._frontier(ladder)
         best: Chosen | None = None
         for width in WIDTHS if self._config.round_to == "auto" else (self._config.round_to,):
             chosen = self._verified(lossless, width) if ladder is None else self._budgeted(ladder, width)
@@ -156,7 +162,7 @@ class Workshop:
         assert best is not None
         if self._config.round_to == "auto" and not self._sizes() and _ratio(best) > 1 / FASTER:
             best = self._unchanged()
-        return dataclasses.replace(best, notes=(*best.notes, *self._slower(best)))
+        return dataclasses.replace(best, notes=(*best.notes, *self._slower(best)), frontier=frontier)
 
     def judge(self, model: graph.Model, weights: Mapping[str, NDArray[Any]], chosen: Chosen) -> Chosen:
         """A result with other weights, held to the budgets anew.
@@ -260,6 +266,22 @@ class Workshop:
         expected = curves(self._channels, self._evidence, influence, savings(self._channels, kind))
         measured = measured_curves(self._channels, self._evidence, expected, disturbances, self._progress)
         return build_ladder(self._channels, measured, lossless.removed)
+
+    def _frontier(self, ladder: Ladder) -> tuple[FrontierPoint, ...]:
+        """Measured with folds, which are cheap: a refit does better."""
+        points = []
+        with self._stage("frontier"):
+            whole = kept_parameters(self._channels, ladder.removed(0))
+            for done, share in enumerate(FRONTIER):
+                order = ladder.order[: round(share * len(ladder))]
+                removed = balanced(self._channels, ladder.removed(len(order)), order)
+                session = verify.open_session(self._folded(removed), **self._runtime)
+                batches = self._data.batches(Part.SELECT, limit=FRONTIER_SAMPLES)
+                found = verify.compare(self._original, session, batches, agreement_output=self._config.agreement_output)
+                left = kept_parameters(self._channels, removed) / max(1, whole)
+                points.append(FrontierPoint(left, found.relative_error, found.agreement))
+                self._progress("frontier", done + 1, len(FRONTIER))
+        return tuple(points)
 
     def _budgeted(self, ladder: Ladder, width: int) -> Chosen:
         """Sizes alone ask for the largest model that is small enough; errors alone for the smallest good one."""

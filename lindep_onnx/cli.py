@@ -259,7 +259,8 @@ class _progress:  # noqa: N801 - used like a function
         return self._update
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if not self._bar.disable:  # versions of rich before 14.3 end even a hidden bar with an empty line
+            self._bar.stop()
 
     def _update(self, stage: str, done: int, total: int) -> None:
         if stage not in self._tasks:

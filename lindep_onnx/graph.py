@@ -215,6 +215,7 @@ def load(source: str | Path | onnx.ModelProto) -> Model:
         stored[name] = value
 
     graph_inputs = [value.name for value in graph.input]
+    _check_windows(where, nodes)
     _check_order(where, nodes, {*stored, *sparse, *graph_inputs}, [value.name for value in graph.output])
     return Model(
         proto=proto,
@@ -334,6 +335,17 @@ def _check_arity(where: str, graph: onnx.GraphProto, versions: Mapping[str, int]
                 )
         for body in _subgraphs(node):
             _check_arity(where, body, versions)
+
+
+def _check_windows(where: str, nodes: Iterable[Node]) -> None:
+    """Refuse windows and steps of nothing: ONNX Runtime divides by them, and a signal ends the process."""
+    for node in nodes:
+        for name in ("kernel_shape", "strides", "dilations"):
+            value = node.attributes.get(name)
+            if isinstance(value, (list, tuple)) and any(isinstance(size, int) and size < 1 for size in value):
+                raise ModelError(
+                    f"{where}: node {node.name!r} ({node.op}) has {name} {list(value)}; every entry must be at least 1."
+                )
 
 
 def _check_order(where: str, nodes: Iterable[Node], known: set[str], outputs: Iterable[str]) -> None:

@@ -213,7 +213,7 @@ def observe(
     ranges: list[Range | None] = [None] * len(watched)
     done, total = 0, len(samples.parts[Part.FIT]) + len(samples.parts[Part.SELECT])
     for batch in samples.batches(Part.FIT, Part.SELECT):
-        values = session.run(fetched, batch.feeds)
+        values = session.run(fetched, dict(batch.feeds))  # older versions take nothing but a dict
         for number, flat in enumerate(watched):
             *reduced, shape = values[5 * number : 5 * number + 5]
             kept = [value[: len(value) * len(batch.samples) // batch.size].astype(np.float64) for value in reduced]

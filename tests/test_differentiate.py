@@ -142,6 +142,8 @@ AFTER = {
 @pytest.mark.parametrize("name", AFTER)
 def test_gradients_are_the_slopes_of_the_loss(name: str) -> None:
     body, weights = AFTER[name]
+    if "auto_pad" in body and tuple(map(int, onnx.__version__.split(".")[:2])) < (1, 23):
+        pytest.skip("the reference implementation of this onnx pads wrongly")
     model = with_loss(build(f"{FIRST}\n{body}", {**C, **weights}, x=(3, 3, 6, 7)))
     trainable = [key for key in ("w", "b", "v", "c") if key in {**C, **weights}]
     x = np.random.default_rng(1).normal(size=(3, 3, 6, 7)).astype(np.float32)

@@ -187,3 +187,10 @@ def test_fuzzing_reports_what_it_finds(tmp_path: Path) -> None:
     command = [sys.executable, str(tmp_path / "fuzz.py"), "--target", "loader", "--executions", "5"]
     found = subprocess.run(command, env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True)
     assert found.returncode == 1 and "IndexError" in found.stdout and "--repeat 0:0" in found.stdout
+
+
+@pytest.mark.parametrize("name", ["kernel_shape", "strides", "dilations"])
+def test_a_window_of_nothing_is_refused_before_anything_runs_it(name: str) -> None:
+    made = changed(lambda model: set_attribute(model, 0, **{name: [1, 0]}))
+    with pytest.raises(LindepError, match=f"{name} .1, 0.*at least 1"):
+        lindep_onnx.compress(made, proven_only=True)

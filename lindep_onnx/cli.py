@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -51,8 +52,11 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--calib",
         metavar="DATA",
-        help=".npz with input names as keys, .npy, a directory of shards or of ONNX test_data_set_* folders, or "
-        "FILE.py:FUNC that yields dicts of arrays",
+        help=".npz with input names as keys, .npy, a directory of shards, images or ONNX test_data_set_* folders, or "
+        "FILE.py:FUNC that yields dicts of arrays (FILE.py alone: its load_data)",
+    )
+    data.add_argument(
+        "--random-calib", type=int, metavar="N", help="N random samples in place of data: a last resort, proves nothing"
     )
     data.add_argument(
         "--stress", metavar="DATA", help="a second data set that the result has to hold on, not fitted to"
@@ -63,6 +67,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="[NAME=]LO:HI",
         help="lowest and highest value of an input, or of all: what holds for every input in there is proven",
     )
+    data.add_argument("--image-size", metavar="H[xW]", help="images: crop to this (the size of the input)")
+    data.add_argument("--resize", type=int, metavar="N", help="images: shorter side before the crop (just covers it)")
+    data.add_argument("--scale", type=float, metavar="S", help="images: divide pixels of 0 to 255 by S first (255)")
+    data.add_argument("--mean", metavar="M[,M,M]", help="images: then subtract this, in the order of --color (0)")
+    data.add_argument("--std", metavar="D[,D,D]", help="images: then divide by this (1)")
+    data.add_argument("--layout", choices=("nchw", "nhwc"), help="images: where the channels are (as in the input)")
+    data.add_argument("--color", choices=("rgb", "bgr", "gray"), help="images: which channels (rgb, or gray for one)")
     data.add_argument("--max-samples", type=int, metavar="N", help="use at most N samples")
     data.add_argument("--batch-size", type=int, metavar="N", help="samples per run, where the batch is dynamic")
     data.add_argument("--holdout", type=float, metavar="F", help="share of samples kept out of fitting (0.3)")
@@ -154,6 +165,11 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
         changed["input_range"] = _ranges(options.input_range)
     if options.round_to is not None:
         changed["round_to"] = _round_to(options.round_to)
+    if options.image_size is not None:
+        changed["image_size"] = _image_size(options.image_size)
+    for name in ("mean", "std"):
+        if name in changed:
+            changed[name] = _numbers(changed[name], "--" + name)
     if options.eval is not None:
         changed["eval"] = load_function(options.eval, "--eval")
     config = Config(**changed)
@@ -219,6 +235,26 @@ def _ranges(texts: Sequence[str]) -> dict[str, tuple[float, float]]:
             found[name or EVERY_INPUT] = float(low), float(high)
         except ValueError:
             raise UsageError(f"--input-range takes NAME=LO:HI or LO:HI, such as image=0:1, not {text!r}.") from None
+    return found
+
+
+def _image_size(text: str) -> tuple[int, int]:
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and len(side) < 7 for side in sides):
+        raise UsageError(f"--image-size is one number, or HxW such as 224x192, not {text!r}.")
+    height, width = sides if len(sides) == 2 else sides * 2
+    return int(height), int(width)
+
+
+def _numbers(text: str, flag: str) -> tuple[float, ...]:
+    try:
+        found = tuple(map(float, text.split(",")))
+    except ValueError:
+        raise UsageError(
+            f"{flag} takes numbers with commas between, such as 0.485,0.456,0.406, not {text!r}."
+        ) from None
+    if not all(map(math.isfinite, found)):
+        raise UsageError(f"{flag} takes finite numbers, not {text!r}.")
     return found
 
 

@@ -20,6 +20,7 @@ from lindep_onnx.config import Config
 from lindep_onnx.data import load_function
 from lindep_onnx.errors import LindepError, UsageError
 from lindep_onnx.proven import EVERY_INPUT
+from lindep_onnx.replay import Plan, options_of
 
 __all__ = ["main"]
 
@@ -95,6 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--refit", choices=("auto", "fold", "kernel", "sequential"), help="refit of the survivors")
     how.add_argument("--rounds", type=int, metavar="N", help="contract in N rounds (1)")
     how.add_argument("--recover", metavar="N|Nmin", help="train without labels: N steps or minutes after each round")
+    how.add_argument("--plan", metavar="FILE.json", help="carry out a plan that --save-plan wrote, edited or not")
+    how.add_argument("--load-moments", metavar="FILE", help="read what --save-moments kept; --calib still verifies")
     how.add_argument("--min-channels", type=int, metavar="N", help="no channel axis is cut below N")
     how.add_argument("--round-to", metavar="auto|N", help="round kept counts up to a multiple")
     how.add_argument("--include", action="append", metavar="GLOB", help="touch only matching nodes")
@@ -105,6 +108,8 @@ def _parser() -> argparse.ArgumentParser:
     out = parser.add_argument_group("output")
     out.add_argument("--dry-run", action="store_true", help="report only, write no model")
     out.add_argument("--report", metavar="FILE.json|FILE.html", help="write the report")
+    out.add_argument("--save-plan", metavar="FILE.json", help="write what goes, to be edited and given to --plan")
+    out.add_argument("--save-moments", metavar="FILE", help="keep what calibration found, for other budgets")
     out.add_argument("--save-as-external-data", action="store_true", help="weights go into OUT.onnx.data")
     out.add_argument("--force", action="store_true", help="write OUT even if verification fails (exit code stays 3)")
     out.add_argument("-v", "--verbose", action="store_true", help="show every group and refusal")
@@ -173,7 +178,9 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
     if options.eval is not None:
         changed["eval"] = load_function(options.eval, "--eval")
     config = Config(**changed)
-    for path in (options.model, options.output, options.calib, options.stress, options.report):
+    written = (options.report, options.save_plan, options.save_moments)
+    read = (options.model, options.calib, options.stress, options.load_moments, options.plan)
+    for path in (*read, options.output, *written):
         if path is not None:
             _check_name(path)
     if options.output is None and not options.dry_run:
@@ -182,16 +189,23 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
     if report_path is not None:
         report.check_path(report_path)
     output = Path(options.output) if options.output and not options.dry_run else None
-    _check_written([output, report_path], [options.model, options.calib, options.stress])
+    save_moments, load_moments, save_plan = (
+        Path(path) if path else None for path in (options.save_moments, options.load_moments, options.save_plan)
+    )
+    _check_written([output, report_path, save_moments, save_plan], read)
+    repeated = None
+    if options.plan is not None:
+        saved = Plan.load(options.plan)
+        repeated, config = api.Repeated(saved, changed), options_of(saved, changed)
     with _progress(errors, options.quiet) as progress:
         result = api.run(
             options.model,
             options.calib,
             config,
-            output=output,
+            files=api.Files(output, options.save_as_external_data, save_moments, load_moments, save_plan),
             stress=options.stress,
-            external_data=options.save_as_external_data,
             progress=progress,
+            repeated=repeated,
         )
     if not options.quiet:
         report.render(result.report, Console(highlight=False), verbose=options.verbose)

@@ -67,6 +67,7 @@ class Samples:
     Attributes:
         parts: sample numbers of each part, ascending.
         notes: what the user should know about the data.
+        fingerprint: a digest of the samples, their split and their batches.
     """
 
     def __init__(self, shards: Sequence[Shard], plan: Feeding, folder: Scratch) -> None:
@@ -77,6 +78,7 @@ class Samples:
         self._starts = np.concatenate([[0], np.cumsum([plan.count(shard) for shard in shards])])
         self.parts: Mapping[Part, NDArray[np.int64]] = {}
         self.notes: tuple[str, ...] = ()
+        self.fingerprint = ""
 
     def __len__(self) -> int:
         return sum(len(part) for part in self.parts.values())
@@ -248,12 +250,24 @@ def open_samples(
         total = int(samples._starts[-1])
         if not total:
             raise CalibrationError(f"{found.shards[0].where}: holds no samples; give at least {LEAST_SAMPLES}.")
-        samples.parts, split_notes = _split(samples.digests(), seed, holdout, max_samples)
+        digests = samples.digests()
+        samples.parts, split_notes = _split(digests, seed, holdout, max_samples)
+        samples.fingerprint = _fingerprint(digests, samples)
         samples.notes = (*found.notes, *plan.notes, *split_notes)
     except BaseException:
         folder.cleanup()
         raise
     return samples
+
+
+def _fingerprint(digests: Sequence[bytes], samples: Samples) -> str:
+    total = hashlib.blake2b(f"{samples.batch}:".encode(), digest_size=16)
+    for digest in digests:
+        total.update(digest)
+    for part in Part:
+        total.update(f":{part.value}:".encode())
+        total.update(samples.parts[part].astype("<i8").tobytes())
+    return total.hexdigest()
 
 
 def _silent(stage: str, done: int, total: int) -> None:

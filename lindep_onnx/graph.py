@@ -7,6 +7,7 @@ Everything else sees a `Model`: nodes in topological order, constants as arrays,
 from __future__ import annotations
 
 import filecmp
+import hashlib
 import json
 import logging
 import re
@@ -35,6 +36,7 @@ __all__ = [
     "Model",
     "Node",
     "edit",
+    "fingerprint",
     "load",
     "read_model",
     "save",
@@ -600,6 +602,19 @@ def _keep_attributes(source: onnx.NodeProto, node: onnx.NodeProto, edits: Edits)
             copies.append(copy)
     del node.attribute[:]
     node.attribute.extend(copies)
+
+
+def fingerprint(proto: onnx.ModelProto) -> str:
+    """A digest of what a model computes: nodes, weights, inputs and outputs, whatever its metadata say."""
+    digest = hashlib.blake2b(digest_size=16)
+    graph = proto.graph
+    for parts in (proto.opset_import, proto.functions, graph.input, graph.output, graph.node, graph.initializer):
+        digest.update(f"{len(parts)}:".encode())
+        for part in parts:  # one at a time: together they may be larger than protobuf takes
+            content = part.SerializeToString(deterministic=True)
+            digest.update(f"{len(content)}:".encode())
+            digest.update(content)
+    return digest.hexdigest()
 
 
 def tensor_bytes(tensor: onnx.TensorProto) -> int:

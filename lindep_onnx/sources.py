@@ -7,11 +7,8 @@ import inspect
 import itertools
 import math
 import shutil
-import struct
 import sys
-import tokenize
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +17,8 @@ from typing import Any, BinaryIO, TypeAlias
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
-from numpy.lib import format as npy
 
+from lindep_onnx.arrays import UNREADABLE, npy_header, npz_headers
 from lindep_onnx.errors import CalibrationError, UsageError
 from lindep_onnx.feeding import (
     UNNAMED,
@@ -46,18 +43,6 @@ LEAST_SAMPLES = 3
 #: What `FILE.py` alone names, as in polygraphy.
 DEFAULT_FUNCTION = "load_data"
 SUFFIXES = (".npz", ".npy")
-#: What the standard library and NumPy raise on damaged files; a locked archive is a RuntimeError.
-UNREADABLE = (
-    OSError,
-    ValueError,
-    EOFError,
-    KeyError,
-    RuntimeError,
-    struct.error,
-    tokenize.TokenError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 
 
 @dataclass(frozen=True)
@@ -261,14 +246,18 @@ def _from_path(path: Path, inputs: Sequence[str], folder: Path) -> list[Shard]:
 
 
 def _file(path: Path, folder: Path) -> Shard:
-    read_headers = _npz_headers if path.suffix == ".npz" else _npy_headers
     try:
-        headers = read_headers(path)
+        if path.suffix == ".npz":
+            found = npz_headers(path)
+        else:
+            with path.open("rb") as file:
+                found = {UNNAMED: npy_header(file, path.stat().st_size)}
     except PermissionError as error:
         raise CalibrationError(f"{path}: cannot be read ({error.strerror}).") from error
     except UNREADABLE as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CalibrationError(f"{path}: is not a readable {path.suffix} file ({reason}).") from error
+    headers = {name: Header(*header) for name, header in found.items()}
     for name, header in headers.items():
         if header.dtype.hasobject:
             raise CalibrationError(
@@ -277,39 +266,6 @@ def _file(path: Path, folder: Path) -> Shard:
     if path.suffix == ".npy":
         return Shard(str(path), headers, lambda: {UNNAMED: np.load(path, mmap_mode="r", allow_pickle=False)})
     return Shard(str(path), headers, lambda: _npz_arrays(path, headers, folder))
-
-
-def _npy_headers(path: Path) -> dict[str, Header]:
-    with path.open("rb") as file:
-        return {UNNAMED: _header(file, path.stat().st_size)}
-
-
-def _header(file: Any, size: int) -> Header:
-    """The header of an array, held against the size of the file: what is read later is there."""
-    version = npy.read_magic(file)
-    read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
-    if read is None:
-        raise ValueError(f"version {version} of the npy format is not supported")
-    shape, _, dtype = read(file)
-    if any(not 0 <= length < 2**63 for length in shape):
-        raise ValueError(f"its shape {shape} is impossible")
-    wanted, there = math.prod(map(int, shape)) * dtype.itemsize, size - file.tell()
-    if not dtype.hasobject and wanted > there:
-        raise ValueError(f"cut short: {wanted:,} bytes of data declared, {there:,} there")
-    return Header(dtype, tuple(int(length) for length in shape))
-
-
-def _npz_headers(path: Path) -> dict[str, Header]:
-    headers = {}
-    with zipfile.ZipFile(path) as archive:
-        for item in archive.infolist():
-            if not item.filename.endswith(".npy"):
-                continue
-            with archive.open(item) as file:
-                headers[item.filename[: -len(".npy")]] = _header(file, item.file_size)
-    if not headers:
-        raise ValueError("there is no array in it")
-    return headers
 
 
 def _npz_arrays(path: Path, headers: Mapping[str, Header], folder: Path) -> Arrays:

@@ -468,8 +468,18 @@ def _edited(model: Model, edits: Edits) -> onnx.ModelProto:
     ]
 
     graph.cleanup(remove_unused_node_outputs=False, recurse_subgraphs=False, recurse_functions=False)
+    unnamed = [tensor for tensor in _attribute_tensors(model.proto.graph) if not tensor.HasField("name")]
     exported = gs.export_onnx(graph, do_type_check=False)
+    for tensor in unnamed:  # graphsurgeon names tensors that are still those of the original
+        tensor.ClearField("name")
     return _restored(model.proto, exported, edits)
+
+
+def _attribute_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    for node in graph.node:
+        yield from (attribute.t for attribute in node.attribute if attribute.type == onnx.AttributeProto.TENSOR)
+        for inner in _subgraphs(node):
+            yield from _attribute_tensors(inner)
 
 
 def _in_memory(value: Array) -> Array:

@@ -28,6 +28,8 @@ Layout = Literal["nchw", "nhwc"]
 Color = Literal["rgb", "bgr", "gray"]
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+#: Larger images mean harm: a small file can hold them.
+MOST_PIXELS = 1 << 27
 #: Divides pixels unless told otherwise: they go from 0 to 1.
 SCALE = 255.0
 
@@ -99,6 +101,8 @@ class _Input:
 
         try:
             with Image.open(path) as stored:
+                if stored.width * stored.height > MOST_PIXELS:
+                    raise ValueError(f"{stored.width}x{stored.height} pixels are too many")
                 picture = ImageOps.exif_transpose(stored)
                 if picture.mode.startswith(("I", "F")):
                     raise ValueError("more than 8 bits a channel; convert it to 8")
@@ -187,7 +191,8 @@ def _input(folder: Path, specs: Sequence[InputSpec], wanted: Preprocessing) -> _
     color: Color = wanted.color or ("gray" if count == 1 else "rgb")
     if count != (1 if color == "gray" else 3):
         raise CalibrationError(
-            f"{where} {_shown(shape)} has {count} channels in layout {layout}, {color} images do not."
+            f"{where} {_shown(shape)} has {count} channels in layout {layout}, and {color} images have not: see --layout "
+            "and --color."
         )
     height, width = _size(where, shape, [place for place in (1, 2, 3) if place != axis], wanted)
     scale = SCALE if wanted.scale is None else wanted.scale

@@ -174,7 +174,8 @@ def _called(text: str, flag: str) -> Iterator[Any]:
         raise UsageError(
             f"{flag}: {text} needs the argument(s) {', '.join(needed)}, and is called without any; give them defaults."
         )
-    yield from _feeds(named() if callable(named) and not hasattr(named, "get_next") else named, text)
+    made = isinstance(named, type) or (callable(named) and not hasattr(named, "get_next"))
+    yield from _feeds(named() if made else named, text)
 
 
 def _needed_arguments(named: Any) -> list[str]:

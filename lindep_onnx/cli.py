@@ -130,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     errors = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
     try:
-        options = _parser().parse_args(given)
+        options = _parser().parse_intermixed_args(given)  # OUT may come behind options
         logging.basicConfig(level=logging.DEBUG if options.debug else logging.ERROR, stream=sys.stderr)
         return _run(options, errors)
     except (Exception, KeyboardInterrupt) as error:

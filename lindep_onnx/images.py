@@ -191,8 +191,8 @@ def _input(folder: Path, specs: Sequence[InputSpec], wanted: Preprocessing) -> _
     color: Color = wanted.color or ("gray" if count == 1 else "rgb")
     if count != (1 if color == "gray" else 3):
         raise CalibrationError(
-            f"{where} {_shown(shape)} has {count} channels in layout {layout}, and {color} images have not: see --layout "
-            "and --color."
+            f"{where} {_shown(shape)} has {count} channels in layout {layout}, and {color} images have not: see "
+            "--layout and --color."
         )
     height, width = _size(where, shape, [place for place in (1, 2, 3) if place != axis], wanted)
     scale = SCALE if wanted.scale is None else wanted.scale

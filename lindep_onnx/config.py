@@ -19,6 +19,8 @@ Refit = Literal["auto", "fold", "kernel", "sequential"]
 
 #: RMS relative error that one site may gain in lossless mode, on samples that were not fitted.
 LOSSLESS_SITE_ERROR = 1e-5
+#: More random samples teach nothing.
+MOST_RANDOM = 100_000
 #: Output error at which a lossless result is verified.
 LOSSLESS_VERIFIED_ERROR = 1e-3
 
@@ -180,6 +182,8 @@ class Config:
             raise UsageError(f"--color is rgb, bgr or gray, not {self.color!r}.")
 
     def _check_random(self) -> None:
+        if self.random_calib is not None and self.random_calib > MOST_RANDOM:
+            raise UsageError(f"--random-calib must be at most {MOST_RANDOM:,}, not {self.random_calib}.")
         if self.proven_only:
             raise UsageError("--proven-only needs no data: drop --random-calib.")
         for name in ("max_error", "min_agreement"):

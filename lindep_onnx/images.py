@@ -112,6 +112,8 @@ class _Input:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CalibrationError(f"{path}: is not a readable image ({reason}); repair or remove it.") from error
         width, height = self._resized(*picture.size)
+        if width * height > MOST_PIXELS:
+            raise CalibrationError(f"{path}: {picture.width}x{picture.height} is too long to be resized; remove it.")
         picture = picture.resize((width, height), Image.Resampling.BILINEAR)
         left, top = round((width - self.width) / 2), round((height - self.height) / 2)
         pixels = np.asarray(picture.crop((left, top, left + self.width, top + self.height)))
@@ -211,6 +213,8 @@ def _input(folder: Path, specs: Sequence[InputSpec], wanted: Preprocessing) -> _
                 f"division by {scale:g}; give it in these units, or --scale 1 for pixels from 0 to 255."
             )
         values[flag] = np.array(numbers, dtype=np.float64)
+    if wanted.resize is not None and wanted.resize**2 > MOST_PIXELS:
+        raise UsageError(f"--resize {wanted.resize} makes images of too many pixels; the most is {MOST_PIXELS:,}.")
     if wanted.resize is not None and wanted.resize < max(height, width):
         raise UsageError(f"--resize {wanted.resize} is smaller than the {height}x{width} that are cropped from it.")
     return _Input(spec, height, width, layout, color, wanted.resize, scale, values["mean"], values["std"])
@@ -236,6 +240,8 @@ def _size(where: str, shape: Sequence[int | str], axes: Sequence[int], wanted: P
         )
     height, width = (size if size is not None else other for size, other in zip(found, given, strict=True))
     assert height is not None and width is not None
+    if not 0 < height * width <= MOST_PIXELS:
+        raise UsageError(f"--image-size: {height}x{width} pixels are none, or too many; the most is {MOST_PIXELS:,}.")
     return height, width
 
 

@@ -80,7 +80,8 @@ def anneal(
             break
         if number:  # kinds and units are those of this round's model
             chosen = dataclasses.replace(chosen, kind=np.zeros(original.units, dtype=np.int8))
-        best, removed = dataclasses.replace(chosen, removed=gone), gone
+        frontier = chosen.frontier if best is None else best.frontier  # of the original
+        best, removed = dataclasses.replace(chosen, removed=gone, frontier=frontier), gone
         if number + 1 < config.rounds:
             smaller = graph.load(chosen.proto)
             current = trace(

@@ -31,6 +31,7 @@ from lindep_onnx.errors import LindepError, ModelError, OutputError, UsageError,
 from lindep_onnx.groups import measure_groups
 from lindep_onnx.ladder import Prices
 from lindep_onnx.plan import KINDS
+from lindep_onnx.portrait import Redundancy, layers, redundancy
 from lindep_onnx.precision import resolution, widened
 from lindep_onnx.proven import Proof, prove, ranges_of
 from lindep_onnx.replay import Plan, Replay, named, options_of, replay
@@ -318,8 +319,12 @@ def run(
     stress: Any = None,
     progress: Progress = _silent,
     repeated: Repeated | None = None,
+    outlook: bool = False,
 ) -> Outcome:
-    """`compress` or `apply`, but failed verification is a value, and files are written."""
+    """`compress` or `apply`, but failed verification is a value, and files are written.
+
+    With `outlook` the report also says what budgets would cost where none is asked for.
+    """
     needs_data = not config.proven_only and (repeated is None or repeated.plan.mode != "proven")
     if calib is None and config.random_calib is None and needs_data:
         raise UsageError("Calibration data is missing: give --calib DATA, or --proven-only to use the weights alone.")
@@ -341,7 +346,7 @@ def run(
         samples = _opened(understood, calib, config, config.max_samples, clock, progress, stack)
         stressing = _opened(understood, stress, replace(config, random_calib=None), None, clock, progress, stack)
         calibrated = _learn(understood, samples, config, files, clock, progress)
-        return _run(calibrated, stressing, config, clock, files, progress, replayed)
+        return _run(calibrated, stressing, config, clock, files, progress, replayed, outlook)
 
 
 def _opened(
@@ -377,6 +382,7 @@ class Understood:
     """What the model alone says.
 
     Attributes:
+        name: of the file, or of the graph of a model in memory.
         channels: the traced model.
         ranges: lowest and highest value of inputs, where they are known.
         proof: what follows from the weights.
@@ -384,6 +390,7 @@ class Understood:
         config: the options so far.
     """
 
+    name: str
     channels: Channels
     ranges: Mapping[str, tuple[float, float]]
     proof: Proof
@@ -415,7 +422,8 @@ def understand(
         with stage("prove"):
             ranges = ranges_of(model, config.input_range)
             proof = prove(channels, ranges, half=half is not None)
-    return Understood(channels, ranges, proof, half, config)
+    name = Path(source).name if isinstance(source, (str, Path)) else model.proto.graph.name
+    return Understood(name, channels, ranges, proof, half, config)
 
 
 @contextmanager
@@ -566,6 +574,7 @@ def _run(
     files: Files,
     progress: Progress,
     replayed: Replay | None,
+    outlook: bool,
 ) -> Outcome:
     understood, samples, evidence = calibrated.understood, calibrated.samples, calibrated.evidence
     channels, proof, half, doubtful = understood.channels, understood.proof, understood.half, calibrated.doubtful
@@ -589,6 +598,8 @@ def _run(
         else:
             workshop = open_round(channels, config)
             chosen = workshop.choose()
+    if outlook and not chosen.frontier and replayed is None and config.random_calib is None:
+        chosen = replace(chosen, frontier=workshop.outlook())
     if files.save_moments is not None:
         calibrated.save_moments(files.save_moments, chosen.prices)
     with clock.stage("verify"):
@@ -611,13 +622,16 @@ def _run(
             stressed = _verification(compared, stress_failure is None, where)
             failure = failure or stress_failure
     found: dict[int, Support] = {}
+    curves: dict[int, Redundancy] = {}
     if samples is not None and evidence is not None:
         with clock.stage("statistics"):
             found = support(channels, evidence, chosen, proof)
+            curves = redundancy(channels, evidence)
             kept = int((doubtful & evidence.silent & ~chosen.removed).sum())
             notes = (*chosen.notes, *sentences(found, kept, len(samples)))
             chosen = replace(chosen, notes=notes)
-    report = _report(understood, workshop, chosen, errors, found, variants, stressed, samples, config, clock)
+    groups = tuple(_group_reports(understood, chosen, errors, found, curves))
+    report = _report(understood, workshop, chosen, groups, variants, stressed, samples, config, clock)
     saved = named(channels, chosen, workshop.options) if config.rounds == 1 else None
     if failure is None or config.force:
         if files.output is not None:
@@ -704,6 +718,7 @@ def _verification(
         passed=passed,
         data=data,
         worst_samples=found.worst_samples,
+        worst_errors=found.worst_errors,
         outputs=found.outputs,
         variants=variants,
     )
@@ -713,8 +728,7 @@ def _report(
     understood: Understood,
     workshop: Workshop,
     chosen: Chosen,
-    errors: Mapping[int, float],
-    found: Mapping[int, Support],
+    groups: tuple[GroupReport, ...],
     variants: tuple[Variant, ...],
     stressed: Verification | None,
     samples: Samples | None,
@@ -734,7 +748,7 @@ def _report(
         after=Size(chosen.cost.parameters, chosen.cost.macs, chosen.cost.bytes, chosen.cost.channels, latency[1]),
         verification=verification,
         stress=stressed,
-        groups=tuple(_group_reports(understood, chosen, errors, found)),
+        groups=groups,
         refusals=tuple(
             RefusalReport(refusal.reason.code, refusal.nodes, refusal.channels, refusal.reason.message)
             for refusal in understood.channels.refusals
@@ -758,11 +772,18 @@ def _report(
             *chosen.notes,
         ),
         mode=workshop.mode,
+        model=understood.name,
+        layers=tuple(layers(understood.channels, chosen.removed)),
+        frontier=chosen.frontier,
     )
 
 
 def _group_reports(
-    understood: Understood, chosen: Chosen, errors: Mapping[int, float], found: Mapping[int, Support]
+    understood: Understood,
+    chosen: Chosen,
+    errors: Mapping[int, float],
+    found: Mapping[int, Support],
+    curves: Mapping[int, Redundancy],
 ) -> Iterator[GroupReport]:
     channels = understood.channels
     for number, group in enumerate(channels.groups):
@@ -779,4 +800,5 @@ def _group_reports(
             sites=tuple(channels.model.nodes[channels.sites[site].readers[0].node].name for site in group.sites),
             kinds={KINDS[kind]: int((kinds == kind).sum()) for kind in sorted(set(kinds.tolist())) if kind},
             support=found.get(number),
+            redundancy=curves.get(number),
         )

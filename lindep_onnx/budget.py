@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -29,9 +29,10 @@ from lindep_onnx.cost import Cost, cost
 from lindep_onnx.data import Part, Samples
 from lindep_onnx.errors import BudgetError, LindepError, UsageError, VerificationError
 from lindep_onnx.influence import Disturbances, measured_curves, site_influence
-from lindep_onnx.ladder import Ladder, Prices, Saving, build_ladder, curves, folds_of, savings
+from lindep_onnx.ladder import Curve, Ladder, Prices, Saving, build_ladder, curves, folds_of, savings
 from lindep_onnx.placement import balanced
 from lindep_onnx.plan import Fold, Plan, part_of, plan_lossless
+from lindep_onnx.portrait import FrontierPoint, kept_parameters
 from lindep_onnx.precision import narrowed, neighbour, resolution, widened
 from lindep_onnx.proven import Proof
 from lindep_onnx.reconstruct import fold_sites
@@ -54,6 +55,8 @@ SITE_ROUNDINGS, OUTPUT_ROUNDINGS = 1.0, 2.0
 WIDTHS = (1, 8, 16)
 #: Seconds that original and result are timed against each other.
 TIMED = 1.0
+#: Shares of the ladder, and samples, that the frontier of errors is measured at.
+FRONTIER, FRONTIER_SAMPLES = tuple(step / 10 for step in range(1, 10)), 64
 #: A result counts as faster only by more than timings wobble.
 FASTER = 0.98
 SIZES = {"params": "parameters", "macs": "macs", "size": "bytes", "channels": "channels"}
@@ -84,6 +87,7 @@ class Chosen:
         mode: why what went could go: "proven", "lossless" or "budgeted".
         refit: how the survivors were refitted.
         prices: the curves that the budget was priced with, by currency.
+        frontier: what smaller and larger reductions would cost, largest model first; empty without a budget.
     """
 
     proto: onnx.ModelProto
@@ -99,6 +103,7 @@ class Chosen:
     mode: str = "budgeted"
     refit: str = "fold"
     prices: Prices = field(default_factory=dict)
+    frontier: tuple[FrontierPoint, ...] = ()
 
 
 class Workshop:
@@ -168,13 +173,14 @@ class Workshop:
             return self._proven()
         prices: Prices = {}
         ladder = None
+        frontier: tuple[FrontierPoint, ...] = ()
         with self._stage("plan"):
             lossless = self._lossless_plan(self._doubtful)
             if self._config.budgeted:
                 prices = self._priced()
-                # Random inputs prove nothing: what never changed on them is priced like the rest.
-                free = self._proof.plan if self._config.random_calib is not None else lossless
-                ladder = build_ladder(self._channels, prices[self._currency], free.removed)
+                ladder = self._ladder(prices, lossless)
+        if ladder is not None and self._reference is self._channels.model:
+            frontier = self._frontier(ladder, prices[self._currency])
         best: Chosen | None = None
         for width in WIDTHS if self._config.round_to == "auto" else (self._config.round_to,):
             chosen = self._verified(lossless, width) if ladder is None else self._budgeted(ladder, width)
@@ -186,7 +192,16 @@ class Workshop:
         assert best is not None
         if self._config.round_to == "auto" and not self._sizes() and _ratio(best) > 1 / FASTER:
             best = self._unchanged()
-        return dataclasses.replace(best, notes=(*best.notes, *self._slower(best)), prices=prices)
+        return dataclasses.replace(best, notes=(*best.notes, *self._slower(best)), prices=prices, frontier=frontier)
+
+    def outlook(self) -> tuple[FrontierPoint, ...]:
+        """What budgets would cost, where none is asked for; empty without data."""
+        if self._observed is None:
+            return ()
+        with self._stage("plan"):
+            prices = self._priced()
+            ladder = self._ladder(prices, self._lossless_plan(self._doubtful))
+        return self._frontier(ladder, prices[self._currency])
 
     def judge(self, model: graph.Model, weights: Mapping[str, NDArray[Any]], chosen: Chosen) -> Chosen:
         """A result with other weights, held to the budgets anew.
@@ -352,6 +367,29 @@ class Workshop:
         expected = curves(self._channels, self._evidence, influence, savings(self._channels, self._currency))
         measured = measured_curves(self._channels, self._evidence, expected, disturbances, self._progress)
         return {**self._prices, self._currency: tuple(measured)}
+
+    def _ladder(self, prices: Prices, lossless: Plan) -> Ladder:
+        # Random inputs prove nothing: what never changed on them is priced like the rest.
+        free = self._proof.plan if self._config.random_calib is not None else lossless
+        return build_ladder(self._channels, prices[self._currency], free.removed)
+
+    def _frontier(self, ladder: Ladder, priced: Sequence[Curve]) -> tuple[FrontierPoint, ...]:
+        """Measured with folds, which are cheap: a refit does better."""
+        points = []
+        with self._stage("frontier"):
+            whole = kept_parameters(self._channels, ladder.removed(0))
+            for done, share in enumerate(FRONTIER):
+                order = ladder.order[: round(share * len(ladder))]
+                removed = balanced(self._channels, ladder.removed(len(order)), order)
+                session = verify.open_session(self._folded(removed), **self._runtime)
+                batches = self._data.batches(Part.SELECT, limit=FRONTIER_SAMPLES)
+                found = verify.compare(self._original, session, batches, agreement_output=self._config.agreement_output)
+                left = kept_parameters(self._channels, removed) / max(1, whole)
+                expected = sum(float(np.append(0.0, curve.cost)[int(removed[curve.units].sum())]) for curve in priced)
+                channels = int(removed.sum())
+                points.append(FrontierPoint(left, found.relative_error, found.agreement, channels, expected**0.5))
+                self._progress("frontier", done + 1, len(FRONTIER))
+        return tuple(points)
 
     def _budgeted(self, ladder: Ladder, width: int) -> Chosen:
         """Sizes alone ask for the largest model that is small enough; errors alone for the smallest good one."""

@@ -206,6 +206,7 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
             stress=options.stress,
             progress=progress,
             repeated=repeated,
+            outlook=options.dry_run,
         )
     if not options.quiet:
         report.render(result.report, Console(highlight=False), verbose=options.verbose)

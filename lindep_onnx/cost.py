@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from lindep_onnx.graph import PROTOBUF_LIMIT, Model, Node, tensor_bytes
 from lindep_onnx.shapes import Resolved, Shape, resolve
 
-__all__ = ["Cost", "cost"]
+__all__ = ["Cost", "cost", "output_channels"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def cost(model: Model, inputs: Mapping[str, Shape], samples: int = 1) -> Cost:
         parameters=sum(value.size for value in floats),
         macs=sum(_macs(node, resolved) for node in model.nodes) // max(1, samples),
         bytes=model.proto.ByteSize() if tensors < PROTOBUF_LIMIT // 2 else tensors,
-        channels=sum(_channels(node, resolved) for node in model.nodes),
+        channels=sum(output_channels(node, resolved) for node in model.nodes),
     )
 
 
@@ -68,7 +68,8 @@ def _macs(node: Node, resolved: Resolved) -> int:
     return _elements(resolved, node.outputs[0]) * (fixed[-2] if len(fixed) > 1 else fixed[0])
 
 
-def _channels(node: Node, resolved: Resolved) -> int:
+def output_channels(node: Node, resolved: Resolved) -> int:
+    """Output channels of a Conv, ConvTranspose, Gemm or MatMul with a constant weight; 0 for any other node."""
     if node.op == "MatMul":
         for position, axis in ((1, -1), (0, 0)):
             value = resolved.constants.get(node.input(position))

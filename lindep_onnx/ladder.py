@@ -129,20 +129,23 @@ def curves(
     evidence: Evidence,
     influence: Sequence[float],
     saving: NDArray[np.float64],
+    numbers: Sequence[int] | None = None,
 ) -> list[Curve]:
-    """Order the units of every group.
+    """Order the units of every group, or of some.
 
     Args:
         channels: the traced model.
         evidence: what the data says.
         influence: for each site, squared error of the outputs for a squared relative error of 1 at the site.
         saving: (units,) what each unit saves.
+        numbers: of the groups; None for all.
     """
     nothing = np.zeros(channels.units, dtype=bool)
     local = local_units(channels)
     least = local_least(channels, local)
     found = []
-    for number, group in enumerate(channels.groups):
+    for number in range(len(channels.groups)) if numbers is None else numbers:
+        group = channels.groups[number]
         problems, ridges = [], []
         for index in group.sites:
             posed = local_problem(problem(channels, evidence.sites[index], nothing), local)

@@ -7,11 +7,10 @@ anything, so that every renderer treats them as hostile: no markup, no control c
 from __future__ import annotations
 
 import dataclasses
-import html
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from rich.text import Text
 
 from lindep_onnx.errors import OutputError, UsageError
 from lindep_onnx.files import replacing
+from lindep_onnx.portrait import FrontierPoint, Layer, Redundancy
 from lindep_onnx.support import Support
 from lindep_onnx.variants import Variant
 from lindep_onnx.verify import OutputComparison
@@ -113,6 +113,7 @@ class Verification:
         worst_samples: the samples that differ most, worst first, by their place in the data.
         outputs: one entry per output.
         variants: the same comparison with other batches, shapes and optimisations.
+        worst_errors: relative error of each of the worst samples.
     """
 
     samples: int
@@ -124,6 +125,7 @@ class Verification:
     worst_samples: tuple[int, ...] = ()
     outputs: tuple[OutputComparison, ...] = ()
     variants: tuple[Variant, ...] = ()
+    worst_errors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,7 @@ class GroupReport:
         kinds: removed channels by kind of redundancy.
         note: a sentence on this group, or nothing.
         support: how well the data supports what was removed; None without data.
+        redundancy: singular values and the error of removing so many; None without data, and for very wide groups.
     """
 
     name: str
@@ -153,6 +156,7 @@ class GroupReport:
     kinds: Mapping[str, int] = field(default_factory=dict)
     note: str = ""
     support: Support | None = None
+    redundancy: Redundancy | None = None
 
     @property
     def removed(self) -> int:
@@ -209,6 +213,9 @@ class Report:
         notes: sentences for the user.
         mode: "lossless", "budgeted" or "proven".
         stress: the comparison on a second data set that the user gave; None without one.
+        model: name of the file, or of the graph of a model in memory.
+        layers: widths before and after, in the order of the model.
+        frontier: what other reductions cost without a refit, largest model first; empty without a budget.
     """
 
     before: Size
@@ -223,6 +230,9 @@ class Report:
     notes: tuple[str, ...] = ()
     mode: str = "lossless"
     stress: Verification | None = None
+    model: str = ""
+    layers: tuple[Layer, ...] = ()
+    frontier: tuple[FrontierPoint, ...] = ()
 
     def to_json(self) -> str:
         """Strict JSON with sorted keys; infinity becomes the string "inf", a number that is none becomes null."""
@@ -245,6 +255,8 @@ class Report:
                 "groups": tuple(_built_group(group) for group in values["groups"]),
                 "refusals": tuple(_build(RefusalReport, refusal) for refusal in values["refusals"]),
                 "budget": tuple(_build(BudgetReport, budget) for budget in values["budget"]),
+                "layers": tuple(_build(Layer, layer) for layer in values.get("layers", ())),
+                "frontier": tuple(_build(FrontierPoint, point) for point in values.get("frontier", ())),
             }
             report: Report = _build(cls, {**values, **parts})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -282,8 +294,11 @@ def _built_verification(values: Mapping[str, Any] | None) -> Verification | None
 
 
 def _built_group(values: Mapping[str, Any]) -> GroupReport:
-    given = values.get("support")
-    built: GroupReport = _build(GroupReport, {**values, "support": None if given is None else _build(Support, given)})
+    parts = {}
+    for name, kind in (("support", Support), ("redundancy", Redundancy)):
+        given = values.get(name)
+        parts[name] = None if given is None else _build(kind, given)
+    built: GroupReport = _build(GroupReport, {**values, **parts})
     return built
 
 
@@ -330,7 +345,12 @@ def write_report(report: Report, path: str | Path) -> None:
     """
     path = Path(path)
     check_path(path)
-    text = report.to_json() if path.suffix.lower() == ".json" else _page(report)
+    if path.suffix.lower() == ".json":
+        text = report.to_json()
+    else:
+        from lindep_onnx.page import page  # which shows what is defined here
+
+        text = page(report)
     try:
         with replacing(path) as staged:
             staged.write_text(text, encoding="utf-8", newline="\n")
@@ -585,144 +605,3 @@ def _output_words(output: OutputComparison) -> str:
         return f"{_share(output.changed_share)} of the elements differ"
     text = f"error {_error(output.relative_error)}, as one tensor {_error(output.whole_error)}"
     return text if output.cosine is None else f"{text}, 1 - cosine {_error(1 - output.cosine)}"
-
-
-# -------------------------------------------------------------------------------------------------------- HTML
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1c2530; --dim: #5c6773; --line: #d5dbe1; --page: #fff; --pale: #c9d4df;
-  --solid: #2166ac; --good: #1a7f37; --bad: #c2261b; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6eaee; --dim: #9aa5b1; --line: #38424d; --page: #12171d;
-  --pale: #3b4856; --solid: #6cb0f2; --good: #58c277; --bad: #ff7b70; } }
-@media print { :root { --ink: #000; --dim: #444; --line: #bbb; --page: #fff; --pale: #c9d4df; --solid: #2166ac;
-  --good: #1a7f37; --bad: #c2261b; } body { padding: 0; } tr, svg, li { break-inside: avoid; } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); max-width: 60rem;
-  margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
-table { border-collapse: collapse; width: 100%; } th, td { text-align: left; vertical-align: top;
-  padding: .3rem .6rem .3rem 0; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
-td:not(.n), th:not(.n) { min-width: 5.5rem; }
-th { color: var(--dim); font-weight: 600; } .n { text-align: right; font-variant-numeric: tabular-nums;
-  white-space: nowrap; } .wide { overflow-x: auto; } .dim { color: var(--dim); } li { overflow-wrap: anywhere; }
-.good { color: var(--good); font-weight: 600; } .bad { color: var(--bad); font-weight: 600; }
-.before { fill: var(--pale); } .after { fill: var(--solid); } svg { width: 100%; height: 9rem; display: block; }
-@media (max-width: 36rem) { body { font-size: 15px; } }
-"""
-
-
-def _page(report: Report) -> str:
-    """The report as one HTML file that needs nothing else: no scripts, no network."""
-    verdict = "".join(_verdict_html(found, text) for found, text in _verdicts(report))
-    verdict += "".join(f"<p>{_escape(line)}</p>" for line in _budget_lines(report))
-    refusals = "".join(
-        f'<li>{_escape(what)}<br><span class="dim">{_escape(advice)}</span></li>'
-        for what, advice in (_refusal_lines(refusal, None) for refusal in _refusals(report))
-    )
-    seconds = [(stage, f"{taken:.2f}") for stage, taken in report.seconds.items()]
-    seconds.append(("all", f"{sum(report.seconds.values()):.2f}"))
-    options = [(name, json.dumps(_plain(value))) for name, value in report.options.items()]
-    sections = [
-        ("Totals", _table(("", "before", "after", "change"), _totals(report), numbers={1, 2, 3})),
-        ("Width before and after", _strip(report.groups)),
-        ("Groups", _groups_html(report)),
-        ("Left alone", f"<ul>{refusals}</ul>" if refusals else ""),
-        ("Verification", verdict),
-        ("Notes", "".join(f"<p>{_escape(note)}</p>" for note in report.notes)),
-        ("Options", _table(("option", "value"), options) if options else ""),
-        ("Seconds", _table(("stage", "seconds"), seconds, numbers={1})),
-        ("Versions", _table(("package", "version"), report.versions.items())),
-    ]
-    body = "\n".join(f"<section>\n<h2>{title}</h2>\n{content}\n</section>" for title, content in sections if content)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>lindep_onnx report</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<h1>lindep_onnx report</h1>
-<p>{_escape(_headline(report))}</p>
-{body}
-</body>
-</html>
-"""
-
-
-def _verdict_html(found: Verification | None, text: str) -> str:
-    tone = "dim" if found is None else "good" if found.passed else "bad"
-    verdict = f'<p class="{tone}">{_escape(text)}</p>'
-    if found is not None and found.outputs:
-        rows = [(o.name, _output_words(o), _error(o.max_abs_error), str(o.worst_sample)) for o in found.outputs]
-        verdict += _table(("output", "difference", "largest absolute", "worst sample"), rows, numbers={2, 3})
-    if found is not None and found.variants:
-        ways = [
-            (v.name, f"{v.samples:,}", _error(v.relative_error), "yes" if v.passed else "NO") for v in found.variants
-        ]
-        verdict += _table(("run otherwise", "samples", "error", "passed"), ways, numbers={1, 2})
-    return verdict
-
-
-def _escape(text: object) -> str:
-    return html.escape(_safe(text))
-
-
-def _table(titles: Sequence[str], rows: Iterable[Sequence[object]], numbers: Iterable[int] = ()) -> str:
-    numeric = set(numbers)
-
-    def line(tag: str, cells: Sequence[object]) -> str:
-        marked = (f'<{tag} class="n">' if place in numeric else f"<{tag}>" for place in range(len(cells)))
-        return "<tr>" + "".join(f"{m}{_escape(cell)}</{tag}>" for m, cell in zip(marked, cells, strict=True)) + "</tr>"
-
-    body = "\n".join(line("td", row) for row in rows)
-    return f'<div class="wide"><table>\n<thead>{line("th", titles)}</thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
-
-
-def _strip(groups: Sequence[GroupReport]) -> str:
-    """Channels of every group as bars in model order: pale what was there, solid what is left."""
-    if not groups:
-        return ""
-    most = max(1, *(group.channels_before for group in groups))
-    bars = []
-    for place, group in enumerate(groups):
-        title = f"{place + 1}: {_safe(group.name)}, {group.channels_before:,} to {group.channels_after:,} channels"
-        rectangles = "".join(
-            f'<rect class="{name}" x="{10 * place + 1}" y="{100 - height:.2f}" width="8" height="{height:.2f}"/>'
-            for name, height in (
-                ("before", 100 * group.channels_before / most),
-                ("after", 100 * group.channels_after / most),
-            )
-        )
-        bars.append(f"<g><title>{html.escape(title)}</title>{rectangles}</g>")
-    width = 10 * max(len(groups), 8)  # a lone group is no wall
-    return (
-        f'<svg viewBox="0 0 {width} 100" preserveAspectRatio="none" role="img" '
-        f'aria-label="Channels of {len(groups)} groups before and after">\n' + "\n".join(bars) + "\n</svg>\n"
-        f'<p class="dim">One bar a group, in the order of the model; the tallest has {most:,} channels. '
-        "Pale: before. Solid: after.</p>"
-    )
-
-
-def _groups_html(report: Report) -> str:
-    if not report.groups:
-        return ""
-    number = {id(group): place + 1 for place, group in enumerate(report.groups)}
-    rows = [
-        (
-            str(number[id(group)]),
-            group.name,
-            f"{group.channels_before:,}",
-            f"{group.channels_after:,}",
-            _error(group.error),
-            _how(group),
-            _support(group),
-            ", ".join(group.sites),
-        )
-        for group in report.changed
-    ]
-    rest = len(report.groups) - len(rows)
-    unchanged = f'<p class="dim">{_escape(_many(rest, "group"))} unchanged.</p>' if rest else ""
-    titles = ("no.", "group", "before", "after", "error", "removed", "support", "read by")
-    return (_table(titles, rows, numbers={0, 2, 3, 4}) if rows else "") + unchanged

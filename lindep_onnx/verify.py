@@ -107,6 +107,7 @@ class Comparison:
         agreement: share of samples (times positions, of a 4-D output) with the same arg-max; None if no output has one.
         worst_samples: up to five samples that differ most, worst first: by the numbers that `compare` was given, by
             order of the updates without any.
+        worst_errors: ||y - y'|| / ||y|| of each of them, for the output that differs most.
     """
 
     samples: int
@@ -115,6 +116,7 @@ class Comparison:
     max_abs_error: float
     agreement: float | None
     worst_samples: tuple[int, ...]
+    worst_errors: tuple[float, ...] = ()
 
 
 class OutputErrors:
@@ -208,6 +210,7 @@ class OutputErrors:
             ),
             agreement=self._agreeing / self._positions if self._positions else None,
             worst_samples=tuple(sample for _, sample in self._worst),
+            worst_errors=tuple(-error for error, _ in self._worst),
         )
 
 

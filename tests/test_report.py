@@ -6,7 +6,6 @@ import dataclasses
 import importlib
 import json
 import pkgutil
-from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
 
@@ -66,43 +65,6 @@ def shown(report: Report, *, verbose: bool = False, width: int = 80) -> str:
     stream = StringIO()
     render(report, Console(file=stream, width=width, highlight=False, force_terminal=False), verbose=verbose)
     return stream.getvalue()
-
-
-class Page(HTMLParser):
-    """Collects the tags and the visible text of a page, and checks that tags are nested as they should be."""
-
-    VOID = ("meta", "rect")
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.text = ""
-        self.open: list[str] = []
-        self.feed(text)
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag not in (*self.VOID, "br"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
-def page(report: Report, tmp_path: Path) -> tuple[str, Page]:
-    write_report(report, tmp_path / "r.html")
-    text = (tmp_path / "r.html").read_text(encoding="utf-8")
-    return text, Page(text)
 
 
 # ---------------------------------------------------------------------------------------------------------------- JSON
@@ -253,44 +215,6 @@ def test_a_share_is_never_rounded_to_all_or_nothing(share: float, text: str) -> 
 
 
 # --------------------------------------------------------------------------------------------------------------- files
-
-
-def test_html_is_one_file_that_needs_no_script_and_no_network(tmp_path: Path) -> None:
-    text, parsed = page(a_report(), tmp_path)
-    assert not {"script", "link", "img", "iframe"} & set(parsed.tags)
-    assert "http://" not in text and "https://" not in text and "url(" not in text
-    assert "prefers-color-scheme: dark" in text and "@media print" in text and "width=device-width" in text
-    for part in ("3,000,000", "conv1", "Width before and after", "Verification passed", "unknown_operator",
-                 "calibrate", "2.25", "1.2.3", "Never active"):  # fmt: skip
-        assert part in parsed.text
-
-
-def test_the_strip_shows_the_width_of_every_group_before_and_after(tmp_path: Path) -> None:
-    _, parsed = page(a_report(), tmp_path)
-    heights = [float(value or 0) for name, value in parsed.attributes if name == "height"]
-    assert heights == [100.0, 75.0, 50.0, 50.0]  # 64 -> 48 and 32 -> 32, of 64
-
-
-def test_html_escapes_hostile_names_wherever_they_are_shown(tmp_path: Path) -> None:
-    output = OutputComparison(HOSTILE, 0.1, 0.1, 0.1, 0, None)
-    hostile = a_report(
-        verification=dataclasses.replace(a_report().verification, data=HOSTILE, outputs=(output,)),
-        groups=(dataclasses.replace(group(HOSTILE), sites=(HOSTILE,), kinds={HOSTILE: 1}, note=HOSTILE),),
-        refusals=(RefusalReport(HOSTILE, (HOSTILE,), 3, HOSTILE),),
-        budget=(BudgetReport(HOSTILE, 1.0, None),),
-        seconds={HOSTILE: 1.0}, versions={HOSTILE: HOSTILE}, options={HOSTILE: HOSTILE}, notes=(HOSTILE,),
-    )  # fmt: skip
-    text, parsed = page(hostile, tmp_path)
-    assert "script" not in parsed.tags and text.count("</title>") == 2  # of the page and of the one bar
-    assert parsed.text.count("<script>alert(") == 17  # every place it was put in, as text
-    assert "\x1b" not in text and "\u202e" not in text
-
-
-def test_an_empty_report_is_still_a_page(tmp_path: Path) -> None:
-    size = Size(0, 0, 0, 0)
-    empty = Report(size, size, None, (), (), (), {}, {}, {})
-    assert "Nothing was removed" in page(empty, tmp_path)[1].text
-    assert "Nothing was removed" in shown(empty)
 
 
 def test_writing_replaces_the_file_whole_and_leaves_nothing_else(tmp_path: Path) -> None:

@@ -26,10 +26,11 @@ from lindep_onnx.anneal import anneal
 from lindep_onnx.budget import Chosen, Workshop
 from lindep_onnx.channels import Channels
 from lindep_onnx.config import Config
+from lindep_onnx.cost import Cost
 from lindep_onnx.data import InputSpec, Part, Samples, open_samples
 from lindep_onnx.errors import LindepError, ModelError, OutputError, UsageError, VerificationError
 from lindep_onnx.groups import measure_groups
-from lindep_onnx.ladder import Prices
+from lindep_onnx.ladder import Prices, savings
 from lindep_onnx.plan import KINDS
 from lindep_onnx.portrait import Redundancy, layers, redundancy
 from lindep_onnx.precision import resolution, widened
@@ -744,8 +745,8 @@ def _report(
     latency = chosen.latency or (None, None)
     before = workshop.before
     return Report(
-        before=Size(before.parameters, before.macs, before.bytes, before.channels, latency[0]),
-        after=Size(chosen.cost.parameters, chosen.cost.macs, chosen.cost.bytes, chosen.cost.channels, latency[1]),
+        before=_size(before, latency[0]),
+        after=_size(chosen.cost, latency[1]),
         verification=verification,
         stress=stressed,
         groups=groups,
@@ -778,6 +779,10 @@ def _report(
     )
 
 
+def _size(cost: Cost, latency: float | None) -> Size:
+    return Size(cost.parameters, cost.macs, cost.bytes, cost.channels, latency, cost.operators)
+
+
 def _group_reports(
     understood: Understood,
     chosen: Chosen,
@@ -786,6 +791,7 @@ def _group_reports(
     curves: Mapping[int, Redundancy],
 ) -> Iterator[GroupReport]:
     channels = understood.channels
+    saved = savings(channels, "parameters")
     for number, group in enumerate(channels.groups):
         gone = chosen.removed[group.units]
         kinds = chosen.kind[group.units][gone]
@@ -801,4 +807,5 @@ def _group_reports(
             kinds={KINDS[kind]: int((kinds == kind).sum()) for kind in sorted(set(kinds.tolist())) if kind},
             support=found.get(number),
             redundancy=curves.get(number),
+            saved=int(saved[group.units][gone].sum()),
         )

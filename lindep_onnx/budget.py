@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -29,7 +31,7 @@ from lindep_onnx.cost import Cost, cost
 from lindep_onnx.data import Part, Samples
 from lindep_onnx.errors import BudgetError, LindepError, UsageError, VerificationError
 from lindep_onnx.influence import Disturbances, measured_curves, site_influence
-from lindep_onnx.ladder import Curve, Ladder, Prices, Saving, build_ladder, curves, folds_of, savings
+from lindep_onnx.ladder import RUNGS, Curve, Ladder, Prices, Saving, build_ladder, curves, folds_of, savings
 from lindep_onnx.placement import balanced
 from lindep_onnx.plan import Fold, Plan, part_of, plan_lossless
 from lindep_onnx.portrait import FrontierPoint, kept_parameters
@@ -39,7 +41,7 @@ from lindep_onnx.reconstruct import fold_sites
 from lindep_onnx.refit import refit
 from lindep_onnx.replay import Replay
 from lindep_onnx.rewrite import Reconstruction, rewrite
-from lindep_onnx.search import first_small_enough, last_good_enough, on_grid
+from lindep_onnx.search import COARSE, first_small_enough, last_good_enough, on_grid
 from lindep_onnx.shapes import resolve
 from lindep_onnx.tracing import trace
 
@@ -55,6 +57,8 @@ SITE_ROUNDINGS, OUTPUT_ROUNDINGS = 1.0, 2.0
 WIDTHS = (1, 8, 16)
 #: Seconds that original and result are timed against each other.
 TIMED = 1.0
+#: Plans that a search by measured errors tries: two bisections, see `lindep_onnx.search`.
+PROBES = math.ceil(math.log2(RUNGS)) + math.ceil(math.log2(RUNGS / COARSE))
 #: Shares of the ladder, and samples, that the frontier of errors is measured at.
 FRONTIER, FRONTIER_SAMPLES = tuple(step / 10 for step in range(1, 10)), 64
 #: A result counts as faster only by more than timings wobble.
@@ -464,9 +468,12 @@ class Workshop:
 
     def _judged(self) -> Callable[[onnx.ModelProto], bool]:
         """Whether a result is good enough on the samples that decide."""
+        probes = itertools.count(1)
 
         def good(proto: onnx.ModelProto) -> bool:
             measured = self._quality(proto, self._compared(proto, Part.SELECT))
+            done = next(probes)
+            self._progress("search", done, max(done, PROBES))
             return all(self._holds(kind, value) for kind, value in measured.items())
 
         return good

@@ -209,7 +209,7 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
             outlook=options.dry_run,
         )
     if not options.quiet:
-        report.render(result.report, Console(highlight=False), verbose=options.verbose)
+        report.render(result.report, Console(highlight=False), verbose=options.verbose, outlook=options.dry_run)
     if report_path is not None:
         report.write_report(result.report, report_path)
     if result.failure is not None:
@@ -283,20 +283,22 @@ def _round_to(text: str) -> int | str:
 
 
 class _progress:  # noqa: N801 - used like a function
-    """A progress line on stderr while stages run; nothing when it is not a terminal or not wanted."""
+    """Stages on stderr as they run, with the time left; nothing when it is not a terminal or not wanted."""
 
     def __init__(self, console: Console, quiet: bool) -> None:
         self._bar = Progress(
             TextColumn("{task.description:<12}"),
-            BarColumn(bar_width=30),
+            BarColumn(bar_width=28),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
             transient=True,
             disable=quiet or not console.is_terminal,
         )
         self._tasks: dict[str, Any] = {}
+        self._done: dict[str, int] = {}
 
     def __enter__(self) -> Callable[[str, int, int], None]:
         self._bar.start()
@@ -308,4 +310,7 @@ class _progress:  # noqa: N801 - used like a function
     def _update(self, stage: str, done: int, total: int) -> None:
         if stage not in self._tasks:
             self._tasks[stage] = self._bar.add_task(stage, total=total)
+        elif done < self._done[stage]:  # it runs again, for the next plan or round
+            self._bar.reset(self._tasks[stage], total=total)
+        self._done[stage] = done
         self._bar.update(self._tasks[stage], completed=done, total=total)

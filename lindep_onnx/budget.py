@@ -594,7 +594,8 @@ class Workshop:
             asked = self._replayed is None or name in self._replayed.enforced  # an edited plan may keep more
             if asked and reached is not None and reached > share:
                 return BudgetError(
-                    f"--{name} {share:g} cannot be reached: with everything removed that can go, {reached:.3f} of the "
+                    f"--{name} {share:g} cannot be reached: with everything removed that can go, "
+                    f"{math.ceil(1e4 * reached) / 1e4:g} of the "
                     "original are left. Nothing was written; ask for at least that much."
                 )
         for name in ("max_error", "min_agreement", "max_drop"):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
 import math
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -25,6 +27,8 @@ from lindep_onnx.replay import Plan, options_of
 __all__ = ["main"]
 
 OK, FAILURE = 0, 1
+#: Names that nobody gives a model: whoever writes one in its place means data.
+NO_MODELS = (".npz", ".npy", ".py", ".json", ".html", ".csv", ".jpg", ".jpeg", ".png")
 #: A message is never longer.
 MOST_LINES = 3
 
@@ -33,7 +37,29 @@ class _Parser(argparse.ArgumentParser):
     """Reports a mistake in one line, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message[:1].upper()}{message[1:]}. See {self.prog} --help.")
+        raise UsageError(f"{message[:1].upper()}{message[1:]}.{self._hint(message)} See {self.prog} --help.")
+
+    def _hint(self, message: str) -> str:
+        """What was probably meant."""
+        head, _, rest = message.partition(": ")
+        if head != "unrecognized arguments":
+            return ""
+        for word in rest.split():
+            if word.startswith("--"):
+                name = word.partition("=")[0].replace("_", "-")
+                close = difflib.get_close_matches(name, self._option_string_actions, 1)
+                return f" Did you mean {close[0]}?" if close else ""
+        if all(re.fullmatch(r"-?[0-9.]+,?", word) for word in rest.split()):
+            return " Several numbers have commas between and no spaces: --mean 0.5,0.5,0.5."
+        return " There is one IN.onnx and one OUT.onnx; everything else belongs to an option, such as --calib DATA."
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        hint = f", such as {float(text[:-1]) / 100:g}" if re.fullmatch(r"[0-9]+(\.[0-9]+)?%", text) else ""
+        raise argparse.ArgumentTypeError(f"must be a number{hint}, not {text!r}") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,26 +96,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     data.add_argument("--image-size", metavar="H[xW]", help="images: crop to this (the size of the input)")
     data.add_argument("--resize", type=int, metavar="N", help="images: shorter side before the crop (just covers it)")
-    data.add_argument("--scale", type=float, metavar="S", help="images: divide pixels of 0 to 255 by S first (255)")
+    data.add_argument("--scale", type=_number, metavar="S", help="images: divide pixels of 0 to 255 by S first (255)")
     data.add_argument("--mean", metavar="M[,M,M]", help="images: then subtract this, in the order of --color (0)")
     data.add_argument("--std", metavar="D[,D,D]", help="images: then divide by this (1)")
     data.add_argument("--layout", choices=("nchw", "nhwc"), help="images: where the channels are (as in the input)")
     data.add_argument("--color", choices=("rgb", "bgr", "gray"), help="images: which channels (rgb, or gray for one)")
     data.add_argument("--max-samples", type=int, metavar="N", help="use at most N samples")
     data.add_argument("--batch-size", type=int, metavar="N", help="samples per run, where the batch is dynamic")
-    data.add_argument("--holdout", type=float, metavar="F", help="share of samples kept out of fitting (0.3)")
+    data.add_argument("--holdout", type=_number, metavar="F", help="share of samples kept out of fitting (0.3)")
     data.add_argument("--seed", type=int, metavar="N", help="of the split and of sampled positions (0)")
 
     budget = parser.add_argument_group("budgets (none: lossless; several: all must hold)")
-    budget.add_argument("--max-error", type=float, metavar="E", help="worst relative error of an output slice")
-    budget.add_argument("--min-agreement", type=float, metavar="A", help="share of samples with the same arg-max")
+    budget.add_argument("--max-error", type=_number, metavar="E", help="worst relative error of an output slice")
+    budget.add_argument("--min-agreement", type=_number, metavar="A", help="share of samples with the same arg-max")
     budget.add_argument("--agreement-output", metavar="NAME[:AXIS]", help="the output that the arg-max is taken of")
-    budget.add_argument("--params", type=float, metavar="F", help="keep at most this share of the parameters")
-    budget.add_argument("--macs", type=float, metavar="F", help="keep at most this share of the MACs")
-    budget.add_argument("--size", type=float, metavar="F", help="keep at most this share of the file size")
-    budget.add_argument("--channels", type=float, metavar="F", help="keep at most this share of the output channels")
+    budget.add_argument("--params", type=_number, metavar="F", help="keep at most this share of the parameters")
+    budget.add_argument("--macs", type=_number, metavar="F", help="keep at most this share of the MACs")
+    budget.add_argument("--size", type=_number, metavar="F", help="keep at most this share of the file size")
+    budget.add_argument("--channels", type=_number, metavar="F", help="keep at most this share of the output channels")
     budget.add_argument("--eval", metavar="FILE.py:FUNC", help="FUNC(session) -> float, higher is better")
-    budget.add_argument("--max-drop", type=float, metavar="D", help="how far the --eval metric may fall")
+    budget.add_argument("--max-drop", type=_number, metavar="D", help="how far the --eval metric may fall")
     budget.add_argument("--proven-only", action="store_true", default=None, help="only what the weights prove")
 
     how = parser.add_argument_group("how")
@@ -193,6 +219,10 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
         Path(path) if path else None for path in (options.save_moments, options.load_moments, options.save_plan)
     )
     _check_written([output, report_path, save_moments, save_plan], read)
+    if output is not None and output.suffix.lower() in NO_MODELS:
+        raise UsageError(
+            f"{output}: is no name for a model; data goes behind --calib, and OUT.onnx is what is written."
+        )
     repeated = None
     if options.plan is not None:
         saved = Plan.load(options.plan)

@@ -131,7 +131,9 @@ class Config:
         shares = {"params": self.params, "macs": self.macs, "size": self.size, "channels": self.channels}
         for name, value in shares.items():
             if value is not None and not 0 < value <= 1:
-                raise UsageError(f"{_flag(name)} is a share to keep, above 0 and at most 1, not {value}.")
+                raise UsageError(
+                    f"{_flag(name)} is a share to keep, above 0 and at most 1 (0.5 for half), not {value}."
+                )
         if self.min_agreement is not None and not 0 <= self.min_agreement <= 1:
             raise UsageError(f"--min-agreement is a share from 0 to 1, not {self.min_agreement}.")
         if (self.eval is None) != (self.max_drop is None):

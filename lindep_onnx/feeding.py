@@ -250,8 +250,28 @@ def _check_shape(shard: Shard, spec: InputSpec, header: Header) -> None:
         sizes = ["?" if isinstance(size, str) and size.startswith("?") else str(size) for size in (wanted or ())[1:]]
         raise CalibrationError(
             f"{shard.where}: input {spec.name!r} wants arrays of shape [{', '.join(['samples', *sizes])}], "
-            f"this one is [{', '.join(map(str, found))}]."
+            f"this one is [{', '.join(map(str, found))}].{_shape_hint(wanted, found)}"
         )
+
+
+def _shape_hint(wanted: Shape | None, found: tuple[int, ...]) -> str:
+    """What to do about a shape that is not the one that is wanted, where that is plain."""
+    if wanted is None or not found:
+        return ""
+    if _agree(wanted[1:], found):
+        return " Add a leading axis that counts samples, even for one: array[None]."
+    if len(wanted) == len(found) > 2:
+        first, last = (found[-1], *found[1:-1]), (*found[2:], found[1])
+        for axes, moved in (("-1, 1", first), ("1, -1", last)):
+            if _agree(wanted[1:], moved):
+                return f" Its channels are on another axis: numpy.moveaxis(array, {axes}) moves them."
+    return ""
+
+
+def _agree(wanted: Sequence[int | str], found: Sequence[int]) -> bool:
+    return len(wanted) == len(found) and all(
+        isinstance(size, str) or size == other for size, other in zip(wanted, found, strict=True)
+    )
 
 
 def cast(value: Array, dtype: np.dtype[Any], where: str) -> Array:

@@ -141,13 +141,16 @@ def read_model(source: str | Path | onnx.ModelProto) -> onnx.ModelProto:
     except (OSError, ValueError) as error:  # no name for a file: too long, or with a NUL in it
         raise ModelError(f"{str(path)[:80]!r}: cannot be looked up ({error}).") from error
     if not is_file:
-        raise ModelError(f"{path}: no such model file." if not path.exists() else f"{path}: is not a file.")
+        missing = f"no such model file.{files.meant(path)}"
+        raise ModelError(f"{path}: {missing if not path.exists() else 'is not a file.'}")
     try:
         proto = onnx.load(path, format="protobuf", load_external_data=False)
     except PermissionError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror}).") from error
     except (DecodeError, ValueError, OSError) as error:
-        raise ModelError(f"{path}: is not a readable ONNX model (damaged or cut short, or another format).") from error
+        raise ModelError(
+            f"{path}: is not a readable ONNX model (damaged or cut short, or another format: export it to ONNX first)."
+        ) from error
     if not proto.ir_version or not proto.HasField("graph") or not proto.opset_import:
         raise ModelError(f"{path}: is not an ONNX model (no graph, IR version or operator set in it).")
     for tensor in _external_tensors(proto.graph):

@@ -33,6 +33,7 @@ from lindep_onnx.feeding import (
     listed,
     without_samples,
 )
+from lindep_onnx.files import meant
 from lindep_onnx.images import SUFFIXES as IMAGE_SUFFIXES
 from lindep_onnx.images import Preprocessing, image_files, images
 
@@ -236,7 +237,7 @@ def _from_path(path: Path, inputs: Sequence[str], folder: Path) -> list[Shard]:
             )
         return [_file(item, folder) for item in files]
     if not path.exists():
-        raise CalibrationError(f"{path}: no such calibration data.")
+        raise CalibrationError(f"{path}: no such calibration data.{meant(path)}")
     if path.suffix not in SUFFIXES:
         image = " For images give their folder." if path.suffix.lower() in IMAGE_SUFFIXES else ""
         raise CalibrationError(

@@ -563,7 +563,7 @@ def render(report: Report, console: Console, *, verbose: bool, outlook: bool = F
     if shown:
         title = "Largest wins" if len(shown) < len(changed) else "Where"
         console.print(Text(title, style="bold"))
-        console.print(_group_table(shown, None if verbose else max(16, console.width - 64)))
+        console.print(_group_table(shown, None if verbose else max(12, console.width - 54)))
     if verbose:
         _print_list(console, "Support", [Text(f"{_safe(g.name)}: {_support(g)}") for g in report.groups if g.support])
     if len(shown) < len(changed):
@@ -629,9 +629,9 @@ def _print_list(console: Console, title: str, items: Sequence[Text]) -> None:
 
 
 def _group_table(groups: Sequence[GroupReport], name_width: int | None) -> Table:
-    """One row a group. Names longer than `name_width` lose their start: the end tells them apart."""
+    """One row a group. Names longer than `name_width` go on in the next line: both ends may tell them apart."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("group", overflow="fold")
+    table.add_column("group", overflow="fold", max_width=name_width)
     table.add_column("channels", justify="right", no_wrap=True)
     table.add_column("parameters", justify="right", no_wrap=True)
     measured = any(group.error is not None for group in groups)
@@ -639,10 +639,7 @@ def _group_table(groups: Sequence[GroupReport], name_width: int | None) -> Table
         table.add_column("error", justify="right", no_wrap=True)
     table.add_column("removed")
     for group in groups:
-        name = _safe(group.name)
-        if name_width is not None and len(name) > name_width:
-            name = "..." + name[3 - name_width :]
-        cells = [name, f"{group.channels_before:,} -> {group.channels_after:,}"]
+        cells = [_safe(group.name), f"{group.channels_before:,} -> {group.channels_after:,}"]
         cells += [f"-{group.saved:,}" if group.saved else "", *[_error(group.error)] * measured]
         table.add_row(*map(Text, [*cells, _how(group) or f"{group.removed:,}"]))
     return table

@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -165,8 +165,7 @@ def apply(
         BudgetError: a budget that is asked for does not hold.
     """
     wanted = plan if isinstance(plan, Plan) else Plan.load(plan)
-    _config(options)  # a mistake in these is not the plan's
-    config = options_of(wanted, options)
+    config = options_of(wanted, _known(options))
     outcome = run(model, calib, config, stress=stress, progress=progress or _silent, repeated=Repeated(wanted, options))
     return _result(outcome, config)
 
@@ -215,7 +214,7 @@ def calibrate(
     files = Files(save_moments=_path(save_moments), load_moments=_path(load_moments))
     config = replace(traced.config, **_known(options))
     clock, tell = _Clock(), progress or _silent
-    with ExitStack() as stack:
+    with _half_the_cores(), ExitStack() as stack:
         samples = _opened(traced, calib, config, config.max_samples, clock, tell, stack)
         calibrated = replace(_learn(traced, samples, config, files, clock, tell), opened=stack.pop_all())
     if files.save_moments is not None:
@@ -240,7 +239,8 @@ def plan(calibrated: Calibrated, *, progress: Progress | None = None, **options:
     config = replace(calibrated.config, **_known(options))
     if config.rounds > 1:
         raise UsageError("A plan is one cut, and rounds make several: use compress for rounds.")
-    chosen = _workshop(calibrated, config, _Clock(), progress or _silent).choose()
+    with _half_the_cores():
+        chosen = _workshop(calibrated, config, _Clock(), progress or _silent).choose()
     if chosen.failure is not None and not config.force:
         raise chosen.failure
     return named(calibrated.understood.channels, chosen, config.described())
@@ -341,13 +341,28 @@ def run(
     understood = understand(source, config, clock.stage)
     replayed = None if repeated is None else replay(repeated.plan, understood.channels, repeated.changed)
     with ExitStack() as stack:
-        # Half of the cores: BLAS threads that compete with ONNX Runtime's, or with other programs, wait for each other
-        # (measured on two busy cores: refits 8 times slower with two threads than with one).
-        stack.enter_context(threadpool_limits(max(1, (os.cpu_count() or 1) // 2), user_api="blas"))
+        stack.enter_context(_half_the_cores())
         samples = _opened(understood, calib, config, config.max_samples, clock, progress, stack)
-        stressing = _opened(understood, stress, replace(config, random_calib=None), None, clock, progress, stack)
+        stressing = _opened(understood, stress, _for_stress(config, stress), None, clock, progress, stack)
         calibrated = _learn(understood, samples, config, files, clock, progress)
         return _run(calibrated, stressing, config, clock, files, progress, replayed, outlook)
+
+
+def _half_the_cores() -> AbstractContextManager[Any]:
+    """BLAS threads that compete with ONNX Runtime's, or with other programs, wait for each other.
+
+    Measured on two busy cores: refits 8 times slower with two threads than with one.
+    """
+    limits: AbstractContextManager[Any] = threadpool_limits(max(1, (os.cpu_count() or 1) // 2), user_api="blas")
+    return limits
+
+
+def _for_stress(config: Config, source: Any) -> Config:
+    """Random inputs are no stress, and options for images need not be about this data set too."""
+    config = replace(config, random_calib=None)
+    if isinstance(source, (str, Path)) and Path(source).is_dir():
+        return config
+    return replace(config, image_size=None, resize=None, scale=None, mean=None, std=None, layout=None, color=None)
 
 
 def _opened(

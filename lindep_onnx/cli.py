@@ -203,7 +203,13 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
             changed[name] = _numbers(changed[name], "--" + name)
     if options.eval is not None:
         changed["eval"] = load_function(options.eval, "--eval")
-    config = Config(**changed)
+    repeated = None
+    if options.plan is None:
+        config = Config(**changed)
+    else:
+        _check_name(options.plan)
+        saved = Plan.load(options.plan)
+        repeated, config = api.Repeated(saved, changed), options_of(saved, changed)
     written = (options.report, options.save_plan, options.save_moments)
     read = (options.model, options.calib, options.stress, options.load_moments, options.plan)
     for path in (*read, options.output, *written):
@@ -223,10 +229,6 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
         raise UsageError(
             f"{output}: is no name for a model; data goes behind --calib, and OUT.onnx is what is written."
         )
-    repeated = None
-    if options.plan is not None:
-        saved = Plan.load(options.plan)
-        repeated, config = api.Repeated(saved, changed), options_of(saved, changed)
     with _progress(errors, options.quiet) as progress:
         result = api.run(
             options.model,

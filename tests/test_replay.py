@@ -117,6 +117,17 @@ def test_a_size_is_asked_for_again_only_if_it_is_said_again() -> None:
         lindep_onnx.apply(net(), fewer, data(), params=0.6)
 
 
+def test_what_is_given_now_goes_before_the_options_of_the_plan() -> None:
+    plan = compressed(params=0.6).plan
+    assert plan is not None
+    trained = lindep_onnx.apply(net(), plan, data(), recover=20)
+    assert content(trained.model) == content(compressed(params=0.6, recover=20).model)
+    folded = lindep_onnx.apply(net(), plan, data(), refit="fold")
+    assert content(folded.model) == content(compressed(params=0.6, refit="fold").model)
+    with pytest.raises(UsageError, match="Unknown option 'magic'"):
+        lindep_onnx.apply(net(), plan, data(), magic=1)
+
+
 def test_a_plan_for_other_weights_is_carried_out_with_a_note() -> None:
     plan = compressed(params=0.6).plan
     other = onnx.ModelProto()

@@ -44,6 +44,7 @@ from lindep_onnx.tracing import trace as walk
 from lindep_onnx.variants import Variant, compare_variants
 
 __all__ = [
+    "RANDOM",
     "Calibrated",
     "Files",
     "Outcome",

@@ -229,6 +229,8 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
         raise UsageError(
             f"{output}: is no name for a model; data goes behind --calib, and OUT.onnx is what is written."
         )
+    if config.random_calib is not None and not options.quiet:
+        errors.print(api.RANDOM, style="bold red", markup=False)
     with _progress(errors, options.quiet) as progress:
         result = api.run(
             options.model,

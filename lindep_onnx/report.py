@@ -590,7 +590,10 @@ def render(report: Report, console: Console, *, verbose: bool, outlook: bool = F
     _print_list(console, "Left alone, most costly first" if len(refusals) > 1 else "Left alone", lines)
     if not verbose and len(refusals) > MOST_REFUSALS:
         console.print(Text(f"... {_many(len(refusals) - MOST_REFUSALS, 'more reason')} (-v shows all)", style="dim"))
-    _print_list(console, "Notes", [Text(_safe(note)) for note in report.notes])
+    loud = [note for note in report.notes if note.startswith("WARNING")]
+    for note in loud:  # last but for the other notes, where nobody can miss it
+        console.print(Text("\n" + _safe(note), style="bold red"))
+    _print_list(console, "Notes", [Text(_safe(note)) for note in report.notes if note not in loud])
 
 
 def _print_outlook(report: Report, console: Console) -> None:

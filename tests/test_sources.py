@@ -12,6 +12,7 @@ from build import build
 from onnxruntime.quantization import CalibrationDataReader
 
 import lindep_onnx
+from lindep_onnx import cli
 from lindep_onnx.config import Config
 from lindep_onnx.data import InputSpec, open_samples
 from lindep_onnx.errors import CalibrationError, UsageError
@@ -190,3 +191,13 @@ def test_random_inputs_judge_nothing(options: dict[str, Any]) -> None:
         Config(**{"random_calib": 10, **options})
     with pytest.raises(UsageError, match="takes the place of --calib"):
         lindep_onnx.compress(silent_on_noise(), VALUES, random_calib=10)
+
+
+def test_the_warning_comes_first_and_last_in_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    onnx.save(silent_on_noise(), tmp_path / "m.onnx")
+    command = [str(tmp_path / "m.onnx"), str(tmp_path / "o.onnx"), "--random-calib", "30"]
+    assert cli.main(command) == 0
+    told = capsys.readouterr()
+    assert "WARNING: random inputs" in told.err and "WARNING: random inputs" in told.out
+    assert cli.main([*command, "-q"]) == 0
+    assert capsys.readouterr().err == ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lindep_onnx._version import __version__
-from lindep_onnx.api import Result, compress
+from lindep_onnx.api import Calibrated, Result, Understood, apply, calibrate, compress, plan, trace
 from lindep_onnx.config import Config
 from lindep_onnx.errors import (
     BudgetError,
@@ -14,17 +14,25 @@ from lindep_onnx.errors import (
     UsageError,
     VerificationError,
 )
+from lindep_onnx.replay import Plan
 
 __all__ = [
     "BudgetError",
+    "Calibrated",
     "CalibrationError",
     "Config",
     "LindepError",
     "ModelError",
     "OutputError",
+    "Plan",
     "Result",
+    "Understood",
     "UsageError",
     "VerificationError",
     "__version__",
+    "apply",
+    "calibrate",
     "compress",
+    "plan",
+    "trace",
 ]

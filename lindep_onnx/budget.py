@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -27,18 +29,19 @@ from lindep_onnx.channels import Channels
 from lindep_onnx.config import LOSSLESS_SITE_ERROR, LOSSLESS_VERIFIED_ERROR, Config
 from lindep_onnx.cost import Cost, cost
 from lindep_onnx.data import Part, Samples
-from lindep_onnx.errors import BudgetError, LindepError, VerificationError
+from lindep_onnx.errors import BudgetError, LindepError, UsageError, VerificationError
 from lindep_onnx.influence import Disturbances, measured_curves, site_influence
-from lindep_onnx.ladder import Ladder, Saving, build_ladder, curves, folds_of, savings
+from lindep_onnx.ladder import RUNGS, Curve, Ladder, Prices, Saving, build_ladder, curves, folds_of, savings
 from lindep_onnx.placement import balanced
-from lindep_onnx.plan import Fold, Plan, plan_lossless
+from lindep_onnx.plan import Fold, Plan, part_of, plan_lossless
 from lindep_onnx.portrait import FrontierPoint, kept_parameters
 from lindep_onnx.precision import narrowed, neighbour, resolution, widened
 from lindep_onnx.proven import Proof
 from lindep_onnx.reconstruct import fold_sites
 from lindep_onnx.refit import refit
+from lindep_onnx.replay import Replay
 from lindep_onnx.rewrite import Reconstruction, rewrite
-from lindep_onnx.search import first_small_enough, last_good_enough, on_grid
+from lindep_onnx.search import COARSE, first_small_enough, last_good_enough, on_grid
 from lindep_onnx.shapes import resolve
 from lindep_onnx.tracing import trace
 
@@ -54,6 +57,8 @@ SITE_ROUNDINGS, OUTPUT_ROUNDINGS = 1.0, 2.0
 WIDTHS = (1, 8, 16)
 #: Seconds that original and result are timed against each other.
 TIMED = 1.0
+#: Plans that a search by measured errors tries: two bisections, see `lindep_onnx.search`.
+PROBES = math.ceil(math.log2(RUNGS)) + math.ceil(math.log2(RUNGS / COARSE))
 #: Shares of the ladder, and samples, that the frontier of errors is measured at.
 FRONTIER, FRONTIER_SAMPLES = tuple(step / 10 for step in range(1, 10)), 64
 #: A result counts as faster only by more than timings wobble.
@@ -83,6 +88,9 @@ class Chosen:
         failure: why it must not be used; None if all is well.
         notes: what the user should know.
         folds: how sites make up for what went, as far as the plan says.
+        mode: why what went could go: "proven", "lossless" or "budgeted".
+        refit: how the survivors were refitted.
+        prices: the curves that the budget was priced with, by currency.
         frontier: what smaller and larger reductions would cost, largest model first; empty without a budget.
     """
 
@@ -96,6 +104,9 @@ class Chosen:
     failure: LindepError | None
     notes: tuple[str, ...] = ()
     folds: Mapping[int, Fold] = field(default_factory=dict)
+    mode: str = "budgeted"
+    refit: str = "fold"
+    prices: Prices = field(default_factory=dict)
     frontier: tuple[FrontierPoint, ...] = ()
 
 
@@ -113,6 +124,8 @@ class Workshop:
         progress: called with (stage, done, all).
         half: the model in half precision of which `channels` is the widened copy; None for any other model.
         reference: what results are compared with, and their sizes are shares of; None if it is the traced model.
+        prices: curves of this model that are known already, by currency.
+        replayed: a plan to carry out, in place of one of our own.
     """
 
     def __init__(
@@ -127,7 +140,10 @@ class Workshop:
         progress: Progress,
         half: onnx.ModelProto | None = None,
         reference: graph.Model | None = None,
+        prices: Prices | None = None,
+        replayed: Replay | None = None,
     ) -> None:
+        self._prices, self._replayed = prices or {}, replayed
         self._reference = reference or channels.model
         self._half = half
         rounding = 0.0 if half is None else resolution(half)
@@ -140,17 +156,35 @@ class Workshop:
         self._original = verify.open_session(self._reference.proto, **self._runtime)
         self._shapes, self._batch = _first_shapes(samples)
         self.before = cost(self._reference if half is None else graph.load(half), self._shapes, self._batch)
-        self.metadata = json.dumps({"version": __version__, "options": config.described()}, sort_keys=True)
+        self.options = {**(replayed.plan.options if replayed is not None else {}), **config.described()}
+        self.metadata = json.dumps({"version": __version__, "options": self.options}, sort_keys=True)
         self._metric: float | None = None
+
+    @property
+    def mode(self) -> str:
+        """What is asked for: "proven", "lossless" or "budgeted"."""
+        if self._replayed is not None:
+            return self._replayed.plan.mode
+        return "proven" if self._config.proven_only else "budgeted" if self._config.budgeted else "lossless"
 
     def choose(self) -> Chosen:
         """The result that the options ask for; look at its `failure`."""
+        if self._replayed is not None:
+            chosen = self._carried_out_again(self._replayed)
+            chosen = dataclasses.replace(chosen, latency=self._latency(chosen.proto))
+            return dataclasses.replace(chosen, notes=(*self._replayed.notes, *chosen.notes, *self._slower(chosen)))
         if self._observed is None or self._config.proven_only:
             return self._proven()
+        prices: Prices = {}
+        ladder = None
+        frontier: tuple[FrontierPoint, ...] = ()
         with self._stage("plan"):
-            lossless = plan_lossless(self._channels, self._evidence, self._doubtful, tolerance=self._tolerance)
-            ladder = self._ladder(lossless) if self._config.budgeted else None
-        frontier = () if ladder is None or self._reference is not self._channels.model else self._frontier(ladder)
+            lossless = self._lossless_plan(self._doubtful)
+            if self._config.budgeted:
+                prices = self._priced()
+                ladder = self._ladder(prices, lossless)
+        if ladder is not None and self._reference is self._channels.model:
+            frontier = self._frontier(ladder, prices[self._currency])
         best: Chosen | None = None
         for width in WIDTHS if self._config.round_to == "auto" else (self._config.round_to,):
             chosen = self._verified(lossless, width) if ladder is None else self._budgeted(ladder, width)
@@ -162,7 +196,16 @@ class Workshop:
         assert best is not None
         if self._config.round_to == "auto" and not self._sizes() and _ratio(best) > 1 / FASTER:
             best = self._unchanged()
-        return dataclasses.replace(best, notes=(*best.notes, *self._slower(best)), frontier=frontier)
+        return dataclasses.replace(best, notes=(*best.notes, *self._slower(best)), prices=prices, frontier=frontier)
+
+    def outlook(self) -> tuple[FrontierPoint, ...]:
+        """What budgets would cost, where none is asked for; empty without data."""
+        if self._observed is None:
+            return ()
+        with self._stage("plan"):
+            prices = self._priced()
+            ladder = self._ladder(prices, self._lossless_plan(self._doubtful))
+        return self._frontier(ladder, prices[self._currency])
 
     def judge(self, model: graph.Model, weights: Mapping[str, NDArray[Any]], chosen: Chosen) -> Chosen:
         """A result with other weights, held to the budgets anew.
@@ -174,11 +217,13 @@ class Workshop:
         """
         proto = graph.edit(model, graph.Edits(constants=weights), self.metadata)
         found = self._finished(proto, chosen.removed, chosen.kind, chosen.notes)
-        return dataclasses.replace(found, latency=chosen.latency)
+        return dataclasses.replace(
+            found, latency=chosen.latency, mode=chosen.mode, refit=chosen.refit, prices=chosen.prices
+        )
 
     def _unchanged(self) -> Chosen:
         nothing = Plan(np.zeros(self._channels.units, dtype=bool), np.zeros(self._channels.units, dtype=np.int8), {})
-        chosen = self._carried_out(nothing, self._evidence.sites)
+        chosen = self._carried_out(nothing, self._evidence.sites, "lossless")
         note = (
             "Nothing was removed: no width made the result as fast in ONNX Runtime here. Try without --round-to auto."
         )
@@ -206,15 +251,62 @@ class Workshop:
         return self._samples
 
     def _proven(self) -> Chosen:
-        chosen = self._carried_out(self._proof.plan, self._proof.evidence)
+        chosen = self._carried_out(self._proof.plan, self._proof.evidence, "proven")
         return dataclasses.replace(chosen, latency=self._latency(chosen.proto))
 
-    def _carried_out(self, plan: Plan, evidence: tuple[SiteEvidence, ...]) -> Chosen:
+    def _lossless_plan(self, doubtful: NDArray[np.bool_], keep: NDArray[np.bool_] | None = None) -> Plan:
+        return plan_lossless(self._channels, self._evidence, doubtful, tolerance=self._tolerance, keep=keep)
+
+    # ---- plans that were saved ---------------------------------------------------------------------------------
+
+    def _carried_out_again(self, wanted: Replay) -> Chosen:
+        """The same steps that led from the plan to the result when it was made."""
+        removed = wanted.removed
+        if wanted.plan.mode == "proven":
+            plan = part_of(self._proof.plan, self._proof.evidence, removed)
+            if plan is None:
+                raise UsageError(
+                    "The plan removes channels that the weights do not prove redundant; drop them from it."
+                )
+            return self._carried_out(plan, self._proof.evidence, "proven")
+        if self._observed is None:
+            raise UsageError(
+                f"A {wanted.plan.mode} plan is fitted to calibration data: give --calib, with more samples if you did."
+            )
+        if wanted.plan.mode == "budgeted":
+            proto = self._folded(removed)
+            proto, notes = self._refit(removed, proto, wanted.refit) if wanted.refit != "fold" else (proto, ())
+            chosen = self._finished(proto, removed, _budget_kind(removed), notes)
+            return dataclasses.replace(chosen, refit=wanted.refit)
+        with self._stage("plan"):
+            plan = self._lossless_again(removed)
+        return self._built(plan, wanted.refit)
+
+    def _lossless_again(self, removed: NDArray[np.bool_]) -> Plan:
+        """Our own plan if it is the same, else as much of it as is asked for."""
+        whole = self._lossless_plan(self._doubtful)
+        if (whole.removed == removed).all():
+            return whole
+        wary = self._lossless_plan(self._evidence.silent & ~self._proof.constant)
+        if (wary.removed == removed).all():
+            return wary
+        part = self._lossless_plan(self._doubtful, ~removed)
+        if (part.removed == removed).all():
+            return part
+        rest = part_of(whole, self._evidence.sites, removed)
+        if rest is None:
+            raise UsageError(
+                f"The plan removes {int((removed & ~part.removed).sum())} channel(s) that are no combination of others "
+                'on this data; drop them from it, or set its "mode" to "budgeted".'
+            )
+        return rest
+
+    def _carried_out(self, plan: Plan, evidence: tuple[SiteEvidence, ...], mode: str) -> Chosen:
         with self._stage("rewrite"):
             proto = rewrite(
                 self._channels, fold_sites(self._channels, plan.folds, evidence, plan.removed), self.metadata
             )
-        return self._finished(proto, plan.removed, plan.kind, ())
+        return dataclasses.replace(self._finished(proto, plan.removed, plan.kind, ()), mode=mode)
 
     # ---- lossless ----------------------------------------------------------------------------------------------
 
@@ -226,10 +318,10 @@ class Workshop:
         silent = self._evidence.silent & ~self._proof.constant
         if (plan.removed & silent).any():
             with self._stage("plan"):
-                wary = plan_lossless(self._channels, self._evidence, silent, tolerance=self._tolerance)
+                wary = self._lossless_plan(silent)
             chosen = self._lossless(wary, silent, width)
         if chosen.failure is not None:
-            chosen = self._carried_out(self._proof.plan, self._proof.evidence)
+            chosen = self._carried_out(self._proof.plan, self._proof.evidence, "proven")
         if chosen.failure is not None:
             return first
         error = float("nan") if first.comparison is None else first.comparison.relative_error
@@ -240,34 +332,52 @@ class Workshop:
         return dataclasses.replace(chosen, notes=(*chosen.notes, note))
 
     def _lossless(self, plan: Plan, doubtful: NDArray[np.bool_], width: int) -> Chosen:
-        order = np.flatnonzero(plan.removed)
-        removed = balanced(self._channels, rounded(self._channels, plan.removed, order, width), order)
-        if (removed != plan.removed).any():
+        asked: NDArray[np.bool_] | None = None
+        while (
+            True
+        ):  # what stays for the sake of widths may keep others: until nothing moves, so that it can be repeated
+            order = np.flatnonzero(plan.removed)
+            removed = balanced(self._channels, rounded(self._channels, plan.removed, order, width), order)
+            if (removed == plan.removed).all() and (asked is None or (removed == asked).all()):
+                return self._built(plan, self._config.refit)
+            asked = removed
             with self._stage("plan"):
-                plan = plan_lossless(self._channels, self._evidence, doubtful, tolerance=self._tolerance, keep=~removed)
+                plan = self._lossless_plan(doubtful, ~removed)
+
+    def _built(self, plan: Plan, refit: str) -> Chosen:
         with self._stage("reconstruct"):
             new = fold_sites(self._channels, plan.folds, self._evidence.sites, plan.removed)
         with self._stage("rewrite"):
             proto = rewrite(self._channels, new, self.metadata)
-        if self._config.refit in ("kernel", "sequential") and plan.removed.any():
-            proto, notes = self._refit(plan.removed, proto)
-        else:
-            notes = ()
+        notes: tuple[str, ...] = ()
+        refit = refit if refit in ("kernel", "sequential") else "fold"
+        if refit != "fold" and plan.removed.any():
+            proto, notes = self._refit(plan.removed, proto, refit)
         chosen = self._finished(proto, plan.removed, plan.kind, notes)
-        return dataclasses.replace(chosen, folds=plan.folds)
+        return dataclasses.replace(chosen, folds=plan.folds, mode="lossless", refit=refit)
 
     # ---- budgets -----------------------------------------------------------------------------------------------
 
-    def _ladder(self, lossless: Plan) -> Ladder:
-        default: Saving = "parameters"
-        kind = next((CURRENCIES[name] for name in CURRENCIES if name in self._sizes()), default)
+    @property
+    def _currency(self) -> Saving:
+        return next((CURRENCIES[name] for name in CURRENCIES if name in self._sizes()), "parameters")
+
+    def _priced(self) -> Prices:
+        """Curves by currency; the one that is wanted is added if it is not known."""
+        if self._currency in self._prices:
+            return self._prices
         disturbances = Disturbances(self._channels, self._evidence, self._data, **self._runtime)
         influence = site_influence(self._channels, self._evidence, disturbances, self._progress)
-        expected = curves(self._channels, self._evidence, influence, savings(self._channels, kind))
+        expected = curves(self._channels, self._evidence, influence, savings(self._channels, self._currency))
         measured = measured_curves(self._channels, self._evidence, expected, disturbances, self._progress)
-        return build_ladder(self._channels, measured, lossless.removed)
+        return {**self._prices, self._currency: tuple(measured)}
 
-    def _frontier(self, ladder: Ladder) -> tuple[FrontierPoint, ...]:
+    def _ladder(self, prices: Prices, lossless: Plan) -> Ladder:
+        # Random inputs prove nothing: what never changed on them is priced like the rest.
+        free = self._proof.plan if self._config.random_calib is not None else lossless
+        return build_ladder(self._channels, prices[self._currency], free.removed)
+
+    def _frontier(self, ladder: Ladder, priced: Sequence[Curve]) -> tuple[FrontierPoint, ...]:
         """Measured with folds, which are cheap: a refit does better."""
         points = []
         with self._stage("frontier"):
@@ -279,7 +389,9 @@ class Workshop:
                 batches = self._data.batches(Part.SELECT, limit=FRONTIER_SAMPLES)
                 found = verify.compare(self._original, session, batches, agreement_output=self._config.agreement_output)
                 left = kept_parameters(self._channels, removed) / max(1, whole)
-                points.append(FrontierPoint(left, found.relative_error, found.agreement))
+                expected = sum(float(np.append(0.0, curve.cost)[int(removed[curve.units].sum())]) for curve in priced)
+                channels = int(removed.sum())
+                points.append(FrontierPoint(left, found.relative_error, found.agreement, channels, expected**0.5))
                 self._progress("frontier", done + 1, len(FRONTIER))
         return tuple(points)
 
@@ -297,11 +409,12 @@ class Workshop:
             proto = self._folded(removed)
             if not refit_it or not removed.any():
                 return proto, removed, ()
-            proto, notes = self._refit(removed, proto)
+            proto, notes = self._refit(removed, proto, self._refit_mode)
             return proto, removed, notes
 
         if self._sizes():
-            return self._small_enough(ladder, removed_at, build, refitted)
+            chosen = self._small_enough(ladder, removed_at, build, refitted)
+            return dataclasses.replace(chosen, refit=self._refit_mode if refitted else "fold")
         with self._stage("search"):
             count, needs_refit = last_good_enough(
                 ladder.rungs(),
@@ -315,6 +428,7 @@ class Workshop:
             rung, refit_it = tries[turned_down]
             proto, removed, notes = build(rung, refit_it)
             chosen = self._finished(proto, removed, _budget_kind(removed), notes)
+            chosen = dataclasses.replace(chosen, refit=self._refit_mode if refit_it else "fold")
             if chosen.failure is None or turned_down == len(tries) - 1:
                 break
             turned_down += 1
@@ -354,9 +468,12 @@ class Workshop:
 
     def _judged(self) -> Callable[[onnx.ModelProto], bool]:
         """Whether a result is good enough on the samples that decide."""
+        probes = itertools.count(1)
 
         def good(proto: onnx.ModelProto) -> bool:
             measured = self._quality(proto, self._compared(proto, Part.SELECT))
+            done = next(probes)
+            self._progress("search", done, max(done, PROBES))
             return all(self._holds(kind, value) for kind, value in measured.items())
 
         return good
@@ -385,13 +502,21 @@ class Workshop:
         folds = folds_of(self._channels, self._evidence, removed, {})
         return rewrite(self._channels, fold_sites(self._channels, folds, self._evidence.sites, removed), self.metadata)
 
-    def _refit(self, removed: NDArray[np.bool_], proto: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
+    @property
+    def _refit_mode(self) -> str:
+        return "kernel" if self._config.refit == "kernel" else "sequential"
+
+    def _refit(
+        self, removed: NDArray[np.bool_], proto: onnx.ModelProto, mode: str
+    ) -> tuple[onnx.ModelProto, tuple[str, ...]]:
+        if not removed.any():
+            return proto, ()
         with self._stage("refit"):
             smaller = graph.load(proto)
             traced = trace(smaller, resolve(smaller))
             found = refit(
                 self._channels, removed, traced, self._data,
-                mode="kernel" if self._config.refit == "kernel" else "sequential",
+                mode="kernel" if mode == "kernel" else "sequential",
                 seed=self._config.seed, progress=self._progress, **self._runtime,
             )  # fmt: skip
             notes = []
@@ -438,7 +563,7 @@ class Workshop:
         if self._config.min_agreement is not None:
             kept = self._holds("min_agreement", found.agreement)
             limits.append((f"--min-agreement {self._config.min_agreement:g}", found.agreement, kept))
-        if not self._config.budgeted:
+        if self.mode != "budgeted":
             kept = self._is_lossless(found.relative_error)
             limits.append((f"the lossless bound {LOSSLESS_VERIFIED_ERROR:g}", found.relative_error, kept))
         for name, value, kept in limits:
@@ -466,9 +591,11 @@ class Workshop:
     def _failure(self, achieved: Mapping[str, float | None], found: verify.Comparison | None) -> LindepError | None:
         for name, share in self._sizes().items():
             reached = achieved[name]
-            if reached is not None and reached > share:
+            asked = self._replayed is None or name in self._replayed.enforced  # an edited plan may keep more
+            if asked and reached is not None and reached > share:
                 return BudgetError(
-                    f"--{name} {share:g} cannot be reached: with everything removed that can go, {reached:.3f} of the "
+                    f"--{name} {share:g} cannot be reached: with everything removed that can go, "
+                    f"{math.ceil(1e4 * reached) / 1e4:g} of the "
                     "original are left. Nothing was written; ask for at least that much."
                 )
         for name in ("max_error", "min_agreement", "max_drop"):
@@ -480,7 +607,7 @@ class Workshop:
                     f"{flag} {getattr(self._config, name):g} does not hold together with the other budgets: on unseen "
                     f"samples it {reached_text}. Nothing was written; loosen one of them."
                 )
-        if not self._config.budgeted and found is not None and not self._is_lossless(found.relative_error):
+        if self.mode != "budgeted" and found is not None and not self._is_lossless(found.relative_error):
             return VerificationError(
                 f"The result differs from the original by {found.relative_error:.2g} on unseen samples, more than "
                 f"the {LOSSLESS_VERIFIED_ERROR:.2g} allowed. Nothing was written; give more or more varied data."

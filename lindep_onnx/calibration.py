@@ -16,7 +16,7 @@ from lindep_onnx.errors import CalibrationError
 from lindep_onnx.moments import Moments, MomentsAccumulator
 from lindep_onnx.sampling import Place, RowSampler
 
-__all__ = ["Calibration", "Features", "Tap", "calibrate", "features", "tap"]
+__all__ = ["Calibration", "Features", "Tap", "calibrate", "features", "tap", "taps"]
 
 Array: TypeAlias = NDArray[Any]
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -83,6 +83,15 @@ def tap(site: Site, reader: Reader) -> Tap:
     return Tap(reader.tensor, reader.axis, reader.strides, layout)
 
 
+def taps(channels: Channels) -> dict[Tap, NDArray[np.int64]]:
+    """Every tap of a model, and the (F, T) places of its features on the channel axis."""
+    found: dict[Tap, NDArray[np.int64]] = {}
+    for site in channels.sites:
+        for reader in site.readers:
+            found.setdefault(tap(site, reader), features(site.columns).index + site.first_column)
+    return found
+
+
 @dataclass(frozen=True)
 class Calibration:
     """What the data says about every tap.
@@ -122,10 +131,7 @@ def calibrate(
         CalibrationError: an activation is not finite, naming the tensor.
         ModelError: ONNX Runtime cannot run the model.
     """
-    wanted: dict[Tap, NDArray[np.int64]] = {}
-    for site in channels.sites:
-        for reader in site.readers:
-            wanted.setdefault(tap(site, reader), features(site.columns).index + site.first_column)
+    wanted = taps(channels)
     counts = {part: len(samples.parts[part]) for part in (Part.FIT, Part.SELECT)}
     if not wanted:
         return Calibration({}, {}, (counts[Part.FIT], counts[Part.SELECT]))

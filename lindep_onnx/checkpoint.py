@@ -17,9 +17,9 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from lindep_onnx.arrays import UNREADABLE
 from lindep_onnx.errors import OutputError, UsageError
 from lindep_onnx.files import replacing
-from lindep_onnx.moments import UNREADABLE
 
 __all__ = ["Checkpoint", "State"]
 

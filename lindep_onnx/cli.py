@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
+import math
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -19,10 +22,13 @@ from lindep_onnx.config import Config
 from lindep_onnx.data import load_function
 from lindep_onnx.errors import LindepError, UsageError
 from lindep_onnx.proven import EVERY_INPUT
+from lindep_onnx.replay import Plan, options_of
 
 __all__ = ["main"]
 
 OK, FAILURE = 0, 1
+#: Names that nobody gives a model: whoever writes one in its place means data.
+NO_MODELS = (".npz", ".npy", ".py", ".json", ".html", ".csv", ".jpg", ".jpeg", ".png")
 #: A message is never longer.
 MOST_LINES = 3
 
@@ -31,7 +37,29 @@ class _Parser(argparse.ArgumentParser):
     """Reports a mistake in one line, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message[:1].upper()}{message[1:]}. See {self.prog} --help.")
+        raise UsageError(f"{message[:1].upper()}{message[1:]}.{self._hint(message)} See {self.prog} --help.")
+
+    def _hint(self, message: str) -> str:
+        """What was probably meant."""
+        head, _, rest = message.partition(": ")
+        if head != "unrecognized arguments":
+            return ""
+        for word in rest.split():
+            if word.startswith("--"):
+                name = word.partition("=")[0].replace("_", "-")
+                close = difflib.get_close_matches(name, self._option_string_actions, 1)
+                return f" Did you mean {close[0]}?" if close else ""
+        if all(re.fullmatch(r"-?[0-9.]+,?", word) for word in rest.split()):
+            return " Several numbers have commas between and no spaces: --mean 0.5,0.5,0.5."
+        return " There is one IN.onnx and one OUT.onnx; everything else belongs to an option, such as --calib DATA."
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        hint = f", such as {float(text[:-1]) / 100:g}" if re.fullmatch(r"[0-9]+(\.[0-9]+)?%", text) else ""
+        raise argparse.ArgumentTypeError(f"must be a number{hint}, not {text!r}") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,8 +79,11 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--calib",
         metavar="DATA",
-        help=".npz with input names as keys, .npy, a directory of shards or of ONNX test_data_set_* folders, or "
-        "FILE.py:FUNC that yields dicts of arrays",
+        help=".npz with input names as keys, .npy, a directory of shards, images or ONNX test_data_set_* folders, or "
+        "FILE.py:FUNC that yields dicts of arrays (FILE.py alone: its load_data)",
+    )
+    data.add_argument(
+        "--random-calib", type=int, metavar="N", help="N random samples in place of data: a last resort, proves nothing"
     )
     data.add_argument(
         "--stress", metavar="DATA", help="a second data set that the result has to hold on, not fitted to"
@@ -63,21 +94,28 @@ def _parser() -> argparse.ArgumentParser:
         metavar="[NAME=]LO:HI",
         help="lowest and highest value of an input, or of all: what holds for every input in there is proven",
     )
+    data.add_argument("--image-size", metavar="H[xW]", help="images: crop to this (the size of the input)")
+    data.add_argument("--resize", type=int, metavar="N", help="images: shorter side before the crop (just covers it)")
+    data.add_argument("--scale", type=_number, metavar="S", help="images: divide pixels of 0 to 255 by S first (255)")
+    data.add_argument("--mean", metavar="M[,M,M]", help="images: then subtract this, in the order of --color (0)")
+    data.add_argument("--std", metavar="D[,D,D]", help="images: then divide by this (1)")
+    data.add_argument("--layout", choices=("nchw", "nhwc"), help="images: where the channels are (as in the input)")
+    data.add_argument("--color", choices=("rgb", "bgr", "gray"), help="images: which channels (rgb, or gray for one)")
     data.add_argument("--max-samples", type=int, metavar="N", help="use at most N samples")
     data.add_argument("--batch-size", type=int, metavar="N", help="samples per run, where the batch is dynamic")
-    data.add_argument("--holdout", type=float, metavar="F", help="share of samples kept out of fitting (0.3)")
+    data.add_argument("--holdout", type=_number, metavar="F", help="share of samples kept out of fitting (0.3)")
     data.add_argument("--seed", type=int, metavar="N", help="of the split and of sampled positions (0)")
 
     budget = parser.add_argument_group("budgets (none: lossless; several: all must hold)")
-    budget.add_argument("--max-error", type=float, metavar="E", help="worst relative error of an output slice")
-    budget.add_argument("--min-agreement", type=float, metavar="A", help="share of samples with the same arg-max")
+    budget.add_argument("--max-error", type=_number, metavar="E", help="worst relative error of an output slice")
+    budget.add_argument("--min-agreement", type=_number, metavar="A", help="share of samples with the same arg-max")
     budget.add_argument("--agreement-output", metavar="NAME[:AXIS]", help="the output that the arg-max is taken of")
-    budget.add_argument("--params", type=float, metavar="F", help="keep at most this share of the parameters")
-    budget.add_argument("--macs", type=float, metavar="F", help="keep at most this share of the MACs")
-    budget.add_argument("--size", type=float, metavar="F", help="keep at most this share of the file size")
-    budget.add_argument("--channels", type=float, metavar="F", help="keep at most this share of the output channels")
+    budget.add_argument("--params", type=_number, metavar="F", help="keep at most this share of the parameters")
+    budget.add_argument("--macs", type=_number, metavar="F", help="keep at most this share of the MACs")
+    budget.add_argument("--size", type=_number, metavar="F", help="keep at most this share of the file size")
+    budget.add_argument("--channels", type=_number, metavar="F", help="keep at most this share of the output channels")
     budget.add_argument("--eval", metavar="FILE.py:FUNC", help="FUNC(session) -> float, higher is better")
-    budget.add_argument("--max-drop", type=float, metavar="D", help="how far the --eval metric may fall")
+    budget.add_argument("--max-drop", type=_number, metavar="D", help="how far the --eval metric may fall")
     budget.add_argument("--proven-only", action="store_true", default=None, help="only what the weights prove")
 
     how = parser.add_argument_group("how")
@@ -88,6 +126,8 @@ def _parser() -> argparse.ArgumentParser:
         "--augment", metavar="mix|FILE.py:FUNC", help="vary what --recover trains on: FUNC(feeds, rng) -> feeds"
     )
     how.add_argument("--checkpoint", metavar="FILE", help="keep the state of --recover here, and take it up from here")
+    how.add_argument("--plan", metavar="FILE.json", help="carry out a plan that --save-plan wrote, edited or not")
+    how.add_argument("--load-moments", metavar="FILE", help="read what --save-moments kept; --calib still verifies")
     how.add_argument("--min-channels", type=int, metavar="N", help="no channel axis is cut below N")
     how.add_argument("--round-to", metavar="auto|N", help="round kept counts up to a multiple")
     how.add_argument("--include", action="append", metavar="GLOB", help="touch only matching nodes")
@@ -98,6 +138,8 @@ def _parser() -> argparse.ArgumentParser:
     out = parser.add_argument_group("output")
     out.add_argument("--dry-run", action="store_true", help="report only, write no model")
     out.add_argument("--report", metavar="FILE.json|FILE.html", help="write the report")
+    out.add_argument("--save-plan", metavar="FILE.json", help="write what goes, to be edited and given to --plan")
+    out.add_argument("--save-moments", metavar="FILE", help="keep what calibration found, for other budgets")
     out.add_argument("--save-as-external-data", action="store_true", help="weights go into OUT.onnx.data")
     out.add_argument("--force", action="store_true", help="write OUT even if verification fails (exit code stays 3)")
     out.add_argument("-v", "--verbose", action="store_true", help="show every group and refusal")
@@ -118,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     errors = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
     try:
-        options = _parser().parse_args(given)
+        options = _parser().parse_intermixed_args(given)  # OUT may come behind options
         logging.basicConfig(level=logging.DEBUG if options.debug else logging.ERROR, stream=sys.stderr)
         return _run(options, errors)
     except (Exception, KeyboardInterrupt) as error:
@@ -158,12 +200,25 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
         changed["input_range"] = _ranges(options.input_range)
     if options.round_to is not None:
         changed["round_to"] = _round_to(options.round_to)
+    if options.image_size is not None:
+        changed["image_size"] = _image_size(options.image_size)
+    for name in ("mean", "std"):
+        if name in changed:
+            changed[name] = _numbers(changed[name], "--" + name)
     if options.eval is not None:
         changed["eval"] = load_function(options.eval, "--eval")
     if options.augment not in (None, "mix"):
         changed["augment"] = load_function(options.augment, "--augment")
-    config = Config(**changed)
-    for path in (options.model, options.output, options.calib, options.stress, options.report, options.checkpoint):
+    repeated = None
+    if options.plan is None:
+        config = Config(**changed)
+    else:
+        _check_name(options.plan)
+        saved = Plan.load(options.plan)
+        repeated, config = api.Repeated(saved, changed), options_of(saved, changed)
+    written = (options.report, options.save_plan, options.save_moments, options.checkpoint)
+    read = (options.model, options.calib, options.stress, options.load_moments, options.plan)
+    for path in (*read, options.output, *written):
         if path is not None:
             _check_name(path)
     if options.output is None and not options.dry_run:
@@ -173,19 +228,29 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
         report.check_path(report_path)
     checkpoint = Path(options.checkpoint) if options.checkpoint else None
     output = Path(options.output) if options.output and not options.dry_run else None
-    _check_written([output, report_path, checkpoint], [options.model, options.calib, options.stress])
+    save_moments, load_moments, save_plan = (
+        Path(path) if path else None for path in (options.save_moments, options.load_moments, options.save_plan)
+    )
+    _check_written([output, report_path, save_moments, save_plan, checkpoint], read)
+    if output is not None and output.suffix.lower() in NO_MODELS:
+        raise UsageError(
+            f"{output}: is no name for a model; data goes behind --calib, and OUT.onnx is what is written."
+        )
+    if config.random_calib is not None and not options.quiet:
+        errors.print(api.RANDOM, style="bold red", markup=False)
     with _progress(errors, options.quiet) as progress:
         result = api.run(
             options.model,
             options.calib,
             config,
-            output=output,
+            files=api.Files(output, options.save_as_external_data, save_moments, load_moments, save_plan),
             stress=options.stress,
-            external_data=options.save_as_external_data,
             progress=progress,
+            repeated=repeated,
+            outlook=options.dry_run,
         )
     if not options.quiet:
-        report.render(result.report, Console(highlight=False), verbose=options.verbose)
+        report.render(result.report, Console(highlight=False), verbose=options.verbose, outlook=options.dry_run)
     if report_path is not None:
         report.write_report(result.report, report_path)
     if result.failure is not None:
@@ -229,6 +294,26 @@ def _ranges(texts: Sequence[str]) -> dict[str, tuple[float, float]]:
     return found
 
 
+def _image_size(text: str) -> tuple[int, int]:
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and len(side) < 7 for side in sides):
+        raise UsageError(f"--image-size is one number, or HxW such as 224x192, not {text!r}.")
+    height, width = sides if len(sides) == 2 else sides * 2
+    return int(height), int(width)
+
+
+def _numbers(text: str, flag: str) -> tuple[float, ...]:
+    try:
+        found = tuple(map(float, text.split(",")))
+    except ValueError:
+        raise UsageError(
+            f"{flag} takes numbers with commas between, such as 0.485,0.456,0.406, not {text!r}."
+        ) from None
+    if not all(map(math.isfinite, found)):
+        raise UsageError(f"{flag} takes finite numbers, not {text!r}.")
+    return found
+
+
 def _round_to(text: str) -> int | str:
     if text == "auto":
         return text
@@ -239,20 +324,22 @@ def _round_to(text: str) -> int | str:
 
 
 class _progress:  # noqa: N801 - used like a function
-    """A progress line on stderr while stages run; nothing when it is not a terminal or not wanted."""
+    """Stages on stderr as they run, with the time left; nothing when it is not a terminal or not wanted."""
 
     def __init__(self, console: Console, quiet: bool) -> None:
         self._bar = Progress(
             TextColumn("{task.description:<12}"),
-            BarColumn(bar_width=30),
+            BarColumn(bar_width=28),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
             transient=True,
             disable=quiet or not console.is_terminal,
         )
         self._tasks: dict[str, Any] = {}
+        self._done: dict[str, int] = {}
 
     def __enter__(self) -> Callable[[str, int, int], None]:
         self._bar.start()
@@ -265,4 +352,7 @@ class _progress:  # noqa: N801 - used like a function
     def _update(self, stage: str, done: int, total: int) -> None:
         if stage not in self._tasks:
             self._tasks[stage] = self._bar.add_task(stage, total=total)
+        elif done < self._done[stage]:  # it runs again, for the next plan or round
+            self._bar.reset(self._tasks[stage], total=total)
+        self._done[stage] = done
         self._bar.update(self._tasks[stage], completed=done, total=total)

@@ -8,9 +8,10 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lindep_onnx.errors import UsageError
+from lindep_onnx.images import Color, Layout, Preprocessing
 
 __all__ = ["LOSSLESS_SITE_ERROR", "LOSSLESS_VERIFIED_ERROR", "Config", "Effort", "Refit"]
 
@@ -18,6 +19,8 @@ Refit = Literal["auto", "fold", "kernel", "sequential"]
 
 #: RMS relative error that one site may gain in lossless mode, on samples that were not fitted.
 LOSSLESS_SITE_ERROR = 1e-5
+#: More random samples teach nothing.
+MOST_RANDOM = 100_000
 #: Output error at which a lossless result is verified.
 LOSSLESS_VERIFIED_ERROR = 1e-3
 
@@ -70,6 +73,15 @@ class Config:
         threads: intra-op threads of ONNX Runtime; 0 lets it choose.
         batch_size: samples per run for models with a dynamic batch; None bounds the memory of the activations.
         max_samples: use at most this many calibration samples.
+        image_size: height and width that images are cropped to, one number for both; None takes those of the input.
+        resize: length of the shorter side of images before the crop; None covers `image_size` just so.
+        scale: what pixels from 0 to 255 are divided by first; None for 255, so that they go from 0 to 1.
+        mean: subtracted next, one number or one for each channel; None for 0.
+        std: divided by last, likewise; None for 1.
+        layout: `nchw` or `nhwc`; None takes that of the input.
+        color: `rgb`, `bgr` or `gray`; None for rgb, or gray where the input has one channel.
+        random_calib: draw so many random samples, in place of calibration data. They prove nothing: without a budget
+            only what the weights prove goes, and no budget on errors or agreement can be judged by them.
         holdout: share of the samples kept out of fitting, half to select and half to verify.
         seed: of the split and of the sampled positions.
         force: keep a result that failed verification.
@@ -99,6 +111,14 @@ class Config:
     threads: int = 0
     batch_size: int | None = None
     max_samples: int | None = None
+    image_size: int | tuple[int, int] | None = None
+    resize: int | None = None
+    scale: float | None = None
+    mean: float | tuple[float, ...] | None = None
+    std: float | tuple[float, ...] | None = None
+    layout: Layout | None = None
+    color: Color | None = None
+    random_calib: int | None = None
     holdout: float = 0.3
     seed: int = 0
     force: bool = False
@@ -116,7 +136,9 @@ class Config:
         shares = {"params": self.params, "macs": self.macs, "size": self.size, "channels": self.channels}
         for name, value in shares.items():
             if value is not None and not 0 < value <= 1:
-                raise UsageError(f"{_flag(name)} is a share to keep, above 0 and at most 1, not {value}.")
+                raise UsageError(
+                    f"{_flag(name)} is a share to keep, above 0 and at most 1 (0.5 for half), not {value}."
+                )
         if self.min_agreement is not None and not 0 <= self.min_agreement <= 1:
             raise UsageError(f"--min-agreement is a share from 0 to 1, not {self.min_agreement}.")
         if (self.eval is None) != (self.max_drop is None):
@@ -136,10 +158,16 @@ class Config:
             "min_channels": self.min_channels,
             "batch_size": self.batch_size,
             "max_samples": self.max_samples,
+            "image_size": None if self.preprocessing.size is None else min(self.preprocessing.size),
+            "resize": self.resize,
+            "random_calib": self.random_calib,
         }
         for name, count in least.items():
             if count is not None and count < 1:
                 raise UsageError(f"{_flag(name)} must be at least 1, not {count}.")
+        self._check_images()
+        if self.random_calib is not None:
+            self._check_random()
         if self.seed < 0:
             raise UsageError(f"--seed must be at least 0, not {self.seed}.")
         if self.threads < 0:
@@ -148,11 +176,44 @@ class Config:
             raise UsageError(
                 "--rounds and --recover win back what a budget costs: name one, for instance --params 0.5."
             )
-
         if (self.augment is not None or self.checkpoint is not None) and self.recover is None:
             raise UsageError("--augment and --checkpoint belong to --recover: say how long to train, such as 300.")
         if not (self.augment in ("mix", None) or callable(self.augment)):
             raise UsageError(f"--augment is mix or FILE.py:FUNC, not {self.augment!r}.")
+
+    def _check_images(self) -> None:
+        if self.image_size is not None and len(self.preprocessing.size or ()) != 2:
+            raise UsageError(f"--image-size is one number, or HxW, not {self.image_size!r}.")
+        for name, above in (("scale", (self.preprocessing.scale or 1.0,)), ("std", self.preprocessing.std or (1.0,))):
+            if not min(above) > 0:
+                raise UsageError(f"{_flag(name)} divides, and must be above 0, not {getattr(self, name)}.")
+        if self.layout not in (None, *get_args(Layout)):
+            raise UsageError(f"--layout is nchw or nhwc, not {self.layout!r}.")
+        if self.color not in (None, *get_args(Color)):
+            raise UsageError(f"--color is rgb, bgr or gray, not {self.color!r}.")
+
+    def _check_random(self) -> None:
+        if self.random_calib is not None and self.random_calib > MOST_RANDOM:
+            raise UsageError(f"--random-calib must be at most {MOST_RANDOM:,}, not {self.random_calib}.")
+        if self.proven_only:
+            raise UsageError("--proven-only needs no data: drop --random-calib.")
+        for name in ("max_error", "min_agreement"):
+            if getattr(self, name) is not None:
+                raise UsageError(
+                    f"{_flag(name)} cannot be judged on random inputs, which are nothing like real ones: give --calib "
+                    "DATA, or a budget on the size such as --params."
+                )
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What to make of images."""
+
+        def several(value: float | tuple[float, ...] | None) -> tuple[float, ...] | None:
+            return value if value is None or isinstance(value, tuple) else (value,)
+
+        size = (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+        mean, std = several(self.mean), several(self.std)
+        return Preprocessing(size, self.resize, self.scale, mean, std, self.layout, self.color)
 
     @property
     def budgeted(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -21,12 +22,14 @@ class Cost:
         macs: multiply-accumulates of Conv, ConvTranspose, Gemm and MatMul for one sample.
         bytes: size of the model as one file, weights included.
         channels: output channels of those operators where their weight is constant.
+        operators: how many nodes there are of each.
     """
 
     parameters: int
     macs: int
     bytes: int
     channels: int
+    operators: Mapping[str, int]
 
 
 def cost(model: Model, inputs: Mapping[str, Shape], samples: int = 1) -> Cost:
@@ -45,6 +48,7 @@ def cost(model: Model, inputs: Mapping[str, Shape], samples: int = 1) -> Cost:
         macs=sum(_macs(node, resolved) for node in model.nodes) // max(1, samples),
         bytes=model.proto.ByteSize() if tensors < PROTOBUF_LIMIT // 2 else tensors,
         channels=sum(output_channels(node, resolved) for node in model.nodes),
+        operators=dict(sorted(Counter(node.op for node in model.nodes).items())),
     )
 
 

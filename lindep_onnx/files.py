@@ -6,7 +6,9 @@ whoever makes the next one beside it removes those whose process is gone.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
+import itertools
 import os
 import platform
 import shutil
@@ -15,10 +17,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["KEEP", "Scratch", "abandoned", "flush", "replacing"]
+__all__ = ["KEEP", "Scratch", "abandoned", "flush", "meant", "replacing"]
 
 #: A folder with a file of this name is left to whoever wrote it: there is more to clean up than the folder.
 KEEP = "keep"
+#: Names that are compared with one that is not there, and how much alike they must be, from 0 to 1.
+MOST_BESIDE, LIKENESS = 1000, 0.75
 #: Not the name of the machine itself: it may hold any character.
 _PREFIX = f".lindep_onnx.{hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()}."
 
@@ -69,6 +73,16 @@ def replacing(path: Path) -> Iterator[Path]:
         yield staged
         flush(staged)
         staged.replace(path)
+
+
+def meant(path: Path) -> str:
+    """A question to put behind "no such file": the name beside it that is most like this one; empty if none is."""
+    try:
+        beside = [entry.name for entry in itertools.islice(path.parent.iterdir(), MOST_BESIDE)]
+    except (OSError, ValueError):
+        return ""
+    close = difflib.get_close_matches(path.name, sorted(beside), 1, LIKENESS)
+    return f" Did you mean {path.with_name(close[0])}?" if close else ""
 
 
 def flush(path: Path) -> None:

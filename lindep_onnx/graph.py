@@ -7,6 +7,7 @@ Everything else sees a `Model`: nodes in topological order, constants as arrays,
 from __future__ import annotations
 
 import filecmp
+import hashlib
 import json
 import logging
 import re
@@ -35,6 +36,7 @@ __all__ = [
     "Model",
     "Node",
     "edit",
+    "fingerprint",
     "load",
     "read_model",
     "save",
@@ -139,13 +141,16 @@ def read_model(source: str | Path | onnx.ModelProto) -> onnx.ModelProto:
     except (OSError, ValueError) as error:  # no name for a file: too long, or with a NUL in it
         raise ModelError(f"{str(path)[:80]!r}: cannot be looked up ({error}).") from error
     if not is_file:
-        raise ModelError(f"{path}: no such model file." if not path.exists() else f"{path}: is not a file.")
+        missing = f"no such model file.{files.meant(path)}"
+        raise ModelError(f"{path}: {missing if not path.exists() else 'is not a file.'}")
     try:
         proto = onnx.load(path, format="protobuf", load_external_data=False)
     except PermissionError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror}).") from error
     except (DecodeError, ValueError, OSError) as error:
-        raise ModelError(f"{path}: is not a readable ONNX model (damaged or cut short, or another format).") from error
+        raise ModelError(
+            f"{path}: is not a readable ONNX model (damaged or cut short, or another format: export it to ONNX first)."
+        ) from error
     if not proto.ir_version or not proto.HasField("graph") or not proto.opset_import:
         raise ModelError(f"{path}: is not an ONNX model (no graph, IR version or operator set in it).")
     for tensor in _external_tensors(proto.graph):
@@ -478,8 +483,18 @@ def _edited(model: Model, edits: Edits) -> onnx.ModelProto:
     ]
 
     graph.cleanup(remove_unused_node_outputs=False, recurse_subgraphs=False, recurse_functions=False)
+    unnamed = [tensor for tensor in _attribute_tensors(model.proto.graph) if not tensor.HasField("name")]
     exported = gs.export_onnx(graph, do_type_check=False)
+    for tensor in unnamed:  # graphsurgeon names tensors that are still those of the original
+        tensor.ClearField("name")
     return _restored(model.proto, exported, edits)
+
+
+def _attribute_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    for node in graph.node:
+        yield from (attribute.t for attribute in node.attribute if attribute.type == onnx.AttributeProto.TENSOR)
+        for inner in _subgraphs(node):
+            yield from _attribute_tensors(inner)
 
 
 def _in_memory(value: Array) -> Array:
@@ -612,6 +627,19 @@ def _keep_attributes(source: onnx.NodeProto, node: onnx.NodeProto, edits: Edits)
             copies.append(copy)
     del node.attribute[:]
     node.attribute.extend(copies)
+
+
+def fingerprint(proto: onnx.ModelProto) -> str:
+    """A digest of what a model computes: nodes, weights, inputs and outputs, whatever its metadata say."""
+    digest = hashlib.blake2b(digest_size=16)
+    graph = proto.graph
+    for parts in (proto.opset_import, proto.functions, graph.input, graph.output, graph.node, graph.initializer):
+        digest.update(f"{len(parts)}:".encode())
+        for part in parts:  # one at a time: together they may be larger than protobuf takes
+            content = part.SerializeToString(deterministic=True)
+            digest.update(f"{len(content)}:".encode())
+            digest.update(content)
+    return digest.hexdigest()
 
 
 def tensor_bytes(tensor: onnx.TensorProto) -> int:

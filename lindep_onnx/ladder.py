@@ -22,7 +22,7 @@ from lindep_onnx.channels import Channels, Product
 from lindep_onnx.dependence import SiteProblem, choose_ridge, eliminate
 from lindep_onnx.plan import Fold, local_least, local_problem, local_units
 
-__all__ = ["Curve", "Ladder", "Saving", "build_ladder", "curves", "folds_of", "savings"]
+__all__ = ["Curve", "Ladder", "Prices", "Saving", "build_ladder", "curves", "folds_of", "savings"]
 
 Saving: TypeAlias = Literal["parameters", "macs", "channels"]
 
@@ -48,6 +48,10 @@ class Curve:
     units: NDArray[np.int64]
     cost: NDArray[np.float64]
     saving: NDArray[np.float64]
+
+
+#: The curves of all groups by the currency that they are priced in.
+Prices: TypeAlias = Mapping[Saving, Sequence[Curve]]
 
 
 @dataclass(frozen=True)

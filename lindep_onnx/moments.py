@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import struct
-import tokenize
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg.blas import dsyrk
 
+from lindep_onnx.arrays import UNREADABLE, npz_headers
 from lindep_onnx.errors import CalibrationError, OutputError
 from lindep_onnx.files import replacing
 
-__all__ = ["Moments", "MomentsAccumulator", "load_moments", "save_moments"]
+__all__ = ["Moments", "MomentsAccumulator", "load_moments", "load_moments_and_beside", "save_moments"]
 
 #: Rows of one sample are alike: so many of them count, at most, as evidence.
 ROWS_PER_SAMPLE = 16
@@ -152,27 +150,20 @@ def _at_end(
     return np.where(other < end, 0, count) + np.where(other > end, 0, more)
 
 
-#: What the standard library and NumPy raise on damaged files, and on sizes that nobody has the memory for.
-UNREADABLE = (
-    *(
-        OSError,
-        ValueError,
-        KeyError,
-        EOFError,
-        TypeError,
-        RuntimeError,
-        MemoryError,
-        OverflowError,
-        SyntaxError,
-        AttributeError,
-    ),
-    *(zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError),
-)
 _FIELDS = ("sum", "gram", "low", "high", "active", "at_low", "at_high")
+#: Prefix of arrays that are kept beside moments.
+_BESIDE = "beside."
 
 
-def save_moments(path: Path, named: Mapping[str, Moments]) -> None:
+def save_moments(
+    path: Path, named: Mapping[str, Moments], beside: Mapping[str, NDArray[Any]] = MappingProxyType({})
+) -> None:
     """Write moments to one `.npz`, so that `path` holds either its old content or the complete new one.
+
+    Args:
+        path: where to.
+        named: the moments.
+        beside: other arrays to keep in the same file, numbers or texts.
 
     Raises:
         OutputError: the file cannot be written.
@@ -181,6 +172,7 @@ def save_moments(path: Path, named: Mapping[str, Moments]) -> None:
     for number, moments in enumerate(named.values()):
         arrays[f"{number}.counts"] = np.array([moments.rows, moments.samples, moments.effective_rows])
         arrays.update({f"{number}.{field}": getattr(moments, field) for field in _FIELDS})
+    arrays.update({_BESIDE + name: value for name, value in beside.items()})
     try:
         with replacing(path) as staged, staged.open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
@@ -194,9 +186,17 @@ def load_moments(path: Path) -> dict[str, Moments]:
     Raises:
         CalibrationError: the file is missing or damaged.
     """
+    return load_moments_and_beside(path)[0]
+
+
+def load_moments_and_beside(path: Path) -> tuple[dict[str, Moments], dict[str, NDArray[Any]]]:
+    """Read what `save_moments` wrote, and what was kept beside it. No more is read than the file is long.
+
+    Raises:
+        CalibrationError: the file is missing or damaged.
+    """
     try:
-        with zipfile.ZipFile(path):  # `numpy.load` takes more than archives
-            pass
+        npz_headers(path, stored=True)  # `numpy.load` takes more than archives, and believes every header
         with np.load(path, allow_pickle=False) as data:
             result = {}
             for number, name in enumerate(data["names"].tolist()):
@@ -206,6 +206,8 @@ def load_moments(path: Path) -> dict[str, Moments]:
                 if any(fields[field].shape != (vector * 2 if field == "gram" else vector) for field in _FIELDS):
                     raise ValueError(f"the sizes of {name!r} do not agree")
                 result[name] = Moments(int(rows), int(samples), float(effective), **fields)
-            return result
+            beside = {name.removeprefix(_BESIDE): data[name] for name in data.files if name.startswith(_BESIDE)}
+            return result, beside
     except UNREADABLE as error:
-        raise CalibrationError(f"{path}: is not a readable file of moments ({error}).") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CalibrationError(f"{path}: is not a readable file of moments ({reason}).") from error

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lindep_onnx.analysis import Evidence, problem
+from lindep_onnx.analysis import Evidence, SiteEvidence, problem
 from lindep_onnx.channels import FROZEN, Channels, Group
 from lindep_onnx.dependence import Least, SiteProblem, lossless_removals
 from lindep_onnx.placement import balanced
 
-__all__ = ["Fold", "Plan", "local_least", "local_problem", "local_units", "plan_lossless"]
+__all__ = ["Fold", "Plan", "local_least", "local_problem", "local_units", "part_of", "plan_lossless"]
 
 #: Rounds over all groups: each can free weight for the groups before it. Two are enough unless paths cross.
 ROUNDS = 4
@@ -75,6 +75,29 @@ def plan_lossless(
         if (whole == plan.removed).all():
             return plan
         keep = ~whole
+
+
+def part_of(plan: Plan, sites: Sequence[SiteEvidence], removed: NDArray[np.bool_]) -> Plan | None:
+    """A plan of which some units stay after all; None if it does not remove all the others.
+
+    What is removed is made up for feature by feature, from those that stayed anyway: the rest is as it was.
+
+    Args:
+        plan: the whole plan.
+        sites: of the model, for the unit of each feature.
+        removed: (units,) bool, what still goes.
+    """
+    if (removed & ~plan.removed).any():
+        return None
+    folds = {}
+    for index, fold in plan.folds.items():
+        kept = ~np.append(removed, False)[sites[index].unit]
+        if kept.all():
+            continue
+        matrix = np.zeros((int(kept.sum()), int((~kept).sum())))
+        matrix[fold.kept[kept]] = fold.matrix[:, ~kept[~fold.kept]]
+        folds[index] = Fold(kept, matrix)
+    return Plan(removed, np.where(removed, plan.kind, 0).astype(np.int8), folds)
 
 
 def _planned(

@@ -77,11 +77,15 @@ class FrontierPoint:
         parameters: share of the original's parameters that is left.
         relative_error: worst output error, as `lindep_onnx.verify` defines it, on samples that choose between plans.
         agreement: share of them with the same arg-max; None if no output has one.
+        channels: how many went.
+        expected: root of the squared relative error of the outputs, averaged over them, that the plan was priced at.
     """
 
     parameters: float
     relative_error: float
     agreement: float | None
+    channels: int = 0
+    expected: float | None = None
 
 
 def layers(channels: Channels, removed: NDArray[np.bool_]) -> Iterator[Layer]:

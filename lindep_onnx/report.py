@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 #: What is shown without `verbose`.
-MOST_GROUPS, MOST_REFUSALS = 12, 5
+MOST_GROUPS, MOST_REFUSALS = 5, 5
 
 #: What a user can do about each reason of a refusal.
 ADVICE: Mapping[str, str] = {
@@ -90,6 +90,7 @@ class Size:
         bytes: size of the file, weights included.
         channels: output channels over Conv, ConvTranspose, Gemm and MatMul with constant weights.
         latency_ms: median milliseconds of one run; None if it was not measured.
+        operators: how many nodes there are of each operator.
     """
 
     parameters: int
@@ -97,6 +98,7 @@ class Size:
     bytes: int
     channels: int
     latency_ms: float | None = None
+    operators: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ class GroupReport:
         note: a sentence on this group, or nothing.
         support: how well the data supports what was removed; None without data.
         redundancy: singular values and the error of removing so many; None without data, and for very wide groups.
+        saved: parameters that went with the channels, each counted as if all others had stayed.
     """
 
     name: str
@@ -157,6 +160,7 @@ class GroupReport:
     note: str = ""
     support: Support | None = None
     redundancy: Redundancy | None = None
+    saved: int = 0
 
     @property
     def removed(self) -> int:
@@ -266,8 +270,8 @@ class Report:
 
     @property
     def changed(self) -> list[GroupReport]:
-        """Groups that lost channels, most first."""
-        return sorted((group for group in self.groups if group.removed), key=lambda group: -group.removed)
+        """Groups that lost channels, those first with which most parameters went."""
+        return sorted((group for group in self.groups if group.removed), key=lambda g: (-g.saved, -g.removed))
 
 
 def _plain(value: Any) -> Any:
@@ -402,6 +406,19 @@ def _totals(report: Report) -> Iterator[tuple[str, str, str, str]]:
         yield "latency", f"{old:.3g} ms", f"{new:.3g} ms", _change(old, new)
 
 
+def _operators(report: Report, *, every: bool) -> Iterator[tuple[str, str, str, str]]:
+    """Rows like those of `_totals`: all nodes, and the operators whose number changed, or all."""
+    before, after = report.before.operators, report.after.operators
+    if not before:
+        return
+    counts = [("nodes", sum(before.values()), sum(after.values()))]
+    names = sorted(before.keys() | after.keys())
+    counts += [(f"  {_safe(name)[:20]}", before.get(name, 0), after.get(name, 0)) for name in names]
+    for name, old, new in counts:
+        if every or old != new or name == "nodes":
+            yield name, f"{old:,}", f"{new:,}", "0" if old == new else f"{new - old:+,}"
+
+
 def _change(old: float, new: float) -> str:
     if not old or old == new:
         return "0 %" if old == new else ""
@@ -522,13 +539,14 @@ def _refusal_lines(refusal: RefusalReport, most_nodes: int | None) -> tuple[str,
 # ----------------------------------------------------------------------------------------------------- console
 
 
-def render(report: Report, console: Console, *, verbose: bool) -> None:
+def render(report: Report, console: Console, *, verbose: bool, outlook: bool = False) -> None:
     """Print a report for a person; readable at 80 columns.
 
     Args:
         report: what to print.
         console: where to.
         verbose: everything, instead of the groups and refusals that matter most.
+        outlook: also what other budgets would cost.
     """
     # All text goes in as `Text`, which knows no markup: tensor names may look like it.
     console.print(Text(_headline(report), style="bold"))
@@ -536,14 +554,16 @@ def render(report: Report, console: Console, *, verbose: bool) -> None:
     totals.add_column("")
     for title in ("before", "after", "change"):
         totals.add_column(title, justify="right")
-    for row in _totals(report):
+    for row in (*_totals(report), *_operators(report, every=verbose)):
         totals.add_row(*map(Text, row))
     console.print(totals)
 
     changed = report.changed
     shown = changed if verbose else changed[:MOST_GROUPS]
     if shown:
-        console.print(_group_table(shown, None if verbose else max(20, console.width - 53)))
+        title = "Largest wins" if len(shown) < len(changed) else "Where"
+        console.print(Text(title, style="bold"))
+        console.print(_group_table(shown, None if verbose else max(12, console.width - 54)))
     if verbose:
         _print_list(console, "Support", [Text(f"{_safe(g.name)}: {_support(g)}") for g in report.groups if g.support])
     if len(shown) < len(changed):
@@ -559,16 +579,46 @@ def render(report: Report, console: Console, *, verbose: bool) -> None:
                 console.print(Text(f"  also run {', '.join(map(_variant_words, found.variants))}"))
     for line in _budget_lines(report):
         console.print(Text(line))
+    if (outlook or verbose) and report.frontier:
+        _print_outlook(report, console)
 
     refusals = _refusals(report)
     lines = []
     for refusal in refusals if verbose else refusals[:MOST_REFUSALS]:
         what, advice = _refusal_lines(refusal, None if verbose else 3)
         lines.append(Text.assemble(what, "\n", (advice, "dim")))
-    _print_list(console, "Left alone", lines)
+    _print_list(console, "Left alone, most costly first" if len(refusals) > 1 else "Left alone", lines)
     if not verbose and len(refusals) > MOST_REFUSALS:
         console.print(Text(f"... {_many(len(refusals) - MOST_REFUSALS, 'more reason')} (-v shows all)", style="dim"))
-    _print_list(console, "Notes", [Text(_safe(note)) for note in report.notes])
+    loud = [note for note in report.notes if note.startswith("WARNING")]
+    for note in loud:  # last but for the other notes, where nobody can miss it
+        console.print(Text("\n" + _safe(note), style="bold red"))
+    _print_list(console, "Notes", [Text(_safe(note)) for note in report.notes if note not in loud])
+
+
+def _print_outlook(report: Report, console: Console) -> None:
+    """What would go at several budgets."""
+    agreement = all(point.agreement is not None for point in report.frontier)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("--params", "channels", "expected error", "measured error", *(["agreement"] * agreement)):
+        table.add_column(title, justify="right")
+    for point in report.frontier:
+        cells = [
+            f"{point.parameters:.3f}",
+            f"-{point.channels:,}",
+            _error(point.expected),
+            _error(point.relative_error),
+        ]
+        cells += [_share(point.agreement)] if point.agreement is not None and agreement else []
+        table.add_row(*map(Text, cells))
+    console.print(Text("\nWhat would go at other budgets", style="bold"))
+    console.print(table)
+    console.print(
+        Text(
+            "Expected: on average. Measured: worst slice of an output, on up to 64 samples, before a refit.",
+            style="dim",
+        )
+    )
 
 
 def _print_list(console: Console, title: str, items: Sequence[Text]) -> None:
@@ -582,20 +632,18 @@ def _print_list(console: Console, title: str, items: Sequence[Text]) -> None:
 
 
 def _group_table(groups: Sequence[GroupReport], name_width: int | None) -> Table:
-    """One row a group. Names longer than `name_width` lose their start: the end tells them apart."""
+    """One row a group. Names longer than `name_width` go on in the next line: both ends may tell them apart."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("group", overflow="fold")
+    table.add_column("group", overflow="fold", max_width=name_width)
     table.add_column("channels", justify="right", no_wrap=True)
+    table.add_column("parameters", justify="right", no_wrap=True)
     measured = any(group.error is not None for group in groups)
     if measured:
         table.add_column("error", justify="right", no_wrap=True)
     table.add_column("removed")
     for group in groups:
-        name = _safe(group.name)
-        if name_width is not None and len(name) > name_width:
-            name = "..." + name[3 - name_width :]
-        cells = [name, f"{group.channels_before:,} -> {group.channels_after:,}"]
-        cells += [_error(group.error)] * measured
+        cells = [_safe(group.name), f"{group.channels_before:,} -> {group.channels_after:,}"]
+        cells += [f"-{group.saved:,}" if group.saved else "", *[_error(group.error)] * measured]
         table.add_row(*map(Text, [*cells, _how(group) or f"{group.removed:,}"]))
     return table
 

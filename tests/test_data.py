@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import pytest
 
-from lindep_onnx import data
+from lindep_onnx import sources
 from lindep_onnx.data import InputSpec, Part, Samples, load_function, open_samples
 from lindep_onnx.errors import CalibrationError, UsageError
 
@@ -394,7 +394,7 @@ def test_strings_are_fed_as_objects_and_their_copies_are_found() -> None:
         ([], "yields nothing"),
         (iter(()), "yields nothing"),
         (Reader([]), "yields nothing"),
-        ([rows(4)], "item 0 is a ndarray, not a dict"),
+        ([(rows(4), 1)], "item 0 is a tuple, not a dict of arrays by input name; make it yield {'x': array}"),
         ([{"x": rows(2)}, {"x": rows(2, 4)}], r"item 1: input 'x' wants arrays of shape \[samples, 3\]"),
         ([{"x": rows(2)}, {"y": rows(2)}], "item 1: no array for the model input 'x'"),
         (17, "expected dicts of arrays by input name, found int"),
@@ -579,7 +579,7 @@ def test_an_archive_that_unpacks_beyond_the_free_space_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = type("Usage", (), {"free": 100})
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: free)
+    monkeypatch.setattr(sources.shutil, "disk_usage", lambda _: free)
     refused("unpacks to 728 bytes, but only 100 are free", _compressed(tmp_path, rows(50)))
 
 
@@ -594,7 +594,7 @@ def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(data._Spool, "write", full)
+    monkeypatch.setattr(sources._Spool, "write", full)
     refused("No space left on device.*--max-samples", [{"x": rows(4)}])
 
 

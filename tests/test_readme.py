@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,13 +33,19 @@ def test_there_are_exactly_two_set_up_commands() -> None:
     assert "models/demo.onnx" in lines[0] and "pytest" in lines[1]
 
 
-def test_the_python_example_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    example = re.search(r"```python\n(.*?)```", README, flags=re.S)
-    assert example is not None
-    monkeypatch.chdir(ROOT)
-    exec(compile(example[1], "README.md", "exec"), {})
+def test_the_python_examples_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, stages = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(first, "README.md", "exec"), {})
     kept, _, whole = capsys.readouterr().out.split()[:3]
     assert int(kept) <= 0.5 * int(whole)
+    names: dict[str, Any] = {}
+    exec(compile(stages, "README.md", "exec"), names)
+    assert len(names["plans"][0.8]) < len(names["plans"][0.5]) == len(names["plan"])
+    assert "channels: " in capsys.readouterr().out and (tmp_path / "moments.npz").is_file()
 
 
 def test_every_linked_file_exists() -> None:

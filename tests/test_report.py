@@ -16,6 +16,7 @@ from rich.console import Console
 import lindep_onnx.ops
 from lindep_onnx import report as module
 from lindep_onnx.errors import OutputError, UsageError
+from lindep_onnx.portrait import FrontierPoint
 from lindep_onnx.report import (
     ADVICE,
     BudgetReport,
@@ -111,7 +112,8 @@ def test_json_is_strict_where_numbers_are_not_finite() -> None:
 def test_numbers_of_numpy_and_tuples_become_plain_json() -> None:
     sized = Size(np.int64(3), np.int32(2), 1, 1, np.float32(0.5))  # type: ignore[arg-type]
     values = json.loads(a_report(after=sized, options={"include": ("a*", "b*"), "file": Path("x")}).to_json())
-    assert values["after"] == {"parameters": 3, "macs": 2, "bytes": 1, "channels": 1, "latency_ms": 0.5}
+    sizes = {"parameters": 3, "macs": 2, "bytes": 1, "channels": 1, "latency_ms": 0.5, "operators": {}}
+    assert values["after"] == sizes
     assert values["options"] == {"include": ["a*", "b*"], "file": "x"}
 
 
@@ -173,7 +175,7 @@ def test_when_nothing_was_removed_it_says_so_first_and_why(changes: dict[str, ob
 def test_the_most_changed_groups_come_first_and_verbose_shows_all() -> None:
     groups = tuple(group(f"layer{k:02}", 64, 63 - k) for k in range(20))
     short, full = (shown(a_report(groups=groups), verbose=v) for v in (False, True))
-    assert "layer19" in short and "layer07" not in short and "8 more groups" in short
+    assert "layer19" in short and "layer14" not in short and "15 more groups" in short
     assert short.index("layer19") < short.index("layer18")
     assert "layer00" in full and "more groups" not in full
 
@@ -259,3 +261,24 @@ def test_a_path_that_cannot_be_written_is_one_line(
         with pytest.raises(error, match=message) as raised:
             attempt(tmp_path / name)
         assert "\n" not in str(raised.value)
+
+
+def test_wins_are_those_of_most_parameters_and_nodes_are_counted() -> None:
+    groups = (group("many", 64, 4, saved=10), group("heavy", 64, 60, saved=50_000))
+    before = Size(10, 10, 10, 10, None, {"Conv": 3, "Relu": 2})
+    after = dataclasses.replace(before, operators={"Conv": 3, "Relu": 2, "Add": 1})
+    report = a_report(groups=groups, before=before, after=after)
+    text = shown(report)
+    assert text.index("heavy") < text.index("many") and "-50,000" in text
+    rows = [" ".join(line.split()) for line in text.splitlines()]
+    assert "nodes 5 6 +1" in rows and "Add 0 1 +1" in rows and not any(row.startswith("Relu") for row in rows)
+    assert "Relu 2 2 0" in [" ".join(line.split()) for line in shown(report, verbose=True).splitlines()]
+
+
+def test_an_outlook_is_a_table_of_budgets() -> None:
+    points = (FrontierPoint(0.913, 0.01, 0.99, 12, 0.004), FrontierPoint(0.5, 0.31, 0.75, 340, 0.2))
+    stream = StringIO()
+    render(a_report(frontier=points), Console(file=stream, width=80, highlight=False), verbose=False, outlook=True)
+    text = stream.getvalue()
+    assert "0.913 -12 0.004 0.01 99 %" in " ".join(text.split()) and max(map(len, text.splitlines())) <= 80
+    assert "--params" not in shown(a_report(frontier=points))

@@ -1,4 +1,4 @@
-"""Fuzz everything that reads what others wrote: models, calibration data, reports, moments and options.
+"""Fuzz everything that reads what others wrote: models, calibration data, reports, moments, plans and options.
 
 Five targets, each a function of random bits: it takes something well formed from `tests/corpus`, damages it at random
 (its structure as often as its bytes) and has it read. The only exception allowed is a `LindepError`; the time limit is
@@ -45,6 +45,7 @@ from lindep_onnx.data import InputSpec, open_samples
 from lindep_onnx.errors import LindepError
 from lindep_onnx.moments import MomentsAccumulator, load_moments, save_moments
 from lindep_onnx.reconstruct import fold_sites
+from lindep_onnx.replay import Plan, options_of, replay
 from lindep_onnx.report import Report, Size
 from lindep_onnx.rewrite import rewrite
 from lindep_onnx.verify import full_check_passes
@@ -418,6 +419,10 @@ class Corpus:
         self.tensor = (CORPUS / "input_0.pb").read_bytes()
         self.moments = (CORPUS / "moments.npz").read_bytes()
         self.report = (CORPUS / "report.json").read_text()
+        self.planned = api.understand(CORPUS / "mlp.onnx", Config()).channels
+        self.plan = Plan(
+            {"h": [1, 4]}, {"h": 6}, options={"params": 0.5, "include": ["*"], "image_size": [2, 3]}
+        ).to_json()
         (folder / "data.npy").write_bytes((CORPUS / "data.npy").read_bytes())
         (folder / "data.npz").write_bytes((CORPUS / "data.npz").read_bytes())
         (folder / "mlp.onnx").write_bytes((CORPUS / "mlp.onnx").read_bytes())
@@ -519,19 +524,25 @@ def calibration(rng: random.Random, corpus: Corpus) -> None:
 
 
 def records(rng: random.Random, corpus: Corpus) -> None:
-    """Reports and moments: what this package writes itself and reads back."""
-    if rng.random() < 0.5:
+    """Reports, moments and plans: what this package writes itself and reads back."""
+    if rng.random() < 0.4:
         path = corpus.folder / "moments.npz"
         path.write_bytes(damaged(rng, corpus.moments))
         load_moments(path)
         return
-    values = json.loads(corpus.report)
+    is_plan = rng.random() < 0.5
+    values = json.loads(corpus.plan if is_plan else corpus.report)
     others = (None, 3, -1.5, "inf", "x", [], {}, [1], [{}], {"a": 1}, [None], True, "nan")
     for _ in range(rng.randrange(4)):
         values[rng.choice([*values, "new"])] = rng.choice(others)
     text = json.dumps(values)
     text = damaged(rng, text.encode()).decode("utf-8", "replace") if rng.random() < 0.3 else text
-    Report.from_json(text)
+    if is_plan:
+        plan = Plan.from_json(text)
+        options_of(plan, {})
+        replay(plan, corpus.planned, {})
+    else:
+        Report.from_json(text)
 
 
 FLAGS = tuple(flag for action in cli._parser()._actions for flag in action.option_strings if flag.startswith("--"))

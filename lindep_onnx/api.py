@@ -19,7 +19,7 @@ import scipy
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from lindep_onnx import analysis, calibration, graph, silence, verify
+from lindep_onnx import analysis, graph, learning, verify
 from lindep_onnx._version import __version__
 from lindep_onnx.anneal import anneal
 from lindep_onnx.budget import Chosen, Workshop
@@ -43,7 +43,7 @@ __all__ = ["Outcome", "Result", "Understood", "compress", "following", "run", "u
 Progress: TypeAlias = Callable[[str, int, int], None]
 
 #: Bytes that the activations of one run may take, were all of them kept, and the most samples in a run.
-ACTIVATION_BYTES, MOST_BATCH = 1 << 29, 32
+ACTIVATION_BYTES, MOST_BATCH = 1 << 27, 32
 
 
 @dataclass(frozen=True)
@@ -247,21 +247,17 @@ def _run(
     runtime: dict[str, Any] = {"providers": config.providers, "threads": config.threads}
     original_passed = verify.full_check_passes(channels.model.proto if half is None else half) is None
 
-    def learn(current: Channels) -> tuple[analysis.Evidence | None, NDArray[np.bool_]]:
+    def learned_from(current: Channels) -> tuple[analysis.Evidence | None, NDArray[np.bool_]]:
         if samples is None or not len(samples.parts[Part.FIT]) or config.proven_only:
             return None, np.zeros(current.units, dtype=bool)
         with clock.stage("calibrate"):
-            seen = calibration.calibrate(current, samples, seed=config.seed, progress=progress, **runtime)
-            evidence = analysis.evidence(current, seen)
-            watched = silence.flats(current, evidence)
-            ranges = silence.observe(current, watched, samples, progress=progress, **runtime) if watched else ()
-            return evidence, silence.unexplained(current.units, watched, ranges, evidence.samples)
+            return learning.learn(current, samples, seed=config.seed, progress=progress, **runtime)
 
-    evidence, doubtful = learn(channels)
+    evidence, doubtful = learned_from(channels)
 
     def open_round(current: Channels, options: Config) -> Workshop:
         first = current is channels
-        learned = (evidence, doubtful) if first else learn(current)
+        learned = (evidence, doubtful) if first else learned_from(current)
         known = proof if first else prove(current, understood.ranges, half=half is not None)
         return Workshop(
             current, *learned, known, samples, options, clock.stage, progress, half=half, reference=channels.model

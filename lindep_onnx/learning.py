@@ -24,7 +24,7 @@ from lindep_onnx.channels import Channels
 from lindep_onnx.data import Part, Samples
 from lindep_onnx.sampling import RowSampler
 
-__all__ = ["learn", "some_of"]
+__all__ = ["learn", "observe", "some_of"]
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 Ranges: TypeAlias = "dict[tuple[str, int, bool], tuple[silence.Flat, silence.Range]]"
@@ -93,7 +93,7 @@ def learn(
         if not last or done < total:
             watched = _flats(channels, seen)
             if number == 0 and watched:
-                ranges = _observed(channels, watched, part, providers=providers, threads=threads)
+                ranges = observe(channels, watched, part, providers=providers, threads=threads)
             watched = silence.narrowed(watched, ranges, total) if number else watched
     assert seen is not None
     found_out = evidence(channels, seen)
@@ -115,8 +115,8 @@ def _flats(channels: Channels, seen: Calibration) -> tuple[silence.Flat, ...]:
     return silence.flats(channels, [constant_features(site, seen) for site in channels.sites])
 
 
-def _observed(channels: Channels, watched: Sequence[silence.Flat], samples: Samples, **runtime: Any) -> Ranges:
-    """The ranges alone."""
+def observe(channels: Channels, watched: Sequence[silence.Flat], samples: Samples, **runtime: Any) -> Ranges:
+    """The ranges alone, over the FIT and SELECT samples."""
     watch = silence.Watch(channels, watched)
     sampler = RowSampler(channels.model, channels.resolved, {}, probe=watch, **runtime)
     for batch in samples.batches(Part.FIT, Part.SELECT):

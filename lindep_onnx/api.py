@@ -19,7 +19,7 @@ import scipy
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from lindep_onnx import analysis, graph, learning, verify
+from lindep_onnx import analysis, cluster, graph, learning, verify
 from lindep_onnx._version import __version__
 from lindep_onnx.anneal import anneal
 from lindep_onnx.budget import Chosen, Workshop
@@ -79,6 +79,7 @@ def compress(
     calib: Any = None,
     *,
     stress: Any = None,
+    client: Any = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> Result:
@@ -89,6 +90,7 @@ def compress(
         calib: calibration data: a path (see the README), a dict of arrays with samples along the leading axis, an
             iterable of such dicts, or an object with `get_next()`. None only with `proven_only=True`.
         stress: a second data set, in any of these forms, that the result has to match the original on as well.
+        client: a `distributed.Client` whose workers calibrate, in the place of this process.
         progress: called with (stage, samples done, samples in all).
         **options: fields of `lindep_onnx.Config`.
 
@@ -103,7 +105,7 @@ def compress(
     if unknown:
         raise UsageError(f"Unknown option {sorted(unknown)[0]!r}; the options are the fields of lindep_onnx.Config.")
     config = Config(**options)
-    outcome = run(model, calib, config, output=None, stress=stress, progress=progress or _silent)
+    outcome = run(model, calib, config, output=None, stress=stress, client=client, progress=progress or _silent)
     if outcome.failure is not None and not config.force:
         raise outcome.failure
     return Result(outcome.model, outcome.report)
@@ -120,6 +122,7 @@ def run(
     *,
     output: Path | None,
     stress: Any = None,
+    client: Any = None,
     external_data: bool = False,
     progress: Progress = _silent,
 ) -> Outcome:
@@ -151,7 +154,11 @@ def run(
                 )
             return stack.enter_context(found)
 
-        data = _Data(opened(calib, config.max_samples), opened(stress, None), inputs)
+        over: learning.Over | None = None
+        if client is not None and calib is not None:
+            options = config.include, config.exclude, config.min_channels
+            over = cluster.Workers(client, calib, inputs, batch_size, options)
+        data = _Data(opened(calib, config.max_samples), opened(stress, None), inputs, over)
         return _run(understood, data, config, clock, output, external_data, progress)
 
 
@@ -227,11 +234,12 @@ def following(proto: onnx.ModelProto, source: object = None) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Data:
-    """The samples to learn from, those that only judge, and what the model declares about both."""
+    """The samples to learn from, those that only judge, what the model declares about both, and who runs the former."""
 
     samples: Samples | None
     stress: Samples | None
     inputs: Sequence[InputSpec]
+    over: learning.Over | None
 
 
 def _run(
@@ -251,7 +259,8 @@ def _run(
         if samples is None or not len(samples.parts[Part.FIT]) or config.proven_only:
             return None, np.zeros(current.units, dtype=bool)
         with clock.stage("calibrate"):
-            return learning.learn(current, samples, seed=config.seed, progress=progress, **runtime)
+            over = data.over if current is channels else None  # the workers know the original
+            return learning.learn(current, samples, seed=config.seed, progress=progress, over=over, **runtime)
 
     evidence, doubtful = learned_from(channels)
 

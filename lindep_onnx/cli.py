@@ -7,6 +7,7 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lindep_onnx import api, report
 from lindep_onnx._version import __version__
+from lindep_onnx.cluster import connected
 from lindep_onnx.config import Config
 from lindep_onnx.data import load_function
 from lindep_onnx.errors import LindepError, UsageError
@@ -90,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--exclude", action="append", metavar="GLOB", help="leave matching nodes alone")
     how.add_argument("--providers", nargs="+", metavar="NAME", help="ONNX Runtime execution providers")
     how.add_argument("--threads", type=int, metavar="N", help="threads of ONNX Runtime")
+    how.add_argument("--cluster", metavar="N|ADDRESS", help="calibrate on N processes or on a Dask scheduler's workers")
 
     out = parser.add_argument_group("output")
     out.add_argument("--dry-run", action="store_true", help="report only, write no model")
@@ -167,13 +170,16 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
         report.check_path(report_path)
     output = Path(options.output) if options.output and not options.dry_run else None
     _check_written([output, report_path], [options.model, options.calib, options.stress])
-    with _progress(errors, options.quiet) as progress:
+    with ExitStack() as stack:
+        client = stack.enter_context(connected(options.cluster)) if options.cluster else None
+        progress = stack.enter_context(_progress(errors, options.quiet))
         result = api.run(
             options.model,
             options.calib,
             config,
             output=output,
             stress=options.stress,
+            client=client,
             external_data=options.save_as_external_data,
             progress=progress,
         )

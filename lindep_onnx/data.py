@@ -43,6 +43,7 @@ Arrays: TypeAlias = "Mapping[str, Array]"
 UNNAMED = "arr_0"
 #: Fewer different samples than this cannot be split into three parts.
 LEAST_SAMPLES = 3
+EMPTY = np.empty(0, dtype=np.int64)
 #: A model with a larger fixed batch means harm: its last batch is filled up.
 MOST_BATCH = 1 << 16
 SUFFIXES = (".npz", ".npy")
@@ -166,13 +167,21 @@ class Samples:
         Raises:
             CalibrationError: a value is NaN, infinite or outside the declared range, naming input and sample.
         """
+        for numbers in self.numbers(*parts, limit=limit, size=size):
+            yield self._batch(int(self._shard_of(numbers[:1])[0]), numbers)
+
+    def numbers(self, *parts: Part, limit: int | None = None, size: int | None = None) -> Iterator[NDArray[np.int64]]:
+        """The sample numbers of every batch that `batches` gives."""
         numbers = np.sort(np.concatenate([self.parts[part] for part in (parts or Part)]))[:limit]
-        shard = np.searchsorted(self._starts, numbers, side="right") - 1
+        shard = self._shard_of(numbers)
         step = size if size is not None and self.free_batch else self._plan.batch
         for index in np.unique(shard).tolist():
             own = numbers[shard == index]
             for start in range(0, len(own), step):
-                yield self._batch(index, own[start : start + step])
+                yield own[start : start + step]
+
+    def _shard_of(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.asarray(np.searchsorted(self._starts, numbers, side="right") - 1)
 
     @property
     def batch(self) -> int:
@@ -276,6 +285,7 @@ def open_samples(
     holdout: float,
     max_samples: int | None,
     batch_size: int,
+    parts: Mapping[Part, NDArray[np.int64]] | None = None,
 ) -> Samples:
     """Open calibration data, hold it against the inputs of the model, and split it.
 
@@ -287,6 +297,7 @@ def open_samples(
         holdout: share of the samples that is not fitted: half of it selects, half verifies.
         max_samples: use at most this many: spread over arrays, the first ones of a generator.
         batch_size: samples per run where the model leaves the batch free.
+        parts: sample numbers of the parts, where they are known: then nothing is read to split the samples.
 
     Raises:
         CalibrationError: the data is missing, damaged or does not fit.
@@ -300,7 +311,11 @@ def open_samples(
         total = int(samples._starts[-1])
         if not total:
             raise CalibrationError(f"{shards[0].where}: holds no samples; give at least {LEAST_SAMPLES}.")
-        samples.parts, split_notes = _split(samples.digests(), seed, holdout, max_samples)
+        split_notes: tuple[str, ...] = ()
+        if parts is None:
+            samples.parts, split_notes = _split(samples.digests(), seed, holdout, max_samples)
+        else:
+            samples.parts = MappingProxyType({part: parts.get(part, EMPTY) for part in Part})
         samples.notes = (*plan.notes, *split_notes)
     except BaseException:
         folder.cleanup()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ from lindep_onnx.channels import Channels
 from lindep_onnx.data import Part, Samples
 from lindep_onnx.sampling import RowSampler
 
-__all__ = ["learn", "observe", "some_of"]
+__all__ = ["Over", "Progress", "Ranges", "learn", "observe", "some_of"]
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 Ranges: TypeAlias = "dict[tuple[str, int, bool], tuple[silence.Flat, silence.Range]]"
@@ -42,6 +42,7 @@ def learn(
     progress: Progress,
     providers: Sequence[str],
     threads: int,
+    over: Over | None = None,
 ) -> tuple[Evidence, NDArray[np.bool_]]:
     """Run the FIT and SELECT samples, and say what they say.
 
@@ -52,6 +53,7 @@ def learn(
         progress: called with (stage, samples done, samples in all).
         providers: execution providers of ONNX Runtime.
         threads: intra-op threads, 0 for its own choice.
+        over: runs all but the first samples, elsewhere for instance; None to run them here.
 
     Returns:
         The evidence, and (units,) bool, units that are constant so far but not by a margin.
@@ -75,21 +77,20 @@ def learn(
         part = some_of(samples, {Part.FIT: stretch, Part.SELECT: select if last else select[:0]})
         if not len(stretch) and not (last and len(select)) and seen is not None:
             continue
-        watch = silence.Watch(channels, watched) if watched else None
-        found = calibrate(
+        run = _here if over is None or number == 0 else over
+        found, more = run(
             channels,
             part,
+            watched,
+            fitted=len(fit),
             seed=seed,
             progress=_from(progress, done, total),
-            probe=watch,
-            fitted=len(fit),
             providers=providers,
             threads=threads,
         )
         done += sum(found.samples)
         seen = found if seen is None else seen.merge(found)
-        if watch is not None:
-            ranges = _merged(ranges, watch.ranges())
+        ranges = _merged(ranges, more)
         if not last or done < total:
             watched = _flats(channels, seen)
             if number == 0 and watched:
@@ -102,6 +103,33 @@ def learn(
     measured = [seen_of.of(own, flat) for flat, (own, seen_of) in pairs]
     doubtful = silence.unexplained(channels.units, [flat for flat, _ in pairs], measured, found_out.samples)
     return found_out, doubtful
+
+
+class Over(Protocol):
+    """Takes moments and ranges of some samples."""
+
+    def __call__(
+        self,
+        channels: Channels,
+        samples: Samples,
+        watched: tuple[silence.Flat, ...],
+        /,
+        *,
+        fitted: int,
+        seed: int,
+        progress: Progress,
+        providers: Sequence[str],
+        threads: int,
+    ) -> tuple[Calibration, Ranges]:
+        """Run the FIT and SELECT parts; the arguments are those of `calibrate` and `silence.Watch`."""
+
+
+def _here(
+    channels: Channels, samples: Samples, watched: tuple[silence.Flat, ...], **options: Any
+) -> tuple[Calibration, Ranges]:
+    watch = silence.Watch(channels, watched) if watched else None
+    found = calibrate(channels, samples, probe=watch, **options)
+    return found, watch.ranges() if watch is not None else {}
 
 
 def some_of(samples: Samples, parts: Mapping[Part, NDArray[np.int64]]) -> Samples:

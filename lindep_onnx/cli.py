@@ -78,6 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     budget.add_argument("--macs", type=float, metavar="F", help="keep at most this share of the MACs")
     budget.add_argument("--size", type=float, metavar="F", help="keep at most this share of the file size")
     budget.add_argument("--channels", type=float, metavar="F", help="keep at most this share of the output channels")
+    budget.add_argument("--latency", type=float, metavar="F", help="keep at most this share of the measured latency")
+    budget.add_argument(
+        "--latency-table",
+        metavar="FILE.json",
+        help="latencies of layers: read if it is there, else measured and written",
+    )
     budget.add_argument("--eval", metavar="FILE.py:FUNC", help="FUNC(session) -> float, higher is better")
     budget.add_argument("--max-drop", type=float, metavar="D", help="how far the --eval metric may fall")
     budget.add_argument("--proven-only", action="store_true", default=None, help="only what the weights prove")

@@ -1,7 +1,7 @@
 """Latency as a budget: what the MACs promise and what ONNX Runtime keeps.
 
-Two commands for each model: half of the MACs (`--macs 0.5`), and `--macs 0.5 --latency F`, where F is the time that the
-promise leaves when 85 % of the speed-up are kept: 0.5 / 0.85. Both results are then timed against the original in turns,
+Two commands for each model: half of the MACs (`--macs 0.5`), and `--macs 0.5 --latency F`, where F is the time that is
+left when 85 % of the promise are kept: 0.5 / 0.85. Both results are then timed against the original in turns,
 in a process that does nothing else, several times; the median ratio counts.
 
 | column | what |

@@ -52,8 +52,8 @@ Stage: TypeAlias = Callable[[str], AbstractContextManager[None]]
 SITE_ROUNDINGS, OUTPUT_ROUNDINGS = 1.0, 2.0
 #: Widths that `--round-to auto` tries in turn: ONNX Runtime's kernels work on blocks of 8 or 16 channels.
 WIDTHS = (1, 8, 16)
-#: Seconds that original and result are timed against each other.
-TIMED = 1.0
+#: Seconds that original and result are timed against each other; where a budget depends on it.
+TIMED, DECISIVE = 1.0, 4.0
 #: A result counts as faster only by more than timings wobble.
 FASTER = 0.98
 #: How often the widths are corrected by what was measured, and the share of the time asked for that is close enough.
@@ -543,7 +543,8 @@ class Workshop:
         feeds = next(iter(self._samples.batches(limit=1))).feeds
         models = (self._reference.proto, proto)
         sessions = [verify.open_session(model, timed=True, **self._runtime) for model in models]
-        before, after = verify.measure_latency(sessions, feeds, seconds=TIMED)
+        seconds = TIMED if self._config.latency is None else DECISIVE
+        before, after = verify.measure_latency(sessions, feeds, seconds=seconds)
         return before, after
 
 

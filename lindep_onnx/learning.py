@@ -91,6 +91,7 @@ def learn(
         done += sum(found.samples)
         seen = found if seen is None else seen.merge(found)
         ranges = _merged(ranges, more)
+        del found  # the matrices are the largest things in memory
         if not last or done < total:
             watched = _flats(channels, seen)
             if number == 0 and watched:

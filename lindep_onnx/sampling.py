@@ -17,7 +17,7 @@ import onnx
 from numpy.typing import NDArray
 
 from lindep_onnx.data import Batch
-from lindep_onnx.graph import Model
+from lindep_onnx.graph import Model, light
 from lindep_onnx.shapes import Resolved
 from lindep_onnx.verify import open_session
 
@@ -89,8 +89,7 @@ class RowSampler:
     ) -> None:
         self._most = most
         self._sizes: dict[Place, int] = {}
-        proto = onnx.ModelProto()
-        proto.CopyFrom(model.proto)
+        proto = light(model.proto)
         present = {value.name for value in proto.graph.output}
         self._fetched: dict[Place, str] = {}
         nodes: dict[str, list[onnx.NodeProto]] = {}
@@ -113,7 +112,7 @@ class RowSampler:
             nodes.setdefault(tensor, []).extend(own)
         proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self._probed)
         insert_behind(proto, nodes)
-        self._session = open_session(proto, providers=providers, threads=threads)
+        self._session = open_session(proto, providers=providers, threads=threads, weights=model.proto)
 
     def rows(self, batch: Batch, rng: np.random.Generator) -> dict[Place, Rows]:
         """Run one batch.

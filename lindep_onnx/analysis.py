@@ -13,7 +13,16 @@ from lindep_onnx.channels import FROZEN, Channels, Site
 from lindep_onnx.dependence import SiteProblem
 from lindep_onnx.moments import Moments
 
-__all__ = ["CONSTANT_TOLERANCE", "JOINT_ROWS", "Evidence", "SiteEvidence", "evidence", "outer_product", "problem"]
+__all__ = [
+    "CONSTANT_TOLERANCE",
+    "JOINT_ROWS",
+    "Evidence",
+    "SiteEvidence",
+    "constant_features",
+    "evidence",
+    "outer_product",
+    "problem",
+]
 
 #: What differs by less than this share of its size is constant: it is rounding.
 CONSTANT_TOLERANCE = 1e-6
@@ -90,16 +99,23 @@ def evidence(channels: Channels, calibration: Calibration) -> Evidence:
     return Evidence(sites, constant, silent, active, sum(calibration.samples))
 
 
+def constant_features(site: Site, calibration: Calibration) -> NDArray[np.bool_]:
+    """(F,) bool, features of a site that never changed; more data can only make them fewer."""
+    parts = [part[tap(site, reader)] for part in (calibration.fit, calibration.select or {}) for reader in site.readers
+             if tap(site, reader) in part]  # fmt: skip
+    low = np.min([part.low for part in parts], axis=0)
+    high = np.max([part.high for part in parts], axis=0)
+    return np.asarray(high - low <= CONSTANT_TOLERANCE * np.maximum(np.abs(low), np.abs(high)))
+
+
 def _site_evidence(channels: Channels, site: Site, calibration: Calibration) -> SiteEvidence:
     layout = features(site.columns)
     fit = _merged([calibration.fit[tap(site, reader)] for reader in site.readers])
-    low, high = fit.low, fit.high
     unseen = None
     if calibration.select is not None:
         unseen = _merged([calibration.select[tap(site, reader)] for reader in site.readers])
-        low, high = np.minimum(low, unseen.low), np.maximum(high, unseen.high)
-    constant = high - low <= CONSTANT_TOLERANCE * np.maximum(np.abs(low), np.abs(high))
-    mean = fit.mean if site.affine else np.zeros(len(low))
+    constant = constant_features(site, calibration)
+    mean = fit.mean if site.affine else np.zeros(len(constant))
     gram = fit.about(mean)
     holdout = None if unseen is None else unseen.about(mean)
     if site.affine:
@@ -118,7 +134,7 @@ def _site_evidence(channels: Channels, site: Site, calibration: Calibration) -> 
         offset=fit.mean - mean,
         constant=constant,
         active=fit.moving,
-        joint=fit.effective_rows >= JOINT_ROWS * len(low),
+        joint=fit.effective_rows >= JOINT_ROWS * len(constant),
         rows=fit.rows,
         effective_rows=fit.effective_rows,
     )

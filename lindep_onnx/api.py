@@ -20,7 +20,7 @@ import scipy
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from lindep_onnx import analysis, archive, calibration, graph, silence, verify
+from lindep_onnx import analysis, archive, cluster, graph, learning, verify
 from lindep_onnx._version import __version__
 from lindep_onnx.anneal import anneal
 from lindep_onnx.budget import Chosen, Workshop
@@ -69,7 +69,7 @@ RANDOM = (
     "refits are about noise, and the accuracy on real data may be far below. Give --calib DATA before using the result."
 )
 #: Bytes that the activations of one run may take, were all of them kept, and the most samples in a run.
-ACTIVATION_BYTES, MOST_BATCH = 1 << 29, 32
+ACTIVATION_BYTES, MOST_BATCH = 1 << 27, 32
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ def compress(
     calib: Any = None,
     *,
     stress: Any = None,
+    client: Any = None,
     progress: Progress | None = None,
     save_moments: str | Path | None = None,
     load_moments: str | Path | None = None,
@@ -122,6 +123,7 @@ def compress(
             array for the only input, an iterable of either, or an object with `get_next()`. None only with
             `proven_only=True` or `random_calib=N`.
         stress: a second data set, in any of these forms, that the result has to match the original on as well.
+        client: a `distributed.Client` whose workers calibrate, in the place of this process.
         progress: called with (stage, samples done, samples in all).
         save_moments: a file to keep what calibration found in, for other budgets.
         load_moments: such a file, in place of running the calibration; `calib` still chooses and verifies.
@@ -136,7 +138,8 @@ def compress(
     """
     files = Files(save_moments=_path(save_moments), load_moments=_path(load_moments))
     config = _config(options)
-    return _result(run(model, calib, config, files=files, stress=stress, progress=progress or _silent), config)
+    outcome = run(model, calib, config, files=files, stress=stress, client=client, progress=progress or _silent)
+    return _result(outcome, config)
 
 
 def apply(
@@ -189,6 +192,7 @@ def calibrate(
     traced: Understood,
     calib: Any,
     *,
+    client: Any = None,
     progress: Progress | None = None,
     save_moments: str | Path | None = None,
     load_moments: str | Path | None = None,
@@ -199,6 +203,7 @@ def calibrate(
     Args:
         traced: what `trace` returned.
         calib: calibration data, as in `compress`.
+        client: a `distributed.Client` whose workers run the data, in the place of this process.
         progress: called with (stage, samples done, samples in all).
         save_moments: a file to keep what was found in.
         load_moments: such a file, in place of running the data.
@@ -217,7 +222,8 @@ def calibrate(
     clock, tell = _Clock(), progress or _silent
     with _half_the_cores(), ExitStack() as stack:
         samples = _opened(traced, calib, config, config.max_samples, clock, tell, stack)
-        calibrated = replace(_learn(traced, samples, config, files, clock, tell), opened=stack.pop_all())
+        over = _over(traced, calib, config, client)
+        calibrated = replace(_learn(traced, samples, config, files, clock, tell, over), opened=stack.pop_all())
     if files.save_moments is not None:
         calibrated.save_moments(files.save_moments)
     return calibrated
@@ -319,6 +325,7 @@ def run(
     *,
     files: Files = Files(),
     stress: Any = None,
+    client: Any = None,
     progress: Progress = _silent,
     repeated: Repeated | None = None,
     outlook: bool = False,
@@ -345,8 +352,18 @@ def run(
         stack.enter_context(_half_the_cores())
         samples = _opened(understood, calib, config, config.max_samples, clock, progress, stack)
         stressing = _opened(understood, stress, _for_stress(config, stress), None, clock, progress, stack)
-        calibrated = _learn(understood, samples, config, files, clock, progress)
+        over = _over(understood, calib, config, client)
+        calibrated = _learn(understood, samples, config, files, clock, progress, over)
         return _run(calibrated, stressing, config, clock, files, progress, replayed, outlook)
+
+
+def _over(understood: Understood, calib: Any, config: Config, client: Any) -> learning.Over | None:
+    """Who runs the calibration in the place of this process, if anyone does."""
+    if client is None or calib is None:
+        return None
+    options = config.include, config.exclude, config.min_channels
+    batch_size = config.batch_size or _batch_size(understood.channels.resolved)
+    return cluster.Workers(client, calib, _inputs(understood), batch_size, options)
 
 
 def _half_the_cores() -> AbstractContextManager[Any]:
@@ -527,37 +544,42 @@ def _learn(
     files: Files,
     clock: _Clock,
     progress: Progress,
+    over: learning.Over | None,
 ) -> Calibrated:
-    """Run the data, or read what an earlier run found."""
+    """Run the data, here or elsewhere, or read what an earlier run found."""
     random = config.random_calib is not None and not config.budgeted  # nothing that was merely observed may go
     learned: archive.Learned | None = None
+    evidence: analysis.Evidence | None = None
     if samples is not None and len(samples.parts[Part.FIT]) and not config.proven_only and not random:
         if files.load_moments is not None:
             with clock.stage("load moments"):
                 key = archive.key(understood.channels, samples, config)
                 learned = archive.load(files.load_moments, understood.channels, samples, key)
+                evidence = analysis.evidence(understood.channels, learned.calibration)
         else:
-            learned = _observed(understood.channels, samples, config, clock, progress)
+            learned, evidence = _observed(understood.channels, samples, config, clock, progress, over)
     if learned is None and (files.save_moments or files.load_moments):
         raise UsageError(
             "--save-moments and --load-moments are about calibration, and none runs here (--proven-only, random inputs "
             "without a budget, or fewer than 3 samples); drop them."
         )
-    evidence = None if learned is None else analysis.evidence(understood.channels, learned.calibration)
     return Calibrated(understood, samples, learned, evidence, config)
 
 
 def _observed(
-    channels: Channels, samples: Samples, config: Config, clock: _Clock, progress: Progress
-) -> archive.Learned:
+    channels: Channels,
+    samples: Samples,
+    config: Config,
+    clock: _Clock,
+    progress: Progress,
+    over: learning.Over | None = None,
+) -> tuple[archive.Learned, analysis.Evidence]:
     runtime: dict[str, Any] = {"providers": config.providers, "threads": config.threads}
     with clock.stage("calibrate"):
-        seen = calibration.calibrate(channels, samples, seed=config.seed, progress=progress, **runtime)
-        evidence = analysis.evidence(channels, seen)
-        watched = silence.flats(channels, evidence)
-        ranges = silence.observe(channels, watched, samples, progress=progress, **runtime) if watched else ()
-        doubtful = silence.unexplained(channels.units, watched, ranges, evidence.samples)
-    return archive.Learned(seen, doubtful, {})
+        seen, evidence, doubtful = learning.learn(
+            channels, samples, seed=config.seed, progress=progress, over=over, **runtime
+        )
+    return archive.Learned(seen, doubtful, {}), evidence
 
 
 def _workshop(
@@ -602,10 +624,10 @@ def _run(
         if current is channels:
             return _workshop(calibrated, options, clock, progress, replayed)
         assert samples is not None
-        learned = _observed(current, samples, config, clock, progress)
+        learned, found_out = _observed(current, samples, config, clock, progress)
         known = prove(current, understood.ranges, half=half is not None)
         return Workshop(
-            current, analysis.evidence(current, learned.calibration), learned.doubtful, known, samples, options,
+            current, found_out, learned.doubtful, known, samples, options,
             clock.stage, progress, half=half, reference=channels.model,
         )  # fmt: skip
 

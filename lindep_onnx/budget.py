@@ -16,13 +16,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from lindep_onnx import graph, verify
+from lindep_onnx import graph, latency, verify
 from lindep_onnx._version import __version__
 from lindep_onnx.analysis import Evidence, SiteEvidence
 from lindep_onnx.channels import Channels
@@ -55,14 +56,16 @@ Stage: TypeAlias = Callable[[str], AbstractContextManager[None]]
 SITE_ROUNDINGS, OUTPUT_ROUNDINGS = 1.0, 2.0
 #: Widths that `--round-to auto` tries in turn: ONNX Runtime's kernels work on blocks of 8 or 16 channels.
 WIDTHS = (1, 8, 16)
-#: Seconds that original and result are timed against each other.
-TIMED = 1.0
+#: Seconds that original and result are timed against each other; where a budget depends on it.
+TIMED, DECISIVE = 1.0, 4.0
 #: Plans that a search by measured errors tries: two bisections, see `lindep_onnx.search`.
 PROBES = math.ceil(math.log2(RUNGS)) + math.ceil(math.log2(RUNGS / COARSE))
 #: Shares of the ladder, and samples, that the frontier of errors is measured at.
 FRONTIER, FRONTIER_SAMPLES = tuple(step / 10 for step in range(1, 10)), 64
 #: A result counts as faster only by more than timings wobble.
 FASTER = 0.98
+#: How often the widths are corrected by what was measured, and the share of the time asked for that is close enough.
+CORRECTIONS, CLOSE = 5, 0.9
 SIZES = {"params": "parameters", "macs": "macs", "size": "bytes", "channels": "channels"}
 #: What units are priced by, when the first of these budgets is given; parameters else.
 CURRENCIES: Mapping[str, Saving] = {
@@ -186,15 +189,19 @@ class Workshop:
         if ladder is not None and self._reference is self._channels.model:
             frontier = self._frontier(ladder, prices[self._currency])
         best: Chosen | None = None
-        for width in WIDTHS if self._config.round_to == "auto" else (self._config.round_to,):
+        widths = WIDTHS if self._config.round_to == "auto" else (self._config.round_to,)
+        if self._config.latency is not None and self._config.round_to == 1:
+            widths = WIDTHS[1:2]  # other widths leave the fast kernels
+        for width in widths:
             chosen = self._verified(lossless, width) if ladder is None else self._budgeted(ladder, width)
-            chosen = dataclasses.replace(chosen, latency=self._latency(chosen.proto))
+            if chosen.latency is None:
+                chosen = dataclasses.replace(chosen, latency=self._latency(chosen.proto))
             if best is None or (best.failure is not None, _ratio(best)) > (chosen.failure is not None, _ratio(chosen)):
                 best = chosen
             if self._config.round_to == "auto" and best.failure is None and _ratio(best) <= FASTER:
                 break
         assert best is not None
-        if self._config.round_to == "auto" and not self._sizes() and _ratio(best) > 1 / FASTER:
+        if self._config.round_to == "auto" and not self._config.sized and _ratio(best) > 1 / FASTER:
             best = self._unchanged()
         return dataclasses.replace(best, notes=(*best.notes, *self._slower(best)), prices=prices, frontier=frontier)
 
@@ -217,8 +224,15 @@ class Workshop:
         """
         proto = graph.edit(model, graph.Edits(constants=weights), self.metadata)
         found = self._finished(proto, chosen.removed, chosen.kind, chosen.notes)
+        # Other values do not make the same widths slower.
+        kept = {"latency": chosen.achieved["latency"]} if "latency" in chosen.achieved else {}
         return dataclasses.replace(
-            found, latency=chosen.latency, mode=chosen.mode, refit=chosen.refit, prices=chosen.prices
+            found,
+            latency=chosen.latency,
+            achieved={**found.achieved, **kept},
+            mode=chosen.mode,
+            refit=chosen.refit,
+            prices=chosen.prices,
         )
 
     def _unchanged(self) -> Chosen:
@@ -364,11 +378,16 @@ class Workshop:
 
     def _priced(self) -> Prices:
         """Curves by currency; the one that is wanted is added if it is not known."""
-        if self._currency in self._prices:
+        if self._table is None and self._currency in self._prices:
             return self._prices
+        kind, rates = self._currency, {}
+        if self._table is not None:
+            kind = "macs"
+            found = latency.layers(self._channels.model, self._timed_shapes)
+            rates = {layer.node.index: self._table.rate(layer) for layer in found}
         disturbances = Disturbances(self._channels, self._evidence, self._data, **self._runtime)
         influence = site_influence(self._channels, self._evidence, disturbances, self._progress)
-        expected = curves(self._channels, self._evidence, influence, savings(self._channels, self._currency))
+        expected = curves(self._channels, self._evidence, influence, savings(self._channels, kind, rates))
         measured = measured_curves(self._channels, self._evidence, expected, disturbances, self._progress)
         return {**self._prices, self._currency: tuple(measured)}
 
@@ -412,7 +431,7 @@ class Workshop:
             proto, notes = self._refit(removed, proto, self._refit_mode)
             return proto, removed, notes
 
-        if self._sizes():
+        if self._config.sized:
             chosen = self._small_enough(ladder, removed_at, build, refitted)
             return dataclasses.replace(chosen, refit=self._refit_mode if refitted else "fold")
         with self._stage("search"):
@@ -444,17 +463,75 @@ class Workshop:
         build: Callable[[int, bool], tuple[onnx.ModelProto, NDArray[np.bool_], tuple[str, ...]]],
         refitted: bool,
     ) -> Chosen:
-        def small(count: int) -> bool:
-            return self._is_small(self._cost(rewrite(self._channels, Reconstruction(removed_at(count)), "")))
+        """Where latency counts, what was measured corrects what the table says, a few times."""
+        allowed = self._config.latency
+        aim = allowed
 
-        with self._stage("search"):
-            count = first_small_enough(len(ladder), small)
-        proto, removed, notes = build(len(ladder) if count is None else count, refitted)
-        # A refit may add a few biases that were not there.
-        while count is not None and count < len(ladder) and not self._is_small(self._cost(proto)):
-            count = min(len(ladder), count + max(1, len(ladder) // 200))
-            proto, removed, notes = build(count, refitted)
-        return self._finished(proto, removed, _budget_kind(removed), notes)
+        def small(count: int) -> bool:
+            proto = rewrite(self._channels, Reconstruction(removed_at(count)), "")
+            return self._is_small(self._cost(proto)) and (aim is None or self._predicted(proto) <= aim)
+
+        best: Chosen | None = None
+        for _ in range(CORRECTIONS if allowed is not None else 1):
+            with self._stage("search"):
+                count = first_small_enough(len(ladder), small)
+            proto, removed, notes = build(len(ladder) if count is None else count, refitted)
+            # A refit may add a few biases that were not there.
+            while count is not None and count < len(ladder) and not self._is_small(self._cost(proto)):
+                count = min(len(ladder), count + max(1, len(ladder) // 200))
+                proto, removed, notes = build(count, refitted)
+            chosen = self._finished(proto, removed, _budget_kind(removed), notes)
+            if allowed is None or aim is None:
+                return chosen
+            chosen = self._held_to_latency(chosen, allowed)
+            reached = _ratio(chosen)
+            if best is None or _merit(best) < _merit(chosen):
+                best = chosen
+            if (count is None and reached > allowed) or (count == 0) or CLOSE * allowed <= reached <= allowed:
+                break
+            aim = min(1.0, aim * (1 + CLOSE) / 2 * allowed / reached)
+        assert best is not None
+        return best
+
+    def _held_to_latency(self, chosen: Chosen, allowed: float) -> Chosen:
+        """The result with its measured latency, failed where that is more than allowed."""
+        chosen = dataclasses.replace(chosen, latency=self._latency(chosen.proto))
+        reached = _ratio(chosen)
+        failure = chosen.failure
+        if failure is None and reached > allowed:
+            failure = BudgetError(
+                f"--latency {allowed:g} was not reached: the smallest result tried takes {reached:.3f} of the "
+                "original's time. Nothing was written; ask for at least that much."
+            )
+        return dataclasses.replace(chosen, failure=failure, achieved={**chosen.achieved, "latency": reached})
+
+    @functools.cached_property
+    def _timed_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the inputs in the run that latency is measured on."""
+        feeds = next(iter(self._data.batches(limit=1))).feeds
+        return {name: tuple(value.shape) for name, value in feeds.items()}
+
+    @functools.cached_property
+    def _table(self) -> latency.LatencyTable | None:
+        """Latencies of the original's layers; None where latency is not asked for."""
+        if self._config.latency is None:
+            return None
+        path = Path(self._config.latency_table) if self._config.latency_table is not None else None
+        if path is not None and path.exists():
+            return latency.LatencyTable.load(path)
+        with self._stage("latency table"):
+            found = latency.layers(self._channels.model, self._timed_shapes)
+            table = latency.measure_table(found, self._channels.model.opset, **self._runtime)
+        if path is not None:
+            table.save(path)
+        return table
+
+    def _predicted(self, proto: onnx.ModelProto) -> float:
+        """Share of the original's latency that the table expects of a result."""
+        assert self._table is not None
+        shapes = self._timed_shapes
+        before = self._table.total(latency.layers(self._reference, shapes))
+        return self._table.total(latency.layers(graph.load(proto), shapes)) / max(before, 1e-12)
 
     def _sizes(self) -> dict[str, float]:
         given = {kind: getattr(self._config, kind) for kind in SIZES}
@@ -620,7 +697,8 @@ class Workshop:
         feeds = next(iter(self._samples.batches(limit=1))).feeds
         models = (self._reference.proto, proto)
         sessions = [verify.open_session(model, timed=True, **self._runtime) for model in models]
-        before, after = verify.measure_latency(sessions, feeds, seconds=TIMED)
+        seconds = TIMED if self._config.latency is None else DECISIVE
+        before, after = verify.measure_latency(sessions, feeds, seconds=seconds)
         return before, after
 
 
@@ -649,6 +727,11 @@ def rounded(
 
 def _budget_kind(removed: NDArray[np.bool_]) -> NDArray[np.int8]:
     return np.zeros(len(removed), dtype=np.int8)
+
+
+def _merit(chosen: Chosen) -> tuple[bool, float]:
+    """Of results that are fast enough the slowest removed least; of the others the fastest is the best."""
+    return (True, _ratio(chosen)) if chosen.failure is None else (False, -_ratio(chosen))
 
 
 def _ratio(chosen: Chosen) -> float:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -11,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lindep_onnx.channels import Atoms, Channels, Reader, Site
-from lindep_onnx.data import Part, Samples
+from lindep_onnx.data import Batch, Part, Samples
 from lindep_onnx.errors import CalibrationError
 from lindep_onnx.moments import Moments, MomentsAccumulator
-from lindep_onnx.sampling import Place, RowSampler
+from lindep_onnx.sampling import Place, Probe, Rows, RowSampler
 
 __all__ = ["Calibration", "Features", "Tap", "calibrate", "features", "tap", "taps"]
 
@@ -100,12 +102,23 @@ class Calibration:
         fit: moments over the samples that folds are fitted to.
         select: moments over unseen samples that decide; None if there are none.
         samples: number of samples in each of the two parts.
-        shapes: input shapes of the first batch, with one sample in it.
     """
 
     fit: Mapping[Tap, Moments]
     select: Mapping[Tap, Moments] | None
     samples: tuple[int, int]
+
+    def merge(self, other: Calibration) -> Calibration:
+        """What the samples of both say."""
+        return Calibration(
+            fit=_merged(self.fit, other.fit),
+            select=other.select if self.select is None else _merged(self.select, other.select or {}),
+            samples=(self.samples[0] + other.samples[0], self.samples[1] + other.samples[1]),
+        )
+
+
+def _merged(own: Mapping[Tap, Moments], other: Mapping[Tap, Moments]) -> Mapping[Tap, Moments]:
+    return {place: own[place].merge(other[place]) if place in other else own[place] for place in own} or other
 
 
 def calibrate(
@@ -116,8 +129,13 @@ def calibrate(
     threads: int,
     seed: int,
     progress: Progress,
+    probe: Probe | None = None,
+    fitted: int | None = None,
 ) -> Calibration:
     """Take the moments of every site input.
+
+    The positions of a batch depend on the seed and on its first sample alone, so that the moments of some batches and
+    of the others add up to those of all.
 
     Args:
         channels: the traced model.
@@ -126,6 +144,8 @@ def calibrate(
         threads: intra-op threads, 0 for its own choice.
         seed: of the positions that are sampled.
         progress: called with (stage, samples done, samples in all).
+        probe: what else is measured in the same runs; None for nothing.
+        fitted: number of FIT samples in all, where `samples` are some of them.
 
     Raises:
         CalibrationError: an activation is not finite, naming the tensor.
@@ -137,33 +157,64 @@ def calibrate(
         return Calibration({}, {}, (counts[Part.FIT], counts[Part.SELECT]))
     most: dict[Place, int] = {}
     for place, index in wanted.items():
-        rows = int(np.clip(ROWS_PER_FEATURE * len(index) // max(1, counts[Part.FIT]), LEAST_POSITIONS, MOST_POSITIONS))
-        at = Place(place.tensor, place.axis, place.strides)
+        share = ROWS_PER_FEATURE * len(index) // max(1, counts[Part.FIT] if fitted is None else fitted)
+        rows = int(np.clip(share, LEAST_POSITIONS, MOST_POSITIONS))
+        at = _place(place)
         # Positions behind a Flatten are taps: there the whole axis is one row.
         most[at] = max(most.get(at, 0), rows if index.shape[1] == 1 else MOST_POSITIONS)
-    sampler = RowSampler(channels.model, channels.resolved, most, providers=providers, threads=threads)
-    rng = np.random.default_rng(seed)
+    sampler = RowSampler(channels.model, channels.resolved, most, providers=providers, threads=threads, probe=probe)
     done = 0
     result: dict[Part, dict[Tap, Moments]] = {}
     for part in counts:
         accumulators = {place: MomentsAccumulator(len(index)) for place, index in wanted.items()}
-        for batch in samples.batches(part):
-            fetched = sampler.rows(batch, rng)
+
+        def add(
+            batch: Batch,
+            fetched: Mapping[Place, Rows],
+            probed: list[Array],
+            rng: np.random.Generator,
+            accumulators: Mapping[Tap, MomentsAccumulator] = accumulators,
+        ) -> None:
             for place, index in wanted.items():
-                rows_ = fetched[Place(place.tensor, place.axis, place.strides)].values
-                try:
-                    accumulators[place].update(_features(rows_, index, rng))
-                except CalibrationError as error:
-                    raise CalibrationError(f"Tensor {place.tensor!r} becomes NaN or infinite on this data.") from error
-            done += len(batch.samples)
-            progress("calibrate", done, sum(counts.values()))
-        # One at a time: the matrices are the largest things in memory.
-        result[part] = {place: accumulators.pop(place).result() for place in wanted}
+                with _blamed(place):
+                    accumulators[place].update(_features(fetched[_place(place)].values, index, rng))
+            if probe is not None:
+                probe.update(probed, batch)
+
+        with ThreadPoolExecutor(1) as worker:
+            # While a batch is added up, ONNX Runtime computes the next one: one at a time, and always in this order.
+            adding: Future[None] | None = None
+            for batch in samples.batches(part):
+                positions, columns = np.random.default_rng((seed, int(batch.samples[0]))).spawn(2)
+                fetched, probed = sampler.run(batch, positions)
+                if adding is not None:
+                    adding.result()
+                adding = worker.submit(add, batch, fetched, probed, columns)
+                done += len(batch.samples)
+                progress("calibrate", done, sum(counts.values()))
+            if adding is not None:
+                adding.result()
+        result[part] = {}
+        for place in wanted:  # one at a time: the matrices are the largest things in memory
+            with _blamed(place):
+                result[part][place] = accumulators.pop(place).result()
     return Calibration(
         fit=result[Part.FIT],
         select=result[Part.SELECT] if counts[Part.SELECT] else None,
         samples=(counts[Part.FIT], counts[Part.SELECT]),
     )
+
+
+def _place(at: Tap) -> Place:
+    return Place(at.tensor, at.axis, at.strides)
+
+
+@contextmanager
+def _blamed(at: Tap) -> Iterator[None]:
+    try:
+        yield
+    except CalibrationError as error:
+        raise CalibrationError(f"Tensor {at.tensor!r} becomes NaN or infinite on this data.") from error
 
 
 def _features(rows: Array, index: NDArray[np.int64], rng: np.random.Generator) -> Array:

@@ -10,6 +10,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lindep_onnx import api, report
 from lindep_onnx._version import __version__
+from lindep_onnx.cluster import connected
 from lindep_onnx.config import Config
 from lindep_onnx.data import load_function
 from lindep_onnx.errors import LindepError, UsageError
@@ -114,6 +116,12 @@ def _parser() -> argparse.ArgumentParser:
     budget.add_argument("--macs", type=_number, metavar="F", help="keep at most this share of the MACs")
     budget.add_argument("--size", type=_number, metavar="F", help="keep at most this share of the file size")
     budget.add_argument("--channels", type=_number, metavar="F", help="keep at most this share of the output channels")
+    budget.add_argument("--latency", type=_number, metavar="F", help="keep at most this share of the measured latency")
+    budget.add_argument(
+        "--latency-table",
+        metavar="FILE.json",
+        help="latencies of layers: read if it is there, else measured and written",
+    )
     budget.add_argument("--eval", metavar="FILE.py:FUNC", help="FUNC(session) -> float, higher is better")
     budget.add_argument("--max-drop", type=_number, metavar="D", help="how far the --eval metric may fall")
     budget.add_argument("--proven-only", action="store_true", default=None, help="only what the weights prove")
@@ -134,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--exclude", action="append", metavar="GLOB", help="leave matching nodes alone")
     how.add_argument("--providers", nargs="+", metavar="NAME", help="ONNX Runtime execution providers")
     how.add_argument("--threads", type=int, metavar="N", help="threads of ONNX Runtime")
+    how.add_argument("--cluster", metavar="N|ADDRESS", help="calibrate on N processes or on a Dask scheduler's workers")
 
     out = parser.add_argument_group("output")
     out.add_argument("--dry-run", action="store_true", help="report only, write no model")
@@ -238,13 +247,16 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
         )
     if config.random_calib is not None and not options.quiet:
         errors.print(api.RANDOM, style="bold red", markup=False)
-    with _progress(errors, options.quiet) as progress:
+    with ExitStack() as stack:
+        client = stack.enter_context(connected(options.cluster)) if options.cluster else None
+        progress = stack.enter_context(_progress(errors, options.quiet))
         result = api.run(
             options.model,
             options.calib,
             config,
             files=api.Files(output, options.save_as_external_data, save_moments, load_moments, save_plan),
             stress=options.stress,
+            client=client,
             progress=progress,
             repeated=repeated,
             outlook=options.dry_run,

@@ -42,8 +42,8 @@ class Effort:
 class Config:
     """Options of one compression.
 
-    Naming any of the budgets (`max_error`, `min_agreement`, `params`, `macs`, `size`, `channels`, `max_drop`) selects
-    budgeted mode; several must all hold. Without one the mode is lossless.
+    Naming any of the budgets (`max_error`, `min_agreement`, `max_drop`, `params`, `macs`, `size`, `channels`,
+    `latency`) selects budgeted mode; several must all hold. Without one the mode is lossless.
 
     Attributes:
         max_error: worst output error allowed, as `lindep_onnx.verify` defines it.
@@ -53,6 +53,9 @@ class Config:
         macs: share of the original multiply-accumulates to keep at most (0 to 1].
         size: share of the original bytes to keep at most (0 to 1].
         channels: share of the original output channels to keep at most (0 to 1].
+        latency: share of the original's measured latency to keep at most (0 to 1].
+        latency_table: file with the latencies of layers; measured and written there if it does not exist, measured
+            anew without.
         eval: a user metric, called with an `onnxruntime.InferenceSession`; higher is better.
         max_drop: how far `eval` may fall.
         proven_only: remove only what the weights prove; needs no calibration data.
@@ -94,6 +97,8 @@ class Config:
     macs: float | None = None
     size: float | None = None
     channels: float | None = None
+    latency: float | None = None
+    latency_table: str | None = None
     eval: Callable[[Any], float] | None = None
     max_drop: float | None = None
     proven_only: bool = False
@@ -168,6 +173,10 @@ class Config:
         self._check_images()
         if self.random_calib is not None:
             self._check_random()
+        if self.latency is not None and self.rounds > 1:
+            raise UsageError("--latency is reached in one step: leave --rounds at 1.")
+        if self.latency_table is not None and self.latency is None:
+            raise UsageError("--latency-table belongs to --latency: give both or neither.")
         if self.seed < 0:
             raise UsageError(f"--seed must be at least 0, not {self.seed}.")
         if self.threads < 0:
@@ -218,14 +227,14 @@ class Config:
     @property
     def budgeted(self) -> bool:
         """Whether any budget is named."""
-        sizes = (self.params, self.macs, self.size, self.channels)
+        sizes = (self.params, self.macs, self.size, self.channels, self.latency)
         budgets = (self.max_error, self.min_agreement, self.max_drop, *sizes)
         return any(budget is not None for budget in budgets)
 
     @property
     def sized(self) -> bool:
         """Whether a size is asked for, so that rounds must reach it."""
-        return any(share is not None for share in (self.params, self.macs, self.size, self.channels))
+        return any(share is not None for share in (self.params, self.macs, self.size, self.channels, self.latency))
 
     @property
     def effort(self) -> Effort | None:

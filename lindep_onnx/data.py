@@ -37,6 +37,8 @@ from lindep_onnx.sources import LEAST_SAMPLES, Progress, Reading, load_function,
 
 __all__ = ["Batch", "InputSpec", "Part", "Samples", "load_function", "open_samples"]
 
+EMPTY = np.empty(0, dtype=np.int64)
+
 
 class Part(enum.Enum):
     """What a sample is used for."""
@@ -108,13 +110,21 @@ class Samples:
         Raises:
             CalibrationError: a value is NaN, infinite or outside the declared range, naming input and sample.
         """
+        for numbers in self.numbers(*parts, limit=limit, size=size):
+            yield self._batch(int(self._shard_of(numbers[:1])[0]), numbers)
+
+    def numbers(self, *parts: Part, limit: int | None = None, size: int | None = None) -> Iterator[NDArray[np.int64]]:
+        """The sample numbers of every batch that `batches` gives."""
         numbers = np.sort(np.concatenate([self.parts[part] for part in (parts or Part)]))[:limit]
-        shard = np.searchsorted(self._starts, numbers, side="right") - 1
+        shard = self._shard_of(numbers)
         step = size if size is not None and self.free_batch else self._plan.batch
         for index in np.unique(shard).tolist():
             own = numbers[shard == index]
             for start in range(0, len(own), step):
-                yield self._batch(index, own[start : start + step])
+                yield own[start : start + step]
+
+    def _shard_of(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.asarray(np.searchsorted(self._starts, numbers, side="right") - 1)
 
     @property
     def batch(self) -> int:
@@ -220,6 +230,7 @@ def open_samples(
     batch_size: int,
     preprocessing: Preprocessing | None = None,
     progress: Progress | None = None,
+    parts: Mapping[Part, NDArray[np.int64]] | None = None,
 ) -> Samples:
     """Open calibration data, hold it against the inputs of the model, and split it.
 
@@ -234,6 +245,7 @@ def open_samples(
         batch_size: samples per run where the model leaves the batch free.
         preprocessing: what to make of images; None leaves all of it to the input of the model.
         progress: called with (stage, samples done, samples in all) where it is known how many there are.
+        parts: sample numbers of the parts, where they are known: then nothing is read to split the samples.
 
     Raises:
         CalibrationError: the data is missing, damaged or does not fit.
@@ -250,9 +262,13 @@ def open_samples(
         total = int(samples._starts[-1])
         if not total:
             raise CalibrationError(f"{found.shards[0].where}: holds no samples; give at least {LEAST_SAMPLES}.")
-        digests = samples.digests()
-        samples.parts, split_notes = _split(digests, seed, holdout, max_samples)
-        samples.fingerprint = _fingerprint(digests, samples)
+        split_notes: tuple[str, ...] = ()
+        if parts is None:
+            digests = samples.digests()
+            samples.parts, split_notes = _split(digests, seed, holdout, max_samples)
+            samples.fingerprint = _fingerprint(digests, samples)
+        else:
+            samples.parts = MappingProxyType({part: parts.get(part, EMPTY) for part in Part})
         samples.notes = (*found.notes, *plan.notes, *split_notes)
     except BaseException:
         folder.cleanup()

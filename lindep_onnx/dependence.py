@@ -45,6 +45,8 @@ COLLINEAR = 1e-10
 LARGEST_COEFFICIENT = 1e4
 #: Eigenvalues below this share of the largest one are noise.
 CUTOFF = 1e-12
+#: Share of the features of a site that must be left for its matrices to stay as they are.
+SPARSE = 0.85
 #: Rows of a Gram matrix that are compared with all others at a time.
 _BLOCK = 256
 #: How often the search for joint dependence goes on behind a unit that unseen samples do not confirm.
@@ -111,7 +113,7 @@ def eliminate(
         H <- H - P H_JJ P',    A <- A - P Q' - Q P'.
 
     These updates are delayed: only the columns that a step needs and the diagonal blocks are kept current, and every
-    `block` columns the whole is updated at once, matrix by matrix.
+    `block` columns the whole is updated at once, matrix by matrix, in one triangle.
 
     Args:
         sites: the problems, which share units.
@@ -188,7 +190,8 @@ class _Guard:
 class _State:
     """H and A of one site while units go, in coordinates in which every live feature has unit second moment.
 
-    Only the features of candidates have rows in H and A: an update needs no others.
+    Only the features of candidates have rows in H and A: an update needs no others. Both are symmetric, and only
+    their lower triangles are stored. Features that went leave the matrices once they are a good part of them.
 
     Attributes:
         units: (U,) the candidates at this site.
@@ -202,30 +205,37 @@ class _State:
         scale = np.sqrt(np.maximum(np.diagonal(site.gram), 0.0))
         live = scale > 0
         divisor = np.where(live, scale, 1.0)
-        gram = site.gram / np.outer(divisor, divisor)
+        gram = site.gram / divisor[:, None]
+        gram /= divisor
         gram[~live] = 0.0
         gram[:, ~live] = 0.0
         np.fill_diagonal(gram, 1.0)
         chosen = np.append(candidates, False)[site.unit]
         self._inverse = _regular_inverse(gram, chosen, ridge)
-        self._outer = site.outer[np.ix_(chosen, chosen)] * np.outer(scale[chosen], scale[chosen]) / site.energy
+        del gram
+        outer = np.array(site.outer[np.ix_(chosen, chosen)], order="F")
+        outer *= scale[chosen] / site.energy
+        outer *= scale[chosen, None]
+        self._outer = outer
         self.units = np.unique(site.unit[chosen])
         self.place = {unit: index for index, unit in enumerate(self.units.tolist())}
         self._slots = _slots(site.unit[chosen], self.units)
         self._block = block
-        size, width = len(self._outer), self._slots.shape[1]
-        self._pending = [np.zeros((size, block + width)) for _ in range(3)]
         self._used = 0
-        self._diagonal_blocks()
+        self._begin()
         self._price()
 
-    def _diagonal_blocks(self) -> None:
+    def _begin(self) -> None:
+        """Start without delayed updates; diagonal blocks come from the matrices."""
+        size, width = len(self._outer), self._slots.shape[1]
+        self._pending = [np.zeros((size, self._block + width), order="F") for _ in range(3)]
         # Slots beyond a unit's features point at a feature that does not exist: an identity that costs nothing.
-        index = np.where(self._slots < 0, 0, self._slots)
-        rows, columns = index[:, :, None], index[:, None, :]
-        real = (self._slots >= 0)[:, :, None] & (self._slots >= 0)[:, None, :]
-        identity = np.eye(self._slots.shape[1])
-        self._inverse_blocks = np.where(real, self._inverse[rows, columns], identity)
+        self._index = np.where(self._slots < 0, 0, self._slots)
+        self._real = (self._slots >= 0)[:, :, None]
+        rows = np.maximum(self._index[:, :, None], self._index[:, None, :])
+        columns = np.minimum(self._index[:, :, None], self._index[:, None, :])
+        real = self._real & self._real.transpose(0, 2, 1)
+        self._inverse_blocks = np.where(real, self._inverse[rows, columns], np.eye(width))
         self._outer_blocks = np.where(real, self._outer[rows, columns], 0.0)
 
     def _price(self) -> None:
@@ -240,41 +250,74 @@ class _State:
         slots = self._slots[where]
         own = slots[slots >= 0]
         count = len(own)
-        p, pb, q = (pending[:, : self._used] for pending in self._pending)
-        inverse = self._inverse[:, own] - pb @ p[own].T
-        outer = self._outer[:, own] - p @ q[own].T - q @ p[own].T
-        inner = inverse[own]
-        new_p = inverse / inner[0, 0] if count == 1 else np.linalg.solve(inner.T, inverse.T).T
+        s, p, q = (pending[:, : self._used] for pending in self._pending)
+        inverse = _columns(self._inverse, own) - s @ s[own].T
+        outer = _columns(self._outer, own) - p @ q[own].T - q @ p[own].T
+        # With H_JJ = L L' the columns of S are those of H_KJ L'^-1, so that S S' = P H_JJ P'; P = S L^-1.
+        factor = _factor(inverse[own])
+        new_s = scipy.linalg.solve_triangular(factor, inverse.T, lower=True, check_finite=False).T
+        new_p = scipy.linalg.solve_triangular(factor, new_s.T, lower=True, trans="T", check_finite=False).T
         new_q = outer - 0.5 * new_p @ outer[own]
-        new_pb = new_p @ inner
-        for matrix in (new_p, new_q, new_pb):
+        for matrix in (new_s, new_p, new_q):
             matrix[own] = 0.0
         span = slice(self._used, self._used + count)
-        for pending, column in zip(self._pending, (new_p, new_pb, new_q), strict=True):
+        for pending, column in zip(self._pending, (new_s, new_p, new_q), strict=True):
             pending[:, span] = column
         self._used += count
 
-        index = np.where(self._slots < 0, 0, self._slots)
-        real = (self._slots >= 0)[:, :, None]
-        at_p, at_pb, at_q = (np.where(real, column[index], 0.0) for column in (new_p, new_pb, new_q))
-        across = at_p @ at_q.transpose(0, 2, 1)
-        self._inverse_blocks -= at_pb @ at_p.transpose(0, 2, 1)
+        at_s, at_p, at_q = (np.where(self._real, column[self._index], 0.0) for column in (new_s, new_p, new_q))
+        across = _by_unit(at_p, at_q)
+        self._inverse_blocks -= _by_unit(at_s, at_s)
         self._outer_blocks -= across + across.transpose(0, 2, 1)
-        width = self._slots.shape[1]
-        self._inverse_blocks[where], self._outer_blocks[where] = np.eye(width), 0.0
-        self._slots[where] = -1
+        self._inverse_blocks[where], self._outer_blocks[where] = np.eye(self._slots.shape[1]), 0.0
+        self._slots[where], self._index[where], self._real[where] = -1, 0, False
         if self._used >= self._block:
             self._flush()
         self._price()
 
     def _flush(self) -> None:
-        """Apply all delayed updates, and refresh the diagonal blocks from the result."""
-        p, pb, q = (pending[:, : self._used] for pending in self._pending)
-        self._inverse -= pb @ p.T
-        across = p @ q.T
-        self._outer -= across + across.T
+        """Apply all delayed updates to the lower triangles, and drop features that went."""
+        s, p, q = (pending[:, : self._used] for pending in self._pending)
+        blas = scipy.linalg.blas
+        self._inverse = blas.dsyrk(-1.0, s, beta=1.0, c=self._inverse, lower=True, overwrite_c=True)
+        self._outer = blas.dsyr2k(-1.0, p, q, beta=1.0, c=self._outer, lower=True, overwrite_c=True)
         self._used = 0
-        self._diagonal_blocks()
+        left = np.sort(self._slots[self._slots >= 0])
+        if 0 < len(left) < SPARSE * len(self._outer):
+            self._inverse, self._outer = (_sliced(matrix, left) for matrix in (self._inverse, self._outer))
+            moved = np.searchsorted(left, self._slots)
+            self._slots = np.where(self._slots < 0, -1, moved)
+        self._begin()
+
+
+def _columns(lower: Matrix, own: NDArray[np.int64]) -> Matrix:
+    """(F, J) columns of a symmetric matrix of which the lower triangle is stored."""
+    found = lower[:, own]
+    for column, index in enumerate(own.tolist()):
+        found[:index, column] = lower[index, :index]
+    return found
+
+
+def _sliced(lower: Matrix, left: NDArray[np.int64]) -> Matrix:
+    """The same rows and columns of a matrix, in columns like it."""
+    return np.asfortranarray(lower.T[left].take(left, axis=1).T)
+
+
+def _factor(inner: Matrix) -> Matrix:
+    """The Cholesky factor of a small diagonal block of H."""
+    if len(inner) == 1:
+        return np.sqrt(np.maximum(inner, np.finfo(np.float64).tiny))
+    values, vectors = np.linalg.eigh(inner)
+    # Rounding may have made it indefinite by a little.
+    values = np.maximum(values, np.finfo(np.float64).eps * max(values[-1], np.finfo(np.float64).tiny))
+    return np.asarray(np.linalg.qr((vectors * np.sqrt(values)).T)[1].T)
+
+
+def _by_unit(left: Matrix, right: Matrix) -> Matrix:
+    """(U, m, m) products of (U, m, k) with the transpose of (U, m, k)."""
+    if left.shape[1:] == (1, 1):  # a product of tiny matrices costs more than the numbers
+        return left * right
+    return left @ right.transpose(0, 2, 1)
 
 
 def _slots(unit: NDArray[np.int64], units: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -292,22 +335,23 @@ def _slots(unit: NDArray[np.int64], units: NDArray[np.int64]) -> NDArray[np.int6
 
 
 def _regular_inverse(gram: Matrix, chosen: NDArray[np.bool_], ridge: float) -> Matrix:
-    """The block of (G + ridge I)^-1 that belongs to the chosen features.
+    """The lower triangle of the block of (G + ridge I)^-1 that belongs to the chosen features.
 
     With them last, the end of the Cholesky factor of G is the factor of their Schur complement, whose inverse is the
     block. The ridge grows until rounding no longer makes G indefinite.
     """
     order = np.argsort(chosen, kind="stable")
-    ordered, start = gram[np.ix_(order, order)], len(gram) - int(chosen.sum())
+    start = len(gram) - int(chosen.sum())
     while True:
-        regular = ordered.copy(order="F")
+        # Symmetric: the transpose of the rows as they lie in memory is the matrix by columns.
+        regular = (gram.copy() if not start else gram[np.ix_(order, order)]).T
         regular[np.diag_indices_from(regular)] += ridge
-        factor, info = scipy.linalg.lapack.dpotrf(regular, lower=True, overwrite_a=True)
+        factor, info = scipy.linalg.lapack.dpotrf(regular, lower=True, clean=False, overwrite_a=True)
         if info == 0:
-            inverse, info = scipy.linalg.lapack.dpotri(factor[start:, start:], lower=True)
+            part = factor if not start else np.asfortranarray(factor[start:, start:])
+            inverse, info = scipy.linalg.lapack.dpotri(part, lower=True, overwrite_c=True)
         if info == 0:
-            lower = np.tril(inverse)
-            return np.asarray(lower + np.tril(lower, -1).T)
+            return np.asarray(inverse)
         ridge = max(ridge * 10.0, 1e-14)
 
 

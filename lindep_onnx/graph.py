@@ -13,6 +13,7 @@ import logging
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -36,10 +37,14 @@ __all__ = [
     "Model",
     "Node",
     "edit",
+    "filled",
     "fingerprint",
+    "light",
     "load",
+    "on_disk",
     "read_model",
     "save",
+    "size_of",
     "tensor_bytes",
 ]
 
@@ -437,7 +442,7 @@ def _copy(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _edited(model: Model, edits: Edits) -> onnx.ModelProto:
-    graph = gs.import_onnx(model.proto)
+    graph = gs.import_onnx(light(model.proto))
     tensors: dict[str, Any] = graph.tensors(check_duplicates=False)
     by_output = {output.name: node for node in graph.nodes for output in node.outputs if output.name}
     nodes = {node.index: by_output[_first(node.outputs)] for node in model.nodes if any(node.outputs)}
@@ -487,7 +492,7 @@ def _edited(model: Model, edits: Edits) -> onnx.ModelProto:
     exported = gs.export_onnx(graph, do_type_check=False)
     for tensor in unnamed:  # graphsurgeon names tensors that are still those of the original
         tensor.ClearField("name")
-    return _restored(model.proto, exported, edits)
+    return filled(_restored(model.proto, exported, edits), model.proto)
 
 
 def _attribute_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
@@ -573,9 +578,10 @@ def _restored(original: onnx.ModelProto, exported: onnx.ModelProto, edits: Edits
     for tensor in graph.initializer:
         if tensor.name in documented:
             tensor.doc_string = documented[tensor.name]
-        # Everything is in memory now; `save` decides where it goes.
-        tensor.ClearField("data_location")
+        # `save` decides where data goes; what was not edited has none here yet.
         tensor.ClearField("external_data")
+        if tensor.HasField("raw_data"):
+            tensor.ClearField("data_location")
 
     _declare(original, result, edits)
     return result
@@ -663,8 +669,7 @@ def save(proto: onnx.ModelProto, path: Path, *, external_data: bool = False) -> 
     Raises:
         OutputError: the folder is missing or cannot be written to.
     """
-    total = sum(tensor_bytes(tensor) for tensor in proto.graph.initializer)
-    external = external_data or total > PROTOBUF_LIMIT - 2**20
+    external = external_data or size_of(proto) > PROTOBUF_LIMIT - 2**20
     try:
         for folder in files.abandoned(path.parent):
             if (folder / files.KEEP).is_file():
@@ -724,23 +729,112 @@ def _is_named(name: str, folder: Path, model: str) -> bool:
     return any(path.stat().st_size > MOST_SEARCHED or name.encode() in path.read_bytes() for path in others)
 
 
-def _externalised(proto: onnx.ModelProto, data: Path) -> onnx.ModelProto:
+def light(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy without the data of large initializers: what a graph is changed in, so that no weight is copied.
+
+    Such a tensor keeps its name, type and sizes, and says that its data is elsewhere, but not where. `filled` and
+    `on_disk` put it back.
+
+    Args:
+        proto: the model; not changed.
+    """
+    copy = onnx.ModelProto()
+    for descriptor, value in proto.ListFields():
+        if descriptor.name == "graph":
+            continue
+        if hasattr(value, "extend"):
+            getattr(copy, descriptor.name).extend(value)
+        else:
+            setattr(copy, descriptor.name, value)
+    for descriptor, value in proto.graph.ListFields():
+        if descriptor.name == "initializer":
+            continue
+        if hasattr(value, "extend"):
+            getattr(copy.graph, descriptor.name).extend(value)
+        else:
+            setattr(copy.graph, descriptor.name, value)
+    for tensor in proto.graph.initializer:
+        if _is_large(tensor):
+            made = copy.graph.initializer.add(
+                name=tensor.name, data_type=tensor.data_type, doc_string=tensor.doc_string
+            )
+            made.dims.extend(tensor.dims)
+            made.data_location = onnx.TensorProto.EXTERNAL
+        else:
+            copy.graph.initializer.append(tensor)
+    return copy
+
+
+def _is_large(tensor: onnx.TensorProto) -> bool:
+    return tensor.HasField("raw_data") and tensor_bytes(tensor) >= EXTERNAL_BYTES
+
+
+def _is_empty(tensor: onnx.TensorProto) -> bool:
+    return tensor.data_location == onnx.TensorProto.EXTERNAL and not tensor.external_data
+
+
+def filled(proto: onnx.ModelProto, weights: onnx.ModelProto) -> onnx.ModelProto:
+    """Put the data that `light` left out back in place.
+
+    Args:
+        proto: made from a light copy; changed in place, and returned.
+        weights: the model that the copy was made of.
+    """
+    held = {tensor.name: tensor for tensor in weights.graph.initializer}
+    for tensor in proto.graph.initializer:
+        if _is_empty(tensor):
+            tensor.ClearField("data_location")
+            tensor.raw_data = held[tensor.name].raw_data
+    return proto
+
+
+def size_of(proto: onnx.ModelProto) -> int:
+    """Bytes of the initializers, those that are elsewhere included."""
+    return sum(tensor_bytes(tensor) for tensor in proto.graph.initializer)
+
+
+@contextmanager
+def on_disk(proto: onnx.ModelProto, weights: onnx.ModelProto | None = None) -> Iterator[Path]:
+    """The model as a file with its weights beside it, for as long as the context lasts.
+
+    Args:
+        proto: the model; not changed. May be light.
+        weights: where data that `proto` lacks comes from.
+    """
+    with files.Scratch() as folder:
+        path = Path(folder) / "model.onnx"
+        copy = _externalised(proto, Path(folder) / "weights", weights)
+        for tensor in copy.graph.initializer:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                tensor.external_data.add(key="location", value="weights")
+        path.write_bytes(copy.SerializeToString(deterministic=True))
+        yield path
+
+
+def _externalised(proto: onnx.ModelProto, data: Path, weights: onnx.ModelProto | None = None) -> onnx.ModelProto:
     """A copy without the weights, which go into the file `data`; where that will be is still to be added.
 
     Not by `onnx.save`: it refuses to write if a file of that name is in the working directory, and what it writes
     cannot be read by other users.
     """
-    copy = _copy(proto)
+    copy = light(proto)
+    held = {
+        tensor.name: tensor for model in (weights, proto) if model is not None for tensor in model.graph.initializer
+    }
+    if weights is not None:  # what the model itself lacks
+        held.update((tensor.name, tensor) for tensor in weights.graph.initializer if tensor.name in _lacking(proto))
     with data.open("wb") as file:
         for tensor in copy.graph.initializer:
-            if len(tensor.raw_data) >= EXTERNAL_BYTES:
-                place = {"offset": file.tell(), "length": len(tensor.raw_data)}
-                file.write(tensor.raw_data)
-                tensor.ClearField("raw_data")
-                tensor.data_location = onnx.TensorProto.EXTERNAL
-                for key, value in place.items():
+            if _is_empty(tensor):
+                raw = held[tensor.name].raw_data
+                for key, value in (("offset", file.tell()), ("length", len(raw))):
                     tensor.external_data.add(key=key, value=str(value))
+                file.write(raw)
     return copy
+
+
+def _lacking(proto: onnx.ModelProto) -> set[str]:
+    return {tensor.name for tensor in proto.graph.initializer if _is_empty(tensor)}
 
 
 def _own_data(path: Path) -> set[str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -86,12 +87,13 @@ class Ladder:
         return sorted({round(len(self) * (1 - share)) for share in left.tolist()})
 
 
-def savings(channels: Channels, kind: Saving) -> NDArray[np.float64]:
+def savings(channels: Channels, kind: Saving, rates: Mapping[int, float] = MappingProxyType({})) -> NDArray[np.float64]:
     """(units,) parameters, MACs or output channels that go with each unit, all others kept.
 
     Args:
         channels: the traced model.
         kind: the currency.
+        rates: by node, what a multiply-accumulate of it is worth; those of all others, or of all without, count as 1.
     """
     if kind == "channels":
         return np.bincount(channels.unit[_produced(channels)] + 1, minlength=channels.units + 1)[1:].astype(np.float64)
@@ -102,7 +104,7 @@ def savings(channels: Channels, kind: Saving) -> NDArray[np.float64]:
     for name, readers in channels.reads.items():
         shape = channels.resolved.constants[name].shape
         for key, axes in readers.items():
-            times = 1.0 if kind == "parameters" else positions.get(key, 0.0)
+            times = 1.0 if kind == "parameters" else positions.get(key, 0.0) * rates.get(key[0], 1.0)
             for axis, atoms in axes.items():
                 blocks = len(atoms) if atoms.ndim == 2 and axis > 0 else 1
                 slice_size = math.prod(shape) / max(1, shape[axis]) / blocks

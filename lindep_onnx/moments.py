@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg.blas import dsyrk
 
 from lindep_onnx.arrays import UNREADABLE, npz_headers
 from lindep_onnx.errors import CalibrationError, OutputError
@@ -20,6 +19,8 @@ __all__ = ["Moments", "MomentsAccumulator", "load_moments", "load_moments_and_be
 
 #: Rows of one sample are alike: so many of them count, at most, as evidence.
 ROWS_PER_SAMPLE = 16
+#: Rows that wait to be added up, or a quarter of the number of features if that is more.
+LEAST_BUFFERED = 128
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,9 @@ class Moments:
 class MomentsAccumulator:
     """Takes batches of rows and adds them up in float64.
 
+    Rows wait until there are enough of them for one large matrix product; memory is that of the Gram matrix and
+    a few rows.
+
     Args:
         features: F, the number of columns.
     """
@@ -91,8 +95,11 @@ class MomentsAccumulator:
     def __init__(self, features: int) -> None:
         self._rows = self._samples = 0
         self._effective = 0.0
+        self._waiting: list[NDArray[Any]] = []
+        self._waiting_rows = 0
+        self._most = max(LEAST_BUFFERED, features // 4)
         self._sum = np.zeros(features)
-        self._gram = np.zeros((features, features), order="F")
+        self._gram = np.zeros((features, features))
         self._low, self._high = np.full(features, np.inf), np.full(features, -np.inf)
         self._active, self._at_low, self._at_high = np.zeros((3, features), dtype=np.int64)
 
@@ -103,38 +110,55 @@ class MomentsAccumulator:
             rows: (S, P, F) array: P rows of each of S samples.
 
         Raises:
-            CalibrationError: a value is NaN or infinite.
+            CalibrationError: a value added so far is NaN or infinite.
         """
+        if not rows.size:
+            return
+        if self._waiting and self._waiting[0].shape[1:] != rows.shape[1:]:
+            self._add()
+        # A copy: what comes in may be a view of a tensor that is much larger.
+        self._waiting.append(np.array(rows))
+        self._waiting_rows += rows.shape[0] * rows.shape[1]
+        if self._waiting_rows >= self._most:
+            self._add()
+
+    def _add(self) -> None:
+        if not self._waiting:
+            return
+        rows = self._waiting[0] if len(self._waiting) == 1 else np.concatenate(self._waiting)
+        self._waiting, self._waiting_rows = [], 0
         samples, positions, features = rows.shape
         # float32 products would lose the rank of the Gram matrix.
         flat = np.ascontiguousarray(rows, dtype=np.float64).reshape(-1, features)
-        if not len(flat):
-            return
         lows, highs = rows.min(axis=1).astype(np.float64), rows.max(axis=1).astype(np.float64)
         low, high = lows.min(axis=0), highs.max(axis=0)
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
             raise CalibrationError("An activation is NaN or infinite.")
-        # The transpose of a C-ordered array is F-ordered: BLAS takes it as it is.
-        self._gram = dsyrk(1.0, flat.T, beta=1.0, c=self._gram, overwrite_c=True, lower=True)
+        # A matrix by its own transpose: NumPy computes one triangle, and lets other threads run meanwhile.
+        self._gram += flat.T @ flat
         self._sum += flat.sum(axis=0)
         self._at_low = _at_end(self._low, self._at_low, low, (highs == low).sum(axis=0))
         self._at_high = _at_end(-self._high, self._at_high, -high, (lows == high).sum(axis=0))
         np.minimum(self._low, low, out=self._low)
         np.maximum(self._high, high, out=self._high)
-        self._active += (rows != 0).any(axis=1).sum(axis=0)
+        self._active += ((lows != 0) | (highs != 0)).sum(axis=0)
         self._rows += len(flat)
         self._samples += samples
         self._effective += samples * min(positions, ROWS_PER_SAMPLE)
 
     def result(self) -> Moments:
-        """Everything added so far."""
-        lower = np.tril(self._gram)
+        """Everything added so far.
+
+        Raises:
+            CalibrationError: a value is NaN or infinite.
+        """
+        self._add()
         return Moments(
             rows=self._rows,
             samples=self._samples,
             effective_rows=self._effective,
             sum=self._sum.copy(),
-            gram=np.ascontiguousarray(lower + np.tril(lower, -1).T),
+            gram=self._gram.copy(),
             low=self._low.copy(),
             high=self._high.copy(),
             active=self._active.copy(),

@@ -10,18 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
 from lindep_onnx.data import Batch
-from lindep_onnx.graph import Model
+from lindep_onnx.graph import Model, light
 from lindep_onnx.shapes import Resolved
 from lindep_onnx.verify import open_session
 
-__all__ = ["Place", "RowSampler", "Rows", "insert_behind", "rows_at"]
+__all__ = ["Place", "Probe", "RowSampler", "Rows", "insert_behind", "rows_at"]
 
 Array: TypeAlias = NDArray[Any]
 
@@ -55,6 +55,16 @@ class Rows:
     positions: NDArray[np.int64]
 
 
+class Probe(Protocol):
+    """Something else that is measured in the same run."""
+
+    def extend(self, proto: onnx.ModelProto) -> tuple[Mapping[str, Sequence[onnx.NodeProto]], Sequence[str]]:
+        """Nodes to put behind tensors, and the names of what they put out; initializers are added to `proto`."""
+
+    def update(self, values: Sequence[Array], batch: Batch) -> None:
+        """Take in what was put out for one batch."""
+
+
 class RowSampler:
     """A session that gives rows of some tensors for every batch.
 
@@ -64,15 +74,22 @@ class RowSampler:
         most: for each place, the number of positions looked at in one sample, at most.
         providers: execution providers of ONNX Runtime.
         threads: intra-op threads, 0 for its own choice.
+        probe: what else is measured; None for nothing.
     """
 
     def __init__(
-        self, model: Model, resolved: Resolved, most: Mapping[Place, int], *, providers: Sequence[str], threads: int
+        self,
+        model: Model,
+        resolved: Resolved,
+        most: Mapping[Place, int],
+        *,
+        providers: Sequence[str],
+        threads: int,
+        probe: Probe | None = None,
     ) -> None:
         self._most = most
         self._sizes: dict[Place, int] = {}
-        proto = onnx.ModelProto()
-        proto.CopyFrom(model.proto)
+        proto = light(model.proto)
         present = {value.name for value in proto.graph.output}
         self._fetched: dict[Place, str] = {}
         nodes: dict[str, list[onnx.NodeProto]] = {}
@@ -90,8 +107,12 @@ class RowSampler:
                     proto.graph.output.append(onnx.ValueInfoProto(name=place.tensor))
         self._shapes = {place: resolved.shapes[place.tensor] for place in self._sizes}
         self._names = sorted(set(self._fetched.values()))
+        added, self._probed = probe.extend(proto) if probe is not None else ({}, ())
+        for tensor, own in added.items():
+            nodes.setdefault(tensor, []).extend(own)
+        proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self._probed)
         insert_behind(proto, nodes)
-        self._session = open_session(proto, providers=providers, threads=threads)
+        self._session = open_session(proto, providers=providers, threads=threads, weights=model.proto)
 
     def rows(self, batch: Batch, rng: np.random.Generator) -> dict[Place, Rows]:
         """Run one batch.
@@ -100,13 +121,18 @@ class RowSampler:
             batch: what to feed.
             rng: draws the positions, the same for all samples of the batch.
         """
+        return self.run(batch, rng)[0]
+
+    def run(self, batch: Batch, rng: np.random.Generator) -> tuple[dict[Place, Rows], list[Array]]:
+        """Run one batch: its rows, and what the probe asked for."""
         feeds = dict(batch.feeds)
         chosen: dict[Place, NDArray[np.int64]] = {}
         for number, (place, most) in enumerate(self._most.items()):
             if place in self._sizes:
                 chosen[place] = np.sort(rng.choice(_allowed(self._shapes[place], place), most, replace=False))
                 feeds[_positions_name(number)] = chosen[place]
-        values = dict(zip(self._names, self._session.run(self._names, feeds), strict=True))
+        found = self._session.run([*self._names, *self._probed], feeds)
+        values = dict(zip(self._names, found, strict=False))
         result = {}
         for place, most in self._most.items():
             value = values[self._fetched[place]]
@@ -116,7 +142,7 @@ class RowSampler:
                 result[place] = Rows(kept, chosen[place])
             else:
                 result[place] = _picked(value, place, most, batch, rng)
-        return result
+        return result, found[len(self._names) :]
 
 
 def rows_at(data: Array, axis: int, positions: NDArray[np.int64]) -> Array:

@@ -15,25 +15,23 @@ silent channel must have a margin well above the largest of theirs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from lindep_onnx.analysis import CONSTANT_TOLERANCE, Evidence
+from lindep_onnx.analysis import CONSTANT_TOLERANCE
+from lindep_onnx.calibration import features
 from lindep_onnx.channels import FROZEN, Channels
-from lindep_onnx.data import Part, Samples
+from lindep_onnx.data import Batch
 from lindep_onnx.ops.saturation import Interval, flat_parts, may_flatten
-from lindep_onnx.sampling import insert_behind
-from lindep_onnx.verify import open_session
 
-__all__ = ["Flat", "Quiet", "Range", "flats", "observe", "required_margin", "unexplained"]
+__all__ = ["Flat", "Quiet", "Range", "Watch", "flats", "key", "narrowed", "required_margin", "unexplained"]
 
 Floats: TypeAlias = NDArray[np.float64]
-Progress: TypeAlias = Callable[[str, int, int], None]
 
 #: Of fewer samples nothing is concluded: what never changed in n of them may change in a share of 3 / n of all others.
 LEAST_SAMPLES = 32
@@ -57,6 +55,7 @@ class Flat:
         parts: intervals on which what the reader puts out does not change.
         silent: (W,) places on that axis of channels that never changed behind it.
         units: (W,) the unit of each.
+        watched: (C,) bool, channels whose extremes are measured; None for all.
     """
 
     tensor: str
@@ -64,6 +63,7 @@ class Flat:
     parts: tuple[Interval, ...]
     silent: NDArray[np.int64]
     units: NDArray[np.int64]
+    watched: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Range:
     """Where the input of a node lies, over all positions of all samples.
 
     Attributes:
-        low, high: (C,) extremes along the channel axis.
+        low, high: (C,) extremes along the channel axis; infinite where they were not watched.
         sum, square: (W,) sum and sum of squares of the silent channels.
         rows: number of positions.
         samples: number of samples.
@@ -136,6 +136,17 @@ class Range:
         """(W,) standard deviation of the silent channels."""
         return np.sqrt(np.maximum(self.square / self.rows - (self.sum / self.rows) ** 2, 0.0))
 
+    def of(self, own: Flat, other: Flat) -> Range:
+        """The same for the silent channels of another flat of the same tensor, which are some of its own.
+
+        Args:
+            own: what was watched.
+            other: what is asked for.
+        """
+        order = np.argsort(own.silent)
+        at = order[np.searchsorted(own.silent, other.silent, sorter=order)]
+        return replace(self, sum=self.sum[at], square=self.square[at])
+
     def merge(self, other: Range) -> Range:
         """The range over the positions of both."""
         return Range(
@@ -149,14 +160,19 @@ class Range:
         )
 
 
-def flats(channels: Channels, evidence: Evidence) -> tuple[Flat, ...]:
+def flats(channels: Channels, constant: Sequence[NDArray[np.bool_]]) -> tuple[Flat, ...]:
     """What has to be looked at before silent channels may go; nothing if there are none.
 
     Args:
         channels: the traced model.
-        evidence: what a sample of the positions says.
+        constant: for each site (F,) bool, the features that never changed at the positions that were looked at.
     """
-    if not evidence.silent.any():
+    layouts = [features(site.columns) for site in channels.sites]
+    silent = np.zeros(channels.units + 1, dtype=bool)
+    for layout, own in zip(layouts, constant, strict=True):
+        silent[channels.unit[layout.atoms[own]]] = True
+    silent[FROZEN] = False
+    if not silent.any():
         return ()
     found = []
     for node in channels.model.nodes:
@@ -165,65 +181,62 @@ def flats(channels: Channels, evidence: Evidence) -> tuple[Flat, ...]:
         parts = flat_parts(node, channels.resolved.constants.get) or ()
         for label in channels.labels.get(node.inputs[0], ()):
             unit = channels.unit[label.along_cut()]
-            places = np.flatnonzero(np.append(evidence.silent, False)[unit])
+            places = np.flatnonzero(silent[unit])
             # Without silent channels a node still shows how others wake, if it is known where it is flat.
             if label.cut != 0 and (len(places) or (parts and (unit != FROZEN).any())):
-                found.append(Flat(node.inputs[0], label.cut, parts, places, unit[places]))
-    for seen in evidence.sites:
-        constant = seen.constant & (seen.unit != FROZEN)
-        places = seen.index[constant].ravel() + seen.site.first_column
-        units = np.repeat(seen.unit[constant], seen.index.shape[1])
-        tensors = {(reader.tensor, reader.axis) for reader in seen.site.readers if reader.axis != 0}
+                watched = None if parts else np.isin(np.arange(len(unit)), places)
+                found.append(Flat(node.inputs[0], label.cut, parts, places, unit[places], watched))
+    for site, layout, own in zip(channels.sites, layouts, constant, strict=True):
+        unit = channels.unit[layout.atoms]
+        chosen = own & (unit != FROZEN)
+        places = layout.index[chosen].ravel() + site.first_column
+        units = np.repeat(unit[chosen], layout.index.shape[1])
         # A sample of the positions was constant; now all of them are asked.
-        found.extend(Flat(tensor, axis, (), places, units) for tensor, axis in sorted(tensors) if len(places))
+        for tensor, axis in sorted({(reader.tensor, reader.axis) for reader in site.readers if reader.axis != 0}):
+            width = channels.resolved.shapes[tensor][axis]
+            watched = np.isin(np.arange(width), places) if isinstance(width, int) else None
+            if len(places):
+                found.append(Flat(tensor, axis, (), places, units, watched))
     return tuple(found)
 
 
-def observe(
-    channels: Channels,
-    watched: Sequence[Flat],
-    samples: Samples,
-    *,
-    providers: Sequence[str],
-    threads: int,
-    progress: Progress,
-) -> tuple[Range, ...]:
-    """Measure the input range of nodes, channel by channel, inside the graph so that nothing large is fetched.
+class Watch:
+    """Measures the input range of nodes, channel by channel, inside the graph so that nothing large is fetched.
 
     Args:
         channels: the traced model.
         watched: what `flats` gave.
-        samples: the data; its FIT and SELECT parts are used.
-        providers: execution providers of ONNX Runtime.
-        threads: intra-op threads, 0 for its own choice.
-        progress: called with (stage, samples done, samples in all).
     """
-    proto = onnx.ModelProto()
-    proto.CopyFrom(channels.model.proto)
-    nodes: dict[str, list[onnx.NodeProto]] = {}
-    fetched: list[str] = []
-    for number, flat in enumerate(watched):
-        rank = len(channels.resolved.shapes[flat.tensor])
-        added, names = _measuring(proto, flat, number, rank, channels.model.opset)
-        nodes.setdefault(flat.tensor, []).extend(added)
-        fetched.extend(names)
-    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in fetched)
-    insert_behind(proto, nodes)
-    session = open_session(proto, providers=providers, threads=threads)
-    ranges: list[Range | None] = [None] * len(watched)
-    done, total = 0, len(samples.parts[Part.FIT]) + len(samples.parts[Part.SELECT])
-    for batch in samples.batches(Part.FIT, Part.SELECT):
-        values = session.run(fetched, dict(batch.feeds))  # older versions take nothing but a dict
-        for number, flat in enumerate(watched):
+
+    def __init__(self, channels: Channels, watched: Sequence[Flat]) -> None:
+        self._channels, self._watched = channels, watched
+        self._ranges: list[Range | None] = [None] * len(watched)
+
+    def extend(self, proto: onnx.ModelProto) -> tuple[dict[str, list[onnx.NodeProto]], list[str]]:
+        """Nodes to put behind tensors, and the names of what they put out; initializers are added to `proto`."""
+        nodes: dict[str, list[onnx.NodeProto]] = {}
+        fetched: list[str] = []
+        for number, flat in enumerate(self._watched):
+            rank = len(self._channels.resolved.shapes[flat.tensor])
+            added, names = _measuring(proto, flat, number, rank, self._channels.model.opset)
+            nodes.setdefault(flat.tensor, []).extend(added)
+            fetched.extend(names)
+        return nodes, fetched
+
+    def update(self, values: Sequence[NDArray[Any]], batch: Batch) -> None:
+        """Take in what one batch gave."""
+        for number, flat in enumerate(self._watched):
             *reduced, shape = values[5 * number : 5 * number + 5]
             kept = [value[: len(value) * len(batch.samples) // batch.size].astype(np.float64) for value in reduced]
             rows = len(kept[0]) * int(np.prod(shape)) // int(shape[0] * shape[flat.axis])
             seen = _range(flat, kept, rows)
-            known = ranges[number]
-            ranges[number] = seen if known is None else known.merge(seen)
-        done += len(batch.samples)
-        progress("saturation", done, total)
-    return tuple(found for found in ranges if found is not None)
+            known = self._ranges[number]
+            self._ranges[number] = seen if known is None else known.merge(seen)
+
+    def ranges(self) -> dict[tuple[str, int, bool], tuple[Flat, Range]]:
+        """What was seen, by tensor, axis and whether it is known where the reader is flat."""
+        pairs = zip(self._watched, self._ranges, strict=True)
+        return {key(flat): (flat, seen) for flat, seen in pairs if seen is not None}
 
 
 def _measuring(
@@ -236,8 +249,13 @@ def _measuring(
     others = [other for other in range(rank) if other not in (0, flat.axis)]
     proto.graph.initializer.append(onnx.numpy_helper.from_array(flat.silent.astype(np.int64), prefix + "places"))
     nodes = [onnx.helper.make_node("Gather", [flat.tensor, prefix + "places"], [prefix + "silent"], axis=flat.axis)]
+    ranged = flat.tensor
+    if flat.watched is not None:
+        ranged, places = prefix + "ranged", np.flatnonzero(flat.watched)
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(places, prefix + "watched"))
+        nodes.append(onnx.helper.make_node("Gather", [flat.tensor, prefix + "watched"], [ranged], axis=flat.axis))
     for op, name in zip(("ReduceMin", "ReduceMax", "ReduceSum", "ReduceSumSquare"), names, strict=False):
-        source = flat.tensor if op in ("ReduceMin", "ReduceMax") else prefix + "silent"
+        source = ranged if op in ("ReduceMin", "ReduceMax") else prefix + "silent"
         nodes.append(_reduction(proto, op, source, name, others, opset))
     nodes.append(onnx.helper.make_node("Shape", [flat.tensor], [names[4]]))
     return nodes, names
@@ -257,12 +275,14 @@ def _reduction(
 
 
 def _range(flat: Flat, reduced: Sequence[NDArray[Any]], rows: int) -> Range:
-    """The range over one batch; low and high are (samples, C), sum and square (samples, W)."""
+    """The range over one batch; low and high are (samples, watched channels), sum and square (samples, W)."""
     low, high, both, square = reduced
+    if flat.watched is not None:
+        low, high = (_spread(value, flat.watched, filling) for value, filling in ((low, np.inf), (high, -np.inf)))
     quiet = []
     for start, end in flat.parts:
         distance = np.minimum(low - start, end - high)
-        inside = (distance >= 0) & np.isfinite(distance)
+        inside = (distance >= 0) & np.isfinite(distance) & (True if flat.watched is None else flat.watched)
         counted = np.where(inside, distance, 0.0)
         quiet.append(
             Quiet(
@@ -277,13 +297,53 @@ def _range(flat: Flat, reduced: Sequence[NDArray[Any]], rows: int) -> Range:
     return Range(low.min(0), high.max(0), both.sum(0), square.sum(0), rows, len(low), tuple(quiet))
 
 
+def _spread(values: NDArray[Any], watched: NDArray[np.bool_], filling: float) -> NDArray[Any]:
+    """(samples, C) from (samples, watched channels)."""
+    whole = np.full((len(values), len(watched)), filling)
+    whole[:, watched] = values
+    return whole
+
+
+def key(flat: Flat) -> tuple[str, int, bool]:
+    """What tells the flats of a model apart."""
+    return flat.tensor, flat.axis, bool(flat.parts)
+
+
+def narrowed(watched: Sequence[Flat], ranges: Mapping[Any, tuple[Flat, Range]], samples: int) -> tuple[Flat, ...]:
+    """The same without the channels that are not silent, and too often awake to be among the seldom ones.
+
+    Args:
+        watched: what `flats` gave, after some of the samples.
+        ranges: what was seen in them.
+        samples: how many there are in all.
+    """
+    found = []
+    for flat in watched:
+        if not flat.parts or key(flat) not in ranges:
+            found.append(flat)
+            continue
+        _, seen = ranges[key(flat)]
+        wanted = np.zeros(len(seen.low), dtype=bool)
+        wanted[flat.silent] = True
+        for quiet in seen.quiet:
+            wanted |= seen.samples - quiet.count <= _most_awake(samples)
+        if wanted.any():
+            found.append(replace(flat, watched=wanted))
+    return tuple(found)
+
+
+def _most_awake(samples: int) -> float:
+    """Of so many samples, in how many a channel may be awake and still count as seldom awake."""
+    return max(1.0, SELDOM * samples)
+
+
 def required_margin(ranges: Sequence[Range]) -> float:
     """The quiet margin that a silent channel needs, learned from channels that woke in a few samples."""
     largest = 0.0
     for seen in ranges:
         for quiet in seen.quiet:
             awake = seen.samples - quiet.count
-            seldom = (awake >= 1) & (awake <= max(1.0, SELDOM * seen.samples)) & quiet.varies
+            seldom = (awake >= 1) & (awake <= _most_awake(seen.samples)) & quiet.varies
             if seldom.any():
                 largest = max(largest, float(quiet.margin[seldom].max()))
     return SAFETY * largest

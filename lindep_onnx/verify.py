@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -27,10 +28,10 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import onnx
 import onnxruntime
-from google.protobuf.message import EncodeError
 from numpy.typing import NDArray
 
-from lindep_onnx.errors import ModelError, UsageError, VerificationError
+from lindep_onnx import graph
+from lindep_onnx.errors import LindepError, ModelError, UsageError, VerificationError
 
 __all__ = [
     "Batch",
@@ -57,6 +58,10 @@ FLOOR = 1e-6
 #: A 4-D output with more channels than this is no map of class scores.
 MOST_CLASSES = 1000
 WORST_SAMPLES = 5
+#: Others on the machine only ever make a run slower.
+UNDISTURBED = 0.1
+#: Bytes of weights up to which a model is handed over as one string of bytes; larger ones by way of the disk.
+IN_MEMORY = 1 << 28
 #: Elements of an output that are worked on at a time, so that float64 copies of large outputs stay small.
 CHUNK = 1 << 20
 
@@ -482,7 +487,7 @@ def measure_latency(
         seconds: how long to measure, all sessions together; every one runs at least once after its warm-up.
 
     Returns:
-        Median milliseconds of a run, for each session.
+        Milliseconds of a run that little disturbed, for each session: the lower decile.
     """
     inputs = dict(feeds)
     for session in sessions:
@@ -497,7 +502,7 @@ def measure_latency(
             times[index].append(time.perf_counter() - start)
         order.reverse()
         if time.perf_counter() >= stop:
-            return tuple(float(np.median(taken)) * 1e3 for taken in times)
+            return tuple(float(np.quantile(taken, UNDISTURBED)) * 1e3 for taken in times)
 
 
 def open_session(
@@ -507,14 +512,16 @@ def open_session(
     threads: int,
     optimised: bool = True,
     timed: bool = False,
+    weights: onnx.ModelProto | None = None,
 ) -> onnxruntime.InferenceSession:
     """Make a model ready to run.
 
     Args:
-        model: a model in memory below 2 GB, or a path.
+        model: a model in memory, or a path.
         providers: execution providers, in order of preference.
         threads: intra-op threads; 0 lets ONNX Runtime choose.
         optimised: False runs the graph as it is written.
+        weights: where the data comes from that a light model (`lindep_onnx.graph.light`) lacks.
         timed: True leaves waiting threads spinning, as ONNX Runtime does by default. Between two runs they then take
             the cores from NumPy (measured: least squares on two cores are 8 times slower).
 
@@ -532,9 +539,11 @@ def open_session(
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if timed else "0")
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
-    source = _serialised(model) if isinstance(model, onnx.ModelProto) else str(model)
     try:
-        return onnxruntime.InferenceSession(source, options, providers=list(providers))
+        with _readable(model, weights) as source:
+            return onnxruntime.InferenceSession(source, options, providers=list(providers))
+    except LindepError:
+        raise
     except Exception as error:  # ONNX Runtime's exceptions have no common base
         raise ModelError(f"{_where(model)}: ONNX Runtime cannot load it: {_one_line(error)}") from error
 
@@ -543,26 +552,28 @@ def _where(model: onnx.ModelProto | str | Path) -> str:
     return (model.graph.name or "the model") if isinstance(model, onnx.ModelProto) else str(model)
 
 
-def _serialised(model: onnx.ModelProto) -> bytes:
-    try:
-        data: bytes = model.SerializeToString()
-    except (EncodeError, ValueError) as error:
-        raise ModelError(
-            f"{_where(model)}: is over the 2 GB that protobuf holds; save it with external data and give its path."
-        ) from error
-    return data
+@contextmanager
+def _readable(model: onnx.ModelProto | str | Path, weights: onnx.ModelProto | None = None) -> Iterator[bytes | str]:
+    """What ONNX Runtime and the checker take: a path, or the bytes of a model that is not too large for that."""
+    if not isinstance(model, onnx.ModelProto):
+        yield str(model)
+    elif graph.size_of(model) > IN_MEMORY:
+        with graph.on_disk(model, weights) as path:
+            yield str(path)
+    else:
+        # Large models go without this copy, and those over 2 GB have no bytes at all.
+        yield (model if weights is None else graph.filled(model, weights)).SerializeToString()
 
 
 def check_model(model: onnx.ModelProto | str | Path, *, original_passed: bool) -> None:
     """Hold a result to the checker that its original passed.
 
     Args:
-        model: the result; a path if it is over 2 GB.
+        model: the result.
         original_passed: whether `full_check_passes` found nothing in the original; else nothing is asked of the result.
 
     Raises:
         VerificationError: the result does not pass.
-        ModelError: the model is too large to be checked in memory.
     """
     found = full_check_passes(model) if original_passed else None
     if found is not None:
@@ -573,17 +584,14 @@ def full_check_passes(model: onnx.ModelProto | str | Path) -> str | None:
     """Run `onnx.checker` with shape inference.
 
     Args:
-        model: a model in memory below 2 GB, or a path.
+        model: a model in memory, or a path.
 
     Returns:
         None if the model passes, else what the checker says, in one line.
-
-    Raises:
-        ModelError: the model is too large to be checked in memory.
     """
-    source = _serialised(model) if isinstance(model, onnx.ModelProto) else str(model)
     try:
-        onnx.checker.check_model(source, full_check=True)
+        with _readable(model) as source:
+            onnx.checker.check_model(source, full_check=True)
     except Exception as error:  # the checker's exceptions have no common base
         return _one_line(error)
     return None

@@ -604,3 +604,23 @@ def test_two_runs_give_the_same_bits(rng: np.random.Generator) -> None:
     orders = [eliminate([posed], 10, candidates=np.ones(10, bool)) for _ in range(2)]
     assert orders[0].order.tobytes() == orders[1].order.tobytes()
     assert orders[0].cost.tobytes() == orders[1].cost.tobytes()
+
+
+def test_wide_sites_lose_features_in_the_order_of_the_plain_formula(rng: np.random.Generator) -> None:
+    one = site(rng, list(range(300)), rows=2000, outputs=30).problem
+    scale = np.sqrt(np.diagonal(one.gram))
+    inverse = np.linalg.inv(one.gram / np.outer(scale, scale) + 1e-10 * np.eye(300))
+    outer = one.outer * np.outer(scale, scale)
+    left, order = np.ones(300, dtype=bool), []
+    for _ in range(150):
+        cost = np.where(left, np.diagonal(outer) / np.where(left, np.diagonal(inverse), 1.0), np.inf)
+        chosen = int(np.argmin(cost))
+        order.append(chosen)
+        left[chosen] = False
+        h = inverse[:, chosen] / inverse[chosen, chosen]
+        q = outer[:, chosen] - h * outer[chosen, chosen] / 2
+        inverse = inverse - np.outer(h, h) * inverse[chosen, chosen]
+        outer = outer - np.outer(h, q) - np.outer(q, h)
+    found = eliminate([one], 300, candidates=np.ones(300, bool), limit=150)
+    assert found.order.tolist() == order
+    assert found.order.tolist() != sorted(order)

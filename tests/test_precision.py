@@ -30,7 +30,7 @@ def rounded(model: onnx.ModelProto, kind: int) -> onnx.ModelProto:
 @pytest.mark.parametrize("kind", HALF)
 def test_exactly_the_planted_channels_go(kind: int) -> None:
     model = rounded(_net(planted=True), kind)
-    result = compress(model, _images(64, 1))
+    result = compress(model, _images(64, 3))
     assert _widths(result.model) == (7, 8)
     assert {tensor.data_type for tensor in result.model.graph.initializer} == {kind}
     assert {value.type.tensor_type.elem_type for value in result.model.graph.output} == {kind}

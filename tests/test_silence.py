@@ -7,11 +7,11 @@ import pytest
 from build import as_array, build, traced
 
 import lindep_onnx
-from lindep_onnx import analysis, calibration, silence
+from lindep_onnx import analysis, calibration, learning, silence
 from lindep_onnx.data import InputSpec, Part, open_samples
 
 NET = "h = Conv(x, w, b)\nr = Relu(h)\ny = Conv(r, v)"
-RUNTIME = {"providers": ("CPUExecutionProvider",), "threads": 0, "progress": lambda stage, done, total: None}
+RUNTIME = {"providers": ("CPUExecutionProvider",), "threads": 0}
 
 
 def net(bias: np.ndarray, w: np.ndarray | None = None):
@@ -30,9 +30,10 @@ def seen(model, data: np.ndarray):
     channels = traced(model)
     specs = [InputSpec("x", np.dtype(np.float32), ("N", 3, 16, 16))]
     with open_samples({"x": data}, specs, seed=0, holdout=0.3, max_samples=None, batch_size=8) as samples:
-        evidence = analysis.evidence(channels, calibration.calibrate(channels, samples, seed=0, **RUNTIME))
-        watched = silence.flats(channels, evidence)
-        return evidence, watched, silence.observe(channels, watched, samples, **RUNTIME)
+        found = calibration.calibrate(channels, samples, seed=0, progress=lambda *_: None, **RUNTIME)
+        watched = silence.flats(channels, [analysis.constant_features(site, found) for site in channels.sites])
+        ranges = learning.observe(channels, watched, samples, **RUNTIME)
+        return analysis.evidence(channels, found), watched, [ranges[silence.key(flat)][1] for flat in watched]
 
 
 def removed(model, data: np.ndarray, **options: object) -> int:
@@ -140,3 +141,23 @@ def test_channels_that_leave_a_rest_other_than_zero_together_once_are_no_multipl
     }  # fmt: skip
     net = "h = Conv(x, w, b)\nr = Relu(h)\nq = BatchNormalization(r, s, o, m, n)\ny = Conv(q, v, c)"
     assert removed(build(net, weights, x=("N", 3, 1, 1)), x) == 0
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_one_pass_concludes_what_two_would(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    w = rng.normal(size=(24, 3, 1, 1)).astype(np.float32)
+    data = images(160, seed, tails=1.5)
+    model = build(
+        NET, {"w": w, "b": -np.geomspace(3000, 0.1, 24).astype(np.float32), "v": (4, 24, 1, 1)}, x=("N", 3, 16, 16)
+    )
+    evidence, watched, ranges = seen(model, data)
+    specs = [InputSpec("x", np.dtype(np.float32), ("N", 3, 16, 16))]
+    with open_samples({"x": data}, specs, seed=0, holdout=0.3, max_samples=None, batch_size=8) as samples:
+        _, found, doubtful = learning.learn(traced(model), samples, seed=0, progress=lambda *_: None, **RUNTIME)
+    expected = silence.unexplained(24, watched, ranges, evidence.samples)
+    assert (found.silent == evidence.silent).all()
+    assert (doubtful == expected)[found.silent].all()
+    assert 0 < expected[found.silent].sum() <= found.silent.sum() < 24
+    for one, other in zip(found.sites, evidence.sites, strict=True):
+        np.testing.assert_allclose(one.gram, other.gram, rtol=1e-12, atol=1e-12 * other.gram.max())

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
-from build import build
+from build import build, feed
 
-from lindep_onnx import verify
+from lindep_onnx import graph, verify
 from lindep_onnx.data import Batch
 from lindep_onnx.errors import ModelError, UsageError, VerificationError
 from lindep_onnx.verify import Comparison, OutputErrors
@@ -390,13 +391,21 @@ def test_a_model_that_cannot_be_loaded_is_one_line_without_source_paths(model: o
         verify.open_session(tmp_path / "none.onnx", **CPU)
 
 
-def test_a_model_too_large_for_memory_asks_for_a_path(model: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: onnx.ModelProto) -> bytes:
-        raise verify.EncodeError("Failed to serialize proto")
-
-    large = type("Large", (), {"SerializeToString": refuse, "graph": model.graph})()
-    with pytest.raises(ModelError, match=r"over the 2 GB .* give its path"):
-        verify._serialised(large)
+def test_a_model_too_large_for_one_string_goes_by_way_of_the_disk(
+    model: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    before, feeds = model.SerializeToString(), feed(model)
+    plain = verify.open_session(model, **CPU).run(None, feeds)
+    monkeypatch.setattr(verify, "IN_MEMORY", 0)
+    monkeypatch.setattr(graph, "EXTERNAL_BYTES", 1)
+    for source, weights in ((model, None), (graph.light(model), model)):
+        found = verify.open_session(source, weights=weights, **CPU).run(None, feeds)
+        assert all(np.array_equal(one, two) for one, two in zip(plain, found, strict=True))
+    assert verify.full_check_passes(model) is None
+    with pytest.raises(ModelError):
+        verify.open_session(graph.light(model), **CPU)  # without its weights
+    assert model.SerializeToString() == before and not list(tmp_path.iterdir())
 
 
 def test_an_unknown_provider_is_a_usage_error_that_lists_the_known_ones(model: onnx.ModelProto) -> None:

@@ -1,0 +1,91 @@
+"""Calibration on workers: the same moments and the same plan, whoever dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from build import as_array, build, traced
+
+import lindep_onnx
+from lindep_onnx import learning
+from lindep_onnx.cluster import Workers, check_source, connected
+from lindep_onnx.data import InputSpec, open_samples
+from lindep_onnx.errors import UsageError
+
+RUNTIME = {"providers": ("CPUExecutionProvider",), "threads": 1, "seed": 0}
+SPECS = [InputSpec("x", np.dtype(np.float32), ("N", 3, 16, 16))]
+
+
+def net():
+    w = as_array("w", (16, 3, 3, 3))
+    w[5] = 2 * w[4]
+    bias = np.r_[-60.0, -4.0, np.zeros(14)].astype(np.float32)
+    body = "h = Conv<pads=[1,1,1,1]>(x, w, b)\nr = Relu(h)\ng = Conv(r, v)\ny = Relu(g)"
+    return build(body, {"w": w, "b": bias, "v": (8, 16, 1, 1)}, x=("N", 3, 16, 16))
+
+
+def images(count: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(count, 3, 16, 16)).astype(np.float32)
+
+
+class Dying:
+    """A client that kills one worker once all shards are on their way."""
+
+    def __init__(self, client) -> None:
+        self._client = client
+        self._killed = False
+
+    def __getattr__(self, name: str):
+        return getattr(self._client, name)
+
+    def submit(self, *arguments, **options):
+        if not self._killed:
+            self._killed = True
+            victim = next(iter(self._client.run(os.getpid).values()))
+            os.kill(victim, signal.SIGKILL)
+        return self._client.submit(*arguments, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrap", [lambda client: client, Dying], ids=["calm", "one dies"])
+def test_two_workers_give_the_moments_and_the_plan_of_one_process(tmp_path: Path, wrap) -> None:
+    pytest.importorskip("distributed")
+    model, path = net(), tmp_path / "calib.npz"
+    np.savez(path, x=images(300))
+    channels = traced(model)
+    with (
+        connected("2") as client,
+        open_samples(str(path), SPECS, seed=0, holdout=0.3, max_samples=None, batch_size=8) as samples,
+    ):
+        silent = {"progress": lambda *_: None, **RUNTIME}
+        over = Workers(wrap(client), str(path), SPECS, 8, ((), (), 1))
+        (_, here, doubtful), (_, there, other) = (
+            learning.learn(channels, samples, **silent, over=over) for over in (None, over)
+        )
+        assert here.samples == there.samples and here.silent.any()
+        assert (doubtful == other).all()
+        for one, two in zip(here.sites, there.sites, strict=True):
+            assert (one.rows, one.effective_rows) == (two.rows, two.effective_rows)
+            np.testing.assert_allclose(two.gram, one.gram, rtol=1e-12, atol=1e-12 * np.abs(one.gram).max())
+            np.testing.assert_allclose(two.mean, one.mean, rtol=1e-12, atol=1e-12 * np.abs(one.mean).max())
+            assert (one.active == two.active).all()
+        alone = lindep_onnx.compress(model, str(path), batch_size=8)
+        together = lindep_onnx.compress(model, str(path), batch_size=8, client=wrap(client))
+    groups = [[(group.name, group.channels_after) for group in result.report.groups] for result in (alone, together)]
+    assert groups[0] == groups[1] and sum(group.removed for group in alone.report.groups) >= 1
+
+
+def test_data_that_workers_cannot_read_is_refused() -> None:
+    with pytest.raises(UsageError, match="not a generator"):
+        check_source(iter([{"x": images(3)}]))
+    check_source({"x": images(3)})
+
+
+def test_an_address_that_nothing_answers_at_is_one_clear_error() -> None:
+    pytest.importorskip("distributed")
+    with pytest.raises(UsageError, match="--cluster takes the address"), connected("nonsense"):
+        pass

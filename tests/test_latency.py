@@ -1,0 +1,92 @@
+"""Latency as a budget: the table of layers, and results held to it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from build import build
+
+import lindep_onnx
+from lindep_onnx import graph, latency
+from lindep_onnx.errors import UsageError
+
+RUNTIME = {"providers": ("CPUExecutionProvider",), "threads": 1}
+NET = (
+    "a = Conv<pads=[1,1,1,1]>(x, w)\nb = Relu(a)\nc = Conv<pads=[1,1,1,1], group=64>(b, k)\nd = Relu(c)\n"
+    "e = Conv(d, v)\nf = GlobalAveragePool(e)\ng = Flatten(f)\ny = Gemm<transB=1>(g, u)"
+)
+WEIGHTS = {"w": (64, 3, 3, 3), "k": (64, 1, 3, 3), "v": (96, 64, 1, 1), "u": (10, 96)}
+
+
+def net():
+    return build(NET, WEIGHTS, x=("N", 3, 24, 24))
+
+
+def images(count: int = 60) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(count, 3, 24, 24)).astype(np.float32)
+
+
+def test_layers_are_found_with_their_widths() -> None:
+    found = latency.layers(graph.load(net()), {"x": (1, 3, 24, 24)})
+    assert [layer.widths for layer in found] == [(3, 64), (64, 64), (64, 96), (96, 10)]
+    assert [layer.depthwise for layer in found] == [False, True, False, False]
+    narrow = latency.layers(
+        graph.load(build(NET, {**WEIGHTS, "v": (40, 64, 1, 1), "u": (10, 40)})), {"x": (1, 3, 24, 24)}
+    )
+    assert narrow[2].kind == found[2].kind != latency.layers(graph.load(net()), {"x": (1, 3, 48, 48)})[2].kind
+
+
+def test_a_table_reads_back_and_interpolates(tmp_path: Path) -> None:
+    (layer, *_) = latency.layers(graph.load(net()), {"x": (1, 3, 24, 24)})[2:]
+    table = latency.LatencyTable({layer.kind: ((16, 64), (24, 96), np.array([[1.0, 2.0], [4.0, 8.0]]))})
+    assert table.predict(layer) == 8.0
+    table.save(tmp_path / "t.json")
+    again = latency.LatencyTable.load(tmp_path / "t.json")
+    (half,) = latency.layers(
+        graph.load(build(NET, {**WEIGHTS, "w": (40, 3, 3, 3), "k": (40, 1, 3, 3), "v": (60, 40, 1, 1), "u": (10, 60)})),
+        {"x": (1, 3, 24, 24)},
+    )[2:3]
+    assert again.predict(half) == pytest.approx((1.5 + 6.0) / 2)
+    assert again.rate(layer) > 0 and again.total([layer, half]) == 8.0 + again.predict(half)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"version": 9}', '{"version": 1, "seconds": {"a": [[1], [1], [[-1]]]}}'])
+def test_a_damaged_table_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "t.json").write_text(text)
+    with pytest.raises(UsageError, match="--latency-table"):
+        latency.LatencyTable.load(tmp_path / "t.json")
+
+
+def test_measured_layers_cost_time_at_every_width() -> None:
+    found = latency.layers(graph.load(net()), {"x": (1, 3, 24, 24)})
+    table = latency.measure_table(found, 17, **RUNTIME)
+    assert set(table.seconds) == {layer.kind for layer in found}
+    assert all((grid > 0).all() for _, _, grid in table.seconds.values())
+
+
+def test_a_kept_table_makes_the_widths_a_function_of_the_inputs(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    options = {"latency": 0.9, "latency_table": str(path), "refit": "fold", "force": True}
+    first = lindep_onnx.compress(net(), {"x": images()}, **options).report
+    assert path.exists() and json.loads(path.read_text())["version"] == 1
+    (budget,) = first.budget
+    assert budget.kind == "latency" and budget.achieved is not None
+    assert first.after.latency_ms / first.before.latency_ms == pytest.approx(budget.achieved)
+    kept = path.read_bytes()
+    lindep_onnx.compress(net(), {"x": images()}, **options)
+    assert path.read_bytes() == kept
+
+
+def test_what_cannot_be_reached_is_a_failure() -> None:
+    with pytest.raises(lindep_onnx.BudgetError, match="--latency"):
+        lindep_onnx.compress(net(), {"x": images()}, latency=1e-4, refit="fold")
+
+
+def test_options_that_do_not_go_together_are_refused() -> None:
+    with pytest.raises(UsageError, match="--rounds"):
+        lindep_onnx.Config(latency=0.5, rounds=2)
+    with pytest.raises(UsageError, match="--latency-table"):
+        lindep_onnx.Config(latency_table="t.json")

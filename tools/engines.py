@@ -1,0 +1,57 @@
+"""The calibration of one model on two local workers of Dask or of Ray: start, run, processes.
+
+Ray is not a dependency; install it beside to try it.
+
+Usage: python tools/engines.py dask|ray MODEL.onnx calib.npz [--samples 80]
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+
+from lindep_onnx import api, cluster
+from lindep_onnx.config import Config
+from lindep_onnx.data import open_samples
+
+__all__ = ["main"]
+
+WORKERS, SHARDS = 2, 6
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("engine", choices=("dask", "ray"))
+    parser.add_argument("model")
+    parser.add_argument("calib")
+    parser.add_argument("--samples", type=int, default=80)
+    given = parser.parse_args(arguments)
+    understood = api.understand(given.model, Config())
+    specs = tuple(api._inputs(understood))
+    with open_samples(given.calib, specs, seed=0, holdout=0.3, max_samples=given.samples, batch_size=1) as samples:
+        shards = cluster._shards(samples, SHARDS)
+    model = understood.channels.model.proto.SerializeToString()
+    runtime = ("CPUExecutionProvider",), 1
+    job = cluster._Job(model, ((), (), 1), given.calib, specs, 1, (), given.samples, 0, runtime)
+    start = time.perf_counter()
+    if given.engine == "dask":
+        with cluster.connected(str(WORKERS)) as client:
+            up = time.perf_counter()
+            everywhere = client.scatter(job, broadcast=True, hash=False)
+            found = client.gather([client.submit(cluster._run_shard, everywhere, one, pure=False) for one in shards])
+            done = time.perf_counter()
+    else:
+        import ray
+
+        ray.init(num_cpus=WORKERS, include_dashboard=False, log_to_driver=False)
+        up = time.perf_counter()
+        everywhere, run = ray.put(job), ray.remote(max_retries=3)(cluster._run_shard)
+        found = ray.get([run.remote(everywhere, one) for one in shards])
+        done = time.perf_counter()
+    fitted = sum(seen.samples[0] for seen, _ in found)
+    print(f"{given.engine}: up after {up - start:.1f} s, {fitted} samples fitted in {done - up:.1f} s")
+
+
+if __name__ == "__main__":
+    main()

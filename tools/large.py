@@ -1,0 +1,162 @@
+"""A model of gigabytes with planted dependence, compressed under a memory limit.
+
+`build` writes an MLP with external data whose hidden layers hold neurons that are scaled copies of others, one layer at
+a time, so that building it takes the memory of one layer. `compress_it` runs the command on it in a process of its own
+and measures its peak. What may be needed: `LIMIT` times the file, `MATRICES` second-moment matrices of every layer (8
+bytes for each pair of its inputs: of a square layer twice its weights), and `CONSTANT`.
+
+Usage: python tools/large.py [--gigabytes 2.5] [--folder DIR] [--options ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+__all__ = ["CONSTANT", "COPIES", "LIMIT", "MATRICES", "Ran", "build", "compress_it", "widths_of"]
+
+#: Copies of the weights and of the moments that the command may hold at once, and megabytes on top.
+LIMIT, MATRICES, CONSTANT = 4.0, 6.0, 1000
+#: Of every hidden layer so many neurons are copies.
+COPIES = 64
+WIDTH = 8192
+
+
+@dataclass(frozen=True)
+class Ran:
+    """One command.
+
+    Attributes:
+        code: its exit code.
+        seconds: its time.
+        peak: its peak resident memory in MB.
+        file: size of model and weights in MB.
+        moments: size of one matrix for every layer in MB.
+    """
+
+    code: int
+    seconds: float
+    peak: float
+    file: float
+    moments: float
+
+    @property
+    def allowed(self) -> float:
+        """The stated limit in MB."""
+        return LIMIT * self.file + MATRICES * self.moments + CONSTANT
+
+    @property
+    def within(self) -> bool:
+        """Whether it held."""
+        return self.code == 0 and self.peak <= self.allowed
+
+
+def build(folder: Path, gigabytes: float = 2.5, width: int = WIDTH) -> Path:
+    """Write `large.onnx` and `large.onnx.data`, and samples `calib.npy`.
+
+    Args:
+        folder: where to.
+        gigabytes: size of the weights, about.
+        width: of the hidden layers; those in the middle are square.
+
+    Returns:
+        The path of the model. Hidden layer i has `COPIES` neurons, the last ones, that are copies of its first.
+    """
+    layers = max(1, round(gigabytes * 1e9 / (4 * width * width)))
+    rng = np.random.default_rng(0)
+    nodes, tensors, offset, last = [], [], 0, "x"
+    path = folder / "large.onnx"
+    sizes = [(width, 64), *[(width, width)] * layers, (16, width)]
+    with (folder / "large.onnx.data").open("wb") as file:
+        for number, shape in enumerate(sizes):
+            weight = rng.standard_normal(shape, dtype=np.float32) * np.float32(np.sqrt(2 / shape[1]))
+            if number <= layers:
+                weight[-COPIES:] = 2 * weight[:COPIES]
+            tensor = TensorProto(name=f"w{number}", dims=shape, data_type=TensorProto.FLOAT)
+            tensor.data_location = TensorProto.EXTERNAL
+            for key, value in (("location", "large.onnx.data"), ("offset", offset), ("length", weight.nbytes)):
+                tensor.external_data.add(key=key, value=str(value))
+            file.write(memoryview(weight).cast("B"))
+            offset += weight.nbytes
+            tensors.append(tensor)
+            out = "y" if number > layers else f"g{number}"
+            nodes.append(helper.make_node("Gemm", [last, f"w{number}"], [out], f"gemm{number}", transB=1))
+            if number <= layers:
+                nodes.append(helper.make_node("Relu", [out], [f"r{number}"], f"relu{number}"))
+                last = f"r{number}"
+    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 64])
+    made = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 16])
+    graph = helper.make_graph(nodes, "large", [given], [made], tensors)
+    path.write_bytes(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
+    )
+    np.save(folder / "calib.npy", rng.standard_normal((512, 64), dtype=np.float32))
+    return path
+
+
+def widths_of(path: Path) -> list[int]:
+    """Neurons of every layer of such a model."""
+    proto = onnx.load(path, load_external_data=False)
+    sizes = {tensor.name: tensor.dims[0] for tensor in proto.graph.initializer}
+    return [int(sizes[node.input[1]]) for node in proto.graph.node if node.op_type == "Gemm"]
+
+
+def compress_it(model: Path, result: Path, options: Sequence[str] = (), *, limit: int | None = None) -> Ran:
+    """Run the command on what `build` wrote.
+
+    Args:
+        model: its path; the samples are beside it.
+        result: where to write.
+        options: further ones.
+        limit: megabytes of data (RLIMIT_DATA: memory that is no file's) that the process may have; None for any.
+    """
+    line = [sys.executable, "-m", "lindep_onnx", str(model), str(result)]
+    line += ["--calib", str(model.parent / "calib.npy"), "--quiet", *options]
+    if limit is not None:
+        line = ["/bin/sh", "-c", f'ulimit -d {limit * 1000}; exec "$@"', "sh", *line]
+    start = time.perf_counter()
+    process = subprocess.Popen(line)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    size = sum((model.parent / name).stat().st_size for name in (model.name, model.name + ".data"))
+    moments = sum(8e-6 * width**2 for width in widths_of(model)[:-1])
+    return Ran(process.returncode, time.perf_counter() - start, used.ru_maxrss * 1024 / 1e6, size / 1e6, moments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gigabytes", type=float, nargs="+", default=[2.5])
+    parser.add_argument("--folder", type=Path, help="where to work; a temporary one without")
+    parser.add_argument("--width", type=int, default=WIDTH)
+    parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="of the command")
+    given = parser.parse_args(arguments)
+    print(
+        "| file, MB | exit code | seconds | peak, MB | allowed, MB | neurons before | after |",
+        "|---" * 7 + "|",
+        sep="\n",
+    )
+    for gigabytes in given.gigabytes:
+        with tempfile.TemporaryDirectory(dir=given.folder) as name:
+            model = build(Path(name), gigabytes, given.width)
+            ran = compress_it(model, Path(name) / "small.onnx", given.options)
+            after = sum(widths_of(Path(name) / "small.onnx")) if (Path(name) / "small.onnx").exists() else 0
+            cells = (f"{ran.file:,.0f}", ran.code, f"{ran.seconds:.0f}", f"{ran.peak:,.0f}")
+            print(
+                f"| {' | '.join(map(str, cells))} | {ran.allowed:,.0f} | {sum(widths_of(model))} | {after} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

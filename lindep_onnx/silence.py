@@ -10,12 +10,16 @@ in which it is silent its *quiet margin* is
 how far outside anything seen the next sample must lie to wake it. How large a margin is large enough depends on how
 heavy the tails are, which differs from model to model by orders of magnitude, and the model itself shows it: channels
 that woke in a few samples were silent in all the others, and their margin over those others did not keep them quiet. A
-silent channel must have a margin well above the largest of theirs.
+silent channel must have a margin well above the largest of theirs, and its input must stay inside the flat part by as
+many standard deviations over all positions. How many that is falls with the number of samples (`margin`): else a larger
+sample, whose extremes lie farther out, would let fewer channels go.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -30,21 +34,32 @@ from lindep_onnx.ops.saturation import Interval, flat_parts, may_flatten
 from lindep_onnx.sampling import insert_behind
 from lindep_onnx.verify import open_session
 
-__all__ = ["Flat", "Quiet", "Range", "flats", "observe", "required_margin", "unexplained"]
+__all__ = [
+    "CERTAINTY",
+    "Flat",
+    "Quiet",
+    "Range",
+    "batches",
+    "broken_margin",
+    "flats",
+    "margin",
+    "merged",
+    "observe",
+    "unexplained",
+]
 
 Floats: TypeAlias = NDArray[np.float64]
 Progress: TypeAlias = Callable[[str, int, int], None]
 
 #: Of fewer samples nothing is concluded: what never changed in n of them may change in a share of 3 / n of all others.
 LEAST_SAMPLES = 32
-#: Standard deviations, over all positions, by which a channel must stay inside a flat part in any case; for many and
-#: for few samples. Measured on efficientnet_lite0: without a margin 0.75 % of decisions changed.
-MARGIN, MANY_SAMPLES, MARGIN_FEW = 2.0, 600, 4.0
+#: Margins, in standard deviations, times the root of the number of samples: what may still come lies the nearer to what
+#: was seen, the more was seen. Chosen by tools/margin_figures.py, whose table is in docs/architecture.md: with 16 or 24
+#: more channels go, and more of them wake; with 48 fewer go and as few wake.
+CERTAINTY = 32.0
 #: A channel that is awake in at most this share of the samples, and in at least one, shows how large a quiet margin
-#: may be and still break; silent ones need this many times the largest. Measured by splitting 600 images at random 20
-#: times: of the channels of efficientnet_lite0 that were silent in 54, 127 or 340 of them, 5 to 8, 1 to 2 and 1 woke in
-#: the others with the margins above alone, and fewer than one in ten trials with this one; all 64 dead ones pass.
-SELDOM, SAFETY = 0.25, 2.0
+#: may be and still break.
+SELDOM = 0.25
 
 
 @dataclass(frozen=True)
@@ -198,6 +213,27 @@ def observe(
         threads: intra-op threads, 0 for its own choice.
         progress: called with (stage, samples done, samples in all).
     """
+    parts = batches(channels, watched, samples, providers=providers, threads=threads, progress=progress)
+    return functools.reduce(merged, parts, ())
+
+
+def merged(ranges: Sequence[Range], more: Sequence[Range]) -> tuple[Range, ...]:
+    """The ranges over the samples of both; no ranges are those over no samples."""
+    if not ranges or not more:
+        return tuple(ranges or more)
+    return tuple(known.merge(seen) for known, seen in zip(ranges, more, strict=True))
+
+
+def batches(
+    channels: Channels,
+    watched: Sequence[Flat],
+    samples: Samples,
+    *,
+    providers: Sequence[str],
+    threads: int,
+    progress: Progress,
+) -> Iterator[tuple[Range, ...]]:
+    """What `observe` puts together, batch by batch."""
     proto = onnx.ModelProto()
     proto.CopyFrom(channels.model.proto)
     nodes: dict[str, list[onnx.NodeProto]] = {}
@@ -210,20 +246,18 @@ def observe(
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in fetched)
     insert_behind(proto, nodes)
     session = open_session(proto, providers=providers, threads=threads)
-    ranges: list[Range | None] = [None] * len(watched)
     done, total = 0, len(samples.parts[Part.FIT]) + len(samples.parts[Part.SELECT])
     for batch in samples.batches(Part.FIT, Part.SELECT):
         values = session.run(fetched, batch.feeds)
+        found = []
         for number, flat in enumerate(watched):
             *reduced, shape = values[5 * number : 5 * number + 5]
             kept = [value[: len(value) * len(batch.samples) // batch.size].astype(np.float64) for value in reduced]
             rows = len(kept[0]) * int(np.prod(shape)) // int(shape[0] * shape[flat.axis])
-            seen = _range(flat, kept, rows)
-            known = ranges[number]
-            ranges[number] = seen if known is None else known.merge(seen)
+            found.append(_range(flat, kept, rows))
+        yield tuple(found)
         done += len(batch.samples)
         progress("saturation", done, total)
-    return tuple(found for found in ranges if found is not None)
 
 
 def _measuring(
@@ -277,8 +311,13 @@ def _range(flat: Flat, reduced: Sequence[NDArray[Any]], rows: int) -> Range:
     return Range(low.min(0), high.max(0), both.sum(0), square.sum(0), rows, len(low), tuple(quiet))
 
 
-def required_margin(ranges: Sequence[Range]) -> float:
-    """The quiet margin that a silent channel needs, learned from channels that woke in a few samples."""
+def margin(samples: int, certainty: float = CERTAINTY) -> float:
+    """Standard deviations that count as far, after so many samples; half of it after four times as many."""
+    return certainty / math.sqrt(max(1, samples))
+
+
+def broken_margin(ranges: Sequence[Range]) -> float:
+    """The largest quiet margin that did not keep a channel quiet: of those that woke in a few samples."""
     largest = 0.0
     for seen in ranges:
         for quiet in seen.quiet:
@@ -286,10 +325,12 @@ def required_margin(ranges: Sequence[Range]) -> float:
             seldom = (awake >= 1) & (awake <= max(1.0, SELDOM * seen.samples)) & quiet.varies
             if seldom.any():
                 largest = max(largest, float(quiet.margin[seldom].max()))
-    return SAFETY * largest
+    return largest
 
 
-def unexplained(units: int, watched: Sequence[Flat], ranges: Sequence[Range], samples: int) -> NDArray[np.bool_]:
+def unexplained(
+    units: int, watched: Sequence[Flat], ranges: Sequence[Range], samples: int, certainty: float = CERTAINTY
+) -> NDArray[np.bool_]:
     """(units,) bool: constant so far, but not by a margin.
 
     A channel whose input stays inside a flat part of the activation with margin to spare is taken to stay there. One
@@ -300,9 +341,10 @@ def unexplained(units: int, watched: Sequence[Flat], ranges: Sequence[Range], sa
         watched: what `flats` gave.
         ranges: what was seen of each.
         samples: how many samples were seen.
+        certainty: see `CERTAINTY`.
     """
-    deviations = MARGIN if samples >= MANY_SAMPLES else MARGIN_FEW
-    required = required_margin(ranges)
+    deviations = margin(samples, certainty)
+    required = deviations * broken_margin(ranges)
     doubtful = np.full(units, samples < LEAST_SAMPLES)
     for flat, seen in zip(watched, ranges, strict=True):
         doubtful[flat.units[_doubted(flat, seen, deviations, required)]] = True

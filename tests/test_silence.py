@@ -75,8 +75,8 @@ def test_channels_that_woke_show_how_far_is_not_far_enough() -> None:
     model = net(-np.geomspace(400, 30, 8), w)
     calm, wild = images(120), images(120, tails=1.5)
     (_, _, tame), (evidence, watched, ranges) = seen(model, calm), seen(model, wild)
-    assert silence.required_margin(tame) == 0.0  # nothing woke
-    assert silence.required_margin(ranges) > 0.0
+    assert silence.broken_margin(tame) == 0.0  # nothing woke
+    assert silence.broken_margin(ranges) > 0.0
     doubtful = silence.unexplained(8, watched, ranges, 120)
     assert doubtful.tolist() == [False, False, False, True, True, False, False, False]  # the last three are awake
     assert evidence.silent.tolist() == [True] * 5 + [False] * 3

@@ -235,8 +235,11 @@ def _infer(
 def _dim(dim: onnx.TensorShapeProto.Dimension, symbols: Iterator[str]) -> int | str:
     if dim.HasField("dim_value") and dim.dim_value >= 0:
         return int(dim.dim_value)
+    name = dim.dim_param
+    if isinstance(name, bytes):  # what protobuf makes of bytes that are no text
+        name = name.decode(errors="backslashreplace")
     # `?` and the empty string are exporters' words for "unknown": they do not make two dimensions equal.
-    return dim.dim_param if dim.dim_param.strip("?") else next(symbols)
+    return name if name.strip("?") else next(symbols)
 
 
 def _merged(known: Shape | None, found: Shape) -> Shape:

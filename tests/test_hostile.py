@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from build import build, run
+from build import build, run, traced
 from onnx import TensorProto, numpy_helper
 
 import lindep_onnx
 from lindep_onnx import api, graph
 from lindep_onnx.config import Config
 from lindep_onnx.errors import CalibrationError, LindepError, ModelError
+from lindep_onnx.shapes import resolve
 
 ROOT = Path(__file__).parents[1]
 PROVEN = Config(proven_only=True)
@@ -108,6 +109,40 @@ def test_a_strange_model_is_an_error_of_ours_or_none(change: Callable) -> None:
             assert 1 <= len(str(error).splitlines()) <= 3
     assert tracemalloc.get_traced_memory()[1] < 100 << 20
     tracemalloc.stop()
+
+
+def picked(index: int) -> onnx.ModelProto:
+    made = model(i=np.array([0, index, 2, 3, 4, 5]))
+    made.graph.node[1].CopyFrom(onnx.helper.make_node("Gather", ["h", "i"], ["r"], axis=1))
+    return made
+
+
+MISFITS = {
+    "a Conv bias of another length": (model, "b", np.zeros(5, np.float32), "misfit"),
+    "a Conv bias of one": (model, "b", np.zeros(1, np.float32), "misfit"),
+    "a Conv bias of two axes": (model, "b", np.zeros((1, 6), np.float32), "misfit"),
+    "an index beyond the axis": (lambda: picked(1), "i", np.array([0, 6, 2, 3, 4, 5]), "outside"),
+    "an index before the axis": (lambda: picked(1), "i", np.array([0, -7, 2, 3, 4, 5]), "outside"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS.values(), ids=MISFITS.keys())
+def test_constants_that_do_not_fit_are_a_named_refusal(case: tuple) -> None:
+    make, name, value, reason = case
+    made = make()
+    assert traced(made).units == 6  # the control: what fits
+    tensor(made, name).CopyFrom(numpy_helper.from_array(value, name))
+    found = traced(made)
+    assert found.units == 0 and reason in [refusal.reason.code for refusal in found.refusals]
+
+
+def test_names_of_dimensions_that_are_no_text_are_names() -> None:
+    made = model()
+    made.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "Qzzq"
+    damaged = onnx.ModelProto.FromString(made.SerializeToString().replace(b"Qzzq", b"Q\xd3zq"))
+    assert isinstance(damaged.graph.input[0].type.tensor_type.shape.dim[0].dim_param, bytes)
+    loaded = graph.load(damaged)
+    assert resolve(loaded).shapes["x"][0] == "Q\\xd3zq"
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

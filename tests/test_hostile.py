@@ -134,6 +134,8 @@ def test_constants_that_do_not_fit_are_a_named_refusal(case: tuple) -> None:
     tensor(made, name).CopyFrom(numpy_helper.from_array(value, name))
     found = traced(made)
     assert found.units == 0 and reason in [refusal.reason.code for refusal in found.refusals]
+    report = lindep_onnx.compress(made, proven_only=True, input_range={"*": (0.0, 1.0)}).report
+    assert reason in [refusal.reason for refusal in report.refusals]
 
 
 def test_names_of_dimensions_that_are_no_text_are_names() -> None:

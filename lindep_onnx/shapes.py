@@ -33,6 +33,8 @@ Shape: TypeAlias = "tuple[int | str, ...]"
 
 #: Integer tensors up to this size are followed as possible shapes.
 SHAPE_VALUE_LIMIT = 4096
+#: Longer vectors are of unknown length to inference, which makes a list of the elements of integer ones.
+MOST_DECLARED = 1 << 20
 #: Constants that nodes make out of nothing (ConstantOfShape, Expand, Range) are evaluated up to this size.
 MADE_LIMIT = 1 << 16
 #: Arithmetic on whole weights (a scale, a weight norm) is evaluated up to this size.
@@ -223,13 +225,21 @@ def _infer(
     except Exception:  # it raises bare RuntimeErrors on graphs it cannot follow; what is unknown stays unknown
         logger.debug("shape inference gave up", exc_info=True)
         inferred = skeleton.graph
-    for info in (*model.proto.graph.value_info, *inferred.value_info, *inferred.input, *inferred.output):
+    for info in (*inferred.value_info, *inferred.input, *inferred.output):
         tensor = info.type.tensor_type
         if tensor.elem_type:
             dtypes[info.name] = tensor.elem_type
         if tensor.HasField("shape"):
             found = tuple(_dim(dim, symbols) for dim in tensor.shape.dim)
             shapes[info.name] = _merged(shapes.get(info.name), found)
+    # What the file says of its inner tensors may be stale: it only completes what follows from the operators.
+    for info in model.proto.graph.value_info:
+        tensor = info.type.tensor_type
+        if tensor.elem_type:
+            dtypes.setdefault(info.name, tensor.elem_type)
+        if tensor.HasField("shape"):
+            said = tuple(_dim(dim, symbols) for dim in tensor.shape.dim)
+            shapes[info.name] = _completed(shapes.get(info.name), said)
 
 
 def _dim(dim: onnx.TensorShapeProto.Dimension, symbols: Iterator[str]) -> int | str:
@@ -250,6 +260,14 @@ def _merged(known: Shape | None, found: Shape) -> Shape:
     )
 
 
+def _completed(known: Shape | None, said: Shape) -> Shape:
+    if known is None:
+        return said
+    if len(known) != len(said):
+        return known
+    return tuple(old if isinstance(old, int) else new for old, new in zip(known, said, strict=True))
+
+
 def _skeleton(
     model: Model,
     inputs: Mapping[str, Shape],
@@ -265,6 +283,9 @@ def _skeleton(
         if value.name in inputs:
             dtype = value.type.tensor_type.elem_type
             value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, dtype, inputs[value.name]))
+        dims = value.type.tensor_type.shape.dim
+        if len(dims) == 1 and dims[0].dim_value > MOST_DECLARED:
+            dims[0].Clear()
     for name, value in constants.items():
         if value.size <= 64 and value.dtype.kind in "iufb":
             graph.initializer.append(onnx.numpy_helper.from_array(value, name))
@@ -277,7 +298,8 @@ def _skeleton(
     for node in model.nodes:
         for name in node.outputs:
             if name and name in shapes and name not in constants and name in dtypes:
-                dims = [dim if isinstance(dim, int) else None for dim in shapes[name]]
+                most = MOST_DECLARED if len(shapes[name]) == 1 else math.inf
+                dims = [dim if isinstance(dim, int) and dim <= most else None for dim in shapes[name]]
                 graph.value_info.append(onnx.helper.make_tensor_value_info(name, dtypes[name], dims))
     # Before version 4 inference gives up on an initializer that is no graph input.
     result = onnx.ModelProto(ir_version=max(4, model.proto.ir_version), graph=graph)

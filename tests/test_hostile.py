@@ -93,6 +93,16 @@ SURVIVED = {
     "strange attributes": lambda m: set_attribute(m, 0, pads=[2**62] * 4, strides=[0, -1], kernel_shape=[0, 0]),
     "attributes of another type": lambda m: set_attribute(m, 0, pads="x", group=[1, 2]),
     "an axis beyond all": lambda m: (setattr(m.graph.node[1], "op_type", "Softmax"), set_attribute(m, 1, axis=99)),
+    "an inner vector declared endless": lambda m: (
+        m.graph.node.add(op_type="Shape", input=["h"], output=["n"]),
+        m.graph.node.add(op_type="Gather", input=["n", "n"], output=["k"]),
+        m.graph.value_info.append(onnx.helper.make_tensor_value_info("n", TensorProto.INT64, [2**63 - 1])),
+    ),
+    "an input vector declared endless": lambda m: (
+        m.graph.input.append(onnx.helper.make_tensor_value_info("n", TensorProto.INT64, [2**62])),
+        m.graph.node.add(op_type="Gather", input=["n", "n"], output=["k"]),
+        m.graph.node.add(op_type="Reshape", input=["h", "k"], output=["j"]),
+    ),
     "a bias of one": lambda m: tensor(m, "b").CopyFrom(numpy_helper.from_array(np.zeros(1, np.float32), "b")),
 }
 
@@ -145,6 +155,24 @@ def test_names_of_dimensions_that_are_no_text_are_names() -> None:
     assert isinstance(damaged.graph.input[0].type.tensor_type.shape.dim[0].dim_param, bytes)
     loaded = graph.load(damaged)
     assert resolve(loaded).shapes["x"][0] == "Q\\xd3zq"
+
+
+def test_what_a_file_says_of_its_inner_tensors_never_overrules_the_operators() -> None:
+    made = model()
+    for name, shape in (("h", ["N", 6, 9, 9]), ("r", [1, 2])):
+        made.graph.value_info.append(onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+    shapes = resolve(graph.load(made)).shapes
+    assert shapes["h"] == ("N", 6, 6, 6)
+    assert shapes["r"][1:] == (6, 6, 6)
+
+
+def test_a_location_that_is_no_text_is_a_location(tmp_path: Path) -> None:
+    made = model()
+    outside(made)
+    tensor(made, "w").external_data[0].value = "Qzzq"
+    (tmp_path / "m.onnx").write_bytes(made.SerializeToString().replace(b"Qzzq", b"Q\xd3zq"))
+    with pytest.raises(ModelError, match="external data cannot be read"):
+        graph.load(tmp_path / "m.onnx")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -54,9 +54,11 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 #: Of fewer samples nothing is concluded: what never changed in n of them may change in a share of 3 / n of all others.
 LEAST_SAMPLES = 32
 #: Margins, in standard deviations, times the root of the number of samples: what may still come lies the nearer to what
-#: was seen, the more was seen. Chosen by tools/margin_figures.py, whose table is in docs/architecture.md: with 16 or 24
-#: more channels go, and more of them wake; with 48 fewer go and as few wake.
+#: was seen, the more was seen. Chosen by tools/margin_figures.py, whose table is in docs/architecture.md: with less, more
+#: channels go, and more of them wake; with more, fewer go and as few wake.
 CERTAINTY = 32.0
+#: A quiet margin must exceed the largest that broke by half as many times.
+QUIET_SHARE = 0.5
 #: A channel that is awake in at most this share of the samples, and in at least one, shows how large a quiet margin
 #: may be and still break.
 SELDOM = 0.25
@@ -344,7 +346,7 @@ def unexplained(
         certainty: see `CERTAINTY`.
     """
     deviations = margin(samples, certainty)
-    required = deviations * broken_margin(ranges)
+    required = QUIET_SHARE * deviations * broken_margin(ranges)
     doubtful = np.full(units, samples < LEAST_SAMPLES)
     for flat, seen in zip(watched, ranges, strict=True):
         doubtful[flat.units[_doubted(flat, seen, deviations, required)]] = True

@@ -53,8 +53,8 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 
 #: Of fewer samples nothing is concluded: what never changed in n of them may change in a share of 3 / n of all others.
 LEAST_SAMPLES = 32
-#: Margins, in standard deviations, times the root of the number of samples: what may still come lies the nearer to what
-#: was seen, the more was seen. Chosen by tools/margin_figures.py, whose table is in docs/architecture.md: with less, more
+#: Margins, in standard deviations, times the root of the number of samples: the more was seen, the nearer to it lies
+#: what may still come. Chosen by tools/margin_figures.py, whose table is in docs/architecture.md: with less, more
 #: channels go, and more of them wake; with more, fewer go and as few wake.
 CERTAINTY = 32.0
 #: A quiet margin must exceed the largest that broke by half as many times.

@@ -120,6 +120,7 @@ CASES = [
     Case("grouped transposed convolution", f"{FIRST}\na = ConvTranspose<group=2>(h, k, b)\nr = Relu(a)\ny = ConvTranspose(r, v)", {**W, "k": (8, 5, 2, 2), "b": (10,), "v": (10, 4, 2, 2)}, units=18),
     Case("ShuffleNet unit", f"{FIRST}\nn = BatchNormalization(h, s, s, m, s)\ng = Conv<group=2>(n, k)\nr = Relu(g)\na = Reshape(r, p)\nb = Transpose<perm=[0,2,1,3,4]>(a)\nc = Reshape(b, q)\nd = Conv<group=12, pads=[1,1,1,1]>(c, e)\nf = Conv<group=2>(d, u)\nt = Add(f, h)\n{LAST}", {**W, "s": np.linspace(1, 2, 8, dtype=np.float32), "m": (8,), "k": (12, 4, 1, 1), "p": ints(0, 2, 6, 8, 8), "q": ints(0, 12, 8, 8), "e": (12, 1, 3, 3), "u": (8, 6, 1, 1)}, units=20),
     Case("attention heads", "a = MatMul(x, wv)\nc = Add(a, bv)\nd = Reshape(c, p)\nv = Transpose<perm=[0,2,1,3]>(d)\nq = MatMul(x, wq)\nr = Reshape(q, p)\ns = Transpose<perm=[0,2,3,1]>(r)\nu = Transpose<perm=[0,2,1,3]>(r)\nz = MatMul(u, s)\nk = Softmax(z)\no = MatMul(k, v)\nm = Transpose<perm=[0,2,1,3]>(o)\nn = Reshape(m, e)\ny = MatMul(n, wo)", {"wv": (6, 12), "bv": (12,), "wq": (6, 12), "wo": (12, 5), "p": ints(0, 0, 3, 4), "e": ints(0, 0, 12)}, x=("N", 5, 6), units=12),
+    Case("attention from one product", "a = MatMul(x, w)\nq0, k0, v0 = Split<axis=-1>(a)\nq1 = Reshape(q0, p)\nq = Transpose<perm=[0,2,1,3]>(q1)\nk1 = Reshape(k0, p)\nk = Transpose<perm=[0,2,3,1]>(k1)\nv1 = Reshape(v0, p)\nv = Transpose<perm=[0,2,1,3]>(v1)\nz = MatMul(q, k)\nd = Div(z, f)\ns = Softmax(d)\no = MatMul(s, v)\nm = Transpose<perm=[0,2,1,3]>(o)\nn = Reshape(m, e)\ny = MatMul(n, wo)", {"w": (6, 36), "f": np.float32(2), "p": ints(0, 0, 3, 4), "e": ints(0, 0, 12), "wo": (12, 5)}, x=("N", 5, 6), units=12),
     Case("1-D convolution", "h = Conv(x, w)\nr = Relu(h)\ny = Conv(r, v)", {"w": (8, 3, 3), "v": (4, 8, 3)}, x=("N", 3, 16)),
     Case("3-D convolution", "h = Conv(x, w)\nr = Relu(h)\ny = Conv(r, v)", {"w": (8, 3, 2, 2, 2), "v": (4, 8, 1, 1, 1)}, x=(1, 3, 4, 4, 4)),
     Case("ConvTranspose", "h = ConvTranspose(x, w, b)\nr = Relu(h)\ny = ConvTranspose(r, v)", {"w": (3, 8, 2, 2), "b": (8,), "v": (8, 4, 2, 2)}),
@@ -231,6 +232,7 @@ REFUSED = [
     ("ScatterND over channels", f"{FIRST}\nt = Transpose<perm=[1,0,2,3]>(h)\ny = ScatterND(t, i, u)", {"w": (8, 3, 3, 3), "i": np.array([[1]]), "u": (1, 3, 8, 8)}, "indexed"),
     ("ScatterElements over channels", f"{FIRST}\ny = ScatterElements<axis=1>(h, i, u)", {"w": (8, 3, 3, 3), "i": np.full((3, 1, 8, 8), 7), "u": (3, 1, 8, 8)}, "indexed"),
     ("GatherND over channels", f"{FIRST}\ny = GatherND(h, i)", {"w": (8, 3, 3, 3), "i": np.array([[0, 1]])}, "indexed"),
+    ("query, key and value from one Reshape", "a = MatMul(x, w)\nr = Reshape(a, p)\nt = Transpose<perm=[2,0,3,1,4]>(r)\nq = Gather(t, zero)\nk = Gather(t, one)\nv = Gather(t, two)\nu = Transpose<perm=[0,1,3,2]>(k)\nz = MatMul(q, u)\ns = Softmax(z)\no = MatMul(s, v)\nm = Transpose<perm=[0,2,1,3]>(o)\nn = Reshape(m, e)\ny = MatMul(n, wo)", {"w": (6, 36), "zero": np.int64(0), "one": np.int64(1), "two": np.int64(2), "p": ints(0, 0, 3, 3, 4), "e": ints(0, 0, 12), "wo": (12, 5)}, "contracted"),
     ("query and key", "q = MatMul(x, w)\nk = MatMul(x, v)\nt = Transpose<perm=[0,2,1]>(k)\ns = MatMul(q, t)\ny = Softmax(s)", {"w": (6, 8), "v": (6, 8)}, "contracted"),
     ("one channel in each group", "t = Conv<group=3>(x, w)\ny = Conv(t, v)", {"w": (3, 2, 1, 1), "v": (4, 3, 1, 1)}, "grouped_convolution"),
     ("LRN", f"{FIRST}\nt = LRN<size=3>(h)\n{LAST}", W, "mixed_axis"),
@@ -257,6 +259,7 @@ def test_what_cannot_shrink_is_refused_with_its_reason(case: tuple) -> None:
         "LayerNormalization": ("N", 4, 6),
         "one channel in each group": ("N", 6, 4, 4),
         "query and key": ("N", 4, 6),
+        "query, key and value from one Reshape": ("N", 5, 6),
         "ScatterND over channels": (3, 3, 8, 8),
         "ScatterElements over channels": (3, 3, 8, 8),
     }

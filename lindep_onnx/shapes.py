@@ -91,6 +91,9 @@ FOLDABLE = frozenset(
 #: Of these, the ones that only view what is there, and so may be of any size.
 REARRANGING = frozenset(["Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"])
 
+#: Operators that give floats in the shape of their input, of which ONNX's inference says nothing.
+SCALING = frozenset(["ai.onnx.ml::Normalizer", "ai.onnx.ml::Scaler"])
+
 
 @dataclass(frozen=True)
 class Resolved:
@@ -133,7 +136,7 @@ def resolve(model: Model, inputs: Mapping[str, Shape] = MappingProxyType({})) ->
     for _ in range(8):
         _infer(model, inputs, constants, shapes, dtypes, symbols)
         known = len(constants), len(values), sum(_fixed(shape) for shape in shapes.values())
-        values = _follow(model, constants, shapes, symbols)
+        values = _follow(model, constants, shapes, dtypes, symbols)
         _fold(model, constants)
         if known == (len(constants), len(values), sum(_fixed(shape) for shape in shapes.values())):
             break
@@ -312,7 +315,11 @@ def _skeleton(
 
 
 def _follow(
-    model: Model, constants: dict[str, Array], shapes: dict[str, Shape], symbols: Iterator[str]
+    model: Model,
+    constants: dict[str, Array],
+    shapes: dict[str, Shape],
+    dtypes: dict[str, int],
+    symbols: Iterator[str],
 ) -> dict[str, Array]:
     """Evaluate integer tensors element by element; wholly known results join `constants`."""
     values: dict[str, Array] = {}
@@ -333,6 +340,9 @@ def _follow(
                 result = np.asarray(PARTIAL[node.op](node, read, shapes, model.opset, symbols), dtype=object)
                 if result.size <= SHAPE_VALUE_LIMIT:
                     _record(node.outputs[0], result, constants, values)
+        if node.op in SCALING and node.inputs[0] in shapes:
+            shapes[node.outputs[0]] = _merged(shapes.get(node.outputs[0]), shapes[node.inputs[0]])
+            dtypes.setdefault(node.outputs[0], onnx.TensorProto.FLOAT)
         if node.op in TARGETS:
             with contextlib.suppress(*unknown):
                 found = TARGETS[node.op](node, read, shapes, symbols)

@@ -274,6 +274,25 @@ def test_what_cannot_shrink_is_refused_with_its_reason(case: tuple) -> None:
         assert blamed.nodes and blamed.channels > 0
 
 
+def test_a_net_of_scikit_learn_shrinks_behind_its_scaler() -> None:
+    body = "c = Cast<to=1>(s)\nh = MatMul(c, w)\na = Add(h, b)\nr = Relu(a)\ny = MatMul(r, v)"
+    model = build(body, {"w": (6, 8), "b": (1, 8), "v": (8, 5)}, x=("N", 6), inputs={"s": ("N", 6)})
+    scaler = helper.make_node("Scaler", ["x"], ["s"], domain="ai.onnx.ml", offset=[0.0] * 6, scale=[2.0] * 6)
+    model.graph.node.insert(0, scaler)
+    del model.graph.input[1]
+    model.opset_import.append(helper.make_opsetid("ai.onnx.ml", 1))
+    channels = traced(model)
+    assert channels.units == 8
+    removed = removal(channels, 0.4, seed=7)
+    got, want = (
+        run(one, feed(model))[0]
+        for one in (rewrite(channels, Reconstruction(removed), "test"), ignoring(channels, removed))
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    model.graph.node[0].op_type = "Imputer"  # the control: nothing is known of its output
+    assert [(r.reason.code, r.channels) for r in traced(model).refusals] == [("unknown_rank", 8), ("unknown_rank", 5)]
+
+
 def test_an_axis_never_becomes_empty() -> None:
     channels = traced(build(f"{FIRST}\nt = Relu(h)\n{LAST}", W))
     everything = np.ones(channels.units, dtype=bool)

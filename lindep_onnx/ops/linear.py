@@ -22,6 +22,7 @@ CONTRACTED = Reason(
 )
 FROZEN_INPUT = Reason("frozen_input", "a depthwise convolution computes them one by one from channels that stay")
 EQUATION = Reason("einsum", "an Einsum that is more than the product with a constant matrix reads them")
+UNKNOWN_RANK = Reason("unknown_rank", "the number of axes of the data that is multiplied is not known")
 VECTOR = Reason("vector_product", "a product with a vector reads them")
 SPATIAL = Reason("spatial_axis", "they lie along an axis that a window moves over")
 
@@ -261,7 +262,10 @@ def _constant_product(node: Node, tracer: Tracer, position: int, mixed: int) -> 
     matrix = tracer.resolved.constants[weight]
     rank = tracer.rank(data)
     if matrix.ndim != 2 or rank is None or rank < 2:
-        tracer.refuse(node, WEIGHT_RANK if matrix.ndim > 2 else VECTOR)
+        reason = WEIGHT_RANK if matrix.ndim > 2 else UNKNOWN_RANK if rank is None else VECTOR
+        tracer.refuse(node, reason)
+        if matrix.ndim > 1:
+            tracer.freeze(tracer.produce(node, matrix.shape[-1 if position else -2]), reason, node)
         return
     inputs, outputs = (0, 1) if position == 1 else (1, 0)
     axis = rank + mixed

@@ -55,6 +55,9 @@ class Reason:
     message: str
 
 
+MISFIT = Reason("misfit", "a constant that belongs to them has another size; ONNX Runtime will not run this")
+
+
 @dataclass(frozen=True)
 class Labelling:
     """Atom ids over some axes of one tensor.
@@ -406,12 +409,20 @@ class Tracer:
     def claim(self, node: Node, position: int, axes: Mapping[int, Atoms]) -> None:
         """Say that a node can read its constant input at `position` with these axes sliced, and no others.
 
-        Readers of one matrix have to agree (see `lindep_onnx.tracing`); a vector is sliced for each reader alone.
+        Readers of one matrix have to agree (see `lindep_onnx.tracing`); a vector is sliced for each reader alone. Where
+        a constant has another size than the channels it belongs to, these stay.
         """
         name = node.input(position)
-        if self.constant(name) is not None:
-            wanted = {axis: atoms for axis, atoms in axes.items() if atoms.shape[-1] > 1}
-            self.claims.setdefault(name, {})[node.index, position] = wanted
+        value = self.constant(name)
+        if value is None:
+            return
+        wanted = {}
+        for axis, atoms in axes.items():
+            if axis >= value.ndim or value.shape[axis] != (atoms.size if axis == 0 else atoms.shape[-1]):
+                self.freeze(atoms.ravel(), MISFIT, node)
+            elif atoms.shape[-1] > 1:
+                wanted[axis] = atoms
+        self.claims.setdefault(name, {})[node.index, position] = wanted
 
     def refuse(self, node: Node, reason: Reason) -> None:
         """Leave everything alone that a node reads; its outputs carry no channels."""

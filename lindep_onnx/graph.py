@@ -10,6 +10,7 @@ import filecmp
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -183,6 +184,8 @@ def _check_location(path: Path, tensor: onnx.TensorProto) -> None:
     onnx checks the same, but not in all versions that are supported.
     """
     location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+    if isinstance(location, bytes):  # what protobuf makes of bytes that are no text
+        location = os.fsdecode(location)
     try:
         inside = (path.parent / location).resolve().is_relative_to(path.parent.resolve())
     except (OSError, ValueError, RuntimeError):  # no name for a file, or links in a circle

@@ -33,6 +33,8 @@ Shape: TypeAlias = "tuple[int | str, ...]"
 
 #: Integer tensors up to this size are followed as possible shapes.
 SHAPE_VALUE_LIMIT = 4096
+#: Longer vectors are of unknown length to inference, which makes a list of the elements of integer ones.
+MOST_DECLARED = 1 << 20
 #: Constants that nodes make out of nothing (ConstantOfShape, Expand, Range) are evaluated up to this size.
 MADE_LIMIT = 1 << 16
 #: Arithmetic on whole weights (a scale, a weight norm) is evaluated up to this size.
@@ -89,6 +91,9 @@ FOLDABLE = frozenset(
 #: Of these, the ones that only view what is there, and so may be of any size.
 REARRANGING = frozenset(["Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"])
 
+#: Operators that give floats in the shape of their input, of which ONNX's inference says nothing.
+SCALING = frozenset(["ai.onnx.ml::Normalizer", "ai.onnx.ml::Scaler"])
+
 
 @dataclass(frozen=True)
 class Resolved:
@@ -131,7 +136,7 @@ def resolve(model: Model, inputs: Mapping[str, Shape] = MappingProxyType({})) ->
     for _ in range(8):
         _infer(model, inputs, constants, shapes, dtypes, symbols)
         known = len(constants), len(values), sum(_fixed(shape) for shape in shapes.values())
-        values = _follow(model, constants, shapes, symbols)
+        values = _follow(model, constants, shapes, dtypes, symbols)
         _fold(model, constants)
         if known == (len(constants), len(values), sum(_fixed(shape) for shape in shapes.values())):
             break
@@ -223,20 +228,31 @@ def _infer(
     except Exception:  # it raises bare RuntimeErrors on graphs it cannot follow; what is unknown stays unknown
         logger.debug("shape inference gave up", exc_info=True)
         inferred = skeleton.graph
-    for info in (*model.proto.graph.value_info, *inferred.value_info, *inferred.input, *inferred.output):
+    for info in (*inferred.value_info, *inferred.input, *inferred.output):
         tensor = info.type.tensor_type
         if tensor.elem_type:
             dtypes[info.name] = tensor.elem_type
         if tensor.HasField("shape"):
             found = tuple(_dim(dim, symbols) for dim in tensor.shape.dim)
             shapes[info.name] = _merged(shapes.get(info.name), found)
+    # What the file says of its inner tensors may be stale: it only completes what follows from the operators.
+    for info in model.proto.graph.value_info:
+        tensor = info.type.tensor_type
+        if tensor.elem_type:
+            dtypes.setdefault(info.name, tensor.elem_type)
+        if tensor.HasField("shape"):
+            said = tuple(_dim(dim, symbols) for dim in tensor.shape.dim)
+            shapes[info.name] = _completed(shapes.get(info.name), said)
 
 
 def _dim(dim: onnx.TensorShapeProto.Dimension, symbols: Iterator[str]) -> int | str:
     if dim.HasField("dim_value") and dim.dim_value >= 0:
         return int(dim.dim_value)
+    name = dim.dim_param
+    if isinstance(name, bytes):  # what protobuf makes of bytes that are no text
+        name = name.decode(errors="backslashreplace")
     # `?` and the empty string are exporters' words for "unknown": they do not make two dimensions equal.
-    return dim.dim_param if dim.dim_param.strip("?") else next(symbols)
+    return name if name.strip("?") else next(symbols)
 
 
 def _merged(known: Shape | None, found: Shape) -> Shape:
@@ -245,6 +261,14 @@ def _merged(known: Shape | None, found: Shape) -> Shape:
     return tuple(
         old if isinstance(old, int) or not isinstance(new, int) else new for old, new in zip(known, found, strict=True)
     )
+
+
+def _completed(known: Shape | None, said: Shape) -> Shape:
+    if known is None:
+        return said
+    if len(known) != len(said):
+        return known
+    return tuple(old if isinstance(old, int) else new for old, new in zip(known, said, strict=True))
 
 
 def _skeleton(
@@ -262,6 +286,9 @@ def _skeleton(
         if value.name in inputs:
             dtype = value.type.tensor_type.elem_type
             value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, dtype, inputs[value.name]))
+        dims = value.type.tensor_type.shape.dim
+        if len(dims) == 1 and dims[0].dim_value > MOST_DECLARED:
+            dims[0].Clear()
     for name, value in constants.items():
         if value.size <= 64 and value.dtype.kind in "iufb":
             graph.initializer.append(onnx.numpy_helper.from_array(value, name))
@@ -274,7 +301,8 @@ def _skeleton(
     for node in model.nodes:
         for name in node.outputs:
             if name and name in shapes and name not in constants and name in dtypes:
-                dims = [dim if isinstance(dim, int) else None for dim in shapes[name]]
+                most = MOST_DECLARED if len(shapes[name]) == 1 else math.inf
+                dims = [dim if isinstance(dim, int) and dim <= most else None for dim in shapes[name]]
                 graph.value_info.append(onnx.helper.make_tensor_value_info(name, dtypes[name], dims))
     # Before version 4 inference gives up on an initializer that is no graph input.
     result = onnx.ModelProto(ir_version=max(4, model.proto.ir_version), graph=graph)
@@ -287,7 +315,11 @@ def _skeleton(
 
 
 def _follow(
-    model: Model, constants: dict[str, Array], shapes: dict[str, Shape], symbols: Iterator[str]
+    model: Model,
+    constants: dict[str, Array],
+    shapes: dict[str, Shape],
+    dtypes: dict[str, int],
+    symbols: Iterator[str],
 ) -> dict[str, Array]:
     """Evaluate integer tensors element by element; wholly known results join `constants`."""
     values: dict[str, Array] = {}
@@ -308,6 +340,9 @@ def _follow(
                 result = np.asarray(PARTIAL[node.op](node, read, shapes, model.opset, symbols), dtype=object)
                 if result.size <= SHAPE_VALUE_LIMIT:
                     _record(node.outputs[0], result, constants, values)
+        if node.op in SCALING and node.inputs[0] in shapes:
+            shapes[node.outputs[0]] = _merged(shapes.get(node.outputs[0]), shapes[node.inputs[0]])
+            dtypes.setdefault(node.outputs[0], onnx.TensorProto.FLOAT)
         if node.op in TARGETS:
             with contextlib.suppress(*unknown):
                 found = TARGETS[node.op](node, read, shapes, symbols)

@@ -10,11 +10,14 @@ in which it is silent its *quiet margin* is
 how far outside anything seen the next sample must lie to wake it. How large a margin is large enough depends on how
 heavy the tails are, which differs from model to model by orders of magnitude, and the model itself shows it: channels
 that woke in a few samples were silent in all the others, and their margin over those others did not keep them quiet. A
-silent channel must have a margin well above the largest of theirs.
+silent channel must have a margin well above the largest of theirs, and its input must stay inside the flat part by as
+many standard deviations over all positions. How many that is falls with the number of samples (`margin`): else a larger
+sample, whose extremes lie farther out, would let fewer channels go.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -29,20 +32,33 @@ from lindep_onnx.channels import FROZEN, Channels
 from lindep_onnx.data import Batch
 from lindep_onnx.ops.saturation import Interval, flat_parts, may_flatten
 
-__all__ = ["Flat", "Quiet", "Range", "Watch", "flats", "key", "narrowed", "required_margin", "unexplained"]
+__all__ = [
+    "CERTAINTY",
+    "Flat",
+    "Quiet",
+    "Range",
+    "Watch",
+    "broken_margin",
+    "flats",
+    "key",
+    "margin",
+    "narrowed",
+    "unexplained",
+]
 
 Floats: TypeAlias = NDArray[np.float64]
 
 #: Of fewer samples nothing is concluded: what never changed in n of them may change in a share of 3 / n of all others.
 LEAST_SAMPLES = 32
-#: Standard deviations, over all positions, by which a channel must stay inside a flat part in any case; for many and
-#: for few samples. Measured on efficientnet_lite0: without a margin 0.75 % of decisions changed.
-MARGIN, MANY_SAMPLES, MARGIN_FEW = 2.0, 600, 4.0
+#: Margins, in standard deviations, times the root of the number of samples: the more was seen, the nearer to it lies
+#: what may still come. Chosen by tools/margin_figures.py, whose table is in docs/architecture.md: with less, more
+#: channels go, and more of them wake; with more, fewer go and as few wake.
+CERTAINTY = 32.0
+#: A quiet margin must exceed the largest that broke by half as many times.
+QUIET_SHARE = 0.5
 #: A channel that is awake in at most this share of the samples, and in at least one, shows how large a quiet margin
-#: may be and still break; silent ones need this many times the largest. Measured by splitting 600 images at random 20
-#: times: of the channels of efficientnet_lite0 that were silent in 54, 127 or 340 of them, 5 to 8, 1 to 2 and 1 woke in
-#: the others with the margins above alone, and fewer than one in ten trials with this one; all 64 dead ones pass.
-SELDOM, SAFETY = 0.25, 2.0
+#: may be and still break.
+SELDOM = 0.25
 
 
 @dataclass(frozen=True)
@@ -337,8 +353,13 @@ def _most_awake(samples: int) -> float:
     return max(1.0, SELDOM * samples)
 
 
-def required_margin(ranges: Sequence[Range]) -> float:
-    """The quiet margin that a silent channel needs, learned from channels that woke in a few samples."""
+def margin(samples: int, certainty: float = CERTAINTY) -> float:
+    """Standard deviations that count as far, after so many samples; half of it after four times as many."""
+    return certainty / math.sqrt(max(1, samples))
+
+
+def broken_margin(ranges: Sequence[Range]) -> float:
+    """The largest quiet margin that did not keep a channel quiet: of those that woke in a few samples."""
     largest = 0.0
     for seen in ranges:
         for quiet in seen.quiet:
@@ -346,10 +367,12 @@ def required_margin(ranges: Sequence[Range]) -> float:
             seldom = (awake >= 1) & (awake <= _most_awake(seen.samples)) & quiet.varies
             if seldom.any():
                 largest = max(largest, float(quiet.margin[seldom].max()))
-    return SAFETY * largest
+    return largest
 
 
-def unexplained(units: int, watched: Sequence[Flat], ranges: Sequence[Range], samples: int) -> NDArray[np.bool_]:
+def unexplained(
+    units: int, watched: Sequence[Flat], ranges: Sequence[Range], samples: int, certainty: float = CERTAINTY
+) -> NDArray[np.bool_]:
     """(units,) bool: constant so far, but not by a margin.
 
     A channel whose input stays inside a flat part of the activation with margin to spare is taken to stay there. One
@@ -360,9 +383,10 @@ def unexplained(units: int, watched: Sequence[Flat], ranges: Sequence[Range], sa
         watched: what `flats` gave.
         ranges: what was seen of each.
         samples: how many samples were seen.
+        certainty: see `CERTAINTY`.
     """
-    deviations = MARGIN if samples >= MANY_SAMPLES else MARGIN_FEW
-    required = required_margin(ranges)
+    deviations = margin(samples, certainty)
+    required = QUIET_SHARE * deviations * broken_margin(ranges)
     doubtful = np.full(units, samples < LEAST_SAMPLES)
     for flat, seen in zip(watched, ranges, strict=True):
         doubtful[flat.units[_doubted(flat, seen, deviations, required)]] = True

@@ -16,7 +16,6 @@ from lindep_onnx.dependence import removal_cost
 from lindep_onnx.ladder import folds_of
 from lindep_onnx.plan import KINDS, Fold
 from lindep_onnx.proven import Proof
-from lindep_onnx.silence import MANY_SAMPLES
 
 __all__ = ["CONFIDENCE", "Support", "never_seen_bound", "sentences", "support"]
 
@@ -147,8 +146,8 @@ def sentences(found: Mapping[int, Support], doubtful: int, given: int) -> Iterat
             )
             + f" would be needed; there are {given:,}."
         )
-    if doubtful and samples < MANY_SAMPLES:
+    if doubtful:
         yield (
-            f"{doubtful:,} channel(s) never changed in {samples:,} samples but may well: they stay. From "
-            f"{MANY_SAMPLES:,} samples on a smaller distance from changing is enough."
+            f"{doubtful:,} channel(s) never changed in {samples:,} samples but may well: they stay. After four times "
+            "as many samples half the distance from changing is enough."
         )

@@ -13,7 +13,7 @@ import pytest
 from build import build
 
 import lindep_onnx
-from lindep_onnx import calibration, graph, influence
+from lindep_onnx import graph, influence, learning
 from lindep_onnx.errors import CalibrationError, LindepError, UsageError
 
 DATA = np.random.default_rng(0).normal(size=(80, 3, 6, 6)).astype(np.float32)
@@ -45,7 +45,7 @@ def test_budgets_are_swept_without_calibration_and_come_to_the_same_bytes(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the data was run again")
 
-    monkeypatch.setattr(calibration, "calibrate", never)
+    monkeypatch.setattr(learning, "calibrate", never)
     if "macs" not in options:  # another currency has other prices
         monkeypatch.setattr(influence.Disturbances, "error", never)
     found = lindep_onnx.compress(net(), DATA, load_moments=saved, **options)

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from build import build, run
+from build import build, run, traced
 from onnx import TensorProto, numpy_helper
 
 import lindep_onnx
 from lindep_onnx import api, graph
 from lindep_onnx.config import Config
 from lindep_onnx.errors import CalibrationError, LindepError, ModelError
+from lindep_onnx.shapes import resolve
 
 ROOT = Path(__file__).parents[1]
 PROVEN = Config(proven_only=True)
@@ -92,6 +93,16 @@ SURVIVED = {
     "strange attributes": lambda m: set_attribute(m, 0, pads=[2**62] * 4, strides=[0, -1], kernel_shape=[0, 0]),
     "attributes of another type": lambda m: set_attribute(m, 0, pads="x", group=[1, 2]),
     "an axis beyond all": lambda m: (setattr(m.graph.node[1], "op_type", "Softmax"), set_attribute(m, 1, axis=99)),
+    "an inner vector declared endless": lambda m: (
+        m.graph.node.add(op_type="Shape", input=["h"], output=["n"]),
+        m.graph.node.add(op_type="Gather", input=["n", "n"], output=["k"]),
+        m.graph.value_info.append(onnx.helper.make_tensor_value_info("n", TensorProto.INT64, [2**63 - 1])),
+    ),
+    "an input vector declared endless": lambda m: (
+        m.graph.input.append(onnx.helper.make_tensor_value_info("n", TensorProto.INT64, [2**62])),
+        m.graph.node.add(op_type="Gather", input=["n", "n"], output=["k"]),
+        m.graph.node.add(op_type="Reshape", input=["h", "k"], output=["j"]),
+    ),
     "a bias of one": lambda m: tensor(m, "b").CopyFrom(numpy_helper.from_array(np.zeros(1, np.float32), "b")),
 }
 
@@ -108,6 +119,60 @@ def test_a_strange_model_is_an_error_of_ours_or_none(change: Callable) -> None:
             assert 1 <= len(str(error).splitlines()) <= 3
     assert tracemalloc.get_traced_memory()[1] < 100 << 20
     tracemalloc.stop()
+
+
+def picked(index: int) -> onnx.ModelProto:
+    made = model(i=np.array([0, index, 2, 3, 4, 5]))
+    made.graph.node[1].CopyFrom(onnx.helper.make_node("Gather", ["h", "i"], ["r"], axis=1))
+    return made
+
+
+MISFITS = {
+    "a Conv bias of another length": (model, "b", np.zeros(5, np.float32), "misfit"),
+    "a Conv bias of one": (model, "b", np.zeros(1, np.float32), "misfit"),
+    "a Conv bias of two axes": (model, "b", np.zeros((1, 6), np.float32), "misfit"),
+    "an index beyond the axis": (lambda: picked(1), "i", np.array([0, 6, 2, 3, 4, 5]), "outside"),
+    "an index before the axis": (lambda: picked(1), "i", np.array([0, -7, 2, 3, 4, 5]), "outside"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS.values(), ids=MISFITS.keys())
+def test_constants_that_do_not_fit_are_a_named_refusal(case: tuple) -> None:
+    make, name, value, reason = case
+    made = make()
+    assert traced(made).units == 6  # the control: what fits
+    tensor(made, name).CopyFrom(numpy_helper.from_array(value, name))
+    found = traced(made)
+    assert found.units == 0 and reason in [refusal.reason.code for refusal in found.refusals]
+    report = lindep_onnx.compress(made, proven_only=True, input_range={"*": (0.0, 1.0)}).report
+    assert reason in [refusal.reason for refusal in report.refusals]
+
+
+def test_names_of_dimensions_that_are_no_text_are_names() -> None:
+    made = model()
+    made.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "Qzzq"
+    damaged = onnx.ModelProto.FromString(made.SerializeToString().replace(b"Qzzq", b"Q\xd3zq"))
+    assert isinstance(damaged.graph.input[0].type.tensor_type.shape.dim[0].dim_param, bytes)
+    loaded = graph.load(damaged)
+    assert resolve(loaded).shapes["x"][0] == "Q\\xd3zq"
+
+
+def test_what_a_file_says_of_its_inner_tensors_never_overrules_the_operators() -> None:
+    made = model()
+    for name, shape in (("h", ["N", 6, 9, 9]), ("r", [1, 2])):
+        made.graph.value_info.append(onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+    shapes = resolve(graph.load(made)).shapes
+    assert shapes["h"] == ("N", 6, 6, 6)
+    assert shapes["r"][1:] == (6, 6, 6)
+
+
+def test_a_location_that_is_no_text_is_a_location(tmp_path: Path) -> None:
+    made = model()
+    outside(made)
+    tensor(made, "w").external_data[0].value = "Qzzq"
+    (tmp_path / "m.onnx").write_bytes(made.SerializeToString().replace(b"Qzzq", b"Q\xd3zq"))
+    with pytest.raises(ModelError, match="external data cannot be read"):
+        graph.load(tmp_path / "m.onnx")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

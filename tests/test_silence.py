@@ -73,11 +73,11 @@ def test_a_channel_that_speaks_at_one_position_of_one_sample_stays(part: Part) -
 
 def test_channels_that_woke_show_how_far_is_not_far_enough() -> None:
     w = np.tile(as_array("w", (1, 3, 1, 1)), (8, 1, 1, 1)).astype(np.float32)
-    model = net(-np.geomspace(400, 30, 8), w)
+    model = net(-np.geomspace(400, 25, 8), w)
     calm, wild = images(120), images(120, tails=1.5)
     (_, _, tame), (evidence, watched, ranges) = seen(model, calm), seen(model, wild)
-    assert silence.required_margin(tame) == 0.0  # nothing woke
-    assert silence.required_margin(ranges) > 0.0
+    assert silence.broken_margin(tame) == 0.0  # nothing woke
+    assert silence.broken_margin(ranges) > 0.0
     doubtful = silence.unexplained(8, watched, ranges, 120)
     assert doubtful.tolist() == [False, False, False, True, True, False, False, False]  # the last three are awake
     assert evidence.silent.tolist() == [True] * 5 + [False] * 3
@@ -119,6 +119,20 @@ def test_a_part_without_an_end_counts_nobody_and_warns_of_nothing() -> None:
     values = np.ones((3, 2))
     found = silence._range(flat, (values, values, values, values), 3)
     assert found.quiet[0].count.tolist() == [0, 0] and np.isinf(found.quiet[0].margin).all()
+
+
+def test_after_four_times_as_many_samples_half_the_margin_is_enough() -> None:
+    flat = silence.Flat("x", 1, ((-np.inf, 0.0),), np.arange(1), np.arange(1))
+
+    def doubtful(samples: int, distance: float) -> bool:
+        values = -distance + np.resize([-1.0, 1.0], (samples, 1))  # deviation 1, nearest to 0 by distance - 1
+        seen = silence._range(flat, (values, values, values, values**2), samples)
+        return bool(silence.unexplained(1, [flat], [seen], samples)[0])
+
+    assert silence.margin(64) == 2 * silence.margin(256) == 4.0
+    assert (doubtful(64, 4.9), doubtful(64, 5.1)) == (True, False)
+    assert (doubtful(256, 2.9), doubtful(256, 3.1)) == (True, False)
+    assert doubtful(silence.LEAST_SAMPLES - 1, 1e6)
 
 
 @pytest.mark.parametrize(("samples", "goes"), [(40, 0), (80, 1)])

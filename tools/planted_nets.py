@@ -1,12 +1,22 @@
 """Planted dependence in nets that the `onnx` wheel does not ship, as PyTorch's two exporters and tf2onnx write them.
 
-Every net is small, with random weights; in the axes that can shrink a quarter of the channels are overwritten by copies
-of others (multiples, where a ReLU follows). The number of channels that go should be the number planted.
+Every net is small, with random weights; in the axes that can shrink a quarter of the channels are overwritten. The
+number of channels that go should be the number planted, and none of a net in which nothing was planted.
+
+| kind | channel | where |
+|---|---|---|
+| copy | another one, or its multiple | everywhere; multiples where what follows is linear or a ReLU |
+| dead | far below zero | a ReLU follows |
+| zero | zero | nothing adds to it |
+| constant | the same everywhere | no reader sees zeros beyond a border |
+| combination | the mean of others | what follows is linear |
+| unclipped | the mean of others that are never negative | what is read is not negative either, and a ReLU follows |
 
 | column | meaning |
 |---|---|
 | planted, removed | channels that were planted, and that went |
 | error | of the outputs on data that nothing has seen, relative to the largest |
+| plain | channels that go where nothing was planted |
 
 Usage: python tools/planted_nets.py [NAME ...]; needs PyTorch and onnxscript.
 """
@@ -14,7 +24,9 @@ Usage: python tools/planted_nets.py [NAME ...]; needs PyTorch and onnxscript.
 from __future__ import annotations
 
 import argparse
+import functools
 import io
+import itertools
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -34,9 +46,11 @@ from lindep_onnx.api import compress
 from lindep_onnx.precision import widened
 from lindep_onnx.verify import open_session
 
-__all__ = ["NETS", "Figures", "Net", "figures"]
+__all__ = ["MODULES", "NETS", "Figures", "Net", "data", "exported", "figures"]
 
 SAMPLES = 256
+#: How far below zero a dead channel is, the level of a constant one, and how many others a combination adds up.
+DEEP, LEVEL, PARENTS = 50.0, 0.75, 2
 
 
 @dataclass(frozen=True)
@@ -66,29 +80,51 @@ class Figures:
     @property
     def recall(self) -> float:
         """Share of the planted channels that went."""
-        return self.removed / self.planted
+        return self.removed / self.planted if self.planted else 1.0
 
 
-def plant(rng: np.random.Generator, places: Sequence[int], tensors: Sequence[Tensor], scale: float = 1.0) -> int:
-    """Overwrite a quarter of some places along axis 0 by copies of others; returns how many.
+def plant(
+    rng: np.random.Generator,
+    places: Sequence[int],
+    weights: Sequence[Tensor],
+    bias: Tensor,
+    kinds: Sequence[str],
+    scale: float = 1.0,
+) -> int:
+    """Overwrite a quarter of some channels, and at least one for each kind, by planted ones; returns how many.
 
     Args:
         rng: chooses them.
         places: along axis 0 of every tensor, alike in all that reads them.
-        tensors: weights and biases that make the channels.
+        weights: that make the channels.
+        bias: added behind them.
+        kinds: see the module.
         scale: of the copies.
     """
-    order = rng.permutation(list(places))
-    count = max(1, len(order) // 4)
+    order = rng.permutation(list(places)).tolist()
+    count = max(len(kinds), len(order) // 4)
+    sources = order[count:]
+    parents = sources[:PARENTS]
     with torch.no_grad():
-        for copy, source in zip(order[:count], rng.choice(order[count:], count), strict=True):
-            for tensor in tensors:
-                tensor[copy] = scale * tensor[source]
+        if "unclipped" in kinds:
+            for tensor in (*weights, bias):
+                tensor[parents] = tensor[parents].abs() + 0.1 * (tensor is bias)
+        for channel, kind in zip(order[:count], itertools.cycle(kinds)):
+            source = int(rng.choice(sources))
+            for tensor in (*weights, bias):
+                if kind == "copy":
+                    tensor[channel] = scale * tensor[source]
+                elif kind in ("combination", "unclipped"):
+                    tensor[channel] = tensor[parents].mean(dim=0)
+                elif kind == "dead":
+                    tensor[channel] = -DEEP if tensor is bias else tensor[channel]
+                else:
+                    tensor[channel] = LEVEL if tensor is bias and kind == "constant" else 0.0
     return count
 
 
-def _of(layer: Any) -> list[Tensor]:
-    return [layer.weight, layer.bias]
+def _of(layer: Any) -> tuple[list[Tensor], Tensor]:
+    return [layer.weight], layer.bias
 
 
 class _Shuffle(nn.Module):
@@ -110,17 +146,21 @@ class _Shuffle(nn.Module):
         total = 0
         for group in range(3):
             for reader in range(3):  # four channels of each group of the first go to each group of the second
-                own = [i for i in range(12) if (3 * i + group) // 12 == reader]
-                places = [12 * group + i for i in own]
-                order = rng.permutation(places)
+                own = [12 * group + i for i in range(12) if (3 * i + group) // 12 == reader]
+                copy, dead, source, _ = rng.permutation(own).tolist()
                 with torch.no_grad():
                     for tensor in (self.first.weight, self.first.bias):
-                        tensor[order[0]] = tensor[order[1]]
-                    behind = [3 * (int(place) - 12 * group) + group for place in order]
+                        tensor[copy] = tensor[source]
+                    self.first.bias[dead] = -DEEP
+                    shuffled = [3 * (place - 12 * group) + group for place in (copy, source)]
                     for tensor in (self.depthwise.weight, self.depthwise.bias):
-                        tensor[behind[0]] = 2 * tensor[behind[1]]
-                total += 1
-        return 2 * total  # the depthwise convolution makes them once more
+                        tensor[shuffled[0]] = 2 * tensor[shuffled[1]]
+                total += 2 * 2  # the depthwise convolution makes them once more
+        for group in range(3):  # the residual: the same channels of both operands of the sum
+            weights = [self.stem.weight, self.second.weight, self.second.bias]
+            places = range(8 * group, 8 * group + 8)
+            total += 2 * plant(rng, places, weights, self.stem.bias, ("copy",), 2.0)
+        return total
 
 
 class _Decoder(nn.Module):
@@ -128,6 +168,7 @@ class _Decoder(nn.Module):
         super().__init__()
         self.a, self.b = nn.ConvTranspose2d(8, 24, 4, 2, 1), nn.ConvTranspose2d(24, 24, 4, 2, 1, groups=2)
         self.c, self.d = nn.ConvTranspose2d(24, 16, 3, padding=1), nn.Conv2d(16, 3, 3, padding=1)
+        nn.init.uniform_(self.c.bias, 0.2, 0.4)  # none is dead but the planted ones
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in (self.a, self.b, self.c):
@@ -135,12 +176,13 @@ class _Decoder(nn.Module):
         return self.d(x)
 
     def plant(self, rng: np.random.Generator) -> int:
-        total = plant(rng, range(16), [self.c.weight.transpose(0, 1), self.c.bias], 1.5)
+        kinds = ("copy", "dead", "unclipped")
+        total = plant(rng, range(16), [self.c.weight.transpose(0, 1)], self.c.bias, kinds, 1.5)
         for group in range(2):
-            places = range(12 * group, 12 * group + 12)
-            total += plant(rng, places, [self.a.weight.transpose(0, 1), self.a.bias], 0.5)
-            own = self.b.weight[12 * group : 12 * group + 12].transpose(0, 1)
-            total += plant(rng, range(12), [own, self.b.bias[12 * group : 12 * group + 12]], 2.0)
+            own = range(12 * group, 12 * group + 12)
+            total += plant(rng, own, [self.a.weight.transpose(0, 1)], self.a.bias, ("copy", "dead"), 0.5)
+            part = slice(own.start, own.stop)
+            total += plant(rng, range(12), [self.b.weight[part].transpose(0, 1)], self.b.bias[part], kinds, 2.0)
         return total
 
 
@@ -156,8 +198,11 @@ class _UNet(nn.Module):
         return self.d(functional.relu(self.c(torch.cat([skip, self.up(low)], 1))))
 
     def plant(self, rng: np.random.Generator) -> int:
-        total = sum(plant(rng, range(len(layer.bias)), _of(layer), 2.0) for layer in (self.a, self.b, self.c))
-        return total + plant(rng, range(16), [self.up.weight.transpose(0, 1), self.up.bias], 2.0)
+        total = plant(rng, range(16), *_of(self.a), ("copy", "dead"), 2.0)
+        total += plant(rng, range(32), *_of(self.b), ("copy", "dead", "unclipped"), 2.0)
+        total += plant(rng, range(16), *_of(self.c), ("copy", "dead", "constant"), 2.0)
+        kinds = ("copy", "zero", "combination")
+        return total + plant(rng, range(16), [self.up.weight.transpose(0, 1)], self.up.bias, kinds, 2.0)
 
 
 class _Chain(nn.Module):
@@ -179,9 +224,43 @@ class _Chain(nn.Module):
         return self.d(functional.relu(self.c(x.flatten(2).mean(2))))
 
     def plant(self, rng: np.random.Generator) -> int:
-        return plant(rng, range(16), _of(self.a)) + sum(
-            plant(rng, range(len(layer.bias)), _of(layer), 2.0) for layer in (self.b, self.c)
-        )
+        total = plant(rng, range(16), *_of(self.a), ("copy", "dead"))
+        kinds = ("copy", "dead", "constant", "unclipped")
+        return total + sum(plant(rng, range(len(layer.bias)), *_of(layer), kinds, 2.0) for layer in (self.b, self.c))
+
+
+class _Residual(nn.Module):
+    """Two residual blocks with a normalization, of random statistics, behind every convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = ((3, 16), (16, 24), (24, 16), (16, 24), (24, 16))
+        self.layers = nn.ModuleList(nn.Conv2d(*size, 3, padding=1, bias=False) for size in sizes)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(made) for _, made in sizes)
+        self.head = nn.Linear(16, 5)
+        for norm in self.norms:
+            for tensor in (norm.weight, norm.bias, norm.running_var):
+                nn.init.uniform_(tensor, 0.5, 1.5)
+            nn.init.normal_(norm.running_mean, 0.0, 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        convolved = [lambda x, i=i: self.norms[i](self.layers[i](x)) for i in range(5)]
+        x = functional.relu(convolved[0](x))
+        for first, second in ((1, 2), (3, 4)):
+            x = functional.relu(x + convolved[second](functional.relu(convolved[first](x))))
+        return self.head(x.mean((2, 3)))
+
+    def plant(self, rng: np.random.Generator) -> int:
+        total = 0
+        for place in (1, 3):
+            norm = self.norms[place]
+            weights = [self.layers[place].weight, norm.weight, norm.running_mean, norm.running_var]
+            total += plant(rng, range(24), weights, norm.bias, ("copy", "dead"))
+        stream = [self.norms[i] for i in (0, 2, 4)]
+        weights = [self.layers[i].weight for i in (0, 2, 4)]
+        weights += [tensor for norm in stream for tensor in (norm.weight, norm.running_mean, norm.running_var)]
+        weights += [norm.bias for norm in stream[1:]]
+        return total + 3 * plant(rng, range(16), weights, stream[0].bias, ("copy",))
 
 
 class _Encoder(nn.Module):
@@ -200,9 +279,10 @@ class _Encoder(nn.Module):
     def plant(self, rng: np.random.Generator) -> int:
         total = 0
         for block in self.blocks:
-            total += plant(rng, range(32), _of(block.up))
+            total += plant(rng, range(32), *_of(block.up), ("copy", "zero", "constant"))
             for head in range(2):
-                total += plant(rng, range(8 * head, 8 * head + 8), _of(block.v), 3.0)
+                kinds = ("copy", "zero", "constant", "combination")
+                total += plant(rng, range(8 * head, 8 * head + 8), *_of(block.v), kinds, 3.0)
         return total
 
 
@@ -222,10 +302,19 @@ class _Block(nn.Module):
         return x + self.down(functional.gelu(self.up(self.after(x))))
 
 
-def _exported(made: Callable[[], Any], shape: tuple[int, ...], *, dynamo: bool) -> Net:
+def exported(name: str, dependent: bool, *, dynamo: bool = False, fused: bool = True) -> Net:
+    """Export one of `MODULES`.
+
+    Args:
+        name: of the module.
+        dependent: whether anything is planted.
+        dynamo: by which exporter.
+        fused: whether a BatchNormalization may become part of the convolution before it; else it stays a node.
+    """
+    made, shape = MODULES[name]
     torch.manual_seed(0)
     module = made().eval()
-    planted = module.plant(np.random.default_rng(0))
+    planted = module.plant(np.random.default_rng(0)) if dependent else 0
     example = torch.zeros(2, *shape)
     file = io.BytesIO()
     with warnings.catch_warnings():
@@ -236,11 +325,22 @@ def _exported(made: Callable[[], Any], shape: tuple[int, ...], *, dynamo: bool) 
             assert program is not None
             return Net(program.model_proto, shape, planted)
         axes = {"x": {0: "batch"}}
-        torch.onnx.export(module, (example,), file, dynamo=False, input_names=["x"], dynamic_axes=axes)
+        # The optimiser of this exporter fuses a normalization in evaluation mode, and in no other.
+        mode = torch.onnx.TrainingMode.EVAL if fused else torch.onnx.TrainingMode.PRESERVE
+        torch.onnx.export(
+            module,
+            (example,),
+            file,
+            dynamo=False,
+            input_names=["x"],
+            dynamic_axes=axes,
+            training=mode,
+            do_constant_folding=fused,
+        )
     return Net(onnx.load_from_string(file.getvalue()), shape, planted)
 
 
-def _nhwc() -> Net:
+def _nhwc(dependent: bool) -> Net:
     """Channels last outside, Transpose at each end, biases and normalization as separate nodes, Pad before a Conv."""
     text = """
         t = Transpose<perm=[0,3,1,2]>(x)
@@ -265,11 +365,14 @@ def _nhwc() -> Net:
     shapes = {"w1": (16, 3, 3, 3), "s1": (1, 16, 1, 1), "b1": (1, 16, 1, 1), "w2": (24, 16, 1, 1), "b2": (24,)}
     shapes |= {"w3": (24, 12), "b3": (12,), "w4": (12, 4)}
     weights = {name: torch.tensor(0.4 * rng.normal(size=shape), dtype=torch.float32) for name, shape in shapes.items()}
-    for name, least in (("s1", 0.5), ("b1", 0.0), ("b2", 0.0), ("b3", 1.0)):
+    for name, least in (("s1", 0.5), ("b1", 0.0), ("b2", 0.0), ("b3", 3.0)):
         weights[name] = weights[name].abs() + least  # so that none is dead
-    planted = plant(rng, range(16), [weights["w1"], weights["s1"][0], weights["b1"][0]])
-    planted += plant(rng, range(24), [weights["w2"], weights["b2"]], 2.0)
-    planted += plant(rng, range(12), [weights["w3"].T, weights["b3"]], 2.0)
+    planted = 0
+    if dependent:
+        planted += plant(rng, range(16), [weights["w1"], weights["s1"][0]], weights["b1"][0], ("copy", "dead"))
+        kinds = ("copy", "dead", "constant", "unclipped")
+        planted += plant(rng, range(24), [weights["w2"]], weights["b2"], kinds, 2.0)
+        planted += plant(rng, range(12), [weights["w3"].T], weights["b3"], kinds, 2.0)
     tensors = [numpy_helper.from_array(value.numpy(), name) for name, value in weights.items()]
     tensors.append(numpy_helper.from_array(np.array([0, 0, 1, 1, 0, 0, 1, 1]), "around"))
     nodes = [onnx.parser.parse_node(line.strip()) for line in text.strip().splitlines()]
@@ -280,9 +383,8 @@ def _nhwc() -> Net:
     return Net(model, (8, 8, 3), planted)
 
 
-def _half(made: Callable[[], Net], kind: int) -> Net:
-    """The same net in half precision; copies by powers of two stay exact, and so do copies."""
-    net = made()
+def _half(net: Net, kind: int) -> Net:
+    """The same net in half precision. Copies by powers of two stay exact, combinations but for a rounding."""
     for tensor in net.model.graph.initializer:
         if tensor.data_type == onnx.TensorProto.FLOAT:
             value = numpy_helper.to_array(tensor)
@@ -293,40 +395,41 @@ def _half(made: Callable[[], Net], kind: int) -> Net:
     return net
 
 
-_MODULES: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
+MODULES: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
     "shufflenet": (_Shuffle, (3, 8, 8)),
     "decoder": (_Decoder, (8, 4, 4)),
     "unet": (_UNet, (3, 16, 16)),
     "cnn_1d": (lambda: _Chain(1), (2, 32)),
     "cnn_3d": (lambda: _Chain(3), (2, 6, 6, 6)),
+    "residual": (_Residual, (3, 8, 8)),
     "encoder": (_Encoder, (6, 16)),
 }
-NETS: dict[str, Callable[[], Net]] = {
+#: Called with whether anything is planted.
+NETS: dict[str, Callable[[bool], Net]] = {
     **{
-        f"{name}, {exporter}": lambda made=made, shape=shape, dynamo=exporter == "dynamo": _exported(
-            made, shape, dynamo=dynamo
-        )
-        for name, (made, shape) in _MODULES.items()
+        f"{name}, {exporter}": functools.partial(exported, name, dynamo=exporter == "dynamo")
+        for name in MODULES
         for exporter in ("TorchScript", "dynamo")
     },
     "nhwc": _nhwc,
-    "nhwc, float16": lambda: _half(_nhwc, onnx.TensorProto.FLOAT16),
-    "nhwc, bfloat16": lambda: _half(_nhwc, onnx.TensorProto.BFLOAT16),
+    "nhwc, float16": lambda dependent: _half(_nhwc(dependent), onnx.TensorProto.FLOAT16),
+    "nhwc, bfloat16": lambda dependent: _half(_nhwc(dependent), onnx.TensorProto.BFLOAT16),
 }
 
 
-def figures(name: str) -> Figures:
+def figures(name: str, dependent: bool = True) -> Figures:
     """Build, compress, compare.
 
     Args:
         name: one of `NETS`.
+        dependent: whether anything is planted.
     """
-    net = NETS[name]()
+    net = NETS[name](dependent)
     budget.TIMED = 0.0
-    calib = _data(net, SAMPLES, 1)
+    calib = data(net, SAMPLES, 1)
     result = compress(net.model, calib, round_to=1)
     removed = result.report.before.channels - result.report.after.channels
-    fresh = _data(net, 32, 2)
+    fresh = data(net, 32, 2)
     outputs = []
     for model in (net.model, result.model):
         session = open_session(widened(model), providers=["CPUExecutionProvider"], threads=0)
@@ -335,7 +438,8 @@ def figures(name: str) -> Figures:
     return Figures(name, net.planted, removed, error)
 
 
-def _data(net: Net, count: int, seed: int) -> dict[str, NDArray[np.float32]]:
+def data(net: Net, count: int, seed: int) -> dict[str, NDArray[np.float32]]:
+    """Random inputs of a net."""
     values = np.random.default_rng(seed).normal(size=(count, *net.shape)).astype(np.float32)
     return {net.model.graph.input[0].name: values}
 
@@ -345,10 +449,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(NETS)}")
     options = parser.parse_args(arguments)
     logging.disable(logging.WARNING)
-    print("| net | planted | removed | recall | error |", "|---" * 5 + "|", sep="\n", flush=True)
+    print("| net | planted | removed | recall | error | plain |", "|---" * 6 + "|", sep="\n", flush=True)
     for name in options.names or NETS:
-        found = figures(name)
-        print(f"| {name} | {found.planted} | {found.removed} | {found.recall:.1%} | {found.error:.1e} |", flush=True)
+        found, plain = figures(name), figures(name, dependent=False)
+        cells = (name, found.planted, found.removed, f"{found.recall:.1%}", f"{found.error:.1e}", plain.removed)
+        print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
 if __name__ == "__main__":

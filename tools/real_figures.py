@@ -46,7 +46,7 @@ from PIL import Image
 
 from lindep_onnx.verify import OutputErrors, open_session
 
-__all__ = ["MODELS", "Figures", "RealModel", "figures"]
+__all__ = ["MODELS", "Figures", "RealModel", "figures", "images", "prepared"]
 
 Pixels: TypeAlias = NDArray[Any]
 
@@ -94,6 +94,10 @@ MODELS = {
     "efficientnet_lite0": RealModel("imagenet", 224, _scaled(127, 128), few=(16, 64, 256)),
     "mobilenetv2": RealModel("imagenet", 224, _torchvision, few=(16, 64, 256)),
     "resnet56": RealModel("cifar", 32, _torchvision, calib=1000, test=1000, few=(16, 64, 256)),
+    "resnet20": RealModel("cifar", 32, _torchvision, calib=1000, test=1000, few=(16, 64, 256)),
+    "cifar10_keras_cnn": RealModel(
+        "cifar", 32, lambda p: p.transpose(2, 0, 1), calib=1000, test=1000, few=(16, 64, 256)
+    ),
     "hed_vgg16": RealModel(
         "imagenet", 320, lambda p: _caffe(104.00699, 116.66877, 122.67892)(p).transpose(2, 0, 1), calib=100, test=20
     ),
@@ -211,11 +215,14 @@ def _command(
 
 def _picked(name: str, data: Path, seed: int, calib: int, test: int | None) -> tuple[list[int], list[int]]:
     """Numbers of the calibration and of the test samples."""
-    real = MODELS[name]
-    count = len(_photographs(data)) if real.source == "imagenet" else 2000
-    order = np.random.default_rng(seed).permutation(count).tolist()
+    order = np.random.default_rng(seed).permutation(images(name, data)).tolist()
     others = order[calib:]
     return order[:calib], others if test is None else others[len(others) - min(test, len(others)) :]
+
+
+def images(name: str, data: Path) -> int:
+    """How many images there are for one of `MODELS`."""
+    return len(_photographs(data)) if MODELS[name].source == "imagenet" else len(_small_images(data))
 
 
 @functools.cache
@@ -229,8 +236,8 @@ def _photographs(data: Path) -> list[Path]:
     return sorted((data / "imagenet").glob("*.jpg"))
 
 
-def _samples(name: str, data: Path, numbers: Sequence[int]) -> Iterator[Pixels]:
-    """Prepared inputs, one at a time."""
+def prepared(name: str, data: Path, numbers: Sequence[int]) -> Iterator[Pixels]:
+    """Prepared inputs of one of `MODELS`, one at a time: the photographs or small images with these numbers."""
     real = MODELS[name]
     if real.source == "cifar":
         yield from (real.prepared(image).astype(np.float32) for image in _small_images(data)[numbers])
@@ -259,7 +266,7 @@ def _session(model: Path) -> onnxruntime.InferenceSession:
 
 def _write(name: str, data: Path, model: Path, numbers: Sequence[int], target: Path) -> None:
     np.savez(
-        target, allow_pickle=False, **{_input_name(_session(model)): np.stack(list(_samples(name, data, numbers)))}
+        target, allow_pickle=False, **{_input_name(_session(model)): np.stack(list(prepared(name, data, numbers)))}
     )
 
 
@@ -270,7 +277,7 @@ def _compare(name: str, data: Path, model: Path, result: Path, numbers: Sequence
     batch = _batch(sessions[0])
     errors = OutputErrors()
     for first in range(0, len(numbers), batch):
-        feeds = {_input_name(sessions[0]): np.stack(list(_samples(name, data, numbers[first : first + batch])))}
+        feeds = {_input_name(sessions[0]): np.stack(list(prepared(name, data, numbers[first : first + batch])))}
         y, other = (dict(zip(outputs, session.run(outputs, feeds), strict=True)) for session in sessions)
         errors.update(y, other)
     found = errors.result()

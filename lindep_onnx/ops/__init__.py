@@ -7,7 +7,7 @@ through a `lindep_onnx.draft.Draft`. An operator without a tracing rule is a ref
 
 from __future__ import annotations
 
-from lindep_onnx.ops import elementwise, join, linear, normalization, pooling, recurrent, shape
+from lindep_onnx.ops import elementwise, join, linear, normalization, pooling, recurrent, scatter, shape
 from lindep_onnx.ops.registry import UNKNOWN, Rewriting, Tracing, rewriting_rule, supported, tracing_rule
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "pooling",
     "recurrent",
     "rewriting_rule",
+    "scatter",
     "shape",
     "supported",
     "tracing_rule",

@@ -219,7 +219,7 @@ def _convolution(node: Node, known: Known) -> Facts | None:
     if weight is None or data is None or bias is None:
         return None
     group, rows = int(node.attributes.get("group", 1)), len(weight)
-    if group < 1 or rows % group or group * weight.shape[1] != len(data.low):
+    if group < 1 or rows % group or group * weight.shape[1] != len(data.low) or bias.size not in (1, rows):
         return None
     w = weight.reshape(rows, weight.shape[1], -1)
     b = np.broadcast_to(bias.astype(np.float64).ravel(), (rows,))

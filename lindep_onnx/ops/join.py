@@ -13,6 +13,7 @@ __all__: list[str] = []
 
 FROZEN_OPERAND = Reason("unlabelled_operand", "they are combined with a tensor whose channels cannot shrink")
 RUNTIME_INDICES = Reason("runtime_indices", "which of them are picked is computed at run time")
+OUTSIDE = Reason("outside", "an index that picks them lies outside their axis; ONNX Runtime will not run this")
 PICKED = Reason("picked", "a single one of them is picked out")
 BORDER = Reason("pad_mode", "a Pad that crops, repeats or reflects them")
 ENORMOUS = Reason("enormous", "a Pad makes more than a million of them")
@@ -145,8 +146,11 @@ def gather(node: Node, tracer: Tracer) -> None:
         axes = tracer.axes(data)
     labels = {other + (index_rank - 1 if other > axis else 0): atoms for other, atoms in axes.items() if other != axis}
     if axis in axes:
+        size = len(axes[axis])
         if indices is None or index_rank > 1:
             tracer.freeze_tensor(data, RUNTIME_INDICES, node, [axis])
+        elif ((indices < -size) | (indices >= size)).any():
+            tracer.freeze_tensor(data, OUTSIDE, node, [axis])
         elif index_rank == 0 or indices.size == 1:
             tracer.freeze(axes[axis][np.ravel(indices)], PICKED, node)
         else:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from lindep_onnx.channels import Atoms, Bias, Labelling, Product, Reader, Reason, Tracer, Window
 from lindep_onnx.draft import Draft
 from lindep_onnx.graph import Node
@@ -15,11 +17,16 @@ SINGLE = Reason("grouped_convolution", "a grouped convolution has one of them in
 DYNAMIC_WEIGHT = Reason("runtime_weight", "the weight is computed at run time")
 WEIGHT_RANK = Reason("weight_rank", "a constant weight of rank over 2 is a batch of matrices")
 TRANSPOSED = Reason("transposed_data", "Gemm reads its data transposed (transA)")
-CONTRACTED = Reason("contracted", "two computed tensors are multiplied along them")
+CONTRACTED = Reason(
+    "contracted", "two computed tensors are multiplied along them (query and key), and no weight could make up for them"
+)
 FROZEN_INPUT = Reason("frozen_input", "a depthwise convolution computes them one by one from channels that stay")
 EQUATION = Reason("einsum", "an Einsum that is more than the product with a constant matrix reads them")
+UNKNOWN_RANK = Reason("unknown_rank", "the number of axes of the data that is multiplied is not known")
 VECTOR = Reason("vector_product", "a product with a vector reads them")
 SPATIAL = Reason("spatial_axis", "they lie along an axis that a window moves over")
+
+_LETTERS = ord("A")  # the capital ones name batch axes
 
 
 @traces("Conv")
@@ -255,7 +262,10 @@ def _constant_product(node: Node, tracer: Tracer, position: int, mixed: int) -> 
     matrix = tracer.resolved.constants[weight]
     rank = tracer.rank(data)
     if matrix.ndim != 2 or rank is None or rank < 2:
-        tracer.refuse(node, WEIGHT_RANK if matrix.ndim > 2 else VECTOR)
+        reason = WEIGHT_RANK if matrix.ndim > 2 else UNKNOWN_RANK if rank is None else VECTOR
+        tracer.refuse(node, reason)
+        if matrix.ndim > 1:
+            tracer.freeze(tracer.produce(node, matrix.shape[-1 if position else -2]), reason, node)
         return
     inputs, outputs = (0, 1) if position == 1 else (1, 0)
     axis = rank + mixed
@@ -272,17 +282,24 @@ def _constant_product(node: Node, tracer: Tracer, position: int, mixed: int) -> 
 
 @traces("Einsum")
 def einsum(node: Node, tracer: Tracer) -> None:
-    """A computed tensor times a constant matrix, whose other indices pass in their order; nothing else."""
-    inputs, _, result = node.attributes["equation"].replace(" ", "").partition("->")
+    """A computed tensor times a constant matrix, whose other indices pass in their order, or times another one."""
+    inputs, arrow, result = node.attributes["equation"].replace(" ", "").partition("->")
     terms = inputs.split(",")
     constant = [tracer.constant(name) is not None for name in node.inputs]
-    if len(terms) != 2 or sum(constant) != 1 or "." in inputs or any(len(set(term)) < len(term) for term in terms):
+    odd = "." in inputs or any(len(set(term)) < len(term) for term in (*terms, result))
+    if len(terms) != 2 or not arrow or odd or [len(term) for term in terms] != [tracer.rank(n) for n in node.inputs]:
         tracer.refuse(node, EQUATION)
+        return
+    if not any(constant):
+        _contraction(node, tracer, terms, result)
         return
     position = constant.index(True)
     weight, data = terms[position], terms[1 - position]
+    if set(weight) <= set(data) and data == result and not all(constant):
+        _einsum_scale(node, tracer, position, weight, data)
+        return
     summed, made = set(weight) & set(data) - set(result), set(weight) & set(result) - set(data)
-    if len(weight) != 2 or len(summed) != 1 or len(made) != 1:
+    if all(constant) or len(weight) != 2 or len(summed) != 1 or len(made) != 1:
         tracer.refuse(node, EQUATION)
         return
     (one,), (other,) = summed, made
@@ -304,6 +321,13 @@ def einsum(node: Node, tracer: Tracer) -> None:
         tracer.site(node.inputs[position], 1 - outputs, outputs, reader, affine=True)
 
 
+def _einsum_scale(node: Node, tracer: Tracer, position: int, weight: str, data: str) -> None:
+    """Every element of a computed tensor times one of a constant."""
+    axes = tracer.axes(node.inputs[1 - position])
+    tracer.claim(node, position, {weight.index(data[axis]): own for axis, own in axes.items() if data[axis] in weight})
+    tracer.label_axes(node.outputs[0], axes)
+
+
 def _following_bias(node: Node, tracer: Tracer, axis: int) -> Bias:
     """The constant of an Add right behind the product, or a new Add."""
     result = node.outputs[0]
@@ -320,21 +344,33 @@ def _following_bias(node: Node, tracer: Tracer, axis: int) -> Bias:
 
 
 def _computed_product(node: Node, tracer: Tracer) -> None:
-    """The contracted axes of the two operands meet; the others pass."""
-    left, right, result = node.inputs[0], node.inputs[1], node.outputs[0]
-    ranks = tracer.rank(left), tracer.rank(right)
-    if ranks[0] is None or ranks[1] is None or min(ranks[0], ranks[1]) < 2:
+    """The last axis of the left operand meets the last but one of the right."""
+    ranks = [tracer.rank(name) for name in node.inputs]
+    if None in ranks or min(rank for rank in ranks if rank is not None) < 2:
         tracer.refuse(node, CONTRACTED)
         return
-    rank = max(ranks[0], ranks[1])
+    batch = [chr(_LETTERS + axis) for axis in range(max(rank for rank in ranks if rank is not None) - 2)]
+    left, right = (
+        (*batch[len(batch) + 2 - (rank or 2) :], *own) for rank, own in zip(ranks, ("ij", "jk"), strict=True)
+    )
+    _contraction(node, tracer, (left, right), (*batch, "i", "k"))
+
+
+def _contraction(node: Node, tracer: Tracer, terms: Sequence[Sequence[str]], result: Sequence[str]) -> None:
+    """Computed tensors are multiplied: axes by name, those of no other operand pass, the others stay.
+
+    Nothing takes over what a removed channel of a contracted axis carried: both factors change with the data.
+    """
     passing = []
-    for name, own_rank, free, contracted in ((left, ranks[0], -2, -1), (right, ranks[1], -1, -2)):
-        offset = rank - own_rank
+    for name, term, other in zip(node.inputs, terms, terms[::-1], strict=True):
         for label in tracer.labels.get(name, ()):
-            if label.cut != own_rank + free:  # a batch axis, or the one that is summed over
+            if term[label.cut] in other or term[label.cut] not in result:
                 tracer.freeze(label.atoms.ravel(), CONTRACTED, node)
-            elif own_rank + contracted in label.axes:
-                passing.append(Labelling((label.cut + offset,), tracer.flat(label), label.cut + offset))
-            else:  # ids may vary over batch axes: the channels of each head
-                passing.append(Labelling(tuple(axis + offset for axis in label.axes), label.atoms, label.cut + offset))
-    tracer.label(result, passing)
+                continue
+            if any(term[axis] not in result for axis in label.axes):
+                label = Labelling((label.cut,), tracer.flat(label), label.cut)
+            # Ids may vary over batch axes: the channels of each head.
+            places = [result.index(term[axis]) for axis in label.axes]
+            atoms = np.transpose(label.atoms, np.argsort(places))
+            passing.append(Labelling(tuple(sorted(places)), atoms, result.index(term[label.cut])))
+    tracer.label(node.outputs[0], passing)

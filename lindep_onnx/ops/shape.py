@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -16,8 +17,11 @@ __all__: list[str] = []
 REGROUPED = Reason("reshape", "a Reshape regroups them with axes of unknown size or other channels")
 COUNTED = Reason("counted", "their number is an output of the model, or a Size operator counts them")
 MOVED = Reason("spatial_axis", "they lie along an axis whose positions become channels, or the other way round")
-REPEATED = Reason("repeated", "a Tile or Expand repeats them")
+REPEATED = Reason("repeated", "a Tile repeats them as often as is known at run time only")
 RUNTIME_SHAPE = Reason("runtime_shape", "the shape they are given is computed at run time")
+
+#: Channels that an Expand, Tile or ConstantOfShape may make.
+MOST_MADE = 1 << 20
 
 
 @traces("Transpose")
@@ -208,14 +212,29 @@ def space_to_depth(node: Node, tracer: Tracer) -> None:
 
 @traces("Expand")
 def expand(node: Node, tracer: Tracer) -> None:
-    """Axes of the data that keep their size pass; their place in the target vector is rewritten."""
+    """Axes that keep their size pass; one value over a new or wider axis goes wherever its readers can spare it.
+
+    The sizes of both kinds are rewritten in the target vector.
+    """
     data, result = node.inputs[0], node.outputs[0]
     before, after = tracer.shape(data), tracer.shape(result)
     if before is None or after is None or tracer.rank(node.inputs[1]) is None:
         tracer.refuse(node, RUNTIME_SHAPE)
         return
     offset = len(after) - len(before)
-    tracer.label_axes(result, {axis + offset: atoms for axis, atoms in tracer.axes(data).items()})
+    if tracer.constant(data) is None:
+        axes = tracer.axes(data)
+    else:
+        axes = _made(tracer, {axis: size for axis, size in enumerate(before) if axis + offset > 0})
+        tracer.claim(node, 0, axes)
+    new = {axis: size for axis, size in enumerate(after) if axis > 0 and (axis < offset or before[axis - offset] == 1)}
+    tracer.label_axes(result, {**_made(tracer, new), **{axis + offset: atoms for axis, atoms in axes.items()}})
+
+
+def _made(tracer: Tracer, sizes: Mapping[int, int | str]) -> dict[int, Atoms]:
+    """New atoms along the axes whose size is fixed; beyond a million they are positions, or somebody means harm."""
+    fixed = {axis: size for axis, size in sizes.items() if isinstance(size, int) and 1 < size <= MOST_MADE}
+    return {axis: tracer.fresh(size) for axis, size in fixed.items()}
 
 
 @rewrites("Expand")
@@ -233,13 +252,17 @@ def expand_target(node: Node, draft: Draft) -> None:
 
 @traces("Tile")
 def tile(node: Node, tracer: Tracer) -> None:
-    """Axes that are repeated once pass."""
+    """Each channel comes as often as its axis is repeated; all of them go together."""
     data = node.inputs[0]
     repeats = tracer.resolved.integers(node.inputs[1])
-    axes = tracer.axes(data)
-    repeated = [axis for axis in axes if repeats is None or repeats[axis] != 1]
-    tracer.freeze_tensor(data, REPEATED, node, repeated)
-    tracer.label_axes(node.outputs[0], {axis: atoms for axis, atoms in axes.items() if axis not in repeated})
+    labels = {}
+    for axis, atoms in tracer.axes(data).items():
+        times = None if repeats is None else repeats[axis]
+        if not isinstance(times, int) or not 0 < times * len(atoms) <= MOST_MADE:
+            tracer.freeze_tensor(data, REPEATED, node, [axis])
+        else:
+            labels[axis] = tracer.distinct(np.tile(atoms, times)) if times > 1 else atoms
+    tracer.label_axes(node.outputs[0], labels)
 
 
 @traces("Shape")
@@ -286,8 +309,7 @@ def size(node: Node, tracer: Tracer) -> None:
 def filled(node: Node, tracer: Tracer) -> None:
     """One value everywhere: as many places may go as its readers want, where their number is fixed."""
     shape = tracer.shape(node.outputs[0]) or ()
-    axes = {axis: tracer.fresh(size) for axis, size in enumerate(shape) if axis > 0 and isinstance(size, int)}
-    tracer.label_axes(node.outputs[0], axes)
+    tracer.label_axes(node.outputs[0], _made(tracer, {axis: size for axis, size in enumerate(shape) if axis > 0}))
 
 
 @rewrites("ConstantOfShape")

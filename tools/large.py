@@ -71,7 +71,8 @@ def build(folder: Path, gigabytes: float = 2.5, width: int = WIDTH) -> Path:
         width: of the hidden layers; those in the middle are square.
 
     Returns:
-        The path of the model. Hidden layer i has `COPIES` neurons, the last ones, that are copies of its first.
+        The path of the model. Hidden layer i has `COPIES` neurons, the last ones, that are copies of its first. Those
+        that hardly ever speak are no evidence, and stay.
     """
     layers = max(1, round(gigabytes * 1e9 / (4 * width * width)))
     rng = np.random.default_rng(0)

@@ -335,7 +335,7 @@ def _check_arity(where: str, graph: onnx.GraphProto, versions: Mapping[str, int]
         domain = "" if node.domain == "ai.onnx" else node.domain
         try:
             schema = onnx.defs.get_schema(node.op_type, versions.get(domain, versions.get(node.domain, 1)), domain)
-        except (onnx.defs.SchemaError, TypeError, OverflowError):  # not one of the standard's
+        except (onnx.defs.SchemaError, TypeError, OverflowError, UnicodeError):  # not one of the standard's
             schema = None
         for what, least, found in (
             ("inputs", schema.min_input if schema else 0, len(node.input)),

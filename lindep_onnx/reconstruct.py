@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +33,7 @@ def fold_sites(
         evidence: of every site.
         removed: (units,) bool.
     """
-    weights: dict[str, NDArray[np.float64]] = {}
+    weights: dict[str, NDArray[Any]] = {}
     shifts: dict[Reader, NDArray[np.float64]] = {}
     for number, fold in folds.items():
         kept, matrix = fold.kept, fold.matrix
@@ -42,7 +43,7 @@ def fold_sites(
         gone = weight[~kept].copy()
         weight[kept] += np.tensordot(matrix, gone, axes=1)
         weight[~kept] = 0.0
-        whole = weights.setdefault(site.weight, channels.resolved.constants[site.weight].astype(np.float64))
+        whole = weights.setdefault(site.weight, channels.resolved.constants[site.weight].copy())
         site.part(whole)[...] = _original_layout(channels, seen, weight)
         if site.affine:
             rest = seen.mean[~kept] - matrix.T @ seen.mean[kept]

@@ -26,13 +26,13 @@ class Reconstruction:
 
     Attributes:
         removed: (units,) bool, with equal counts in every group (`lindep_onnx.placement.balanced`).
-        weights: new values of site weights in their original shape, float64; what lies on removed rows and columns
+        weights: new values of site weights in their original shape and type; what lies on removed rows and columns
             does not matter.
         shifts: (site outputs,) float64, what to add to the output of a reader, by the reader.
     """
 
     removed: NDArray[np.bool_]
-    weights: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    weights: Mapping[str, Array] = field(default_factory=dict)
     shifts: Mapping[Reader, NDArray[np.float64]] = field(default_factory=dict)
 
 
@@ -62,7 +62,7 @@ def _rewrite_constant(
     draft: Draft,
     name: str,
     readers: Mapping[tuple[int, int], Axes],
-    weight: NDArray[np.float64] | None,
+    weight: Array | None,
     biases: Mapping[tuple[int, int], NDArray[np.float64]],
 ) -> None:
     """Slice a constant for its readers: in place where they agree, else with a copy for each."""

@@ -1,11 +1,11 @@
 """A model of gigabytes with planted dependence, compressed under a memory limit.
 
-`build` writes an MLP with external data whose hidden layers hold neurons that are scaled copies of others, one layer at
-a time, so that building it takes the memory of one layer. `compress_it` runs the command on it in a process of its own
-and measures its peak. What may be needed: `LIMIT` times the file, `MATRICES` second-moment matrices of every layer (8
-bytes for each pair of its inputs: of a square layer twice its weights), and `CONSTANT`.
+`build` writes a net with external data, parallel branches of 5 x 5 convolutions whose layers hold channels that are
+scaled copies of others, one layer at a time, so that building it takes the memory of one layer. `compress_it` runs the
+command on it in a process of its own and measures its peak. What may be needed: `LIMIT` times the file, `MATRICES`
+second-moment matrices of every layer (8 bytes for each pair of its input channels), and `CONSTANT`.
 
-Usage: python tools/large.py [--gigabytes 2.5] [--folder DIR] [--options ...]
+Usage: python tools/large.py [--gigabytes 2.5] [--width 1024] [--folder DIR] [--options ...]
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-__all__ = ["CONSTANT", "COPIES", "LIMIT", "MATRICES", "Ran", "build", "compress_it", "widths_of"]
+__all__ = ["CONSTANT", "LIMIT", "MATRICES", "Ran", "build", "compress_it", "copies_of", "widths_of"]
 
 #: Copies of the weights and of the moments that the command may hold at once, and megabytes on top.
 LIMIT, MATRICES, CONSTANT = 4.0, 6.0, 1000
-#: Of every hidden layer so many neurons are copies.
+#: Of every layer so many channels are copies, or a quarter of them if that is less.
 COPIES = 64
-WIDTH = 8192
+#: Channels of a layer, layers of a branch, size of the kernels and of the images, and how many of these there are.
+WIDTH, DEPTH, KERNEL, SIZE, SAMPLES = 1024, 4, 5, 3, 256
 
 
 @dataclass(frozen=True)
@@ -68,49 +69,61 @@ def build(folder: Path, gigabytes: float = 2.5, width: int = WIDTH) -> Path:
     Args:
         folder: where to.
         gigabytes: size of the weights, about.
-        width: of the hidden layers; those in the middle are square.
+        width: channels of every layer.
 
     Returns:
-        The path of the model. Hidden layer i has `COPIES` neurons, the last ones, that are copies of its first. Those
-        that hardly ever speak are no evidence, and stay.
+        The path of the model. The last `copies_of(width)` channels of every layer are copies of its first ones, twice
+        as large.
     """
-    layers = max(1, round(gigabytes * 1e9 / (4 * width * width)))
+    branches = max(1, round(gigabytes * 1e9 / (4 * KERNEL**2 * width * width * (DEPTH - 1))))
     rng = np.random.default_rng(0)
-    nodes, tensors, offset, last = [], [], 0, "x"
+    nodes, tensors, offset, ends = [], [], 0, []
     path = folder / "large.onnx"
-    sizes = [(width, 64), *[(width, width)] * layers, (16, width)]
     with (folder / "large.onnx.data").open("wb") as file:
-        for number, shape in enumerate(sizes):
-            weight = rng.standard_normal(shape, dtype=np.float32) * np.float32(np.sqrt(2 / shape[1]))
-            if number <= layers:
-                weight[-COPIES:] = 2 * weight[:COPIES]
-            tensor = TensorProto(name=f"w{number}", dims=shape, data_type=TensorProto.FLOAT)
-            tensor.data_location = TensorProto.EXTERNAL
-            for key, value in (("location", "large.onnx.data"), ("offset", offset), ("length", weight.nbytes)):
-                tensor.external_data.add(key=key, value=str(value))
-            file.write(memoryview(weight).cast("B"))
-            offset += weight.nbytes
-            tensors.append(tensor)
-            out = "y" if number > layers else f"g{number}"
-            nodes.append(helper.make_node("Gemm", [last, f"w{number}"], [out], f"gemm{number}", transB=1))
-            if number <= layers:
-                nodes.append(helper.make_node("Relu", [out], [f"r{number}"], f"relu{number}"))
-                last = f"r{number}"
-    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 64])
-    made = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 16])
+        for branch in range(branches):
+            last = "x"
+            square = KERNEL, KERNEL
+            shapes = [(width, 3, *square), *[(width, width, *square)] * (DEPTH - 1), (16, width, 1, 1)]
+            for number, shape in enumerate(shapes):
+                label = f"{branch}_{number}"
+                weight = rng.standard_normal(shape, dtype=np.float32) * np.float32(np.sqrt(2 / np.prod(shape[1:])))
+                if number < DEPTH:
+                    weight[-copies_of(width) :] = 2 * weight[: copies_of(width)]
+                tensor = TensorProto(name=f"w{label}", dims=shape, data_type=TensorProto.FLOAT)
+                tensor.data_location = TensorProto.EXTERNAL
+                for key, value in (("location", "large.onnx.data"), ("offset", offset), ("length", weight.nbytes)):
+                    tensor.external_data.add(key=key, value=str(value))
+                file.write(memoryview(weight).cast("B"))
+                offset += weight.nbytes
+                tensors.append(tensor)
+                pads = [weight.shape[-1] // 2] * 4
+                nodes.append(helper.make_node("Conv", [last, tensor.name], [f"c{label}"], f"conv{label}", pads=pads))
+                last = f"c{label}"
+                if number < DEPTH:
+                    nodes.append(helper.make_node("Relu", [last], [f"r{label}"], f"relu{label}"))
+                    last = f"r{label}"
+            ends.append(last)
+    nodes.append(helper.make_node("Sum", ends, ["y"], "sum"))
+    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, SIZE, SIZE])
+    made = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 16, SIZE, SIZE])
     graph = helper.make_graph(nodes, "large", [given], [made], tensors)
     path.write_bytes(
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
     )
-    np.save(folder / "calib.npy", rng.standard_normal((512, 64), dtype=np.float32))
+    np.save(folder / "calib.npy", rng.standard_normal((SAMPLES, 3, SIZE, SIZE), dtype=np.float32))
     return path
 
 
+def copies_of(width: int) -> int:
+    """Planted copies in a layer of so many channels."""
+    return min(COPIES, width // 4)
+
+
 def widths_of(path: Path) -> list[int]:
-    """Neurons of every layer of such a model."""
+    """Output channels of every layer of such a model."""
     proto = onnx.load(path, load_external_data=False)
     sizes = {tensor.name: tensor.dims[0] for tensor in proto.graph.initializer}
-    return [int(sizes[node.input[1]]) for node in proto.graph.node if node.op_type == "Gemm"]
+    return [int(sizes[node.input[1]]) for node in proto.graph.node if node.op_type == "Conv"]
 
 
 def compress_it(model: Path, result: Path, options: Sequence[str] = (), *, limit: int | None = None) -> Ran:
@@ -131,7 +144,7 @@ def compress_it(model: Path, result: Path, options: Sequence[str] = (), *, limit
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     size = sum((model.parent / name).stat().st_size for name in (model.name, model.name + ".data"))
-    moments = sum(8e-6 * width**2 for width in widths_of(model)[:-1])
+    moments = sum(8e-6 * width**2 for width in widths_of(model))
     return Ran(process.returncode, time.perf_counter() - start, used.ru_maxrss * 1024 / 1e6, size / 1e6, moments)
 
 
@@ -143,8 +156,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="of the command")
     given = parser.parse_args(arguments)
     print(
-        "| file, MB | exit code | seconds | peak, MB | allowed, MB | neurons before | after |",
-        "|---" * 7 + "|",
+        "| file, MB | exit code | seconds | peak, MB | allowed, MB | channels before | after | planted |",
+        "|---" * 8 + "|",
         sep="\n",
     )
     for gigabytes in given.gigabytes:
@@ -152,11 +165,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             model = build(Path(name), gigabytes, given.width)
             ran = compress_it(model, Path(name) / "small.onnx", given.options)
             after = sum(widths_of(Path(name) / "small.onnx")) if (Path(name) / "small.onnx").exists() else 0
+            planted = sum(copies_of(width) for width in widths_of(model) if width == given.width)
             cells = (f"{ran.file:,.0f}", ran.code, f"{ran.seconds:.0f}", f"{ran.peak:,.0f}")
-            print(
-                f"| {' | '.join(map(str, cells))} | {ran.allowed:,.0f} | {sum(widths_of(model))} | {after} |",
-                flush=True,
-            )
+            counts = (f"{ran.allowed:,.0f}", sum(widths_of(model)), after, planted)
+            print(f"| {' | '.join(map(str, (*cells, *counts)))} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ __all__ = [
     "edit",
     "filled",
     "fingerprint",
+    "impossible_sizes",
     "light",
     "load",
     "on_disk",
@@ -316,6 +317,15 @@ def _array(tensor: onnx.TensorProto) -> Array:
 def _subgraphs(proto: onnx.NodeProto) -> list[onnx.GraphProto]:
     single = [a.g for a in proto.attribute if a.type == onnx.AttributeProto.GRAPH]
     return single + [g for a in proto.attribute if a.type == onnx.AttributeProto.GRAPHS for g in a.graphs]
+
+
+def impossible_sizes(graph: onnx.GraphProto) -> Iterator[onnx.TensorShapeProto.Dimension]:
+    """Axes that are declared with a size below 0, in bodies too: some of them make onnx end the process."""
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        yield from (dim for dim in value.type.tensor_type.shape.dim if dim.dim_value < 0)
+    for node in graph.node:
+        for body in _subgraphs(node):
+            yield from impossible_sizes(body)
 
 
 def _captures(graph: onnx.GraphProto) -> set[str]:

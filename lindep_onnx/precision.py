@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import onnx
 
+from lindep_onnx.graph import impossible_sizes
+
 __all__ = ["narrowed", "neighbour", "resolution", "widened"]
 
 #: Relative spacing of numbers, by type.
@@ -123,6 +125,8 @@ def _types(proto: onnx.ModelProto) -> dict[str, int]:
     kept = [tensor for tensor in skeleton.graph.initializer if tensor.data_type not in NARROW]
     del skeleton.graph.initializer[:]
     skeleton.graph.initializer.extend(kept)
+    for dim in impossible_sizes(skeleton.graph):
+        dim.Clear()
     inferred = onnx.shape_inference.infer_shapes(skeleton).graph
     values = (*inferred.input, *inferred.output, *inferred.value_info)
     found = {value.name: value.type.tensor_type.elem_type for value in values}

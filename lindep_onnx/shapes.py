@@ -22,7 +22,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
-from lindep_onnx.graph import Model, Node
+from lindep_onnx.graph import Model, Node, impossible_sizes
 
 __all__ = ["Resolved", "Shape", "resolve"]
 
@@ -298,6 +298,8 @@ def _skeleton(
     for proto in model.proto.graph.node:
         if not any(name in constants for name in proto.output):
             graph.node.append(proto)
+    for dim in impossible_sizes(graph):
+        dim.Clear()
     for node in model.nodes:
         for name in node.outputs:
             if name and name in shapes and name not in constants and name in dtypes:

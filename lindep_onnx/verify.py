@@ -589,6 +589,8 @@ def full_check_passes(model: onnx.ModelProto | str | Path) -> str | None:
     Returns:
         None if the model passes, else what the checker says, in one line.
     """
+    if isinstance(model, onnx.ModelProto) and next(graph.impossible_sizes(model.graph), None) is not None:
+        return "an axis is declared with a size below 0"
     try:
         with _readable(model) as source:
             onnx.checker.check_model(source, full_check=True)

@@ -166,6 +166,22 @@ def test_what_a_file_says_of_its_inner_tensors_never_overrules_the_operators() -
     assert shapes["r"][1:] == (6, 6, 6)
 
 
+@pytest.mark.parametrize("declared", ["input", "value_info", "output"])
+def test_sizes_below_zero_do_not_end_the_process(declared: str) -> None:
+    made = build(
+        "h = Slice(x, a, b, a)\ny = Slice(h, a, b, a)", {"a": np.array([1]), "b": np.array([2])}, x=("N", 3, 8, 8)
+    )
+    value = onnx.helper.make_tensor_value_info("h", TensorProto.FLOAT, ["N", -1, 8, 8])
+    if declared == "value_info":
+        made.graph.value_info.append(value)
+    else:
+        getattr(made.graph, declared)[0].type.tensor_type.shape.dim[1].dim_value = -1
+    program = "import sys, onnx, lindep_onnx; lindep_onnx.compress(onnx.load_from_string(sys.stdin.buffer.read()), proven_only=True)"
+    ran = subprocess.run([sys.executable, "-c", program], input=made.SerializeToString(), capture_output=True, cwd=ROOT)
+    assert ran.returncode in (0, 1), ran.stderr.decode()[-300:]
+    assert ran.returncode == 0 or b"LindepError" in ran.stderr or b"ModelError" in ran.stderr
+
+
 def test_a_location_that_is_no_text_is_a_location(tmp_path: Path) -> None:
     made = model()
     outside(made)

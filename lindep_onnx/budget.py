@@ -600,7 +600,17 @@ class Workshop:
             if found.skipped:
                 names = ", ".join(found.skipped[:3]) + (" and others" if len(found.skipped) > 3 else "")
                 notes.append(f"{len(found.skipped)} layer(s) are too wide to be refitted and keep their fold: {names}.")
-            return graph.edit(smaller, found.edits, self.metadata), tuple(notes)
+            refitted = graph.edit(smaller, found.edits, self.metadata)
+            if self._config.refit == "auto" and self._errs_less(proto, refitted):
+                return proto, ("The folds err less than a refit, on the samples that choose; they were kept.",)
+            return refitted, tuple(notes)
+
+    def _errs_less(self, folded: onnx.ModelProto, refitted: onnx.ModelProto) -> bool:
+        """Whether SELECT samples speak for the folds: where these are exact a refit only adds noise."""
+        if not len(self._data.parts[Part.SELECT]):
+            return False
+        one, other = (self.compared(proto, self._data, Part.SELECT) for proto in (folded, refitted))
+        return one.relative_error < other.relative_error and (one.agreement or 0.0) >= (other.agreement or 0.0)
 
     def _cost(self, proto: onnx.ModelProto) -> Cost:
         return cost(graph.load(self.stored(proto)), self._shapes, self._batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -16,6 +17,7 @@ from lindep_onnx.errors import BudgetError
 from lindep_onnx.ladder import Curve, _hull, build_ladder, savings
 from lindep_onnx.rewrite import Reconstruction, rewrite
 
+MODELS = Path(__file__).parents[1] / "models"
 BODY = """
 a = Conv<pads=[1,1,1,1]>(x, w0, b0)
 r = Relu(a)
@@ -225,3 +227,16 @@ def test_savings_are_what_a_unit_takes_along(model) -> None:
 def test_results_pass_the_full_check(model, data) -> None:
     for options in ({"params": 0.5}, {"max_error": 0.1, "round_to": "auto"}, {"macs": 0.5, "refit": "kernel"}):
         onnx.checker.check_model(lindep_onnx.compress(model, data, **options).model, full_check=True)
+
+
+def test_where_folds_are_exact_no_refit_adds_noise() -> None:
+    with np.load(MODELS / "calib.npz") as archive:
+        data = dict(archive)
+    # Planted dependence makes up for all that this budget takes.
+    auto, forced = (
+        lindep_onnx.compress(MODELS / "demo.onnx", data, params=0.6, refit=refit).report
+        for refit in ("auto", "sequential")
+    )
+    assert auto.after.parameters == forced.after.parameters
+    assert auto.verification.relative_error < 1e-5 < forced.verification.relative_error
+    assert [any("they were kept" in note for note in report.notes) for report in (auto, forced)] == [True, False]

@@ -49,7 +49,7 @@ WARM_UP = 0.05
 DECAY, SQUARED_DECAY, TINY = 0.9, 0.999, 1e-12
 #: A gradient is cut to so many times the running mean of the norms.
 CLIP = 3.0
-#: So often the held-out loss is measured.
+#: So often the held-out loss is measured, and a few times more at the start.
 LOOKS = 12
 #: A held-out loss so many times the best tells that steps are too long; they are then so much shorter.
 WORSE, SHORTER = 1.5, 0.3
@@ -213,7 +213,9 @@ def _trained(
         return state.seconds / max(1e-9, effort.seconds or 0.0)
 
     def looks() -> int:
-        return int(share() * LOOKS)
+        regular = int(share() * LOOKS)
+        # Before the first of these: after 1, 2, 4, 8 ... steps, since the first ones may be too long already.
+        return regular if regular else state.steps.bit_length() - 64
 
     while share() < 1:
         before = looks()

@@ -35,7 +35,9 @@ Numbers: TypeAlias = "Mapping[Part, NDArray[np.int64]]"
 #: Shards for each worker: more of them lose less when one dies, and send more matrices.
 SHARDS = 3
 #: Seconds to wait for the scheduler.
-PATIENCE = 20
+PATIENCE = 8
+#: More processes than this are a slip of the finger.
+MOST_PROCESSES = 256
 
 
 @dataclass(frozen=True)
@@ -141,8 +143,10 @@ def connected(address: str) -> Iterator[Any]:
     """A client of a scheduler, or of so many new processes on this machine if `address` is a number.
 
     Raises:
-        UsageError: Dask is not installed, or nothing answers.
+        UsageError: Dask is not installed, nothing answers, or that is no number of processes for one machine.
     """
+    if address.isdecimal() and not 0 < int(address) <= MOST_PROCESSES:
+        raise UsageError(f"--cluster takes at most {MOST_PROCESSES} processes, and at least one, not {address}.")
     try:
         import distributed
     except ImportError as error:
@@ -150,7 +154,7 @@ def connected(address: str) -> Iterator[Any]:
     import dask
 
     with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1TB"}):
-        if address.isdigit() and int(address):
+        if address.isdecimal():
             with (
                 distributed.LocalCluster(  # type: ignore[no-untyped-call]
                     n_workers=int(address), threads_per_worker=1, processes=True, dashboard_address=None, memory_limit=0

@@ -89,3 +89,9 @@ def test_an_address_that_nothing_answers_at_is_one_clear_error() -> None:
     pytest.importorskip("distributed")
     with pytest.raises(UsageError, match="--cluster takes the address"), connected("nonsense"):
         pass
+
+
+@pytest.mark.parametrize("number", ["0", "257", "9" * 40])
+def test_a_number_of_processes_that_no_machine_has_is_refused_at_once(number: str) -> None:
+    with pytest.raises(UsageError, match="at most 256 processes"), connected(number):
+        pass

@@ -545,7 +545,13 @@ def records(rng: random.Random, corpus: Corpus) -> None:
         Report.from_json(text)
 
 
-FLAGS = tuple(flag for action in cli._parser()._actions for flag in action.option_strings if flag.startswith("--"))
+#: But for the one that starts processes and waits for other machines.
+FLAGS = tuple(
+    flag
+    for action in cli._parser()._actions
+    for flag in action.option_strings
+    if flag.startswith("--") and flag != "--cluster"
+)
 WORDS = (
     *(
         "mlp.onnx",

@@ -707,7 +707,7 @@ class Workshop:
         feeds = next(iter(self._samples.batches(limit=1))).feeds
         models = (self._reference.proto, proto)
         sessions = [verify.open_session(model, timed=True, **self._runtime) for model in models]
-        seconds = TIMED if self._config.latency is None else DECISIVE
+        seconds = self._config.benchmark or (TIMED if self._config.latency is None else DECISIVE)
         before, after = verify.measure_latency(sessions, feeds, seconds=seconds)
         return before, after
 

@@ -141,6 +141,9 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--include", action="append", metavar="GLOB", help="touch only matching nodes")
     how.add_argument("--exclude", action="append", metavar="GLOB", help="leave matching nodes alone")
     how.add_argument("--providers", nargs="+", metavar="NAME", help="ONNX Runtime execution providers")
+    how.add_argument(
+        "--benchmark", type=_number, metavar="S", help="time both models against each other for S seconds (1)"
+    )
     how.add_argument("--threads", type=int, metavar="N", help="threads of ONNX Runtime")
     how.add_argument("--cluster", metavar="N|ADDRESS", help="calibrate on N processes or on a Dask scheduler's workers")
 

@@ -15,6 +15,9 @@ from lindep_onnx.images import Color, Layout, Preprocessing
 
 __all__ = ["LOSSLESS_SITE_ERROR", "LOSSLESS_VERIFIED_ERROR", "Config", "Effort", "Refit"]
 
+#: An hour.
+MOST_SECONDS = 3600
+
 Refit = Literal["auto", "fold", "kernel", "sequential"]
 
 #: RMS relative error that one site may gain in lossless mode, on samples that were not fitted.
@@ -74,6 +77,7 @@ class Config:
         exclude: glob on node names that are left alone.
         providers: ONNX Runtime execution providers.
         threads: intra-op threads of ONNX Runtime; 0 lets it choose.
+        benchmark: seconds that original and result are timed against each other; None takes one, or four for `latency`.
         batch_size: samples per run for models with a dynamic batch; None bounds the memory of the activations.
         max_samples: use at most this many calibration samples.
         image_size: height and width that images are cropped to, one number for both; None takes those of the input.
@@ -114,6 +118,7 @@ class Config:
     exclude: tuple[str, ...] = ()
     providers: tuple[str, ...] = ("CPUExecutionProvider",)
     threads: int = 0
+    benchmark: float | None = None
     batch_size: int | None = None
     max_samples: int | None = None
     image_size: int | tuple[int, int] | None = None
@@ -179,6 +184,8 @@ class Config:
             raise UsageError("--latency-table belongs to --latency: give both or neither.")
         if self.seed < 0:
             raise UsageError(f"--seed must be at least 0, not {self.seed}.")
+        if self.benchmark is not None and not 0 < self.benchmark <= MOST_SECONDS:
+            raise UsageError(f"--benchmark is a number of seconds, above 0 and at most {MOST_SECONDS:,}.")
         if self.threads < 0:
             raise UsageError(f"--threads must be at least 0, not {self.threads}.")
         if (self.rounds > 1 or self.effort is not None) and not self.budgeted:

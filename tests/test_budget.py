@@ -13,7 +13,7 @@ from build import build, run, traced
 
 import lindep_onnx
 from lindep_onnx.budget import rounded
-from lindep_onnx.errors import BudgetError
+from lindep_onnx.errors import BudgetError, UsageError
 from lindep_onnx.ladder import Curve, _hull, build_ladder, savings
 from lindep_onnx.rewrite import Reconstruction, rewrite
 
@@ -240,3 +240,13 @@ def test_where_folds_are_exact_no_refit_adds_noise() -> None:
     assert auto.after.parameters == forced.after.parameters
     assert auto.verification.relative_error < 1e-5 < forced.verification.relative_error
     assert [any("they were kept" in note for note in report.notes) for report in (auto, forced)] == [True, False]
+
+
+def test_latencies_are_measured_for_as_long_as_asked(model, data, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("lindep_onnx.verify.measure_latency", lambda *_, seconds: asked.append(seconds) or (2.0, 1.0))
+    report = lindep_onnx.compress(model, data, params=0.8, refit="fold", benchmark=2.5).report
+    lindep_onnx.compress(model, data, params=0.8, refit="fold")
+    assert asked == [2.5, 0.05] and (report.before.latency_ms, report.after.latency_ms) == (2000.0, 1000.0)
+    with pytest.raises(UsageError, match="--benchmark is a number of seconds"):
+        lindep_onnx.compress(model, data, benchmark=0.0)

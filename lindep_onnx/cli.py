@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lindep_onnx import api, report
+from lindep_onnx import pipeline, report
 from lindep_onnx._version import __version__
 from lindep_onnx.cluster import connected
 from lindep_onnx.config import Config
@@ -25,6 +25,7 @@ from lindep_onnx.data import load_function
 from lindep_onnx.errors import LindepError, UsageError
 from lindep_onnx.proven import EVERY_INPUT
 from lindep_onnx.replay import Plan, options_of
+from lindep_onnx.sources import RANDOM
 
 __all__ = ["main"]
 
@@ -227,7 +228,7 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
     else:
         _check_name(options.plan)
         saved = Plan.load(options.plan)
-        repeated, config = api.Repeated(saved, changed), options_of(saved, changed)
+        repeated, config = pipeline.Repeated(saved, changed), options_of(saved, changed)
     written = (options.report, options.save_plan, options.save_moments, options.checkpoint)
     read = (options.model, options.calib, options.stress, options.load_moments, options.plan)
     for path in (*read, options.output, *written):
@@ -249,15 +250,15 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
             f"{output}: is no name for a model; data goes behind --calib, and OUT.onnx is what is written."
         )
     if config.random_calib is not None and not options.quiet:
-        errors.print(api.RANDOM, style="bold red", markup=False)
+        errors.print(RANDOM, style="bold red", markup=False)
     with ExitStack() as stack:
         client = stack.enter_context(connected(options.cluster)) if options.cluster else None
         progress = stack.enter_context(_progress(errors, options.quiet))
-        result = api.run(
+        result = pipeline.run(
             options.model,
             options.calib,
             config,
-            files=api.Files(output, options.save_as_external_data, save_moments, load_moments, save_plan),
+            files=pipeline.Files(output, options.save_as_external_data, save_moments, load_moments, save_plan),
             stress=options.stress,
             client=client,
             progress=progress,

@@ -37,8 +37,13 @@ from lindep_onnx.files import meant
 from lindep_onnx.images import SUFFIXES as IMAGE_SUFFIXES
 from lindep_onnx.images import Preprocessing, image_files, images
 
-__all__ = ["LEAST_SAMPLES", "RandomInputs", "Reading", "Sources", "load_function", "shards_of"]
+__all__ = ["LEAST_SAMPLES", "RANDOM", "RandomInputs", "Reading", "Sources", "load_function", "shards_of"]
 
+#: What is said first where there is no real data.
+RANDOM = (
+    "WARNING: random inputs took the place of calibration data. They are nothing like real ones: errors, agreement and "
+    "refits are about noise, and the accuracy on real data may be far below. Give --calib DATA before using the result."
+)
 #: Fewer different samples than this cannot be split into three parts.
 LEAST_SAMPLES = 3
 #: What `FILE.py` alone names, as in polygraphy.

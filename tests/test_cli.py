@@ -20,7 +20,7 @@ import onnxruntime
 import pytest
 from build import build, run
 
-from lindep_onnx import api, budget, files, graph
+from lindep_onnx import budget, files, graph, pipeline
 from lindep_onnx.cli import main
 from lindep_onnx.data import InputSpec, Part, open_samples
 
@@ -364,7 +364,7 @@ def test_what_nobody_expected_is_one_message_too(
     def fails(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(api, "run", fails)
+    monkeypatch.setattr(pipeline, "run", fails)
     assert_one_clear_message(cli(*GOOD), 1, match)
 
 

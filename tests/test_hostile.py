@@ -15,7 +15,7 @@ from build import build, run, traced
 from onnx import TensorProto, numpy_helper
 
 import lindep_onnx
-from lindep_onnx import api, graph
+from lindep_onnx import graph, understanding
 from lindep_onnx.config import Config
 from lindep_onnx.errors import CalibrationError, LindepError, ModelError
 from lindep_onnx.shapes import resolve
@@ -240,14 +240,14 @@ def test_a_batch_that_nobody_could_fill_is_refused() -> None:
 @pytest.mark.parametrize("name", ["a" * 5000, "a\0b"])
 def test_names_that_no_file_can_have_are_refused(name: str) -> None:
     with pytest.raises(ModelError, match=r"cannot be looked up|no such model file"):
-        api.understand(name, PROVEN)
+        understanding.understand(name, PROVEN)
     with pytest.raises(CalibrationError, match=r"cannot be looked up|no such calibration data"):
         lindep_onnx.compress(model(), name)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tests" / "corpus").glob("*.onnx")), ids=lambda path: path.stem)
 def test_the_undamaged_corpus_is_understood(path: Path) -> None:
-    assert len(api.understand(path, PROVEN).channels.model.nodes) > 1
+    assert len(understanding.understand(path, PROVEN).channels.model.nodes) > 1
 
 
 @pytest.mark.parametrize("target", ["loader", "tracer", "calibration", "records", "options"])

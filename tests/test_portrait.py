@@ -10,12 +10,12 @@ import pytest
 
 import lindep_onnx
 from lindep_onnx import portrait
-from lindep_onnx.api import understand
 from lindep_onnx.config import Config
 from lindep_onnx.cost import cost
 from lindep_onnx.graph import load
 from lindep_onnx.portrait import kept_parameters, layers
 from lindep_onnx.rewrite import Reconstruction, rewrite
+from lindep_onnx.understanding import understand
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "models" / "demo.onnx"

@@ -8,7 +8,7 @@ import pytest
 from build import build
 
 import lindep_onnx
-from lindep_onnx import api
+from lindep_onnx import pipeline
 from lindep_onnx.data import InputSpec, open_samples
 from lindep_onnx.variants import Variant, compare_variants
 
@@ -56,7 +56,7 @@ def test_ways_that_the_original_does_not_run_in_are_left_out() -> None:
 
 def test_a_result_that_differs_when_it_is_run_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = Variant("in batches of 3", 8, 0.5, False)
-    monkeypatch.setattr(api, "compare_variants", lambda *_, **__: (wrong,))
+    monkeypatch.setattr(pipeline, "compare_variants", lambda *_, **__: (wrong,))
     data = {"x": np.random.default_rng(0).normal(size=(60, 3, 8, 8)).astype(np.float32)}
     one = model(SHAPE["batch"], [0, 4, -1])
     with pytest.raises(lindep_onnx.VerificationError, match=r"Run in batches of 3, .* by 0.5"):

@@ -11,7 +11,7 @@ import argparse
 import time
 from collections.abc import Sequence
 
-from lindep_onnx import api, cluster
+from lindep_onnx import cluster, understanding
 from lindep_onnx.config import Config
 from lindep_onnx.data import open_samples
 
@@ -27,8 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("calib")
     parser.add_argument("--samples", type=int, default=80)
     given = parser.parse_args(arguments)
-    understood = api.understand(given.model, Config())
-    specs = tuple(api._inputs(understood))
+    understood = understanding.understand(given.model, Config())
+    specs = tuple(understanding.inputs_of(understood))
     with open_samples(given.calib, specs, seed=0, holdout=0.3, max_samples=given.samples, batch_size=1) as samples:
         shards = cluster._shards(samples, SHARDS)
     model = understood.channels.model.proto.SerializeToString()

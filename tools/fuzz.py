@@ -39,7 +39,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from lindep_onnx import api, cli
+from lindep_onnx import cli, understanding
 from lindep_onnx.config import Config
 from lindep_onnx.data import InputSpec, open_samples
 from lindep_onnx.errors import LindepError
@@ -419,7 +419,7 @@ class Corpus:
         self.tensor = (CORPUS / "input_0.pb").read_bytes()
         self.moments = (CORPUS / "moments.npz").read_bytes()
         self.report = (CORPUS / "report.json").read_text()
-        self.planned = api.understand(CORPUS / "mlp.onnx", Config()).channels
+        self.planned = understanding.understand(CORPUS / "mlp.onnx", Config()).channels
         self.plan = Plan(
             {"h": [1, 4]}, {"h": 6}, options={"params": 0.5, "include": ["*"], "image_size": [2, 3]}
         ).to_json()
@@ -434,18 +434,20 @@ def loader(rng: random.Random, corpus: Corpus) -> None:
     path = corpus.folder / "case.onnx"
     data = rng.choice(corpus.models) if rng.random() < 0.5 else some_model(rng, corpus).SerializeToString()
     path.write_bytes(damaged(rng, data) if rng.random() < 0.7 else data)
-    api.understand(path, Config(proven_only=True))
+    understanding.understand(path, Config(proven_only=True))
 
 
 def tracer(rng: random.Random, corpus: Corpus) -> None:
     """A model in memory, up to the rewritten one."""
     exclude = ("*Gemm*",) if rng.random() < 0.1 else ()
     ranges = {"*": (-1.0, 1.0)} if rng.random() < 0.5 else {}
-    found = api.understand(some_model(rng, corpus), Config(proven_only=True, exclude=exclude, input_range=ranges))
+    found = understanding.understand(
+        some_model(rng, corpus), Config(proven_only=True, exclude=exclude, input_range=ranges)
+    )
     if full_check_passes(found.channels.model.proto) is not None:
         return  # ONNX Runtime does not load it, so that nothing is ever rewritten
     plan = found.proof.plan
-    with api.following(found.channels.model.proto):
+    with understanding.following(found.channels.model.proto):
         rewrite(found.channels, fold_sites(found.channels, plan.folds, found.proof.evidence, plan.removed), "fuzz")
 
 

@@ -1,0 +1,440 @@
+"""The stages in order: load, trace, calibrate, analyse, plan, reconstruct, rewrite, verify, report."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from lindep_onnx import analysis, archive, cluster, graph, learning, verify
+from lindep_onnx.anneal import anneal
+from lindep_onnx.budget import Workshop
+from lindep_onnx.channels import Channels
+from lindep_onnx.config import Config
+from lindep_onnx.data import Part, Samples, open_samples
+from lindep_onnx.errors import LindepError, OutputError, UsageError, VerificationError
+from lindep_onnx.groups import measure_groups
+from lindep_onnx.ladder import Prices
+from lindep_onnx.portrait import Redundancy, redundancy
+from lindep_onnx.proven import prove
+from lindep_onnx.replay import Plan, Replay, named, replay
+from lindep_onnx.report import Report, Verification
+from lindep_onnx.sources import RandomInputs
+from lindep_onnx.summary import group_reports, summarise, verification_of
+from lindep_onnx.support import Support, sentences, support
+from lindep_onnx.understanding import Understood, following, inputs_of, samples_per_run, understand
+from lindep_onnx.variants import Variant, compare_variants
+
+__all__ = [
+    "Calibrated",
+    "Clock",
+    "Files",
+    "Outcome",
+    "Repeated",
+    "elsewhere",
+    "first_round",
+    "half_the_cores",
+    "learn",
+    "opened",
+    "run",
+    "silent",
+]
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run, good or bad.
+
+    Attributes:
+        model: the smaller model.
+        report: what was done and measured.
+        failure: why the result must not be used; None if all is well.
+        plan: what went; None if it took several rounds.
+    """
+
+    model: onnx.ModelProto
+    report: Report
+    failure: LindepError | None
+    plan: Plan | None = None
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where to write what, and what to read besides model and data; None for nothing.
+
+    Attributes:
+        output: the smaller model.
+        external_data: whether its weights go into a file of their own.
+        save_moments: what calibration found.
+        load_moments: what it found before, in place of running it.
+        save_plan: what went.
+    """
+
+    output: Path | None = None
+    external_data: bool = False
+    save_moments: Path | None = None
+    load_moments: Path | None = None
+    save_plan: Path | None = None
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A plan to carry out, and the options that are given now, beside its own."""
+
+    plan: Plan
+    changed: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What calibration data says about a traced model. A context manager: it may hold temporary files.
+
+    Attributes:
+        understood: the traced model.
+        samples: the data; None without any.
+        learned: what was found by running it; None if that is too little, or random, to conclude anything.
+        evidence: the same as linear algebra.
+        config: the options so far.
+        opened: what to close.
+    """
+
+    understood: Understood
+    samples: Samples | None
+    learned: archive.Learned | None
+    evidence: analysis.Evidence | None
+    config: Config
+    opened: ExitStack | None = None
+
+    def __enter__(self) -> Calibrated:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.opened is not None:
+            self.opened.close()
+
+    @property
+    def doubtful(self) -> NDArray[np.bool_]:
+        """(units,) bool, channels that never changed, but might."""
+        return np.zeros(self.understood.channels.units, dtype=bool) if self.learned is None else self.learned.doubtful
+
+    def save_moments(self, path: str | Path, prices: Prices | None = None) -> None:
+        """Keep what was found, so that `calibrate(..., load_moments=path)` need not run the data again.
+
+        Args:
+            path: where to.
+            prices: curves that a budget was priced with.
+
+        Raises:
+            UsageError: nothing was found.
+            OutputError: the file cannot be written.
+        """
+        if self.learned is None or self.samples is None:
+            raise UsageError("There is nothing to save: the data is none, random or too little.")
+        learned = replace(self.learned, prices={**self.learned.prices, **(prices or {})})
+        archive.save(Path(path), learned, archive.key(self.understood.channels, self.samples, self.config))
+
+
+def run(
+    source: str | Path | onnx.ModelProto,
+    calib: Any,
+    config: Config,
+    *,
+    files: Files = Files(),
+    stress: Any = None,
+    client: Any = None,
+    progress: Progress = silent,
+    repeated: Repeated | None = None,
+    outlook: bool = False,
+) -> Outcome:
+    """`compress` or `apply`, but failed verification is a value, and files are written.
+
+    With `outlook` the report also says what budgets would cost where none is asked for.
+    """
+    needs_data = not config.proven_only and (repeated is None or repeated.plan.mode != "proven")
+    if calib is None and config.random_calib is None and needs_data:
+        raise UsageError("Calibration data is missing: give --calib DATA, or --proven-only to use the weights alone.")
+    if calib is not None and config.random_calib is not None:
+        raise UsageError("--random-calib takes the place of --calib: give one of them.")
+    if config.rounds > 1 and files.save_plan is not None:
+        raise UsageError("--save-plan: a plan is one cut, and --rounds makes several; drop one of them.")
+    if files.output is not None:
+        _check_output(source, files.output)
+    for path in filter(None, (files.save_moments, files.save_plan)):
+        _check_folder(path)
+    clock = Clock()
+    understood = understand(source, config, clock.stage)
+    replayed = None if repeated is None else replay(repeated.plan, understood.channels, repeated.changed)
+    with ExitStack() as stack:
+        stack.enter_context(half_the_cores())
+        samples = opened(understood, calib, config, config.max_samples, clock, progress, stack)
+        stressing = opened(understood, stress, _for_stress(config, stress), None, clock, progress, stack)
+        over = elsewhere(understood, calib, config, client)
+        calibrated = learn(understood, samples, config, files, clock, progress, over)
+        return _run(calibrated, stressing, config, clock, files, progress, replayed, outlook)
+
+
+def _check_output(source: str | Path | onnx.ModelProto, output: Path) -> None:
+    in_file = not isinstance(source, onnx.ModelProto) and Path(source).exists()
+    if in_file and output.exists() and output.samefile(source):
+        raise UsageError(f"{output}: is the input model; name another file to write.")
+    _check_folder(output)
+
+
+def _check_folder(path: Path) -> None:
+    """Find out before the work whether a file can be written."""
+    if path.is_dir():
+        raise OutputError(f"{path}: is a directory; name a file to write.")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: the folder {path.parent} does not exist; create it or name another.")
+    if not os.access(path.parent, os.W_OK):
+        raise OutputError(f"{path}: the folder {path.parent} cannot be written to; name another.")
+
+
+def _for_stress(config: Config, source: Any) -> Config:
+    """Random inputs are no stress, and options for images need not be about this data set too."""
+    config = replace(config, random_calib=None)
+    if isinstance(source, (str, Path)) and Path(source).is_dir():
+        return config
+    return replace(config, image_size=None, resize=None, scale=None, mean=None, std=None, layout=None, color=None)
+
+
+def opened(
+    understood: Understood,
+    source: Any,
+    config: Config,
+    max_samples: int | None,
+    clock: Clock,
+    progress: Progress,
+    stack: ExitStack,
+) -> Samples | None:
+    """Samples from a source; None without one."""
+    if source is None and config.random_calib is not None:
+        source = RandomInputs(config.random_calib)
+    if source is None:
+        return None
+    with clock.stage("read data"):
+        samples = open_samples(
+            source,
+            inputs_of(understood),
+            seed=config.seed,
+            holdout=config.holdout,
+            max_samples=max_samples,
+            batch_size=config.batch_size or samples_per_run(understood.channels.resolved),
+            preprocessing=config.preprocessing,
+            progress=progress,
+        )
+    return stack.enter_context(samples)
+
+
+def elsewhere(understood: Understood, calib: Any, config: Config, client: Any) -> learning.Over | None:
+    """Who runs the calibration in the place of this process, if anyone does."""
+    if client is None or calib is None:
+        return None
+    options = config.include, config.exclude, config.min_channels
+    batch_size = config.batch_size or samples_per_run(understood.channels.resolved)
+    return cluster.Workers(client, calib, inputs_of(understood), batch_size, options)
+
+
+def half_the_cores() -> AbstractContextManager[Any]:
+    """BLAS threads that compete with ONNX Runtime's, or with other programs, wait for each other.
+
+    Measured on two busy cores: refits 8 times slower with two threads than with one.
+    """
+    limits: AbstractContextManager[Any] = threadpool_limits(max(1, (os.cpu_count() or 1) // 2), user_api="blas")
+    return limits
+
+
+def learn(
+    understood: Understood,
+    samples: Samples | None,
+    config: Config,
+    files: Files,
+    clock: Clock,
+    progress: Progress,
+    over: learning.Over | None,
+) -> Calibrated:
+    """Run the data, here or elsewhere, or read what an earlier run found."""
+    random = config.random_calib is not None and not config.budgeted  # nothing that was merely observed may go
+    learned: archive.Learned | None = None
+    evidence: analysis.Evidence | None = None
+    if samples is not None and len(samples.parts[Part.FIT]) and not config.proven_only and not random:
+        if files.load_moments is not None:
+            with clock.stage("load moments"):
+                key = archive.key(understood.channels, samples, config)
+                learned = archive.load(files.load_moments, understood.channels, samples, key)
+                evidence = analysis.evidence(understood.channels, learned.calibration)
+        else:
+            learned, evidence = _observed(understood.channels, samples, config, clock, progress, over)
+    if learned is None and (files.save_moments or files.load_moments):
+        raise UsageError(
+            "--save-moments and --load-moments are about calibration, and none runs here (--proven-only, random inputs "
+            "without a budget, or fewer than 3 samples); drop them."
+        )
+    return Calibrated(understood, samples, learned, evidence, config)
+
+
+def _observed(
+    channels: Channels,
+    samples: Samples,
+    config: Config,
+    clock: Clock,
+    progress: Progress,
+    over: learning.Over | None = None,
+) -> tuple[archive.Learned, analysis.Evidence]:
+    runtime: dict[str, Any] = {"providers": config.providers, "threads": config.threads}
+    with clock.stage("calibrate"):
+        seen, evidence, doubtful = learning.learn(
+            channels, samples, seed=config.seed, progress=progress, over=over, **runtime
+        )
+    return archive.Learned(seen, doubtful, {}), evidence
+
+
+def first_round(
+    calibrated: Calibrated,
+    config: Config,
+    clock: Clock,
+    progress: Progress,
+    replayed: Replay | None = None,
+) -> Workshop:
+    """Where the first round decides.
+
+    Args:
+        calibrated: what the data says.
+        config: the options.
+        clock: times the stages.
+        progress: called with (stage, done, all).
+        replayed: a plan to carry out; None to make one.
+    """
+    understood, learned = calibrated.understood, calibrated.learned
+    return Workshop(
+        understood.channels,
+        calibrated.evidence,
+        calibrated.doubtful,
+        understood.proof,
+        calibrated.samples,
+        config,
+        clock.stage,
+        progress,
+        half=understood.half,
+        prices=None if learned is None else learned.prices,
+        replayed=replayed,
+    )
+
+
+def _run(
+    calibrated: Calibrated,
+    stressing: Samples | None,
+    config: Config,
+    clock: Clock,
+    files: Files,
+    progress: Progress,
+    replayed: Replay | None,
+    outlook: bool,
+) -> Outcome:
+    understood, samples, evidence = calibrated.understood, calibrated.samples, calibrated.evidence
+    channels, proof, half, doubtful = understood.channels, understood.proof, understood.half, calibrated.doubtful
+    runtime: dict[str, Any] = {"providers": config.providers, "threads": config.threads}
+    original_passed = verify.full_check_passes(channels.model.proto if half is None else half) is None
+
+    def open_round(current: Channels, options: Config) -> Workshop:
+        if current is channels:
+            return first_round(calibrated, options, clock, progress, replayed)
+        assert samples is not None
+        learned, found_out = _observed(current, samples, config, clock, progress)
+        known = prove(current, understood.ranges, half=half is not None)
+        return Workshop(
+            current, found_out, learned.doubtful, known, samples, options,
+            clock.stage, progress, half=half, reference=channels.model,
+        )  # fmt: skip
+
+    with following(channels.model.proto) if samples is None else nullcontext():
+        if samples is not None and (config.rounds > 1 or config.recover is not None):
+            workshop, chosen = anneal(channels, samples, config, open_round, clock.stage, progress)
+        else:
+            workshop = open_round(channels, config)
+            chosen = workshop.choose()
+    if outlook and not chosen.frontier and replayed is None and config.random_calib is None:
+        chosen = replace(chosen, frontier=workshop.outlook())
+    if files.save_moments is not None:
+        calibrated.save_moments(files.save_moments, chosen.prices)
+    with clock.stage("verify"):
+        result = workshop.stored(chosen.proto)
+        if half is not None and not chosen.removed.any():
+            result = graph.edit(graph.load(half), graph.Edits(), workshop.metadata)
+        verify.check_model(result, original_passed=original_passed)
+        errors = measure_groups(channels, chosen, samples, seed=config.seed, **runtime) if samples is not None else {}
+        variants: tuple[Variant, ...] = ()
+        if samples is not None:
+            variants = compare_variants(channels.model.proto, chosen.proto, samples, inputs_of(understood), **runtime)
+        chosen = replace(chosen, failure=chosen.failure or _variant_failure(variants))
+    stressed: Verification | None = None
+    failure = chosen.failure
+    if stressing is not None:
+        with clock.stage("stress"):
+            compared = workshop.compared(chosen.proto, stressing)
+            stress_failure = workshop.stress_failure(compared)
+            where = "the stress data, which nothing was fitted to or chosen by"
+            stressed = verification_of(compared, stress_failure is None, where)
+            failure = failure or stress_failure
+    found: dict[int, Support] = {}
+    curves: dict[int, Redundancy] = {}
+    if samples is not None and evidence is not None:
+        with clock.stage("statistics"):
+            found = support(channels, evidence, chosen, proof)
+            curves = redundancy(channels, evidence)
+            kept = int((doubtful & evidence.silent & ~chosen.removed).sum())
+            notes = (*chosen.notes, *sentences(found, kept, len(samples)))
+            chosen = replace(chosen, notes=notes)
+    groups = tuple(group_reports(understood, chosen, errors, found, curves))
+    report = summarise(understood, workshop, chosen, groups, variants, stressed, samples, config, clock.seconds)
+    saved = named(channels, chosen, workshop.options) if config.rounds == 1 else None
+    if failure is None or config.force:
+        if files.output is not None:
+            graph.save(result, files.output, external_data=files.external_data)
+        if files.save_plan is not None and saved is not None:
+            saved.save(files.save_plan)
+    return Outcome(result, report, failure, saved)
+
+
+def _variant_failure(variants: Sequence[Variant]) -> LindepError | None:
+    for variant in variants:
+        if not variant.passed:
+            return VerificationError(
+                f"Run {variant.name}, the result differs from the original by {variant.relative_error:.2g}, more than "
+                "as usual. Nothing was written; this is a fault of this package, please report it with the model."
+            )
+    return None
+
+
+class Clock:
+    """Seconds spent in each stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count what is done inside as part of a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

@@ -27,7 +27,7 @@ from lindep_onnx.sampling import RowSampler
 __all__ = ["Over", "Progress", "Ranges", "learn", "observe", "some_of"]
 
 Progress: TypeAlias = Callable[[str, int, int], None]
-Ranges: TypeAlias = "dict[tuple[str, int, bool], tuple[silence.Flat, silence.Range]]"
+Ranges: TypeAlias = "dict[silence.Key, tuple[silence.Flat, silence.Range]]"
 
 #: Samples that show what may be silent, and how much of the data is through when it is asked again what to watch: a
 #: little more than the share of samples in which a seldom channel may be awake.
@@ -103,6 +103,9 @@ def learn(
     pairs = [(flat, ranges[silence.key(flat)]) for flat in final if silence.key(flat) in ranges]
     measured = [seen_of.of(own, flat) for flat, (own, seen_of) in pairs]
     doubtful = silence.unexplained(channels.units, [flat for flat, _ in pairs], measured, found_out.samples)
+    for flat in final:
+        if silence.key(flat) not in ranges:  # nobody looked
+            doubtful[flat.units] = True
     return seen, found_out, doubtful
 
 

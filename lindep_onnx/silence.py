@@ -35,6 +35,7 @@ from lindep_onnx.ops.saturation import Interval, flat_parts, may_flatten
 __all__ = [
     "CERTAINTY",
     "Flat",
+    "Key",
     "Quiet",
     "Range",
     "Watch",
@@ -47,6 +48,7 @@ __all__ = [
 ]
 
 Floats: TypeAlias = NDArray[np.float64]
+Key: TypeAlias = tuple[str, int, int]
 
 #: Of fewer samples nothing is concluded: what never changed in n of them may change in a share of 3 / n of all others.
 LEAST_SAMPLES = 32
@@ -72,6 +74,7 @@ class Flat:
         silent: (W,) places on that axis of channels that never changed behind it.
         units: (W,) the unit of each.
         watched: (C,) bool, channels whose extremes are measured; None for all.
+        reader: who reads it: the index of the node, or below 0 for a site.
     """
 
     tensor: str
@@ -80,6 +83,7 @@ class Flat:
     silent: NDArray[np.int64]
     units: NDArray[np.int64]
     watched: NDArray[np.bool_] | None = None
+    reader: int = 0
 
 
 @dataclass(frozen=True)
@@ -201,8 +205,8 @@ def flats(channels: Channels, constant: Sequence[NDArray[np.bool_]]) -> tuple[Fl
             # Without silent channels a node still shows how others wake, if it is known where it is flat.
             if label.cut != 0 and (len(places) or (parts and (unit != FROZEN).any())):
                 watched = None if parts else np.isin(np.arange(len(unit)), places)
-                found.append(Flat(node.inputs[0], label.cut, parts, places, unit[places], watched))
-    for site, layout, own in zip(channels.sites, layouts, constant, strict=True):
+                found.append(Flat(node.inputs[0], label.cut, parts, places, unit[places], watched, node.index))
+    for number, (site, layout, own) in enumerate(zip(channels.sites, layouts, constant, strict=True)):
         unit = channels.unit[layout.atoms]
         chosen = own & (unit != FROZEN)
         places = layout.index[chosen].ravel() + site.first_column
@@ -212,7 +216,7 @@ def flats(channels: Channels, constant: Sequence[NDArray[np.bool_]]) -> tuple[Fl
             width = channels.resolved.shapes[tensor][axis]
             watched = np.isin(np.arange(width), places) if isinstance(width, int) else None
             if len(places):
-                found.append(Flat(tensor, axis, (), places, units, watched))
+                found.append(Flat(tensor, axis, (), places, units, watched, -1 - number))
     return tuple(found)
 
 
@@ -249,8 +253,8 @@ class Watch:
             known = self._ranges[number]
             self._ranges[number] = seen if known is None else known.merge(seen)
 
-    def ranges(self) -> dict[tuple[str, int, bool], tuple[Flat, Range]]:
-        """What was seen, by tensor, axis and whether it is known where the reader is flat."""
+    def ranges(self) -> dict[Key, tuple[Flat, Range]]:
+        """What was seen, by `key`."""
         pairs = zip(self._watched, self._ranges, strict=True)
         return {key(flat): (flat, seen) for flat, seen in pairs if seen is not None}
 
@@ -320,9 +324,9 @@ def _spread(values: NDArray[Any], watched: NDArray[np.bool_], filling: float) ->
     return whole
 
 
-def key(flat: Flat) -> tuple[str, int, bool]:
-    """What tells the flats of a model apart."""
-    return flat.tensor, flat.axis, bool(flat.parts)
+def key(flat: Flat) -> Key:
+    """What tells the flats of a model apart, however many of their channels are still silent."""
+    return flat.tensor, flat.axis, flat.reader
 
 
 def narrowed(watched: Sequence[Flat], ranges: Mapping[Any, tuple[Flat, Range]], samples: int) -> tuple[Flat, ...]:

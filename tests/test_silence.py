@@ -175,3 +175,13 @@ def test_one_pass_concludes_what_two_would(seed: int) -> None:
     assert 0 < expected[found.silent].sum() <= found.silent.sum() < 24
     for one, other in zip(found.sites, evidence.sites, strict=True):
         np.testing.assert_allclose(one.gram, other.gram, rtol=1e-12, atol=1e-12 * other.gram.max())
+
+
+def test_several_readers_of_one_tensor_are_told_apart() -> None:
+    w, b = as_array("w", (8, 3, 1, 1)), np.array([-60, -60, -60, 0, 0, 0, 0, 0], np.float32)
+    body = "h = Conv(x, w, b)\nr = Relu(h)\np = MaxPool<kernel_shape=[2,2]>(r)\ny = Conv(p, v)\nz = Conv(r, u)"
+    model = build(body, {"w": w, "b": b, "v": (4, 8, 1, 1), "u": (4, 8, 1, 1)}, x=("N", 3, 16, 16), outputs="y z")
+    _, watched, ranges = seen(model, images(120))
+    assert len({silence.key(flat) for flat in watched}) == len(watched) == len(ranges) >= 3
+    assert {flat.tensor for flat in watched} >= {"h", "r"} and sum(flat.tensor == "r" for flat in watched) == 2
+    assert removed(model, images(120)) == 3

@@ -156,15 +156,15 @@ def connected(address: str) -> Iterator[Any]:
     with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1TB"}):
         if address.isdecimal():
             with (
-                distributed.LocalCluster(  # type: ignore[no-untyped-call]
+                distributed.LocalCluster(
                     n_workers=int(address), threads_per_worker=1, processes=True, dashboard_address=None, memory_limit=0
                 ) as cluster,
-                distributed.Client(cluster) as client,  # type: ignore[no-untyped-call]
+                distributed.Client(cluster) as client,
             ):
                 yield client
             return
         try:
-            client = distributed.Client(address, timeout=PATIENCE)  # type: ignore[no-untyped-call]
+            client = distributed.Client(address, timeout=PATIENCE)
         except (OSError, ValueError, TypeError) as error:
             raise UsageError(
                 f"--cluster takes the address of a Dask scheduler, such as tcp://host:8786, or a number of processes; "

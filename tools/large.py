@@ -27,7 +27,7 @@ from onnx import TensorProto, helper
 __all__ = ["CONSTANT", "LIMIT", "MATRICES", "Ran", "build", "compress_it", "copies_of", "widths_of"]
 
 #: Copies of the weights and of the moments that the command may hold at once, and megabytes on top.
-LIMIT, MATRICES, CONSTANT = 4.0, 6.0, 1000
+LIMIT, MATRICES, CONSTANT = 9.0, 6.0, 1000
 #: Of every layer so many channels are copies, or a quarter of them if that is less.
 COPIES = 64
 #: Channels of a layer, layers of a branch, size of the kernels and of the images, and how many of these there are.

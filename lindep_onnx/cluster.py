@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from lindep_onnx import graph, silence
-from lindep_onnx.calibration import Calibration, calibrate
+from lindep_onnx.calibration import Calibration
 from lindep_onnx.channels import Channels
 from lindep_onnx.data import InputSpec, Part, Samples, open_samples
 from lindep_onnx.errors import CalibrationError, LindepError, UsageError
-from lindep_onnx.learning import Progress, Ranges
+from lindep_onnx.learning import Progress, Ranges, here
 from lindep_onnx.shapes import resolve
 from lindep_onnx.tracing import trace
 
@@ -198,7 +199,6 @@ def _both(own: Ranges, more: Ranges) -> Ranges:
 def _run_shard(job: _Job, numbers: Numbers) -> tuple[Calibration, Ranges]:
     with threadpool_limits(max(1, (os.cpu_count() or 1) // 2), user_api="blas"):
         channels = _traced(job.model, job.trace)
-        probe = silence.Watch(channels, job.watched) if job.watched else None
         providers, threads = job.runtime
         with open_samples(
             job.source,
@@ -209,24 +209,21 @@ def _run_shard(job: _Job, numbers: Numbers) -> tuple[Calibration, Ranges]:
             batch_size=job.batch_size,
             parts=numbers,
         ) as samples:
-            seen = calibrate(
+            return here(
                 channels,
                 samples,
+                job.watched,
                 providers=providers,
                 threads=threads,
                 seed=job.seed,
                 progress=lambda *_: None,
-                probe=probe,
                 fitted=job.fitted,
             )
-        return seen, probe.ranges() if probe is not None else {}
 
 
 @functools.lru_cache(maxsize=1)
 def _traced(model: bytes, options: tuple[tuple[str, ...], tuple[str, ...], int]) -> Channels:
     """Traced once in every process."""
-    import onnx
-
     include, exclude, least = options
     loaded = graph.load(onnx.ModelProto.FromString(model))
     return trace(loaded, resolve(loaded), include=include, exclude=exclude, min_channels=least)

@@ -30,8 +30,6 @@ Saving: TypeAlias = Literal["parameters", "macs", "channels"]
 #: Rungs that a search over measured errors probes, and how they crowd where little is left; a search over sizes uses
 #: every unit.
 RUNGS, CROWDING = 96, 1.5
-#: Share of a site's units that is removed to find the ridge which generalises best.
-RIDGE_SHARE = 0.5
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from lindep_onnx.channels import Channels
 from lindep_onnx.data import Part, Samples
 from lindep_onnx.sampling import RowSampler
 
-__all__ = ["Over", "Progress", "Ranges", "learn", "observe", "some_of"]
+__all__ = ["Over", "Progress", "Ranges", "here", "learn", "observe", "some_of"]
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 Ranges: TypeAlias = "dict[silence.Key, tuple[silence.Flat, silence.Range]]"
@@ -77,7 +77,7 @@ def learn(
         part = some_of(samples, {Part.FIT: stretch, Part.SELECT: select if last else select[:0]})
         if not len(stretch) and not (last and len(select)) and seen is not None:
             continue
-        run = _here if over is None or number == 0 else over
+        run = here if over is None or number == 0 else over
         found, more = run(
             channels,
             part,
@@ -128,9 +128,10 @@ class Over(Protocol):
         """Run the FIT and SELECT parts; the arguments are those of `calibrate` and `silence.Watch`."""
 
 
-def _here(
+def here(
     channels: Channels, samples: Samples, watched: tuple[silence.Flat, ...], **options: Any
 ) -> tuple[Calibration, Ranges]:
+    """Run the FIT and SELECT parts in this process; see `Over` for the arguments."""
     watch = silence.Watch(channels, watched) if watched else None
     found = calibrate(channels, samples, probe=watch, **options)
     return found, watch.ranges() if watch is not None else {}

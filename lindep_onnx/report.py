@@ -92,7 +92,7 @@ class Size:
         macs: multiply-accumulates for one sample.
         bytes: size of the file, weights included.
         channels: output channels over Conv, ConvTranspose, Gemm and MatMul with constant weights.
-        latency_ms: median milliseconds of one run; None if it was not measured.
+        latency_ms: milliseconds of one run, the lower decile; None if it was not measured.
         operators: how many nodes there are of each operator.
     """
 

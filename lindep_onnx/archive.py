@@ -37,12 +37,12 @@ class Learned:
     """What data says about a model, as far as running it is what takes time.
 
     Attributes:
-        calibration: moments of all site inputs.
+        calibration: moments of all site inputs; None where nobody will ask for them any more.
         doubtful: (units,) bool, constant so far but without a margin.
         prices: the curves that budgets were priced with so far.
     """
 
-    calibration: Calibration
+    calibration: Calibration | None
     doubtful: NDArray[np.bool_]
     prices: Prices
 
@@ -77,6 +77,7 @@ def save(path: Path, learned: Learned, made_with: Key) -> None:
         OutputError: it cannot be written.
     """
     seen = learned.calibration
+    assert seen is not None
     named = {f"{part}|{tap.key}": found for part, moments in (("fit", seen.fit), ("select", seen.select or {}))
              for tap, found in moments.items()}  # fmt: skip
     beside: dict[str, NDArray[Any]] = {

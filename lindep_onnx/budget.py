@@ -29,7 +29,7 @@ from lindep_onnx.analysis import Evidence, SiteEvidence
 from lindep_onnx.channels import Channels
 from lindep_onnx.config import LOSSLESS_SITE_ERROR, LOSSLESS_VERIFIED_ERROR, Config
 from lindep_onnx.cost import Cost, cost
-from lindep_onnx.data import Part, Samples
+from lindep_onnx.data import Batch, Part, Samples
 from lindep_onnx.errors import BudgetError, LindepError, UsageError, VerificationError
 from lindep_onnx.influence import Disturbances, measured_curves, site_influence
 from lindep_onnx.ladder import RUNGS, Curve, Ladder, Prices, Saving, build_ladder, curves, folds_of, savings
@@ -43,6 +43,7 @@ from lindep_onnx.refit import refit
 from lindep_onnx.replay import Replay
 from lindep_onnx.rewrite import Reconstruction, rewrite
 from lindep_onnx.search import COARSE, first_small_enough, last_good_enough, on_grid
+from lindep_onnx.sessions import Session, crew, open_session
 from lindep_onnx.shapes import resolve
 from lindep_onnx.tracing import trace
 
@@ -57,7 +58,7 @@ SITE_ROUNDINGS, OUTPUT_ROUNDINGS = 1.0, 2.0
 #: Widths that `--round-to auto` tries in turn: ONNX Runtime's kernels work on blocks of 8 or 16 channels.
 WIDTHS = (1, 8, 16)
 #: Seconds that original and result are timed against each other; where a budget depends on it.
-TIMED, DECISIVE = 1.0, 4.0
+TIMED, DECISIVE = 0.5, 4.0
 #: Plans that a search by measured errors tries: two bisections, see `lindep_onnx.search`.
 PROBES = math.ceil(math.log2(RUNGS)) + math.ceil(math.log2(RUNGS / COARSE))
 #: Shares of the ladder, and samples, that the frontier of errors is measured at.
@@ -156,7 +157,9 @@ class Workshop:
         self._doubtful = doubtful & ~proof.constant
         self._stage, self._progress = stage, progress
         self._runtime: dict[str, Any] = {"providers": config.providers, "threads": config.threads}
-        self._original = verify.open_session(self._reference.proto, **self._runtime)
+        activations = channels.resolved.activation_bytes * (1 if samples is None else samples.batch)
+        self._crew = crew(config.threads, config.providers, activations)
+        self._original = self._opened(self._reference.proto)
         self._shapes, self._batch = _first_shapes(samples)
         self.before = cost(self._reference if half is None else graph.load(half), self._shapes, self._batch)
         self.options = {**(replayed.plan.options if replayed is not None else {}), **config.described()}
@@ -404,9 +407,8 @@ class Workshop:
             for done, share in enumerate(FRONTIER):
                 order = ladder.order[: round(share * len(ladder))]
                 removed = balanced(self._channels, ladder.removed(len(order)), order)
-                session = verify.open_session(self._folded(removed), **self._runtime)
                 batches = self._data.batches(Part.SELECT, limit=FRONTIER_SAMPLES)
-                found = verify.compare(self._original, session, batches, agreement_output=self._config.agreement_output)
+                found = self._against(self._folded(removed), batches)
                 left = kept_parameters(self._channels, removed) / max(1, whole)
                 expected = sum(float(np.append(0.0, curve.cost)[int(removed[curve.units].sum())]) for curve in priced)
                 channels = int(removed.sum())
@@ -563,8 +565,8 @@ class Workshop:
             measured["min_agreement"] = None if found is None else found.agreement
         if self._config.eval is not None:
             if self._metric is None:
-                self._metric = float(self._config.eval(self._original))
-            measured["max_drop"] = self._metric - float(self._config.eval(verify.open_session(proto, **self._runtime)))
+                self._metric = float(self._config.eval(open_session(self._reference.proto, **self._runtime)))
+            measured["max_drop"] = self._metric - float(self._config.eval(open_session(proto, **self._runtime)))
         return measured
 
     def _holds(self, kind: str, value: float | None) -> bool:
@@ -637,9 +639,15 @@ class Workshop:
 
     def compared(self, proto: onnx.ModelProto, samples: Samples, *parts: Part) -> verify.Comparison:
         """A result against the original, on some parts of some samples; on all without a part."""
-        session = verify.open_session(proto, **self._runtime)
-        wanted = self._config.agreement_output
-        return verify.compare(self._original, session, samples.batches(*parts), agreement_output=wanted)
+        return self._against(proto, samples.batches(*parts))
+
+    def _against(self, proto: onnx.ModelProto, batches: Iterator[Batch]) -> verify.Comparison:
+        wanted, runs = self._config.agreement_output, self._crew.runs
+        return verify.compare(self._original, self._opened(proto), batches, agreement_output=wanted, runs=runs)
+
+    def _opened(self, proto: onnx.ModelProto) -> Session:
+        """A session for several runs at a time."""
+        return open_session(proto, providers=self._config.providers, threads=self._crew.threads)
 
     def stress_failure(self, found: verify.Comparison) -> LindepError | None:
         """Why a result must not be used after what was found on a second data set; None if all is well."""
@@ -706,7 +714,7 @@ class Workshop:
             return None
         feeds = next(iter(self._samples.batches(limit=1))).feeds
         models = (self._reference.proto, proto)
-        sessions = [verify.open_session(model, timed=True, **self._runtime) for model in models]
+        sessions = [open_session(model, timed=True, **self._runtime) for model in models]
         seconds = self._config.benchmark or (TIMED if self._config.latency is None else DECISIVE)
         before, after = verify.measure_latency(sessions, feeds, seconds=seconds)
         return before, after

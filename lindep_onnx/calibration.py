@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lindep_onnx import sessions
 from lindep_onnx.channels import Atoms, Channels, Reader, Site
 from lindep_onnx.data import Batch, Part, Samples
 from lindep_onnx.errors import CalibrationError
 from lindep_onnx.moments import Moments, MomentsAccumulator
-from lindep_onnx.sampling import Place, Probe, Rows, RowSampler
+from lindep_onnx.sampling import Place, Probe, RowSampler
 
 __all__ = ["Calibration", "Features", "Tap", "calibrate", "features", "tap", "taps"]
 
@@ -162,42 +161,31 @@ def calibrate(
         at = _place(place)
         # Positions behind a Flatten are taps: there the whole axis is one row.
         most[at] = max(most.get(at, 0), rows if index.shape[1] == 1 else MOST_POSITIONS)
-    sampler = RowSampler(channels.model, channels.resolved, most, providers=providers, threads=threads, probe=probe)
+    crew = sessions.crew(threads, providers, channels.resolved.activation_bytes * samples.batch)
+    sampler = RowSampler(
+        channels.model, channels.resolved, most, providers=providers, threads=crew.threads, probe=probe
+    )
+
+    def sampled(batch: Batch) -> tuple[dict[Tap, Array], list[Array]]:
+        positions, columns = np.random.default_rng((seed, int(batch.samples[0]))).spawn(2)
+        fetched, probed = sampler.run(batch, positions)
+        return {at: _features(fetched[_place(at)].values, index, columns) for at, index in wanted.items()}, probed
+
     done = 0
     result: dict[Part, dict[Tap, Moments]] = {}
-    for part in counts:
-        accumulators = {place: MomentsAccumulator(len(index)) for place, index in wanted.items()}
-
-        def add(
-            batch: Batch,
-            fetched: Mapping[Place, Rows],
-            probed: list[Array],
-            rng: np.random.Generator,
-            accumulators: Mapping[Tap, MomentsAccumulator] = accumulators,
-        ) -> None:
-            for place, index in wanted.items():
-                with _blamed(place):
-                    accumulators[place].update(_features(fetched[_place(place)].values, index, rng))
-            if probe is not None:
-                probe.update(probed, batch)
-
-        with ThreadPoolExecutor(1) as worker:
-            # While a batch is added up, ONNX Runtime computes the next one: one at a time, and always in this order.
-            adding: Future[None] | None = None
-            for batch in samples.batches(part):
-                positions, columns = np.random.default_rng((seed, int(batch.samples[0]))).spawn(2)
-                fetched, probed = sampler.run(batch, positions)
-                if adding is not None:
-                    adding.result()
-                adding = worker.submit(add, batch, fetched, probed, columns)
+    with crew.pool() as pool:
+        for part in counts:
+            accumulators = {at: MomentsAccumulator(len(index)) for at, index in wanted.items()}
+            for batch, (found, probed) in sessions.in_order(pool, sampled, samples.batches(part), crew.runs):
+                full = {at: accumulators[at] for at in wanted if accumulators[at].take(found[at])}
+                list(pool.map(_add_up, full, full.values()))
+                if probe is not None:
+                    probe.update(probed, batch)
                 done += len(batch.samples)
                 progress("calibrate", done, sum(counts.values()))
-            if adding is not None:
-                adding.result()
-        result[part] = {}
-        for place in wanted:  # one at a time: the matrices are the largest things in memory
-            with _blamed(place):
-                result[part][place] = accumulators.pop(place).result()
+            list(pool.map(_add_up, accumulators, accumulators.values()))
+            # One at a time: the matrices are the largest things in memory.
+            result[part] = {at: accumulators.pop(at).result() for at in wanted}
     return Calibration(
         fit=result[Part.FIT],
         select=result[Part.SELECT] if counts[Part.SELECT] else None,
@@ -209,10 +197,9 @@ def _place(at: Tap) -> Place:
     return Place(at.tensor, at.axis, at.strides)
 
 
-@contextmanager
-def _blamed(at: Tap) -> Iterator[None]:
+def _add_up(at: Tap, accumulator: MomentsAccumulator) -> None:
     try:
-        yield
+        accumulator.add_up()
     except CalibrationError as error:
         raise CalibrationError(f"Tensor {at.tensor!r} becomes NaN or infinite on this data.") from error
 

@@ -19,7 +19,7 @@ from lindep_onnx.placement import balanced
 from lindep_onnx.plan import Fold
 from lindep_onnx.reconstruct import fold_sites
 from lindep_onnx.rewrite import rewrite
-from lindep_onnx.verify import open_session
+from lindep_onnx.sessions import crew, open_session
 
 __all__ = ["Disturbances", "measured_curves", "site_influence"]
 
@@ -48,7 +48,8 @@ class Disturbances:
         self, channels: Channels, evidence: Evidence, samples: Samples, *, providers: Sequence[str], threads: int
     ) -> None:
         self._channels, self._evidence = channels, evidence
-        self._runtime: dict[str, Any] = {"providers": providers, "threads": threads}
+        self._crew = crew(threads, providers, channels.resolved.activation_bytes * samples.batch)
+        self._providers = providers
         self._batches = list(samples.batches(Part.SELECT, limit=SAMPLES))
         self._reference = self._outputs(channels.model.proto)
         self._energy = {name: _energy(values) for name, values in self._reference.items()}
@@ -70,9 +71,11 @@ class Disturbances:
         return float(np.mean(shares)) if shares else float("nan")
 
     def _outputs(self, model: onnx.ModelProto) -> dict[str, list[NDArray[Any]]]:
-        session = open_session(model, **self._runtime)
+        session = open_session(model, providers=self._providers, threads=self._crew.threads)
         names = [output.name for output in session.get_outputs() if "float" in output.type or "double" in output.type]
-        runs = [session.run(names, dict(batch.feeds)) for batch in self._batches] if names else []
+        batches = self._batches if names else []
+        with self._crew.pool() as pool:
+            runs = list(pool.map(lambda batch: session.run(names, dict(batch.feeds)), batches))
         return {name: [np.asarray(run[place], dtype=np.float64) for run in runs] for place, name in enumerate(names)}
 
 

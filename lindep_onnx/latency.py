@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from lindep_onnx.errors import LindepError, OutputError, UsageError
 from lindep_onnx.files import replacing
 from lindep_onnx.graph import Model, Node
+from lindep_onnx.sessions import open_session
 from lindep_onnx.shapes import Resolved, Shape, resolve
-from lindep_onnx.verify import open_session
 
 __all__ = ["LatencyTable", "Layer", "layers", "measure_table"]
 

@@ -21,8 +21,9 @@ from lindep_onnx import silence
 from lindep_onnx.analysis import Evidence, constant_features, evidence
 from lindep_onnx.calibration import Calibration, calibrate
 from lindep_onnx.channels import Channels
-from lindep_onnx.data import Part, Samples
+from lindep_onnx.data import Batch, Part, Samples
 from lindep_onnx.sampling import RowSampler
+from lindep_onnx.sessions import crew, in_order
 
 __all__ = ["Over", "Progress", "Ranges", "here", "learn", "observe", "some_of"]
 
@@ -148,12 +149,20 @@ def _flats(channels: Channels, seen: Calibration) -> tuple[silence.Flat, ...]:
     return silence.flats(channels, [constant_features(site, seen) for site in channels.sites])
 
 
-def observe(channels: Channels, watched: Sequence[silence.Flat], samples: Samples, **runtime: Any) -> Ranges:
+def observe(
+    channels: Channels, watched: Sequence[silence.Flat], samples: Samples, *, providers: Sequence[str], threads: int
+) -> Ranges:
     """The ranges alone, over the FIT and SELECT samples."""
     watch = silence.Watch(channels, watched)
-    sampler = RowSampler(channels.model, channels.resolved, {}, probe=watch, **runtime)
-    for batch in samples.batches(Part.FIT, Part.SELECT):
-        watch.update(sampler.run(batch, np.random.default_rng(0))[1], batch)
+    own = crew(threads, providers, channels.resolved.activation_bytes * samples.batch)
+    sampler = RowSampler(channels.model, channels.resolved, {}, probe=watch, providers=providers, threads=own.threads)
+
+    def probed(batch: Batch) -> list[NDArray[Any]]:
+        return sampler.run(batch, np.random.default_rng(0))[1]
+
+    with own.pool() as pool:
+        for batch, values in in_order(pool, probed, samples.batches(Part.FIT, Part.SELECT), own.runs):
+            watch.update(values, batch)
     return watch.ranges()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg.blas import dsyrk
 
 from lindep_onnx.arrays import UNREADABLE, npz_headers
 from lindep_onnx.errors import CalibrationError, OutputError
@@ -99,7 +101,7 @@ class MomentsAccumulator:
         self._waiting_rows = 0
         self._most = max(LEAST_BUFFERED, features // 4)
         self._sum = np.zeros(features)
-        self._gram = np.zeros((features, features))
+        self._gram = np.zeros((features, features), order="F")  # its lower triangle, until the end
         self._low, self._high = np.full(features, np.inf), np.full(features, -np.inf)
         self._active, self._at_low, self._at_high = np.zeros((3, features), dtype=np.int64)
 
@@ -112,21 +114,32 @@ class MomentsAccumulator:
         Raises:
             CalibrationError: a value added so far is NaN or infinite.
         """
-        if not rows.size:
-            return
-        if self._waiting and self._waiting[0].shape[1:] != rows.shape[1:]:
-            self._add()
-        # A copy: what comes in may be a view of a tensor that is much larger.
-        self._waiting.append(np.array(rows))
-        self._waiting_rows += rows.shape[0] * rows.shape[1]
-        if self._waiting_rows >= self._most:
-            self._add()
+        if self.take(rows):
+            self.add_up()
 
-    def _add(self) -> None:
-        if not self._waiting:
-            return
-        rows = self._waiting[0] if len(self._waiting) == 1 else np.concatenate(self._waiting)
-        self._waiting, self._waiting_rows = [], 0
+    def take(self, rows: NDArray[Any]) -> bool:
+        """Keep rows for later; whether they are enough to be added up.
+
+        Args:
+            rows: as for `update`.
+        """
+        if rows.size:
+            # A copy: what comes in may be a view of a tensor that is much larger.
+            self._waiting.append(np.array(rows, order="C"))
+            self._waiting_rows += rows.shape[0] * rows.shape[1]
+        return self._waiting_rows >= self._most
+
+    def add_up(self) -> None:
+        """Add up what was taken. Different accumulators may do so at the same time.
+
+        Raises:
+            CalibrationError: a value added so far is NaN or infinite.
+        """
+        waiting, self._waiting, self._waiting_rows = self._waiting, [], 0
+        for _, alike in itertools.groupby(waiting, key=lambda rows: rows.shape[1:]):
+            self._add(np.concatenate(list(alike)))
+
+    def _add(self, rows: NDArray[Any]) -> None:
         samples, positions, features = rows.shape
         # float32 products would lose the rank of the Gram matrix.
         flat = np.ascontiguousarray(rows, dtype=np.float64).reshape(-1, features)
@@ -134,8 +147,8 @@ class MomentsAccumulator:
         low, high = lows.min(axis=0), highs.max(axis=0)
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
             raise CalibrationError("An activation is NaN or infinite.")
-        # A matrix by its own transpose: NumPy computes one triangle, and lets other threads run meanwhile.
-        self._gram += flat.T @ flat
+        # In place and one triangle: twice as fast as a product that is then added, and without its memory.
+        self._gram = dsyrk(1.0, flat.T, beta=1.0, c=self._gram, lower=1, overwrite_c=1)
         self._sum += flat.sum(axis=0)
         self._at_low = _at_end(self._low, self._at_low, low, (highs == low).sum(axis=0))
         self._at_high = _at_end(-self._high, self._at_high, -high, (lows == high).sum(axis=0))
@@ -152,19 +165,31 @@ class MomentsAccumulator:
         Raises:
             CalibrationError: a value is NaN or infinite.
         """
-        self._add()
+        self.add_up()
         return Moments(
             rows=self._rows,
             samples=self._samples,
             effective_rows=self._effective,
             sum=self._sum.copy(),
-            gram=self._gram.copy(),
+            gram=_mirrored(self._gram),
             low=self._low.copy(),
             high=self._high.copy(),
             active=self._active.copy(),
             at_low=self._at_low.copy(),
             at_high=self._at_high.copy(),
         )
+
+
+def _mirrored(lower: NDArray[np.float64], block: int = 256) -> NDArray[np.float64]:
+    """A symmetric matrix from its lower triangle, block by block: whole transposes read memory against its order."""
+    whole = np.empty(lower.shape)
+    for start in range(0, len(lower), block):
+        own = slice(start, start + block)
+        whole[:start, own] = lower[own, :start].T
+        whole[own, :start] = lower[own, :start]
+        corner = np.tril(lower[own, own])
+        whole[own, own] = corner + np.tril(corner, -1).T
+    return whole
 
 
 def _at_end(

@@ -28,7 +28,8 @@ from lindep_onnx.data import Part, Samples
 from lindep_onnx.differentiate import with_inputs
 from lindep_onnx.errors import LindepError, UsageError
 from lindep_onnx.graph import Model, load
-from lindep_onnx.verify import decision, open_session
+from lindep_onnx.sessions import open_session
+from lindep_onnx.verify import decision
 
 __all__ = ["LOSS", "OPSET", "HeldOut", "Measure", "Teacher", "slice_axis", "with_loss"]
 

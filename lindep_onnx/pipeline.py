@@ -146,7 +146,7 @@ class Calibrated:
             UsageError: nothing was found.
             OutputError: the file cannot be written.
         """
-        if self.learned is None or self.samples is None:
+        if self.learned is None or self.learned.calibration is None or self.samples is None:
             raise UsageError("There is nothing to save: the data is none, random or too little.")
         learned = replace(self.learned, prices={**self.learned.prices, **(prices or {})})
         archive.save(Path(path), learned, archive.key(self.understood.channels, self.samples, self.config))
@@ -188,6 +188,8 @@ def run(
         stressing = opened(understood, stress, _for_stress(config, stress), None, clock, progress, stack)
         over = elsewhere(understood, calib, config, client)
         calibrated = learn(understood, samples, config, files, clock, progress, over)
+        if files.save_moments is None and calibrated.learned is not None:  # as large as the evidence
+            calibrated = replace(calibrated, learned=replace(calibrated.learned, calibration=None))
         return _run(calibrated, stressing, config, clock, files, progress, replayed, outlook)
 
 
@@ -280,6 +282,7 @@ def learn(
             with clock.stage("load moments"):
                 key = archive.key(understood.channels, samples, config)
                 learned = archive.load(files.load_moments, understood.channels, samples, key)
+                assert learned.calibration is not None
                 evidence = analysis.evidence(understood.channels, learned.calibration)
         else:
             learned, evidence = _observed(understood.channels, samples, config, clock, progress, over)

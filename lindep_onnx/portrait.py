@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -143,8 +143,10 @@ def redundancy(channels: Channels, evidence: Evidence) -> dict[int, Redundancy]:
         if max(len(group.units), *(len(evidence.sites[index].unit) for index in group.sites)) <= MOST_UNITS
     ]
     alike = np.ones(channels.units)
+    # The errors are of the rows that were fitted: no unseen ones are needed to choose a ridge.
+    fitted = replace(evidence, sites=tuple(replace(seen, holdout=None) for seen in evidence.sites))
     found = {}
-    for curve in curves(channels, evidence, np.ones(len(channels.sites)).tolist(), alike, narrow):
+    for curve in curves(channels, fitted, np.ones(len(channels.sites)).tolist(), alike, narrow):
         group = channels.groups[curve.group]
         site = max((evidence.sites[index] for index in group.sites), key=lambda seen: len(seen.unit))
         values = _singular_values(site.gram - np.outer(site.offset, site.offset))

@@ -34,7 +34,7 @@ from lindep_onnx.differentiate import differentiate
 from lindep_onnx.errors import LindepError
 from lindep_onnx.graph import Model
 from lindep_onnx.objective import LOSS, HeldOut, Teacher, with_loss
-from lindep_onnx.verify import open_session
+from lindep_onnx.sessions import open_session
 
 __all__ = ["Recovered", "recover", "trainable"]
 

@@ -111,6 +111,12 @@ class Resolved:
     values: Mapping[str, Array]
     dtypes: Mapping[str, int]
 
+    @property
+    def activation_bytes(self) -> int:
+        """Of all tensors that one sample makes, in single precision; unknown sizes count as 1."""
+        computed = (shape for name, shape in self.shapes.items() if name not in self.constants)
+        return 4 * sum(math.prod(size for size in shape[1:] if isinstance(size, int)) for shape in computed)
+
     def integers(self, name: str) -> list[int | str] | None:
         """Elements of a small integer tensor, flat; symbols where they are not known; None if nothing is known."""
         if name in self.constants:

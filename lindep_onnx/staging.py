@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from lindep_onnx.data import Batch
 from lindep_onnx.files import Scratch
 from lindep_onnx.graph import Model, Node
+from lindep_onnx.sessions import open_session
 from lindep_onnx.shapes import Resolved
-from lindep_onnx.verify import open_session
 
 __all__ = ["Stages"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -133,6 +132,4 @@ def samples_per_run(resolved: Resolved) -> int:
     Args:
         resolved: the shapes of the model.
     """
-    computed = (shape for name, shape in resolved.shapes.items() if name not in resolved.constants)
-    elements = sum(math.prod(size for size in shape[1:] if isinstance(size, int)) for shape in computed)
-    return max(1, min(MOST_BATCH, ACTIVATION_BYTES // max(1, 4 * elements)))
+    return max(1, min(MOST_BATCH, ACTIVATION_BYTES // max(1, resolved.activation_bytes)))

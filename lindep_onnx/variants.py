@@ -8,7 +8,7 @@ result may not differ from the original by much more than it does in the usual w
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -20,6 +20,7 @@ from lindep_onnx import verify
 from lindep_onnx.config import LOSSLESS_VERIFIED_ERROR
 from lindep_onnx.data import Batch, InputSpec, Samples
 from lindep_onnx.errors import ModelError, VerificationError
+from lindep_onnx.sessions import Session, open_session
 
 __all__ = ["Variant", "compare_variants"]
 
@@ -68,37 +69,57 @@ def compare_variants(
         threads: intra-op threads, 0 for its own choice.
     """
     runtime: dict[str, Any] = {"providers": providers, "threads": threads}
-    sessions = verify.open_session(original, **runtime), verify.open_session(result, **runtime)
-    usual = verify.compare(*sessions, samples.batches(limit=SAMPLES)).relative_error
-    allowed = 2 * usual + LOSSLESS_VERIFIED_ERROR
+    # Two sessions at a time are enough to keep in memory.
+    allowed, variants = _in_other_shapes(original, result, samples, inputs, runtime)
+    plain = _tried(
+        "without optimisations",
+        lambda: _unoptimised(original, result, runtime),
+        samples.batches(limit=SAMPLES),
+        allowed,
+    )
+    return (*plain, *variants)
 
-    def tried(name: str, batches: Iterator[Batch], limit: float, *, optimised: bool = True) -> Iterator[Variant]:
-        try:
-            own = sessions if optimised else _unoptimised(original, result, runtime)
-            found = verify.compare(*own, batches)
-        except ModelError:  # the original cannot
-            return
-        except VerificationError:
-            yield Variant(name, 0, float("inf"), False)
-            return
-        yield Variant(name, found.samples, found.relative_error, bool(found.relative_error <= limit))
 
-    variants = [*tried("without optimisations", samples.batches(limit=SAMPLES), allowed, optimised=False)]
+def _in_other_shapes(
+    original: onnx.ModelProto,
+    result: onnx.ModelProto,
+    samples: Samples,
+    inputs: Sequence[InputSpec],
+    runtime: Mapping[str, Any],
+) -> tuple[float, list[Variant]]:
+    """The error that is allowed, and the variants that the usual sessions can run."""
+    sessions = open_session(original, **runtime), open_session(result, **runtime)
+    allowed = 2 * verify.compare(*sessions, samples.batches(limit=SAMPLES)).relative_error + LOSSLESS_VERIFIED_ERROR
+    variants: list[Variant] = []
     for size in BATCHES if samples.free_batch else ():
-        variants += tried(f"in batches of {size}", samples.batches(limit=SAMPLES, size=size), allowed)
+        batches = samples.batches(limit=SAMPLES, size=size)
+        variants += _tried(f"in batches of {size}", lambda: sessions, batches, allowed)
     open_axes = {spec.name: _open_axes(spec) for spec in inputs}
     if any(open_axes.values()):
         stretched = _stretched(samples.batches(limit=SAMPLES // 2), open_axes)
-        variants += tried(f"with open sizes times {STRETCH}", stretched, np.finfo(float).max)
-    return tuple(variants)
+        variants += _tried(f"with open sizes times {STRETCH}", lambda: sessions, stretched, np.finfo(float).max)
+    return allowed, variants
+
+
+def _tried(
+    name: str, opened: Callable[[], tuple[Session, Session]], batches: Iterator[Batch], limit: float
+) -> Iterator[Variant]:
+    try:
+        found = verify.compare(*opened(), batches)
+    except ModelError:  # the original cannot
+        return
+    except VerificationError:
+        yield Variant(name, 0, float("inf"), False)
+        return
+    yield Variant(name, found.samples, found.relative_error, bool(found.relative_error <= limit))
 
 
 def _unoptimised(
     original: onnx.ModelProto, result: onnx.ModelProto, runtime: Mapping[str, Any]
-) -> tuple[verify.Session, verify.Session]:
-    first = verify.open_session(original, optimised=False, **runtime)
+) -> tuple[Session, Session]:
+    first = open_session(original, optimised=False, **runtime)
     try:
-        return first, verify.open_session(result, optimised=False, **runtime)
+        return first, open_session(result, optimised=False, **runtime)
     except ModelError as error:
         raise VerificationError(f"The result does not load where the original does: {error}") from error
 

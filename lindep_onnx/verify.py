@@ -19,37 +19,34 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import onnx
-import onnxruntime
 from numpy.typing import NDArray
 
 from lindep_onnx import graph
-from lindep_onnx.errors import LindepError, ModelError, UsageError, VerificationError
+from lindep_onnx.errors import ModelError, UsageError, VerificationError
+from lindep_onnx.sessions import Session, in_order, one_line, readable
 
 __all__ = [
     "Batch",
     "Comparison",
     "OutputComparison",
     "OutputErrors",
-    "Session",
     "check_model",
     "compare",
     "decision",
     "full_check_passes",
     "measure_latency",
-    "open_session",
 ]
 
 Array: TypeAlias = NDArray[Any]
 Floats: TypeAlias = NDArray[np.float64]
-Session: TypeAlias = onnxruntime.InferenceSession
 
 #: Axes with more slices than this are skipped: they are positions rather than channels.
 MOST_SLICES = 4096
@@ -60,8 +57,6 @@ MOST_CLASSES = 1000
 WORST_SAMPLES = 5
 #: Others on the machine only ever make a run slower.
 UNDISTURBED = 0.1
-#: Bytes of weights up to which a model is handed over as one string of bytes; larger ones by way of the disk.
-IN_MEMORY = 1 << 28
 #: Elements of an output that are worked on at a time, so that float64 copies of large outputs stay small.
 CHUNK = 1 << 20
 
@@ -411,12 +406,13 @@ def _quotient(difference: Any, size: Any) -> Floats:
 
 
 def compare(
-    original_session: onnxruntime.InferenceSession,
-    result_session: onnxruntime.InferenceSession,
+    original_session: Session,
+    result_session: Session,
     batches: Iterable[Batch],
     *,
     agreement_output: str | None = None,
     names: Sequence[str] | None = None,
+    runs: int = 1,
 ) -> Comparison:
     """Run two models on the same batches and compare what they put out.
 
@@ -426,6 +422,7 @@ def compare(
         batches: what to feed.
         agreement_output: see `OutputErrors`.
         names: outputs to compare; None for all of the original.
+        runs: batches that are run at the same time.
 
     Raises:
         ModelError: the original cannot run on the data.
@@ -435,19 +432,21 @@ def compare(
     wanted = list(names) if names is not None else [output.name for output in original_session.get_outputs()]
     errors = OutputErrors(agreement_output=agreement_output)
     numbers: list[int] = []
-    for batch in batches:
+
+    def both(batch: Batch) -> tuple[dict[str, Array], dict[str, Array]]:
         try:
             reference = _run(original_session, wanted, batch.feeds)
         except Exception as error:
-            raise ModelError(f"The original model cannot run on the data: {_one_line(error)}") from error
+            raise ModelError(f"The original model cannot run on the data: {one_line(error)}") from error
         try:
-            candidate = _run(result_session, wanted, batch.feeds)
+            return reference, _run(result_session, wanted, batch.feeds)
         except Exception as error:
-            raise VerificationError(
-                f"The result cannot run on data the original runs on: {_one_line(error)}"
-            ) from error
-        errors.update(reference, candidate, len(batch.samples), fed=getattr(batch, "size", None))
-        numbers += batch.samples.tolist()
+            raise VerificationError(f"The result cannot run on data the original runs on: {one_line(error)}") from error
+
+    with ThreadPoolExecutor(runs) as pool:
+        for batch, (reference, candidate) in in_order(pool, both, batches, runs):
+            errors.update(reference, candidate, len(batch.samples), fed=getattr(batch, "size", None))
+            numbers += batch.samples.tolist()
     found = errors.result()
     return replace(
         found,
@@ -456,7 +455,7 @@ def compare(
     )
 
 
-def _run(session: onnxruntime.InferenceSession, names: Sequence[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
+def _run(session: Session, names: Sequence[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
     return {name: _array(value) for name, value in zip(names, session.run(names, dict(feeds)), strict=True)}
 
 
@@ -472,7 +471,7 @@ def _array(value: Any) -> Array:
 
 
 def measure_latency(
-    sessions: Sequence[onnxruntime.InferenceSession],
+    sessions: Sequence[Session],
     feeds: Mapping[str, Array],
     *,
     seconds: float = 1.0,
@@ -505,66 +504,6 @@ def measure_latency(
             return tuple(float(np.quantile(taken, UNDISTURBED)) * 1e3 for taken in times)
 
 
-def open_session(
-    model: onnx.ModelProto | str | Path,
-    *,
-    providers: Sequence[str],
-    threads: int,
-    optimised: bool = True,
-    timed: bool = False,
-    weights: onnx.ModelProto | None = None,
-) -> onnxruntime.InferenceSession:
-    """Make a model ready to run.
-
-    Args:
-        model: a model in memory, or a path.
-        providers: execution providers, in order of preference.
-        threads: intra-op threads; 0 lets ONNX Runtime choose.
-        optimised: False runs the graph as it is written.
-        weights: where the data comes from that a light model (`lindep_onnx.graph.light`) lacks.
-        timed: True leaves waiting threads spinning, as ONNX Runtime does by default. Between two runs they then take
-            the cores from NumPy (measured: least squares on two cores are 8 times slower).
-
-    Raises:
-        UsageError: a provider is not available here.
-        ModelError: ONNX Runtime cannot load the model.
-    """
-    available = onnxruntime.get_available_providers()
-    unknown = [name for name in providers if name not in available]
-    if unknown:
-        raise UsageError(f"--providers: {unknown[0]!r} is not available here; choose from {', '.join(available)}.")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if timed else "0")
-    levels = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
-    try:
-        with _readable(model, weights) as source:
-            return onnxruntime.InferenceSession(source, options, providers=list(providers))
-    except LindepError:
-        raise
-    except Exception as error:  # ONNX Runtime's exceptions have no common base
-        raise ModelError(f"{_where(model)}: ONNX Runtime cannot load it: {_one_line(error)}") from error
-
-
-def _where(model: onnx.ModelProto | str | Path) -> str:
-    return (model.graph.name or "the model") if isinstance(model, onnx.ModelProto) else str(model)
-
-
-@contextmanager
-def _readable(model: onnx.ModelProto | str | Path, weights: onnx.ModelProto | None = None) -> Iterator[bytes | str]:
-    """What ONNX Runtime and the checker take: a path, or the bytes of a model that is not too large for that."""
-    if not isinstance(model, onnx.ModelProto):
-        yield str(model)
-    elif graph.size_of(model) > IN_MEMORY:
-        with graph.on_disk(model, weights) as path:
-            yield str(path)
-    else:
-        # Large models go without this copy, and those over 2 GB have no bytes at all.
-        yield (model if weights is None else graph.filled(model, weights)).SerializeToString()
-
-
 def check_model(model: onnx.ModelProto | str | Path, *, original_passed: bool) -> None:
     """Hold a result to the checker that its original passed.
 
@@ -592,17 +531,8 @@ def full_check_passes(model: onnx.ModelProto | str | Path) -> str | None:
     if isinstance(model, onnx.ModelProto) and next(graph.impossible_sizes(model.graph), None) is not None:
         return "an axis is declared with a size below 0"
     try:
-        with _readable(model) as source:
+        with readable(model) as source:
             onnx.checker.check_model(source, full_check=True)
     except Exception as error:  # the checker's exceptions have no common base
-        return _one_line(error)
+        return one_line(error)
     return None
-
-
-def _one_line(error: Exception) -> str:
-    """The first line of what a C++ library says, without error codes, source files and signatures."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
-    place = r"\S+\.(?:cc|cpp|cu|h):\d+ "
-    trimmed = re.sub(place + r".*?\) (?:const )?(?=[A-Z])", "", text, count=1)
-    return re.sub(place, "", trimmed) or text

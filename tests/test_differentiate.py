@@ -11,7 +11,7 @@ from onnx.reference import ReferenceEvaluator
 
 from lindep_onnx import gradients
 from lindep_onnx.differentiate import Differentiated, differentiate
-from lindep_onnx.verify import open_session
+from lindep_onnx.sessions import open_session
 
 STEP = 1e-6
 #: The reference implementation rounds Erf to single precision.

@@ -13,7 +13,7 @@ import onnx
 import pytest
 
 import lindep_onnx
-from lindep_onnx import verify
+from lindep_onnx.sessions import open_session
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "models" / "demo.onnx"
@@ -31,7 +31,7 @@ def expected(data: dict[str, np.ndarray]) -> onnx.ModelProto:
 
 
 def outputs(model: Any, data: dict[str, np.ndarray]) -> np.ndarray:
-    session = verify.open_session(model, providers=("CPUExecutionProvider",), threads=1)
+    session = open_session(model, providers=("CPUExecutionProvider",), threads=1)
     return np.asarray(session.run(None, data)[0])
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from build import as_array, build, traced
+from build import as_array, build, run, traced
 
 import lindep_onnx
-from lindep_onnx import analysis, calibration, learning, silence
-from lindep_onnx.data import InputSpec, Part, open_samples
+from lindep_onnx import analysis, calibration, graph, learning, silence
+from lindep_onnx.data import Batch, InputSpec, Part, open_samples
+from lindep_onnx.sampling import RowSampler
 
 NET = "h = Conv(x, w, b)\nr = Relu(h)\ny = Conv(r, v)"
 RUNTIME = {"providers": ("CPUExecutionProvider",), "threads": 0}
@@ -100,7 +101,7 @@ def test_the_statistics_of_batches_add_up(pieces: int) -> None:
     high = low + rng.random((40, 6))
     flat = silence.Flat("x", 1, ((-np.inf, 0.0), (2.0, np.inf)), np.arange(6), np.arange(6))
     parts = [
-        silence._range(flat, (a, b, a + b, a * a + b * b), 2 * len(a))
+        silence._range(flat, [{"low": a, "high": b, "sum": a + b, "square": a * a + b * b}], 2)
         for a, b in zip(np.array_split(low, pieces), np.array_split(high, pieces), strict=True)
     ]
     whole = parts[0]
@@ -117,7 +118,7 @@ def test_the_statistics_of_batches_add_up(pieces: int) -> None:
 def test_a_part_without_an_end_counts_nobody_and_warns_of_nothing() -> None:
     flat = silence.Flat("x", 1, ((-np.inf, np.inf),), np.arange(2), np.arange(2))
     values = np.ones((3, 2))
-    found = silence._range(flat, (values, values, values, values), 3)
+    found = silence._range(flat, [dict.fromkeys(("low", "high", "sum", "square"), values)], 1)
     assert found.quiet[0].count.tolist() == [0, 0] and np.isinf(found.quiet[0].margin).all()
 
 
@@ -126,13 +127,59 @@ def test_after_four_times_as_many_samples_half_the_margin_is_enough() -> None:
 
     def doubtful(samples: int, distance: float) -> bool:
         values = -distance + np.resize([-1.0, 1.0], (samples, 1))  # deviation 1, nearest to 0 by distance - 1
-        seen = silence._range(flat, (values, values, values, values**2), samples)
+        seen = silence._range(flat, [{"low": values, "high": values, "sum": values, "square": values**2}], 1)
         return bool(silence.unexplained(1, [flat], [seen], samples)[0])
 
     assert silence.margin(64) == 2 * silence.margin(256) == 4.0
     assert (doubtful(64, 4.9), doubtful(64, 5.1)) == (True, False)
     assert (doubtful(256, 2.9), doubtful(256, 3.1)) == (True, False)
     assert doubtful(silence.LEAST_SAMPLES - 1, 1e6)
+
+
+PADDED = "p = Pad(x, pads, zero)\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "w", "channels", "apart"),
+    [
+        ("h = Conv<strides=[2, 2]>(x, w, b)\nr = Relu(h)\ny = Conv(r, v)", (16, 16, 3, 3), 16, True),
+        ("h = Conv<group=16, pads=[1, 1, 1, 1]>(x, w, b)\nr = Relu(h)\ny = Conv(r, v)", (16, 1, 3, 3), 16, True),
+        (PADDED + "h = Conv<group=16>(p, w, b)\nr = Relu(h)\ny = Conv(r, v)", (16, 1, 3, 3), 16, True),
+        (PADDED + "h = Conv<dilations=[2, 2]>(p, w)\nr = Relu(h)\ny = Conv(r, v)", (16, 16, 3, 3), 16, True),
+        ("h = Conv<group=2>(x, w, b)\nr = Relu(h)\ny = Conv(r, v)", (16, 8, 3, 3), 16, False),
+        ("g = Conv(x, w, b)\nh = Tanh(g)\nr = Relu(h)\ny = Conv(r, v)", (16, 16, 1, 1), 16, False),
+    ],
+)
+def test_a_few_channels_are_measured_apart_as_they_are_in_the_whole(body, w, channels, apart) -> None:
+    pads = np.array([0, 0, 1, 1, 0, 0, 1, 1])
+    weights = {"w": w, "b": (16,), "v": (4, 16, 1, 1), "pads": pads, "zero": np.float32(0.5)}
+    used = {name: value for name, value in weights.items() if name in body}
+    model = build(body, used, x=("N", channels, 9, 9), outputs="y h")
+    data = np.random.default_rng(0).normal(size=(6, channels, 9, 9)).astype(np.float32)
+    channels = traced(model)
+    places = np.array([3, 11])
+    flat = silence.Flat("h", 1, ((-np.inf, 0.0),), places[:1], places[:1], np.isin(np.arange(16), places))
+    watch = silence.Watch(channels, [flat])
+    sampler = RowSampler(channels.model, channels.resolved, {}, probe=watch, **RUNTIME)
+    batch = Batch({"x": data}, np.arange(5), 6)  # the last sample is filler
+    watch.update(sampler.run(batch, np.random.default_rng(0))[1], batch)
+    _, found = watch.ranges()[silence.key(flat)]
+    added = [node for node in watch.extend(graph.light(model))[0].get("h", ()) if node.op_type == "Gather"]
+    assert bool(added) is not apart  # else this is no test of it
+    whole = run(model, {"x": data})[1][:5].astype(np.float64)
+    np.testing.assert_allclose(found.low[places], whole[:, places].min((0, 2, 3)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.high[places], whole[:, places].max((0, 2, 3)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.sum, whole[:, 3:4].sum((0, 2, 3)), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found.square, np.square(whole[:, 3:4]).sum((0, 2, 3)), rtol=1e-4)
+    assert found.rows == whole[:, 0].size and np.isinf(found.low[0])
+
+
+def test_a_channel_whose_extremes_are_no_numbers_is_doubted() -> None:
+    flat = silence.Flat("x", 1, ((-np.inf, 0.0),), np.arange(1), np.arange(1))
+    for value, doubted in ((np.nan, True), (np.inf, True), (-5.0, False)):
+        values = np.full((64, 1), value)
+        seen = silence._range(flat, [dict.fromkeys(("low", "high", "sum", "square"), values)], 1)
+        assert bool(silence.unexplained(1, [flat], [seen], 64)[0]) is doubted
 
 
 @pytest.mark.parametrize(("samples", "goes"), [(40, 0), (80, 1)])

@@ -10,9 +10,10 @@ import onnx
 import pytest
 from build import build, feed
 
-from lindep_onnx import graph, verify
+from lindep_onnx import graph, sessions, verify
 from lindep_onnx.data import Batch
 from lindep_onnx.errors import ModelError, UsageError, VerificationError
+from lindep_onnx.sessions import open_session
 from lindep_onnx.verify import Comparison, OutputErrors
 
 CPU = {"providers": ["CPUExecutionProvider"], "threads": 1}
@@ -356,7 +357,7 @@ def test_a_model_equals_itself_and_differs_from_one_with_another_weight(
     model: onnx.ModelProto, rng: np.random.Generator
 ) -> None:
     changed = build("h = Gemm(x, v)\ny = Relu(h)", {"v": (6, 5)}, x=("N", 6))
-    original, same, other = (verify.open_session(m, **CPU) for m in (model, model, changed))
+    original, same, other = (open_session(m, **CPU) for m in (model, model, changed))
     data = batches(rng)
     assert verify.compare(original, same, data).relative_error == 0.0
     found = verify.compare(original, other, data)
@@ -367,13 +368,13 @@ def test_a_model_equals_itself_and_differs_from_one_with_another_weight(
 
 def test_a_session_runs_from_a_path_without_optimisation(model: onnx.ModelProto, tmp_path, rng) -> None:
     onnx.save(model, tmp_path / "m.onnx")
-    plain = verify.open_session(tmp_path / "m.onnx", **CPU, optimised=False)
-    assert verify.compare(verify.open_session(model, **CPU), plain, batches(rng)).relative_error < 1e-5
+    plain = open_session(tmp_path / "m.onnx", **CPU, optimised=False)
+    assert verify.compare(open_session(model, **CPU), plain, batches(rng)).relative_error < 1e-5
 
 
 def test_a_result_that_does_not_run_fails_verification(model: onnx.ModelProto, rng: np.random.Generator) -> None:
     narrow = build("h = Gemm(x, w)\ny = Relu(h)", {"w": (7, 5)}, x=("N", 7))
-    good, bad = verify.open_session(model, **CPU), verify.open_session(narrow, **CPU)
+    good, bad = open_session(model, **CPU), open_session(narrow, **CPU)
     with pytest.raises(VerificationError, match=r"result cannot run.*invalid dimensions"):
         verify.compare(good, bad, batches(rng))
     with pytest.raises(ModelError, match="original model cannot run"):
@@ -383,12 +384,12 @@ def test_a_result_that_does_not_run_fails_verification(model: onnx.ModelProto, r
 def test_a_model_that_cannot_be_loaded_is_one_line_without_source_paths(model: onnx.ModelProto, tmp_path) -> None:
     model.ir_version = 999
     with pytest.raises(ModelError) as raised:
-        verify.open_session(model, **CPU)
+        open_session(model, **CPU)
     text = str(raised.value)
     assert "Unsupported model IR version: 999" in text
     assert not any(word in text for word in ("\n", ".cc", "::", "ONNXRuntimeError"))
     with pytest.raises(ModelError, match=r"none\.onnx: ONNX Runtime cannot load it"):
-        verify.open_session(tmp_path / "none.onnx", **CPU)
+        open_session(tmp_path / "none.onnx", **CPU)
 
 
 def test_a_model_too_large_for_one_string_goes_by_way_of_the_disk(
@@ -396,21 +397,21 @@ def test_a_model_too_large_for_one_string_goes_by_way_of_the_disk(
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     before, feeds = model.SerializeToString(), feed(model)
-    plain = verify.open_session(model, **CPU).run(None, feeds)
-    monkeypatch.setattr(verify, "IN_MEMORY", 0)
+    plain = open_session(model, **CPU).run(None, feeds)
+    monkeypatch.setattr(sessions, "IN_MEMORY", 0)
     monkeypatch.setattr(graph, "EXTERNAL_BYTES", 1)
     for source, weights in ((model, None), (graph.light(model), model)):
-        found = verify.open_session(source, weights=weights, **CPU).run(None, feeds)
+        found = open_session(source, weights=weights, **CPU).run(None, feeds)
         assert all(np.array_equal(one, two) for one, two in zip(plain, found, strict=True))
     assert verify.full_check_passes(model) is None
     with pytest.raises(ModelError):
-        verify.open_session(graph.light(model), **CPU)  # without its weights
+        open_session(graph.light(model), **CPU)  # without its weights
     assert model.SerializeToString() == before and not list(tmp_path.iterdir())
 
 
 def test_an_unknown_provider_is_a_usage_error_that_lists_the_known_ones(model: onnx.ModelProto) -> None:
     with pytest.raises(UsageError, match=r"'NoProvider' is not available.*CPUExecutionProvider"):
-        verify.open_session(model, providers=["NoProvider"], threads=1)
+        open_session(model, providers=["NoProvider"], threads=1)
 
 
 def test_sessions_are_timed_in_turns() -> None:
@@ -467,6 +468,6 @@ def test_the_worst_samples_have_their_numbers_in_the_data() -> None:
     x = np.ones((4, 3), np.float32)
     x[2] = 9
     batch = Batch({"x": x}, np.array([11, 25, 40, 77]), 4)
-    sessions = [verify.open_session(m, providers=("CPUExecutionProvider",), threads=1) for m in (model, wrong)]
+    sessions = [open_session(m, providers=("CPUExecutionProvider",), threads=1) for m in (model, wrong)]
     found = verify.compare(*sessions, [batch])
     assert found.worst_samples == (40,) and found.outputs[0].worst_sample == 40

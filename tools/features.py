@@ -24,7 +24,8 @@ import onnx
 
 from lindep_onnx.cost import cost
 from lindep_onnx.graph import load
-from lindep_onnx.verify import OutputErrors, open_session
+from lindep_onnx.sessions import open_session
+from lindep_onnx.verify import OutputErrors
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- made by tools/features.py -->", "<!-- end -->"

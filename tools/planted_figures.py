@@ -38,9 +38,10 @@ from onnx import numpy_helper
 from lindep_onnx.api import compress
 from lindep_onnx.channels import Channels
 from lindep_onnx.graph import load
+from lindep_onnx.sessions import open_session
 from lindep_onnx.shapes import resolve
 from lindep_onnx.tracing import trace
-from lindep_onnx.verify import OutputComparison, OutputErrors, open_session
+from lindep_onnx.verify import OutputComparison, OutputErrors
 
 __all__ = ["Figures", "figures"]
 

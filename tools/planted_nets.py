@@ -44,7 +44,7 @@ from torch.nn import functional
 from lindep_onnx import budget
 from lindep_onnx.api import compress
 from lindep_onnx.precision import widened
-from lindep_onnx.verify import open_session
+from lindep_onnx.sessions import open_session
 
 __all__ = ["MODULES", "NETS", "Figures", "Net", "data", "exported", "figures"]
 

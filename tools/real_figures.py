@@ -44,7 +44,8 @@ import onnxruntime
 from numpy.typing import NDArray
 from PIL import Image
 
-from lindep_onnx.verify import OutputErrors, open_session
+from lindep_onnx.sessions import open_session
+from lindep_onnx.verify import OutputErrors
 
 __all__ = ["MODELS", "Figures", "RealModel", "figures", "images", "prepared"]
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lindep_onnx.calibration import Calibration, features, tap
+from lindep_onnx.calibration import Calibration, Tap, features, tap
 from lindep_onnx.channels import FROZEN, Channels, Site
 from lindep_onnx.dependence import SiteProblem
 from lindep_onnx.moments import Moments
@@ -99,12 +100,28 @@ def evidence(channels: Channels, calibration: Calibration) -> Evidence:
     return Evidence(sites, constant, silent, active, sum(calibration.samples))
 
 
-def constant_features(site: Site, calibration: Calibration) -> NDArray[np.bool_]:
-    """(F,) bool, features of a site that never changed; more data can only make them fewer."""
-    parts = [part[tap(site, reader)] for part in (calibration.fit, calibration.select or {}) for reader in site.readers
-             if tap(site, reader) in part]  # fmt: skip
-    low = np.min([part.low for part in parts], axis=0)
-    high = np.max([part.high for part in parts], axis=0)
+class Extremes(Protocol):
+    """Moments, or what still grows to be moments."""
+
+    @property
+    def low(self) -> NDArray[np.float64]:
+        """(F,) smallest value."""
+
+    @property
+    def high(self) -> NDArray[np.float64]:
+        """(F,) largest value."""
+
+
+def constant_features(site: Site, *parts: Mapping[Tap, Extremes]) -> NDArray[np.bool_]:
+    """(F,) bool, features of a site that never changed; more data can only make them fewer.
+
+    Args:
+        site: the site.
+        parts: extremes by tap, of some samples and of others.
+    """
+    seen = [part[tap(site, reader)] for part in parts for reader in site.readers if tap(site, reader) in part]
+    low = np.min([own.low for own in seen], axis=0)
+    high = np.max([own.high for own in seen], axis=0)
     return np.asarray(high - low <= CONSTANT_TOLERANCE * np.maximum(np.abs(low), np.abs(high)))
 
 
@@ -114,7 +131,7 @@ def _site_evidence(channels: Channels, site: Site, calibration: Calibration) -> 
     unseen = None
     if calibration.select is not None:
         unseen = _merged([calibration.select[tap(site, reader)] for reader in site.readers])
-    constant = constant_features(site, calibration)
+    constant = constant_features(site, calibration.fit, calibration.select or {})
     mean = fit.mean if site.affine else np.zeros(len(constant))
     gram = fit.about(mean)
     holdout = None if unseen is None else unseen.about(mean)

@@ -158,7 +158,7 @@ class Workshop:
         self._stage, self._progress = stage, progress
         self._runtime: dict[str, Any] = {"providers": config.providers, "threads": config.threads}
         activations = channels.resolved.activation_bytes * (1 if samples is None else samples.batch)
-        self._crew = crew(config.threads, config.providers, activations)
+        self.crew = crew(config.threads, config.providers, activations)
         self._original = self._opened(self._reference.proto)
         self._shapes, self._batch = _first_shapes(samples)
         self.before = cost(self._reference if half is None else graph.load(half), self._shapes, self._batch)
@@ -642,12 +642,16 @@ class Workshop:
         return self._against(proto, samples.batches(*parts))
 
     def _against(self, proto: onnx.ModelProto, batches: Iterator[Batch]) -> verify.Comparison:
-        wanted, runs = self._config.agreement_output, self._crew.runs
+        wanted, runs = self._config.agreement_output, self.crew.runs
         return verify.compare(self._original, self._opened(proto), batches, agreement_output=wanted, runs=runs)
+
+    def sessions(self, proto: onnx.ModelProto) -> tuple[Session, Session]:
+        """Of what a result is compared with, and of the result."""
+        return self._original, self._opened(proto)
 
     def _opened(self, proto: onnx.ModelProto) -> Session:
         """A session for several runs at a time."""
-        return open_session(proto, providers=self._config.providers, threads=self._crew.threads)
+        return open_session(proto, providers=self._config.providers, threads=self.crew.threads)
 
     def stress_failure(self, found: verify.Comparison) -> LindepError | None:
         """Why a result must not be used after what was found on a second data set; None if all is well."""

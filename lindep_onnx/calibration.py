@@ -17,13 +17,13 @@ from lindep_onnx.errors import CalibrationError
 from lindep_onnx.moments import Moments, MomentsAccumulator
 from lindep_onnx.sampling import Place, Probe, RowSampler
 
-__all__ = ["Calibration", "Features", "Tap", "calibrate", "features", "tap", "taps"]
+__all__ = ["Calibration", "Features", "Sums", "Tap", "calibrate", "features", "tap", "taps"]
 
 Array: TypeAlias = NDArray[Any]
 Progress: TypeAlias = Callable[[str, int, int], None]
 
 #: Rows collected for each feature of a site, at most. Three effective rows are the least that joint dependence needs.
-ROWS_PER_FEATURE = 16
+ROWS_PER_FEATURE = 8
 #: Positions of one sample that are looked at, whatever the number of features.
 LEAST_POSITIONS = 16
 MOST_POSITIONS = 4096
@@ -120,9 +120,46 @@ def _merged(own: Mapping[Tap, Moments], other: Mapping[Tap, Moments]) -> Mapping
     return {place: own[place].merge(other[place]) if place in other else own[place] for place in own} or other
 
 
+class Sums:
+    """Moments of every tap that still grow.
+
+    Args:
+        channels: the traced model.
+
+    Attributes:
+        taps: every tap, and the (F, T) places of its features on the channel axis.
+        parts: what was added up, by part and tap.
+        samples: how many were.
+    """
+
+    def __init__(self, channels: Channels) -> None:
+        self.taps = taps(channels)
+        self.parts = {
+            part: {at: MomentsAccumulator(len(index)) for at, index in self.taps.items()}
+            for part in (Part.FIT, Part.SELECT)
+        }
+        self.samples = dict.fromkeys(self.parts, 0)
+
+    def absorb(self, found: Calibration) -> None:
+        """Add what other samples said."""
+        for part, count, moments in zip(self.parts, found.samples, (found.fit, found.select or {}), strict=True):
+            self.samples[part] += count
+            for at, own in moments.items():
+                self.parts[part][at].absorb(own)
+
+    def result(self) -> Calibration:
+        """What all of it says. The sums are taken apart, for the matrices are the largest things in memory."""
+        fit, select = (
+            {at: own.pop(at).result() for at in self.taps} if self.samples[part] else None
+            for part, own in self.parts.items()
+        )
+        return Calibration(fit or {}, select, (self.samples[Part.FIT], self.samples[Part.SELECT]))
+
+
 def calibrate(
     channels: Channels,
     samples: Samples,
+    sums: Sums,
     *,
     providers: Sequence[str],
     threads: int,
@@ -130,7 +167,7 @@ def calibrate(
     progress: Progress,
     probe: Probe | None = None,
     fitted: int | None = None,
-) -> Calibration:
+) -> None:
     """Take the moments of every site input.
 
     The positions of a batch depend on the seed and on its first sample alone, so that the moments of some batches and
@@ -139,6 +176,7 @@ def calibrate(
     Args:
         channels: the traced model.
         samples: the data; its FIT and SELECT parts are used.
+        sums: what to add to.
         providers: execution providers of ONNX Runtime.
         threads: intra-op threads, 0 for its own choice.
         seed: of the positions that are sampled.
@@ -150,17 +188,18 @@ def calibrate(
         CalibrationError: an activation is not finite, naming the tensor.
         ModelError: ONNX Runtime cannot run the model.
     """
-    wanted = taps(channels)
-    counts = {part: len(samples.parts[part]) for part in (Part.FIT, Part.SELECT)}
-    if not wanted:
-        return Calibration({}, {}, (counts[Part.FIT], counts[Part.SELECT]))
+    counts = {part: len(samples.parts[part]) for part in sums.parts}
     most: dict[Place, int] = {}
-    for place, index in wanted.items():
+    for place, index in sums.taps.items():
         share = ROWS_PER_FEATURE * len(index) // max(1, counts[Part.FIT] if fitted is None else fitted)
         rows = int(np.clip(share, LEAST_POSITIONS, MOST_POSITIONS))
         at = _place(place)
         # Positions behind a Flatten are taps: there the whole axis is one row.
         most[at] = max(most.get(at, 0), rows if index.shape[1] == 1 else MOST_POSITIONS)
+    for part, count in counts.items():
+        sums.samples[part] += count
+    if not most:
+        return
     crew = sessions.crew(threads, providers, channels.resolved.activation_bytes * samples.batch)
     sampler = RowSampler(
         channels.model, channels.resolved, most, providers=providers, threads=crew.threads, probe=probe
@@ -169,28 +208,20 @@ def calibrate(
     def sampled(batch: Batch) -> tuple[dict[Tap, Array], list[Array]]:
         positions, columns = np.random.default_rng((seed, int(batch.samples[0]))).spawn(2)
         fetched, probed = sampler.run(batch, positions)
-        return {at: _features(fetched[_place(at)].values, index, columns) for at, index in wanted.items()}, probed
+        rows = {at: _features(fetched[_place(at)].values, index, columns) for at, index in sums.taps.items()}
+        return {at: np.ascontiguousarray(values) for at, values in rows.items()}, probed
 
     done = 0
-    result: dict[Part, dict[Tap, Moments]] = {}
     with crew.pool() as pool:
-        for part in counts:
-            accumulators = {at: MomentsAccumulator(len(index)) for at, index in wanted.items()}
+        for part, own in sums.parts.items():
             for batch, (found, probed) in sessions.in_order(pool, sampled, samples.batches(part), crew.runs):
-                full = {at: accumulators[at] for at in wanted if accumulators[at].take(found[at])}
+                full = {at: accumulator for at, accumulator in own.items() if accumulator.take(found[at])}
                 list(pool.map(_add_up, full, full.values()))
                 if probe is not None:
                     probe.update(probed, batch)
                 done += len(batch.samples)
                 progress("calibrate", done, sum(counts.values()))
-            list(pool.map(_add_up, accumulators, accumulators.values()))
-            # One at a time: the matrices are the largest things in memory.
-            result[part] = {at: accumulators.pop(at).result() for at in wanted}
-    return Calibration(
-        fit=result[Part.FIT],
-        select=result[Part.SELECT] if counts[Part.SELECT] else None,
-        samples=(counts[Part.FIT], counts[Part.SELECT]),
-    )
+            list(pool.map(_add_up, own, own.values()))
 
 
 def _place(at: Tap) -> Place:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from lindep_onnx import graph, silence
-from lindep_onnx.calibration import Calibration
+from lindep_onnx.calibration import Calibration, Sums
 from lindep_onnx.channels import Channels
 from lindep_onnx.data import InputSpec, Part, Samples, open_samples
 from lindep_onnx.errors import CalibrationError, LindepError, UsageError
@@ -209,16 +209,19 @@ def _run_shard(job: _Job, numbers: Numbers) -> tuple[Calibration, Ranges]:
             batch_size=job.batch_size,
             parts=numbers,
         ) as samples:
-            return here(
+            sums = Sums(channels)
+            ranges = here(
                 channels,
                 samples,
                 job.watched,
+                sums,
                 providers=providers,
                 threads=threads,
                 seed=job.seed,
                 progress=lambda *_: None,
                 fitted=job.fitted,
             )
+    return sums.result(), ranges
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,16 +1,15 @@
 """One pass over the data: moments of every site, and the margins by which silent channels are silent.
 
-Which channels have to be watched shows only in the data, so the pass has stretches. The first few samples are sampled
-alone: what changed in them is not silent. From then on moments and ranges are taken in the same runs; what the first
-samples have left to watch is made up for by running them once more. Once enough samples are through, most channels have
-been awake too often to teach anything about margins, and are watched no longer. What is concluded is what two separate
-passes over all samples would conclude.
+Which channels have to be watched shows only in the data, so the pass has stretches. In the first few samples all are.
+What changed in them is not silent; and once enough samples are through, most channels have been awake too often to
+teach anything about margins. Neither is watched any longer. What is concluded is what two separate passes over all
+samples would conclude.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol, TypeAlias
 
@@ -18,14 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lindep_onnx import silence
-from lindep_onnx.analysis import Evidence, constant_features, evidence
-from lindep_onnx.calibration import Calibration, calibrate
+from lindep_onnx.analysis import Evidence, Extremes, constant_features, evidence
+from lindep_onnx.calibration import Calibration, Sums, Tap, calibrate, features
 from lindep_onnx.channels import Channels
-from lindep_onnx.data import Batch, Part, Samples
-from lindep_onnx.sampling import RowSampler
-from lindep_onnx.sessions import crew, in_order
+from lindep_onnx.data import Part, Samples
 
-__all__ = ["Over", "Progress", "Ranges", "here", "learn", "observe", "some_of"]
+__all__ = ["Over", "Progress", "Ranges", "here", "learn", "some_of"]
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 Ranges: TypeAlias = "dict[silence.Key, tuple[silence.Flat, silence.Range]]"
@@ -70,37 +67,32 @@ def learn(
     )
     stretches = [fit[:first], fit[first : max(first, second)], fit[max(first, second) :]]
     done = 0
-    seen: Calibration | None = None
+    sums = Sums(channels)
     ranges: Ranges = {}
-    watched: tuple[silence.Flat, ...] = ()
+    everything = [np.ones(len(features(site.columns).atoms), dtype=bool) for site in channels.sites]
+    watched = silence.flats(channels, everything)
     for number, stretch in enumerate(stretches):
         last = number == len(stretches) - 1
         part = some_of(samples, {Part.FIT: stretch, Part.SELECT: select if last else select[:0]})
-        if not len(stretch) and not (last and len(select)) and seen is not None:
+        if not len(stretch) and not (last and len(select)) and number:
             continue
-        run = here if over is None or number == 0 else over
-        found, more = run(
-            channels,
-            part,
-            watched,
-            fitted=len(fit),
-            seed=seed,
-            progress=_from(progress, done, total),
-            providers=providers,
-            threads=threads,
-        )
-        done += sum(found.samples)
-        seen = found if seen is None else seen.merge(found)
-        ranges = _merged(ranges, more)
-        del found  # the matrices are the largest things in memory
-        if not last or done < total:
-            watched = _flats(channels, seen)
-            if number == 0 and watched:
-                ranges = observe(channels, watched, part, providers=providers, threads=threads)
+        options: dict[str, Any] = {
+            "fitted": len(fit), "seed": seed, "progress": _from(progress, done, total),
+            "providers": providers, "threads": threads,
+        }  # fmt: skip
+        if over is None or number == 0:
+            more = here(channels, part, watched, sums, **options)
+        else:
+            found, more = over(channels, part, watched, **options)
+            sums.absorb(found)
+        done = sum(sums.samples.values())
+        ranges = _merged(ranges, more) if ranges else more
+        if done < total:
+            watched = silence.flats(channels, _constant(channels, sums.parts.values()))
             watched = silence.narrowed(watched, ranges, total) if number else watched
-    assert seen is not None
+    seen = sums.result()
     found_out = evidence(channels, seen)
-    final = _flats(channels, seen)
+    final = silence.flats(channels, _constant(channels, (seen.fit, seen.select or {})))
     pairs = [(flat, ranges[silence.key(flat)]) for flat in final if silence.key(flat) in ranges]
     measured = [seen_of.of(own, flat) for flat, (own, seen_of) in pairs]
     doubtful = silence.unexplained(channels.units, [flat for flat, _ in pairs], measured, found_out.samples)
@@ -129,13 +121,11 @@ class Over(Protocol):
         """Run the FIT and SELECT parts; the arguments are those of `calibrate` and `silence.Watch`."""
 
 
-def here(
-    channels: Channels, samples: Samples, watched: tuple[silence.Flat, ...], **options: Any
-) -> tuple[Calibration, Ranges]:
-    """Run the FIT and SELECT parts in this process; see `Over` for the arguments."""
+def here(channels: Channels, samples: Samples, watched: tuple[silence.Flat, ...], sums: Sums, **options: Any) -> Ranges:
+    """Run the FIT and SELECT parts in this process, and add them up; see `Over` for the other arguments."""
     watch = silence.Watch(channels, watched) if watched else None
-    found = calibrate(channels, samples, probe=watch, **options)
-    return found, watch.ranges() if watch is not None else {}
+    calibrate(channels, samples, sums, probe=watch, **options)
+    return watch.ranges() if watch is not None else {}
 
 
 def some_of(samples: Samples, parts: Mapping[Part, NDArray[np.int64]]) -> Samples:
@@ -145,25 +135,10 @@ def some_of(samples: Samples, parts: Mapping[Part, NDArray[np.int64]]) -> Sample
     return some
 
 
-def _flats(channels: Channels, seen: Calibration) -> tuple[silence.Flat, ...]:
-    return silence.flats(channels, [constant_features(site, seen) for site in channels.sites])
-
-
-def observe(
-    channels: Channels, watched: Sequence[silence.Flat], samples: Samples, *, providers: Sequence[str], threads: int
-) -> Ranges:
-    """The ranges alone, over the FIT and SELECT samples."""
-    watch = silence.Watch(channels, watched)
-    own = crew(threads, providers, channels.resolved.activation_bytes * samples.batch)
-    sampler = RowSampler(channels.model, channels.resolved, {}, probe=watch, providers=providers, threads=own.threads)
-
-    def probed(batch: Batch) -> list[NDArray[Any]]:
-        return sampler.run(batch, np.random.default_rng(0))[1]
-
-    with own.pool() as pool:
-        for batch, values in in_order(pool, probed, samples.batches(Part.FIT, Part.SELECT), own.runs):
-            watch.update(values, batch)
-    return watch.ranges()
+def _constant(channels: Channels, parts: Iterable[Mapping[Tap, Extremes]]) -> list[NDArray[np.bool_]]:
+    """(F,) bool for every site."""
+    known = tuple(parts)
+    return [constant_features(site, *known) for site in channels.sites]
 
 
 def _merged(ranges: Ranges, more: Ranges) -> Ranges:

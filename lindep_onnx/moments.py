@@ -105,6 +105,29 @@ class MomentsAccumulator:
         self._low, self._high = np.full(features, np.inf), np.full(features, -np.inf)
         self._active, self._at_low, self._at_high = np.zeros((3, features), dtype=np.int64)
 
+    @property
+    def low(self) -> NDArray[np.float64]:
+        """(F,) smallest value that was added up."""
+        return self._low
+
+    @property
+    def high(self) -> NDArray[np.float64]:
+        """(F,) largest value that was added up."""
+        return self._high
+
+    def absorb(self, moments: Moments) -> None:
+        """Add what rows elsewhere came to."""
+        self._at_low = _at_end(self._low, self._at_low, moments.low, moments.at_low)
+        self._at_high = _at_end(-self._high, self._at_high, -moments.high, moments.at_high)
+        np.minimum(self._low, moments.low, out=self._low)
+        np.maximum(self._high, moments.high, out=self._high)
+        self._gram += moments.gram.T  # in the order of memory; it is symmetric
+        self._sum += moments.sum
+        self._active += moments.active
+        self._rows += moments.rows
+        self._samples += moments.samples
+        self._effective += moments.effective_rows
+
     def update(self, rows: NDArray[Any]) -> None:
         """Add rows.
 

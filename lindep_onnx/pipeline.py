@@ -386,7 +386,10 @@ def _run(
         errors = measure_groups(channels, chosen, samples, seed=config.seed, **runtime) if samples is not None else {}
         variants: tuple[Variant, ...] = ()
         if samples is not None:
-            variants = compare_variants(channels.model.proto, chosen.proto, samples, inputs_of(understood), **runtime)
+            variants = compare_variants(
+                channels.model.proto, chosen.proto, workshop.sessions(chosen.proto), samples, inputs_of(understood),
+                providers=config.providers, threads=workshop.crew.threads, runs=workshop.crew.runs,
+            )  # fmt: skip
         chosen = replace(chosen, failure=chosen.failure or _variant_failure(variants))
     stressed: Verification | None = None
     failure = chosen.failure

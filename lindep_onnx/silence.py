@@ -59,9 +59,11 @@ CERTAINTY = 32.0
 #: A quiet margin must exceed the largest that broke by half as many times.
 QUIET_SHARE = 0.5
 #: Channels of a convolution that are computed a second time: at most one in so many, and so many of a depthwise one.
-FEW, FEW_DEPTHWISE = 4, 16
+FEW, FEW_DEPTHWISE = 4, 32
 #: Samples whose extremes wait to be taken in together.
 WAITING = 32
+#: Share of the largest quiet margin that broke below which no channel is expected to break a larger one.
+OVERTAKING = 0.5
 #: A channel that is awake in at most this share of the samples, and in at least one, shows how large a quiet margin
 #: may be and still break.
 SELDOM = 0.25
@@ -266,7 +268,8 @@ class Watch:
             names = self._fetched[number]
             own = [dict(zip(names, values[first:], strict=False)) for values in self._waiting]
             first += len(names)
-            seen = _range(flat, own, _positions(self._channels, flat))
+            with np.errstate(over="ignore", invalid="ignore"):  # what is no number is doubted
+                seen = _range(flat, own, _positions(self._channels, flat))
             known = self._ranges[number]
             self._ranges[number] = seen if known is None else known.merge(seen)
         self._waiting, self._waiting_samples = [], 0
@@ -421,7 +424,10 @@ def key(flat: Flat) -> Key:
 
 
 def narrowed(watched: Sequence[Flat], ranges: Mapping[Any, tuple[Flat, Range]], samples: int) -> tuple[Flat, ...]:
-    """The same without the channels that are not silent, and too often awake to be among the seldom ones.
+    """The same without the channels that are not silent and can teach nothing any more.
+
+    That is, those too often awake to be among the seldom ones, and those whose quiet margin is below half of the
+    largest that broke: their least distance can only fall, so that they would have to become half as scattered.
 
     Args:
         watched: what `flats` gave, after some of the samples.
@@ -429,6 +435,7 @@ def narrowed(watched: Sequence[Flat], ranges: Mapping[Any, tuple[Flat, Range]], 
         samples: how many there are in all.
     """
     found = []
+    overtaking = OVERTAKING * broken_margin([seen for _, seen in ranges.values()])
     for flat in watched:
         if not flat.parts or key(flat) not in ranges:
             found.append(flat)
@@ -437,7 +444,7 @@ def narrowed(watched: Sequence[Flat], ranges: Mapping[Any, tuple[Flat, Range]], 
         wanted = np.zeros(len(seen.low), dtype=bool)
         wanted[flat.silent] = True
         for quiet in seen.quiet:
-            wanted |= seen.samples - quiet.count <= _most_awake(samples)
+            wanted |= (seen.samples - quiet.count <= _most_awake(samples)) & (quiet.margin >= overtaking)
         if wanted.any():
             found.append(replace(flat, watched=wanted))
     return tuple(found)

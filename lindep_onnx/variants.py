@@ -8,7 +8,7 @@ result may not differ from the original by much more than it does in the usual w
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -52,74 +52,61 @@ class Variant:
 def compare_variants(
     original: onnx.ModelProto,
     result: onnx.ModelProto,
+    sessions: tuple[Session, Session],
     samples: Samples,
     inputs: Sequence[InputSpec],
     *,
     providers: Sequence[str],
     threads: int,
+    runs: int = 1,
 ) -> tuple[Variant, ...]:
     """Run a few samples through both models in every other way; ways that the original does not run in are left out.
 
     Args:
         original: the reference.
         result: the model to judge.
+        sessions: of both, as they usually run.
         samples: the data.
         inputs: what the model declares.
         providers: execution providers of ONNX Runtime.
         threads: intra-op threads, 0 for its own choice.
+        runs: batches that are run at the same time.
     """
-    runtime: dict[str, Any] = {"providers": providers, "threads": threads}
-    # Two sessions at a time are enough to keep in memory.
-    allowed, variants = _in_other_shapes(original, result, samples, inputs, runtime)
-    plain = _tried(
-        "without optimisations",
-        lambda: _unoptimised(original, result, runtime),
-        samples.batches(limit=SAMPLES),
-        allowed,
+    allowed = (
+        2 * verify.compare(*sessions, samples.batches(limit=SAMPLES), runs=runs).relative_error
+        + LOSSLESS_VERIFIED_ERROR
     )
-    return (*plain, *variants)
 
+    def tried(
+        name: str, batches: Iterator[Batch], limit: float, *, optimised: bool = True, size: int = 1
+    ) -> Iterator[Variant]:
+        try:
+            own = sessions if optimised else _unoptimised(original, result, providers, threads)
+            found = verify.compare(*own, batches, runs=max(1, runs // size))
+        except ModelError:  # the original cannot
+            return
+        except VerificationError:
+            yield Variant(name, 0, float("inf"), False)
+            return
+        yield Variant(name, found.samples, found.relative_error, bool(found.relative_error <= limit))
 
-def _in_other_shapes(
-    original: onnx.ModelProto,
-    result: onnx.ModelProto,
-    samples: Samples,
-    inputs: Sequence[InputSpec],
-    runtime: Mapping[str, Any],
-) -> tuple[float, list[Variant]]:
-    """The error that is allowed, and the variants that the usual sessions can run."""
-    sessions = open_session(original, **runtime), open_session(result, **runtime)
-    allowed = 2 * verify.compare(*sessions, samples.batches(limit=SAMPLES)).relative_error + LOSSLESS_VERIFIED_ERROR
-    variants: list[Variant] = []
+    variants = [*tried("without optimisations", samples.batches(limit=SAMPLES), allowed, optimised=False)]
     for size in BATCHES if samples.free_batch else ():
-        batches = samples.batches(limit=SAMPLES, size=size)
-        variants += _tried(f"in batches of {size}", lambda: sessions, batches, allowed)
+        variants += tried(f"in batches of {size}", samples.batches(limit=SAMPLES, size=size), allowed, size=size)
     open_axes = {spec.name: _open_axes(spec) for spec in inputs}
     if any(open_axes.values()):
         stretched = _stretched(samples.batches(limit=SAMPLES // 2), open_axes)
-        variants += _tried(f"with open sizes times {STRETCH}", lambda: sessions, stretched, np.finfo(float).max)
-    return allowed, variants
-
-
-def _tried(
-    name: str, opened: Callable[[], tuple[Session, Session]], batches: Iterator[Batch], limit: float
-) -> Iterator[Variant]:
-    try:
-        found = verify.compare(*opened(), batches)
-    except ModelError:  # the original cannot
-        return
-    except VerificationError:
-        yield Variant(name, 0, float("inf"), False)
-        return
-    yield Variant(name, found.samples, found.relative_error, bool(found.relative_error <= limit))
+        variants += tried(f"with open sizes times {STRETCH}", stretched, np.finfo(float).max, size=runs)
+    return tuple(variants)
 
 
 def _unoptimised(
-    original: onnx.ModelProto, result: onnx.ModelProto, runtime: Mapping[str, Any]
+    original: onnx.ModelProto, result: onnx.ModelProto, providers: Sequence[str], threads: int
 ) -> tuple[Session, Session]:
-    first = open_session(original, optimised=False, **runtime)
+    runtime: dict[str, Any] = {"providers": providers, "threads": threads, "optimised": False}
+    first = open_session(original, **runtime)
     try:
-        return first, open_session(result, optimised=False, **runtime)
+        return first, open_session(result, **runtime)
     except ModelError as error:
         raise VerificationError(f"The result does not load where the original does: {error}") from error
 

@@ -31,9 +31,16 @@ def seen(model, data: np.ndarray):
     channels = traced(model)
     specs = [InputSpec("x", np.dtype(np.float32), ("N", 3, 16, 16))]
     with open_samples({"x": data}, specs, seed=0, holdout=0.3, max_samples=None, batch_size=8) as samples:
-        found = calibration.calibrate(channels, samples, seed=0, progress=lambda *_: None, **RUNTIME)
-        watched = silence.flats(channels, [analysis.constant_features(site, found) for site in channels.sites])
-        ranges = learning.observe(channels, watched, samples, **RUNTIME)
+        sums = calibration.Sums(channels)
+        calibration.calibrate(channels, samples, sums, seed=0, progress=lambda *_: None, **RUNTIME)
+        found = sums.result()
+        constant = [analysis.constant_features(site, found.fit, found.select or {}) for site in channels.sites]
+        watched = silence.flats(channels, constant)
+        watch = silence.Watch(channels, watched)
+        sampler = RowSampler(channels.model, channels.resolved, {}, probe=watch, **RUNTIME)
+        for batch in samples.batches(Part.FIT, Part.SELECT):
+            watch.update(sampler.run(batch, np.random.default_rng(0))[1], batch)
+        ranges = watch.ranges()
         return analysis.evidence(channels, found), watched, [ranges[silence.key(flat)][1] for flat in watched]
 
 

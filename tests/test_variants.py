@@ -10,6 +10,7 @@ from build import build
 import lindep_onnx
 from lindep_onnx import pipeline
 from lindep_onnx.data import InputSpec, open_samples
+from lindep_onnx.sessions import open_session
 from lindep_onnx.variants import Variant, compare_variants
 
 SHAPE = {"fixed": (8, 3, 8, 8), "batch": ("N", 3, 8, 8), "open": ("N", 3, "H", "W")}
@@ -28,7 +29,9 @@ def variants(original: onnx.ModelProto, result: onnx.ModelProto, shape: tuple) -
     spec = InputSpec("x", np.dtype(np.float32), shape)
     with open_samples({"x": x}, [spec], seed=0, holdout=0.3, max_samples=None, batch_size=8) as samples:
         runtime = {"providers": ("CPUExecutionProvider",), "threads": 1}
-        return {found.name: found for found in compare_variants(original, result, samples, [spec], **runtime)}
+        sessions = open_session(original, **runtime), open_session(result, **runtime)
+        found = compare_variants(original, result, sessions, samples, [spec], **runtime)
+        return {variant.name: variant for variant in found}
 
 
 @pytest.mark.parametrize(("kind", "count"), [("fixed", 1), ("batch", 3), ("open", 4)])

@@ -35,7 +35,7 @@ import scipy.linalg
 from numpy.typing import NDArray
 
 from lindep_onnx import analysis, graph
-from lindep_onnx.calibration import calibrate
+from lindep_onnx.calibration import Sums, calibrate
 from lindep_onnx.channels import FROZEN, Channels, Group
 from lindep_onnx.cost import cost
 from lindep_onnx.data import InputSpec, Samples, open_samples
@@ -103,10 +103,11 @@ def interpolative(model: onnx.ModelProto, calib: Path, target: int, *, streams: 
     sites = tuple(dataclasses.replace(site, affine=False) for site in traced.sites)
     channels = dataclasses.replace(traced, sites=sites)
     with _open(channels, calib) as samples:
-        seen = calibrate(
-            channels, samples, providers=("CPUExecutionProvider",), threads=0, seed=0, progress=lambda *_: None
+        sums = Sums(channels)
+        calibrate(
+            channels, samples, sums, providers=("CPUExecutionProvider",), threads=0, seed=0, progress=lambda *_: None
         )
-    evidence = analysis.evidence(channels, seen)
+    evidence = analysis.evidence(channels, sums.result())
     roots = [_root(site.gram) for site in evidence.sites]
     order = _evenly([_pivots(group, evidence, roots)[::-1] for group in _groups(channels, streams)])
     removed = _cut(channels, order, target)

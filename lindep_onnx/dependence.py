@@ -255,8 +255,12 @@ class _State:
         outer = _columns(self._outer, own) - p @ q[own].T - q @ p[own].T
         # With H_JJ = L L' the columns of S are those of H_KJ L'^-1, so that S S' = P H_JJ P'; P = S L^-1.
         factor = _factor(inverse[own])
-        new_s = scipy.linalg.solve_triangular(factor, inverse.T, lower=True, check_finite=False).T
-        new_p = scipy.linalg.solve_triangular(factor, new_s.T, lower=True, trans="T", check_finite=False).T
+        if count == 1:  # a division, without what a solver costs to call
+            new_s = inverse / factor
+            new_p = new_s / factor
+        else:
+            new_s = scipy.linalg.solve_triangular(factor, inverse.T, lower=True, check_finite=False).T
+            new_p = scipy.linalg.solve_triangular(factor, new_s.T, lower=True, trans="T", check_finite=False).T
         new_q = outer - 0.5 * new_p @ outer[own]
         for matrix in (new_s, new_p, new_q):
             matrix[own] = 0.0

@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 from lindep_onnx import graph
 from lindep_onnx.budget import Chosen
 from lindep_onnx.channels import Channels, Reader
-from lindep_onnx.data import Batch, Part, Samples
+from lindep_onnx.data import Part, Samples
 from lindep_onnx.placement import Placement
-from lindep_onnx.sampling import Place, Rows, RowSampler
-from lindep_onnx.sessions import crew, in_order
+from lindep_onnx.sampling import Place, RowSampler
 from lindep_onnx.shapes import resolve
 
 __all__ = ["measure_groups"]
@@ -38,8 +37,7 @@ def measure_groups(
         providers: execution providers of ONNX Runtime.
         threads: intra-op threads, 0 for its own choice.
     """
-    own = crew(threads, providers, channels.resolved.activation_bytes * samples.batch)
-    runtime: dict[str, Any] = {"providers": providers, "threads": own.threads}
+    runtime: dict[str, Any] = {"providers": providers, "threads": threads}
     wanted: dict[int, list[Place]] = {}
     for number, group in enumerate(channels.groups):
         if chosen.removed[group.units].any():
@@ -58,15 +56,11 @@ def measure_groups(
     placement = Placement(channels, chosen.removed)
     kept = {place: placement.chosen_along(place.tensor, place.axis) for place in most}
 
-    def both(batch: Batch) -> tuple[dict[Place, Rows], dict[Place, Rows]]:
-        first = int(batch.samples[0])
-        original, result = (sampler.rows(batch, np.random.default_rng((seed, first))) for sampler in (before, after))
-        return original, result
-
-    with own.pool() as pool:
-        for _, (original, result) in in_order(pool, both, samples.batches(Part.VERIFY, limit=SAMPLES), own.runs):
-            for place in most:
-                _add(sums[place], original[place].values, result[place].values, kept[place])
+    for batch in samples.batches(Part.VERIFY, limit=SAMPLES):
+        drawn = seed, int(batch.samples[0])
+        original, result = (sampler.rows(batch, np.random.default_rng(drawn)) for sampler in (before, after))
+        for place in most:
+            _add(sums[place], original[place].values, result[place].values, kept[place])
     errors = {}
     for place, (count, total, square, difference) in sums.items():
         spread = square - total * total / max(1, count)

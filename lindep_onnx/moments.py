@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg.blas import dsyrk
 
 from lindep_onnx.arrays import UNREADABLE, npz_headers
+from lindep_onnx.blas import add_gram
 from lindep_onnx.errors import CalibrationError, OutputError
 from lindep_onnx.files import replacing
 
@@ -80,8 +80,15 @@ class Moments:
 
     def about(self, center: NDArray[np.float64]) -> NDArray[np.float64]:
         """(F, F) second moments per row about `center`: E z z' - c m' - m c' + c c'."""
-        cross = np.outer(center, self.mean)
-        return np.asarray(self.gram / max(1, self.rows) - cross - cross.T + np.outer(center, center))
+        about = self.gram / max(1, self.rows)  # and then in place, for it may be large
+        if np.array_equal(center, self.mean):
+            about -= np.outer(center, center)
+        elif center.any():
+            cross = np.outer(center, self.mean)
+            about -= cross
+            about -= cross.T
+            about += np.outer(center, center)
+        return about
 
 
 class MomentsAccumulator:
@@ -171,7 +178,7 @@ class MomentsAccumulator:
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
             raise CalibrationError("An activation is NaN or infinite.")
         # In place and one triangle: twice as fast as a product that is then added, and without its memory.
-        self._gram = dsyrk(1.0, flat.T, beta=1.0, c=self._gram, lower=1, overwrite_c=1)
+        add_gram(self._gram, flat)
         self._sum += flat.sum(axis=0)
         self._at_low = _at_end(self._low, self._at_low, low, (highs == low).sum(axis=0))
         self._at_high = _at_end(-self._high, self._at_high, -high, (lows == high).sum(axis=0))

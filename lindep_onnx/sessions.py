@@ -127,6 +127,7 @@ def open_session(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
+    options.enable_cpu_mem_arena = optimised  # an arena pays in many runs
     # Planned memory is kept beside the arena, for every run that is made at the same time.
     options.enable_mem_pattern = timed
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if timed else "0")

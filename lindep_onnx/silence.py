@@ -285,7 +285,7 @@ def _picked(
     proto: onnx.ModelProto, flat: Flat, prefix: str, channels: Channels
 ) -> tuple[str, list[onnx.NodeProto], str]:
     """The watched channels of a tensor: the tensor to stand behind, nodes, and the name of what they put out."""
-    if flat.watched is None:
+    if flat.watched is None or flat.watched.all():
         return flat.tensor, [], flat.tensor
     apart = _apart(proto, flat.tensor, np.flatnonzero(flat.watched), prefix, channels) if flat.axis == 1 else None
     if apart is not None:
@@ -348,16 +348,23 @@ def _measuring(
     rank, opset = len(channels.resolved.shapes[flat.tensor]), channels.model.opset
     others = [other for other in range(rank) if other not in (0, flat.axis)]
     nodes, names = [], {what: prefix + what for what in ("low", "high")}
+    silent, width = watched, channels.resolved.shapes[flat.tensor][flat.axis]
     if len(flat.silent):
         names |= {what: prefix + what for what in ("sum", "square")}
-        places = flat.silent if flat.watched is None else np.searchsorted(np.flatnonzero(flat.watched), flat.silent)
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(places.astype(np.int64), prefix + "places"))
-        nodes.append(onnx.helper.make_node("Gather", [watched, prefix + "places"], [prefix + "silent"], axis=flat.axis))
-    for (what, name), op in zip(
-        names.items(), ("ReduceMin", "ReduceMax", "ReduceSum", "ReduceSumSquare"), strict=False
-    ):
-        source = watched if what in ("low", "high") else prefix + "silent"
-        nodes.append(_reduction(proto, op, source, name, others, opset))
+        own = (
+            np.arange(width if isinstance(width, int) else 0) if flat.watched is None else np.flatnonzero(flat.watched)
+        )
+        if not np.array_equal(own, flat.silent):
+            silent, places = (
+                prefix + "silent",
+                flat.silent if flat.watched is None else np.searchsorted(own, flat.silent),
+            )
+            proto.graph.initializer.append(onnx.numpy_helper.from_array(places.astype(np.int64), prefix + "places"))
+            nodes.append(onnx.helper.make_node("Gather", [watched, prefix + "places"], [silent], axis=flat.axis))
+    sources = {"low": watched, "high": watched, "sum": silent, "square": silent}
+    operators = {"low": "ReduceMin", "high": "ReduceMax", "sum": "ReduceSum", "square": "ReduceSumSquare"}
+    for what, name in names.items():
+        nodes.append(_reduction(proto, operators[what], sources[what], name, others, opset))
     if _positions(channels, flat) is None:
         names["shape"] = prefix + "shape"
         nodes.append(onnx.helper.make_node("Shape", [watched], [names["shape"]]))

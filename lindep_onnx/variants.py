@@ -25,7 +25,7 @@ from lindep_onnx.sessions import Session, open_session
 __all__ = ["Variant", "compare_variants"]
 
 #: Samples that are run in each way, and batch sizes that are tried: one alone, and one that nobody exports for.
-SAMPLES, BATCHES = 8, (1, 3)
+SAMPLES, BATCHES = 6, (1, 3)
 #: Sizes that the model leaves open are multiplied by this.
 STRETCH = 2
 
@@ -90,7 +90,7 @@ def compare_variants(
             return
         yield Variant(name, found.samples, found.relative_error, bool(found.relative_error <= limit))
 
-    variants = [*tried("without optimisations", samples.batches(limit=SAMPLES), allowed, optimised=False)]
+    variants = [*tried("without optimisations", samples.batches(limit=SAMPLES), allowed, optimised=False, size=runs)]
     for size in BATCHES if samples.free_batch else ():
         variants += tried(f"in batches of {size}", samples.batches(limit=SAMPLES, size=size), allowed, size=size)
     open_axes = {spec.name: _open_axes(spec) for spec in inputs}

@@ -185,10 +185,11 @@ def _directions(rows: Array, last: Vector) -> tuple[Vector, list[bytes]]:
         length[part] = np.linalg.norm(block, axis=1)
         place[part] = block @ probe
     place /= np.where(length > 0, length, 1.0)
-    names = [_hash("not finite", index) for index in range(len(rows))]
+    names = [b""] * len(rows)
     known: deque[tuple[float, Vector, bytes]] = deque()
     for index in np.argsort(place, kind="stable").tolist():
         if not np.isfinite(place[index]):
+            names[index] = _hash("not finite", index)
             continue
         while known and place[index] - known[0][0] > ALIKE:
             known.popleft()
@@ -231,17 +232,18 @@ def _convolution(node: Node, known: Known) -> Facts | None:
     source = np.arange(rows) // (rows // group)  # the group of each output
     index = source[:, None] * weight.shape[1] + np.arange(weight.shape[1])
     bounds = _bounds(w, low[index], high[index], b, known.rounding)
+    options = _options(node)
     if group > 1 and weight.shape[1] == 1:  # one channel each: what multiplies it carries over
         length, direction = _directions(w[:, 0] * data.scale[source, None], b)
-        keys = tuple(_hash("depthwise", _options(node), data.key[s], d) for s, d in zip(source, direction, strict=True))
+        keys = tuple(_hash("depthwise", options, data.key[s], d) for s, d in zip(source, direction, strict=True))
     else:
         length, direction = _directions(w.reshape(rows, -1), b)
         keys = tuple(
-            _hash("Conv", node.inputs[0], _options(node), s if group > 1 else 0, d)
+            _hash("Conv", node.inputs[0], options, s if group > 1 else 0, d)
             for s, d in zip(source, direction, strict=True)
         )
     product = Product(w.reshape(rows, -1), b)
-    base = [_hash("Conv", node.inputs[0], _options(node), weight.shape[1:], part) for part in range(group)]
+    base = [_hash("Conv", node.inputs[0], options, weight.shape[1:], part) for part in range(group)]
     forms = tuple(Form(base[part], product, row) for row, part in enumerate(source.tolist()))
     return Facts(1, *bounds, keys, length, forms)
 
@@ -421,7 +423,8 @@ def _homogeneous(function: Function) -> Callable[[Node, Known], Facts | None]:
         data = known.facts.get(node.inputs[0])
         if data is None or any(node.outputs[1:]):
             return None
-        keys = tuple(_hash(node.op, _options(node), key) for key in data.key)
+        options = _options(node)
+        keys = tuple(_hash(node.op, options, key) for key in data.key)
         bounds = _widened(*_hull(data, lambda x: function(x, node), (0.0,)), 2 * known.rounding)
         changed = Facts(data.axis, *bounds, keys, data.scale, (None,) * len(keys))
         return _identical(data, changed, 0.0, INF)
@@ -443,12 +446,13 @@ def _pool(node: Node, known: Known) -> Facts | None:
     average = node.op in ("AveragePool", "GlobalAveragePool")
     zeros = node.op == "AveragePool" and node.attributes.get("count_include_pad", 0)
     low, high = (np.minimum(data.low, 0), np.maximum(data.high, 0)) if zeros else (data.low, data.high)
-    keys = tuple(_hash(node.op, _options(node), key) for key in data.key)
+    options = _options(node)
+    keys = tuple(_hash(node.op, options, key) for key in data.key)
     if not average:
         return replace(data, key=keys, form=(None,) * len(keys))
     low, high = _widened(low, high, min(1.0, known.rounding * (_averaged(node, known) + MORE_ROUNDINGS)))
     forms = tuple(
-        None if form is None else replace(form, base=_hash(node.op, _options(node), form.base)) for form in data.form
+        None if form is None else replace(form, base=_hash(node.op, options, form.base)) for form in data.form
     )
     return replace(data, low=low, high=high, key=keys, form=forms)
 
@@ -479,7 +483,8 @@ def _equal_inputs(
 ) -> Facts:
     """No more is said about multiples than that equal inputs give equal outputs."""
     scales = _levels(data.scale).tolist()
-    keys = tuple(_hash(node.op, _options(node), key, scale) for key, scale in zip(data.key, scales, strict=True))
+    options = _options(node)
+    keys = tuple(_hash(node.op, options, key, scale) for key, scale in zip(data.key, scales, strict=True))
     return Facts(data.axis, *_hull(data, function, turns), keys, np.ones(len(data.low)), (None,) * len(keys))
 
 

@@ -58,7 +58,7 @@ SITE_ROUNDINGS, OUTPUT_ROUNDINGS = 1.0, 2.0
 #: Widths that `--round-to auto` tries in turn: ONNX Runtime's kernels work on blocks of 8 or 16 channels.
 WIDTHS = (1, 8, 16)
 #: Seconds that original and result are timed against each other; where a budget depends on it.
-TIMED, DECISIVE = 0.5, 4.0
+TIMED, DECISIVE = 0.4, 4.0
 #: Plans that a search by measured errors tries: two bisections, see `lindep_onnx.search`.
 PROBES = math.ceil(math.log2(RUNGS)) + math.ceil(math.log2(RUNGS / COARSE))
 #: Shares of the ladder, and samples, that the frontier of errors is measured at.

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -387,8 +388,9 @@ def _run(
         variants: tuple[Variant, ...] = ()
         if samples is not None:
             variants = compare_variants(
-                channels.model.proto, chosen.proto, workshop.sessions(chosen.proto), samples, inputs_of(understood),
-                providers=config.providers, threads=workshop.crew.threads, runs=workshop.crew.runs,
+                channels.model.proto, chosen.proto, partial(workshop.sessions, chosen.proto), samples,
+                inputs_of(understood), providers=config.providers, threads=workshop.crew.threads,
+                runs=workshop.crew.runs,
             )  # fmt: skip
         chosen = replace(chosen, failure=chosen.failure or _variant_failure(variants))
     stressed: Verification | None = None

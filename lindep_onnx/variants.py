@@ -8,7 +8,7 @@ result may not differ from the original by much more than it does in the usual w
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -52,7 +52,7 @@ class Variant:
 def compare_variants(
     original: onnx.ModelProto,
     result: onnx.ModelProto,
-    sessions: tuple[Session, Session],
+    usual: Callable[[], tuple[Session, Session]],
     samples: Samples,
     inputs: Sequence[InputSpec],
     *,
@@ -65,39 +65,43 @@ def compare_variants(
     Args:
         original: the reference.
         result: the model to judge.
-        sessions: of both, as they usually run.
+        usual: opens sessions of both as they usually run.
         samples: the data.
         inputs: what the model declares.
         providers: execution providers of ONNX Runtime.
         threads: intra-op threads, 0 for its own choice.
         runs: batches that are run at the same time.
     """
-    allowed = (
-        2 * verify.compare(*sessions, samples.batches(limit=SAMPLES), runs=runs).relative_error
-        + LOSSLESS_VERIFIED_ERROR
-    )
-
-    def tried(
-        name: str, batches: Iterator[Batch], limit: float, *, optimised: bool = True, size: int = 1
-    ) -> Iterator[Variant]:
-        try:
-            own = sessions if optimised else _unoptimised(original, result, providers, threads)
-            found = verify.compare(*own, batches, runs=max(1, runs // size))
-        except ModelError:  # the original cannot
-            return
-        except VerificationError:
-            yield Variant(name, 0, float("inf"), False)
-            return
-        yield Variant(name, found.samples, found.relative_error, bool(found.relative_error <= limit))
-
-    variants = [*tried("without optimisations", samples.batches(limit=SAMPLES), allowed, optimised=False, size=runs)]
+    # Before the usual sessions are opened: two at a time are enough to keep in memory.
+    plain = _error(lambda: _unoptimised(original, result, providers, threads), samples.batches(limit=SAMPLES), 1)
+    sessions = usual()
+    error = verify.compare(*sessions, samples.batches(limit=SAMPLES), runs=runs).relative_error
+    allowed = 2 * error + LOSSLESS_VERIFIED_ERROR
+    tried = [("without optimisations", plain, allowed)]
     for size in BATCHES if samples.free_batch else ():
-        variants += tried(f"in batches of {size}", samples.batches(limit=SAMPLES, size=size), allowed, size=size)
+        found = _error(lambda: sessions, samples.batches(limit=SAMPLES, size=size), max(1, runs // size))
+        tried.append((f"in batches of {size}", found, allowed))
     open_axes = {spec.name: _open_axes(spec) for spec in inputs}
     if any(open_axes.values()):
         stretched = _stretched(samples.batches(limit=SAMPLES // 2), open_axes)
-        variants += tried(f"with open sizes times {STRETCH}", stretched, np.finfo(float).max, size=runs)
-    return tuple(variants)
+        found = _error(lambda: sessions, stretched, 1)
+        tried.append((f"with open sizes times {STRETCH}", found, float(np.finfo(float).max)))
+    return tuple(
+        Variant(name, found[0], found[1], bool(found[1] <= limit)) for name, found, limit in tried if found is not None
+    )
+
+
+def _error(
+    opened: Callable[[], tuple[Session, Session]], batches: Iterator[Batch], runs: int
+) -> tuple[int, float] | None:
+    """Samples and error; infinite if the result does not run, None if the original does not."""
+    try:
+        found = verify.compare(*opened(), batches, runs=runs)
+    except ModelError:
+        return None
+    except VerificationError:
+        return 0, float("inf")
+    return found.samples, found.relative_error
 
 
 def _unoptimised(

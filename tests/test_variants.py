@@ -30,7 +30,7 @@ def variants(original: onnx.ModelProto, result: onnx.ModelProto, shape: tuple) -
     with open_samples({"x": x}, [spec], seed=0, holdout=0.3, max_samples=None, batch_size=8) as samples:
         runtime = {"providers": ("CPUExecutionProvider",), "threads": 1}
         sessions = open_session(original, **runtime), open_session(result, **runtime)
-        found = compare_variants(original, result, sessions, samples, [spec], **runtime)
+        found = compare_variants(original, result, lambda: sessions, samples, [spec], **runtime)
         return {variant.name: variant for variant in found}
 
 

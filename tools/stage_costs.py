@@ -203,7 +203,7 @@ def _models(models: Path, data: Path, folder: Path) -> Iterator[tuple[str, Path,
     for name, count in (("resnet56", 1000), ("efficientnet_lite0", 400), ("hed_vgg16", 32)):
         path, target = models / f"{name}.onnx", folder / "samples.npy"
         chosen, _ = real_figures._picked(name, data, 0, count, 0)
-        rows = iter(real_figures._samples(name, data, chosen))
+        rows = real_figures.prepared(name, data, chosen)
         first = next(rows)
         stored = np.lib.format.open_memmap(target, "w+", np.float32, (count, *first.shape))
         stored[0] = first

@@ -67,6 +67,8 @@ FRONTIER, FRONTIER_SAMPLES = tuple(step / 10 for step in range(1, 10)), 64
 FASTER = 0.98
 #: How often the widths are corrected by what was measured, and the share of the time asked for that is close enough.
 CORRECTIONS, CLOSE = 5, 0.9
+#: Share of the time asked for that a plan must take for a second measurement to find the same.
+SURE = 0.97
 SIZES = {"params": "parameters", "macs": "macs", "size": "bytes", "channels": "channels"}
 #: What units are priced by, when the first of these budgets is given; parameters else.
 CURRENCIES: Mapping[str, Saving] = {
@@ -183,18 +185,21 @@ class Workshop:
             return self._proven()
         prices: Prices = {}
         ladder = None
+        priced: Sequence[Curve] = ()
         frontier: tuple[FrontierPoint, ...] = ()
         with self._stage("plan"):
             lossless = self._lossless_plan(self._doubtful)
             if self._config.budgeted:
-                prices = self._priced()
-                ladder = self._ladder(prices, lossless)
+                prices = self._priced() if self._by_size else {}
+                priced = prices[self._currency] if self._by_size else self._priced_by_time()
+                ladder = self._ladder(priced, lossless)
         if ladder is not None and self._reference is self._channels.model:
-            frontier = self._frontier(ladder, prices[self._currency])
+            frontier = self._frontier(ladder, priced)
+        if ladder is not None and self._config.latency is not None:
+            fast = self._in_time(ladder, lossless)
+            return dataclasses.replace(fast, notes=(*fast.notes, *self._slower(fast)), prices=prices, frontier=frontier)
         best: Chosen | None = None
         widths = WIDTHS if self._config.round_to == "auto" else (self._config.round_to,)
-        if self._config.latency is not None and self._config.round_to == 1:
-            widths = WIDTHS[1:2]  # other widths leave the fast kernels
         for width in widths:
             chosen = self._verified(lossless, width) if ladder is None else self._budgeted(ladder, width)
             if chosen.latency is None:
@@ -213,9 +218,9 @@ class Workshop:
         if self._observed is None:
             return ()
         with self._stage("plan"):
-            prices = self._priced()
+            prices = self._priced()[self._currency]
             ladder = self._ladder(prices, self._lossless_plan(self._doubtful))
-        return self._frontier(ladder, prices[self._currency])
+        return self._frontier(ladder, prices)
 
     def judge(self, model: graph.Model, weights: Mapping[str, NDArray[Any]], chosen: Chosen) -> Chosen:
         """A result with other weights, held to the budgets anew.
@@ -379,25 +384,33 @@ class Workshop:
     def _currency(self) -> Saving:
         return next((CURRENCIES[name] for name in CURRENCIES if name in self._sizes()), "parameters")
 
+    @property
+    def _by_size(self) -> bool:
+        """Whether units are priced by a size that they save, not by the time."""
+        return self._config.latency is None or bool(self._sizes())
+
     def _priced(self) -> Prices:
         """Curves by currency; the one that is wanted is added if it is not known."""
-        if self._table is None and self._currency in self._prices:
+        if self._currency in self._prices:
             return self._prices
-        kind, rates = self._currency, {}
-        if self._table is not None:
-            kind = "macs"
-            found = latency.layers(self._channels.model, self._timed_shapes)
-            rates = {layer.node.index: self._table.rate(layer) for layer in found}
+        return {**self._prices, self._currency: self._curves(self._currency, {})}
+
+    def _priced_by_time(self) -> Sequence[Curve]:
+        """Curves whose saving is multiply-accumulates times what one of them takes in its layer."""
+        assert self._table is not None
+        found = latency.layers(self._channels.model, self._timed_shapes)
+        return self._curves("macs", {layer.node.index: self._table.rate(layer) for layer in found})
+
+    def _curves(self, kind: Saving, rates: Mapping[int, float]) -> tuple[Curve, ...]:
         disturbances = Disturbances(self._channels, self._evidence, self._data, **self._runtime)
         influence = site_influence(self._channels, self._evidence, disturbances, self._progress)
         expected = curves(self._channels, self._evidence, influence, savings(self._channels, kind, rates))
-        measured = measured_curves(self._channels, self._evidence, expected, disturbances, self._progress)
-        return {**self._prices, self._currency: tuple(measured)}
+        return tuple(measured_curves(self._channels, self._evidence, expected, disturbances, self._progress))
 
-    def _ladder(self, prices: Prices, lossless: Plan) -> Ladder:
+    def _ladder(self, prices: Sequence[Curve], lossless: Plan) -> Ladder:
         # Random inputs prove nothing: what never changed on them is priced like the rest.
         free = self._proof.plan if self._config.random_calib is not None else lossless
-        return build_ladder(self._channels, prices[self._currency], free.removed)
+        return build_ladder(self._channels, prices, free.removed)
 
     def _frontier(self, ladder: Ladder, priced: Sequence[Curve]) -> tuple[FrontierPoint, ...]:
         """Measured with folds, which are cheap: a refit does better."""
@@ -416,17 +429,49 @@ class Workshop:
                 self._progress("frontier", done + 1, len(FRONTIER))
         return tuple(points)
 
-    def _budgeted(self, ladder: Ladder, width: int) -> Chosen:
-        """Sizes alone ask for the largest model that is small enough; errors alone for the smallest good one."""
+    def _in_time(self, ladder: Ladder, lossless: Plan) -> Chosen:
+        """The sizes decide alone where they are fast enough in widths that kernels like; else time is the price."""
+        allowed = self._config.latency
+        assert allowed is not None
+        given = self._config.round_to
+        widths = (given,) if isinstance(given, int) and given > 1 else WIDTHS[1:]  # others leave the fast kernels
+        for width in widths if self._by_size else ():
+            with self._stage("search"):
+                count = first_small_enough(len(ladder), functools.partial(self._rung_is_small, ladder, width))
+            if count is None or self._share_of_time(self._bare(ladder, count, width)) > SURE * allowed:
+                continue
+            chosen = self._held_to_latency(self._budgeted(ladder, width), allowed)
+            if chosen.failure is None:
+                return chosen
+        if self._by_size:
+            with self._stage("plan"):
+                ladder = self._ladder(self._priced_by_time(), lossless)
+        return self._budgeted(ladder, widths[0], allowed)
+
+    def _removed_at(self, ladder: Ladder, count: int, width: int) -> NDArray[np.bool_]:
+        order = ladder.order[:count]
+        return balanced(self._channels, rounded(self._channels, ladder.removed(count), order, width), order)
+
+    def _bare(self, ladder: Ladder, count: int, width: int) -> onnx.ModelProto:
+        """A rung without folds: its size and its speed are those of the result."""
+        return rewrite(self._channels, Reconstruction(self._removed_at(ladder, count, width)), "")
+
+    def _rung_is_small(self, ladder: Ladder, width: int, count: int) -> bool:
+        return self._is_small(self._cost(self._bare(ladder, count, width)))
+
+    def _budgeted(self, ladder: Ladder, width: int, allowed: float | None = None) -> Chosen:
+        """Sizes alone ask for the largest model that is small enough; errors alone for the smallest good one.
+
+        Args:
+            ladder: the plans.
+            width: kept counts are rounded up to multiples of it.
+            allowed: share of the original's time that the plan may take; None if time plays no part in it.
+        """
         refitted = self._config.refit in ("auto", "kernel", "sequential")
         judged = self._judged()
 
-        def removed_at(count: int) -> NDArray[np.bool_]:
-            order = ladder.order[:count]
-            return balanced(self._channels, rounded(self._channels, ladder.removed(count), order, width), order)
-
         def build(count: int, refit_it: bool) -> tuple[onnx.ModelProto, NDArray[np.bool_], tuple[str, ...]]:
-            removed = removed_at(count)
+            removed = self._removed_at(ladder, count, width)
             proto = self._folded(removed)
             if not refit_it or not removed.any():
                 return proto, removed, ()
@@ -434,7 +479,7 @@ class Workshop:
             return proto, removed, notes
 
         if self._config.sized:
-            chosen = self._small_enough(ladder, removed_at, build, refitted)
+            chosen = self._small_enough(ladder, width, build, refitted, allowed)
             return dataclasses.replace(chosen, refit=self._refit_mode if refitted else "fold")
         with self._stage("search"):
             count, needs_refit = last_good_enough(
@@ -461,16 +506,16 @@ class Workshop:
     def _small_enough(
         self,
         ladder: Ladder,
-        removed_at: Callable[[int], NDArray[np.bool_]],
+        width: int,
         build: Callable[[int, bool], tuple[onnx.ModelProto, NDArray[np.bool_], tuple[str, ...]]],
         refitted: bool,
+        allowed: float | None,
     ) -> Chosen:
-        """Where latency counts, what was measured corrects what the table says, a few times."""
-        allowed = self._config.latency
+        """Where time counts, what was measured corrects what the table says, a few times."""
         aim = allowed
 
         def small(count: int) -> bool:
-            proto = rewrite(self._channels, Reconstruction(removed_at(count)), "")
+            proto = self._bare(ladder, count, width)
             return self._is_small(self._cost(proto)) and (aim is None or self._predicted(proto) <= aim)
 
         best: Chosen | None = None
@@ -494,6 +539,10 @@ class Workshop:
             aim = min(1.0, aim * (1 + CLOSE) / 2 * allowed / reached)
         assert best is not None
         return best
+
+    def _share_of_time(self, proto: onnx.ModelProto) -> float:
+        found = self._latency(proto)
+        return 1.0 if found is None else found[1] / max(found[0], 1e-9)
 
     def _held_to_latency(self, chosen: Chosen, allowed: float) -> Chosen:
         """The result with its measured latency, failed where that is more than allowed."""

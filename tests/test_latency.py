@@ -90,3 +90,27 @@ def test_options_that_do_not_go_together_are_refused() -> None:
         lindep_onnx.Config(latency=0.5, rounds=2)
     with pytest.raises(UsageError, match="--latency-table"):
         lindep_onnx.Config(latency_table="t.json")
+
+
+@pytest.mark.parametrize(("share", "timed"), [(0.5, False), (0.9, True)])
+def test_time_is_a_price_only_where_the_sizes_alone_are_not_fast_enough(
+    share: float, timed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[int] = []
+    table = latency.measure_table
+    monkeypatch.setattr(latency, "measure_table", lambda *a, **k: measured.append(1) or table(*a, **k))
+    monkeypatch.setattr("lindep_onnx.verify.measure_latency", lambda *_, **__: (1.0, share))
+    options = {"macs": 0.7, "latency": 0.6, "refit": "fold", "force": True}
+    report = lindep_onnx.compress(net(), {"x": images()}, **options).report
+    assert bool(measured) is timed
+    assert {budget.kind: budget.achieved for budget in report.budget}["latency"] == share
+    widths = [layer.channels_after for layer in report.layers[:3]]
+    assert all(width % 8 == 0 for width in widths) and report.after.macs <= 0.7 * report.before.macs
+
+
+def test_prices_by_time_are_not_kept_as_prices_by_size(tmp_path: Path) -> None:
+    saved, options = tmp_path / "m.npz", {"refit": "fold", "force": True}
+    lindep_onnx.compress(net(), {"x": images()}, latency=0.9, save_moments=saved, **options)
+    first = lindep_onnx.compress(net(), {"x": images()}, macs=0.7, load_moments=saved, **options)
+    second = lindep_onnx.compress(net(), {"x": images()}, macs=0.7, **options)
+    assert first.model.SerializeToString() == second.model.SerializeToString()

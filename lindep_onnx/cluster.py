@@ -8,7 +8,7 @@ shards, however often Dask had to run it. So a worker that dies costs the time o
 from __future__ import annotations
 
 import functools
-import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from lindep_onnx.channels import Channels
 from lindep_onnx.data import InputSpec, Part, Samples, open_samples
 from lindep_onnx.errors import CalibrationError, LindepError, UsageError
 from lindep_onnx.learning import Progress, Ranges, here
+from lindep_onnx.sessions import cores
 from lindep_onnx.shapes import resolve
 from lindep_onnx.tracing import trace
 
@@ -54,6 +55,7 @@ class _Job:
     fitted: int
     seed: int
     runtime: tuple[tuple[str, ...], int]
+    sharing: int
 
 
 class Workers:
@@ -95,8 +97,12 @@ class Workers:
         """Moments and ranges of the samples, as one process would take them; see `lindep_onnx.learning`."""
         model = channels.model.proto.SerializeToString(deterministic=True)
         runtime = tuple(providers), threads
-        job = _Job(model, self._trace, self._source, self._inputs, self._batch_size, watched, fitted, seed, runtime)
-        shards = _shards(samples, max(1, SHARDS * len(self._client.scheduler_info()["workers"])))
+        workers = self._client.scheduler_info()["workers"].values()
+        sharing = max(Counter(worker["host"] for worker in workers).values(), default=1)
+        job = _Job(
+            model, self._trace, self._source, self._inputs, self._batch_size, watched, fitted, seed, runtime, sharing
+        )
+        shards = _shards(samples, max(1, SHARDS * len(workers)))
         everywhere = self._client.scatter(job, broadcast=True, hash=False)
         futures = [self._client.submit(_run_shard, everywhere, shard, pure=False) for shard in shards]
         found: tuple[Calibration, Ranges] | None = None
@@ -197,9 +203,10 @@ def _both(own: Ranges, more: Ranges) -> Ranges:
 
 
 def _run_shard(job: _Job, numbers: Numbers) -> tuple[Calibration, Ranges]:
-    with threadpool_limits(max(1, (os.cpu_count() or 1) // 2), user_api="blas"):
+    with threadpool_limits(max(1, cores() // (2 * job.sharing)), user_api="blas"):
         channels = _traced(job.model, job.trace)
         providers, threads = job.runtime
+        threads = threads or max(1, cores() // job.sharing)  # processes of one machine share its cores
         with open_samples(
             job.source,
             job.inputs,

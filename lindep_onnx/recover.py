@@ -15,10 +15,12 @@ checkpoint and ends where it would have ended.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -34,7 +36,7 @@ from lindep_onnx.differentiate import differentiate
 from lindep_onnx.errors import LindepError
 from lindep_onnx.graph import Model
 from lindep_onnx.objective import LOSS, HeldOut, Teacher, with_loss
-from lindep_onnx.sessions import open_session
+from lindep_onnx.sessions import cores, open_session
 
 __all__ = ["Recovered", "recover", "trainable"]
 
@@ -53,6 +55,8 @@ CLIP = 3.0
 LOOKS = 12
 #: A held-out loss so many times the best tells that steps are too long; they are then so much shorter.
 WORSE, SHORTER = 1.5, 0.3
+#: A batch is run in so many pieces at the same time.
+PIECES = 2
 #: Seconds between two checkpoints.
 PAUSE = 60.0
 
@@ -131,14 +135,17 @@ def recover(
         modern = with_loss(student, guide.measures)
         chosen = [name for name in trainable(student, frozen) if name in modern.stored]
         batch = min(samples.batch, len(fitted))
-        shapes = {name: value.shape for name, value in guide.feeds(fitted[:batch]).items()}
+        whole = guide.feeds(fitted[:batch])
+        pieces = _pieces(whole, batch, samples, providers)
+        shapes = {name: value.shape for name, value in _split(whole, pieces)[0].items()}
         backward = differentiate(modern.proto, LOSS, chosen, shapes)
         notes = tuple(
             f"Weights in front of node {name!r} ({op}) were not trained: {why}." for name, op, why in backward.obstacles
         )
         if not backward.gradients:
             return Recovered({}, 0, (), notes or _untrained("no output depends on a float32 weight").notes)
-        session = open_session(backward.proto, **runtime)
+        own = threads if pieces == 1 else max(1, (threads or cores()) // pieces)
+        session = open_session(backward.proto, providers=providers, threads=own)
     except LindepError as error:  # the refit is worth keeping without it
         return _untrained(str(error))
     held_out = HeldOut(modern, list(backward.gradients), guide, samples, **runtime)
@@ -151,7 +158,9 @@ def recover(
             plain = {name: feeds[name] for name in student.inputs if name in feeds}
             varied = augment(plain, rng)
             feeds = feeds if varied is plain else guide.taught(varied)
-        loss, *found = session.run([LOSS, *backward.gradients.values()], {**feeds, **weights})
+        wanted = [LOSS, *backward.gradients.values()]
+        runs = pool.map(lambda piece: session.run(wanted, {**piece, **weights}), _split(feeds, pieces))
+        loss, *found = (functools.reduce(np.add, parts) for parts in zip(*runs, strict=True))
         return float(loss) / batch, dict(zip(backward.gradients, found, strict=True))
 
     start = {name: modern.stored[name] for name in backward.gradients}
@@ -165,9 +174,27 @@ def recover(
         if checkpoint is not None:
             checkpoint.save(key, state)
 
-    state = _trained(state, effort, slopes, held_out.loss, _sizes(start), keep, progress)
+    with ThreadPoolExecutor(pieces) as pool:
+        state = _trained(state, effort, slopes, held_out.loss, _sizes(start), keep, progress)
     changed = {name: value for name, value in state.best.items() if not np.array_equal(value, start[name])}
     return Recovered(changed, state.steps, state.history, notes)
+
+
+def _pieces(feeds: Mapping[str, Array], batch: int, samples: Samples, providers: Sequence[str]) -> int:
+    """In how many pieces a batch is run at the same time, see `lindep_onnx.sessions`.
+
+    Not by the number of cores, which must not change what is found.
+    """
+    apart = samples.free_batch and all(value.ndim and len(value) == batch for value in feeds.values())
+    return PIECES if apart and batch % PIECES == 0 and set(providers) == {"CPUExecutionProvider"} else 1
+
+
+def _split(feeds: Mapping[str, Array], pieces: int) -> list[dict[str, Array]]:
+    if pieces == 1:
+        return [dict(feeds)]
+    return [
+        dict(zip(feeds, part, strict=True)) for part in zip(*(np.split(v, pieces) for v in feeds.values()), strict=True)
+    ]
 
 
 def _key(

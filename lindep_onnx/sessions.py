@@ -23,7 +23,7 @@ import onnxruntime
 from lindep_onnx import graph
 from lindep_onnx.errors import LindepError, ModelError, UsageError
 
-__all__ = ["Crew", "Session", "crew", "in_order", "one_line", "open_session", "readable"]
+__all__ = ["Crew", "Session", "cores", "crew", "in_order", "one_line", "open_session", "readable"]
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -62,9 +62,14 @@ def crew(threads: int, providers: Sequence[str], activations: int) -> Crew:
     """
     if any(provider != "CPUExecutionProvider" for provider in providers):
         return Crew(1, threads)
-    cores = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    runs = max(1, min(cores, ACTIVATIONS // max(1, activations)))
-    return Crew(runs, cores // runs)
+    own = threads or cores()
+    runs = max(1, min(own, ACTIVATIONS // max(1, activations)))
+    return Crew(runs, own // runs)
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def in_order(

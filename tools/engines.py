@@ -1,8 +1,8 @@
-"""The calibration of one model on two local workers of Dask or of Ray: start, run, processes.
+"""The calibration of one model on local workers of Dask or of Ray, one thread each: start, run, processes.
 
 Ray is not a dependency; install it beside to try it.
 
-Usage: python tools/engines.py dask|ray MODEL.onnx calib.npz [--samples 80]
+Usage: python tools/engines.py dask|ray MODEL.onnx calib.npz [--samples 80] [--workers 2 1]
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lindep_onnx.data import open_samples
 
 __all__ = ["main"]
 
-WORKERS, SHARDS = 2, 6
+SHARDS = 6
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -26,17 +26,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("model")
     parser.add_argument("calib")
     parser.add_argument("--samples", type=int, default=80)
+    parser.add_argument("--workers", type=int, nargs="+", default=[2], metavar="N")
     given = parser.parse_args(arguments)
+    for workers in given.workers:
+        print(_row(given, workers), flush=True)
+
+
+def _row(given: argparse.Namespace, workers: int) -> str:
     understood = understanding.understand(given.model, Config())
     specs = tuple(understanding.inputs_of(understood))
     with open_samples(given.calib, specs, seed=0, holdout=0.3, max_samples=given.samples, batch_size=1) as samples:
         shards = cluster._shards(samples, SHARDS)
     model = understood.channels.model.proto.SerializeToString()
     runtime = ("CPUExecutionProvider",), 1
-    job = cluster._Job(model, ((), (), 1), given.calib, specs, 1, (), given.samples, 0, runtime)
+    job = cluster._Job(model, ((), (), 1), given.calib, specs, 1, (), given.samples, 0, runtime, workers)
     start = time.perf_counter()
     if given.engine == "dask":
-        with cluster.connected(str(WORKERS)) as client:
+        with cluster.connected(str(workers)) as client:
             up = time.perf_counter()
             everywhere = client.scatter(job, broadcast=True, hash=False)
             found = client.gather([client.submit(cluster._run_shard, everywhere, one, pure=False) for one in shards])
@@ -44,13 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         import ray
 
-        ray.init(num_cpus=WORKERS, include_dashboard=False, log_to_driver=False)
+        ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False)
         up = time.perf_counter()
         everywhere, run = ray.put(job), ray.remote(max_retries=3)(cluster._run_shard)
         found = ray.get([run.remote(everywhere, one) for one in shards])
         done = time.perf_counter()
     fitted = sum(seen.samples[0] for seen, _ in found)
-    print(f"{given.engine}: up after {up - start:.1f} s, {fitted} samples fitted in {done - up:.1f} s")
+    return f"{given.engine}, {workers} workers: up in {up - start:.1f} s, {fitted} samples fitted in {done - up:.1f} s"
 
 
 if __name__ == "__main__":

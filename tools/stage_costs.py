@@ -36,7 +36,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-__all__ = ["Costs", "costs", "dense_net", "plain_net", "wide_mlp"]
+__all__ = ["Costs", "costs", "dense_net", "measured", "plain_net", "wide_mlp"]
 
 STAGES = ("load", "trace", "prove", "read data", "calibrate", "plan", "reconstruct", "rewrite", "verify", "statistics")
 #: A pass with nothing around it, started like the command.
@@ -90,15 +90,15 @@ def costs(model: Path, samples: Path, repeat: int = 2, options: Sequence[str] = 
         report = Path(folder) / "report.json"
         line = [sys.executable, "-m", "lindep_onnx", str(model), f"{folder}/small.onnx", "--calib", str(samples)]
         for _ in range(repeat):
-            _, cpu, peak, said = _process([sys.executable, "-c", PLAIN, str(model), str(samples)])
+            _, cpu, peak, said = measured([sys.executable, "-c", PLAIN, str(model), str(samples)])
             plain.append((float(said), cpu, peak))
-            seconds, cpu, peak, _ = _process([*line, "--report", str(report), "--quiet", *options])
+            seconds, cpu, peak, _ = measured([*line, "--report", str(report), "--quiet", *options])
             command.append((seconds, cpu, peak, json.loads(report.read_text(encoding="utf-8"))["seconds"]))
     best = min(command, key=lambda turn: turn[0])
     return Costs(min(plain), best[:3], best[3])
 
 
-def _process(line: Sequence[str]) -> tuple[float, float, float, str]:
+def measured(line: Sequence[str]) -> tuple[float, float, float, str]:
     """Seconds, CPU seconds, peak MB and output of a process."""
     with tempfile.TemporaryFile() as said:
         start = time.perf_counter()

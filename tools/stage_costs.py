@@ -23,11 +23,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +50,16 @@ start = time.perf_counter()
 for first in range(0, len(samples) // step * step, step):
     session.run(None, {name: samples[first : first + step]})
 print(time.perf_counter() - start)
+"""
+#: Starts a process and writes down what it took. A process counts the memory of the one that started it, so that must
+#: be a small one.
+LAUNCHER = """
+import os, sys, time
+start = time.perf_counter()
+_, status, used = os.wait4(os.posix_spawn(sys.argv[2], sys.argv[2:], os.environ), 0)
+with open(sys.argv[1], "w") as figures:
+    print(time.perf_counter() - start, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024 / 1e6, file=figures)
+sys.exit(os.waitstatus_to_exitcode(status))
 """
 
 
@@ -100,16 +108,13 @@ def costs(model: Path, samples: Path, repeat: int = 2, options: Sequence[str] = 
 
 def measured(line: Sequence[str]) -> tuple[float, float, float, str]:
     """Seconds, CPU seconds, peak MB and output of a process."""
-    with tempfile.TemporaryFile() as said:
-        start = time.perf_counter()
-        process = subprocess.Popen(line, stdout=said)
-        _, status, used = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            raise SystemExit(f"{' '.join(line)}: exit code {process.returncode}")
-        said.seek(0)
-        return seconds, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024 / 1e6, said.read().decode()
+    with tempfile.NamedTemporaryFile("r") as figures:
+        launched = [sys.executable, "-S", "-c", LAUNCHER, figures.name, *line]
+        found = subprocess.run(launched, stdout=subprocess.PIPE, text=True, check=False)
+        if found.returncode:
+            raise SystemExit(f"{' '.join(line)}: exit code {found.returncode}")
+        seconds, cpu, peak = map(float, figures.read().split())
+    return seconds, cpu, peak, found.stdout
 
 
 # ---- models -----------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from lindep_onnx.shapes import resolve
 __all__ = ["measure_groups"]
 
 #: Positions of one sample, and samples, that are compared.
-POSITIONS, SAMPLES = 64, 16
+POSITIONS, SAMPLES = 64, 12
 
 
 def measure_groups(

@@ -25,7 +25,7 @@ from lindep_onnx.sessions import Session, open_session
 __all__ = ["Variant", "compare_variants"]
 
 #: Samples that are run in each way, and batch sizes that are tried: one alone, and one that nobody exports for.
-SAMPLES, BATCHES = 6, (1, 3)
+SAMPLES, BATCHES = 4, (1, 3)
 #: Sizes that the model leaves open are multiplied by this.
 STRETCH = 2
 

@@ -43,7 +43,7 @@ from lindep_onnx.refit import refit
 from lindep_onnx.replay import Replay
 from lindep_onnx.rewrite import Reconstruction, rewrite
 from lindep_onnx.search import COARSE, first_small_enough, last_good_enough, on_grid
-from lindep_onnx.sessions import Session, crew, open_session
+from lindep_onnx.sessions import IN_MEMORY, Session, crew, open_session
 from lindep_onnx.shapes import resolve
 from lindep_onnx.tracing import trace
 
@@ -161,7 +161,6 @@ class Workshop:
         self._runtime: dict[str, Any] = {"providers": config.providers, "threads": config.threads}
         activations = channels.resolved.activation_bytes * (1 if samples is None else samples.batch)
         self.crew = crew(config.threads, config.providers, activations)
-        self._original = self._opened(self._reference.proto)
         self._shapes, self._batch = _first_shapes(samples)
         self.before = cost(self._reference if half is None else graph.load(half), self._shapes, self._batch)
         self.options = {**(replayed.plan.options if replayed is not None else {}), **config.described()}
@@ -692,11 +691,16 @@ class Workshop:
 
     def _against(self, proto: onnx.ModelProto, batches: Iterator[Batch]) -> verify.Comparison:
         wanted, runs = self._config.agreement_output, self.crew.runs
-        return verify.compare(self._original, self._opened(proto), batches, agreement_output=wanted, runs=runs)
+        return verify.compare(*self.sessions(proto), batches, agreement_output=wanted, runs=runs)
 
     def sessions(self, proto: onnx.ModelProto) -> tuple[Session, Session]:
         """Of what a result is compared with, and of the result."""
-        return self._original, self._opened(proto)
+        large = graph.size_of(self._reference.proto) > IN_MEMORY  # then it is not kept beside those that are timed
+        return self._opened(self._reference.proto) if large else self._original, self._opened(proto)
+
+    @functools.cached_property
+    def _original(self) -> Session:
+        return self._opened(self._reference.proto)
 
     def _opened(self, proto: onnx.ModelProto) -> Session:
         """A session for several runs at a time."""

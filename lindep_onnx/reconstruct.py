@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,23 +33,43 @@ def fold_sites(
         evidence: of every site.
         removed: (units,) bool.
     """
-    weights: dict[str, NDArray[Any]] = {}
     shifts: dict[Reader, NDArray[np.float64]] = {}
     for number, fold in folds.items():
-        kept, matrix = fold.kept, fold.matrix
         seen = evidence[number]
         site = seen.site
-        weight = site_weight(channels, seen)  # (F, T, outputs, kernel)
-        gone = weight[~kept].copy()
-        weight[kept] += np.tensordot(matrix, gone, axes=1)
-        weight[~kept] = 0.0
-        whole = weights.setdefault(site.weight, channels.resolved.constants[site.weight].copy())
-        site.part(whole)[...] = _original_layout(channels, seen, weight)
         if site.affine:
-            rest = seen.mean[~kept] - matrix.T @ seen.mean[kept]
+            gone = site_weight(channels, seen)[~fold.kept]
+            rest = seen.mean[~fold.kept] - fold.matrix.T @ seen.mean[fold.kept]
             shift = shifts.setdefault(site.readers[0], np.zeros(site.blocks * len(site.rows)))
             shift[site.first_row :][: len(site.rows)] = np.tensordot(rest, gone, axes=1).sum(axis=(0, 2))
-    return Reconstruction(removed, weights, shifts)
+    return Reconstruction(removed, _Folded(channels, folds, evidence), shifts)
+
+
+class _Folded(Mapping[str, NDArray[Any]]):
+    """Folded weights by name, each made when it is asked for: all at once would be one more copy of the model."""
+
+    def __init__(self, channels: Channels, folds: Mapping[int, Fold], evidence: Sequence[SiteEvidence]) -> None:
+        self._channels, self._folds, self._evidence = channels, folds, evidence
+        self._sites: dict[str, list[int]] = {}
+        for number in folds:
+            self._sites.setdefault(evidence[number].site.weight, []).append(number)
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        sites = self._sites[name]
+        whole = self._channels.resolved.constants[name].copy()
+        for number in sites:
+            seen, fold = self._evidence[number], self._folds[number]
+            weight = site_weight(self._channels, seen)  # (F, T, outputs, kernel)
+            weight[fold.kept] += np.tensordot(fold.matrix, weight[~fold.kept], axes=1)
+            weight[~fold.kept] = 0.0
+            seen.site.part(whole)[...] = _original_layout(self._channels, seen, weight)
+        return whole
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
 
 
 def _original_layout(channels: Channels, seen: SiteEvidence, weight: NDArray[np.float64]) -> NDArray[np.float64]:

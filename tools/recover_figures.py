@@ -9,7 +9,7 @@
 | trained | loss on trained samples at the end: the gap between the two is over-fitting |
 | best at | steps after which the held-out loss was lowest |
 | seconds | of the refit and all before it, and of the training |
-| PyTorch, its seconds | with --torch: as many steps of `tools/torch_recover.py` from the same start |
+| PyTorch, its seconds | with --torch: as many steps of `tools/torch_recover.py` from the same start, at one of two rates |
 
 `--augment` is that of the command line; `tools/augmentations.py` has what suits images. With --rounds the cut is made
 in so many rounds, each with its own training; losses are then not shown. Without --final the results are judged by
@@ -119,15 +119,19 @@ def row(
     seconds.append(time.perf_counter() - start)
     models = {"refit": refitted, "recovered": recovered}
     if beside:
-        from torch_recover import distil  # only this column needs PyTorch
+        from torch_recover import RATES, distil  # only this column needs PyTorch
 
         start = time.perf_counter()
         student = graph.load(refitted)
         with _samples(task, original, holdout, batch) as samples:
-            images = np.concatenate([batch.feeds[task.input] for batch in samples.batches(Part.FIT)])
-        weights = distil(original, student, images, steps=steps * rounds)
+            fit, held_out = (
+                np.concatenate([batch.feeds[task.input] for batch in samples.batches(part)])
+                for part in (Part.FIT, Part.SELECT)
+            )
+        varied = mix if augment == "mix" else augment
+        weights = distil(original, student, fit, held_out, steps=steps * rounds, augment=varied)
         models["PyTorch"] = graph.edit(student, graph.Edits(constants=weights), "")
-        seconds.append(time.perf_counter() - start)
+        seconds.append((time.perf_counter() - start) / len(RATES))
     reached = []
     for label, model in models.items():
         path = folder / f"{task.name}_{point:g}_{label}.onnx"

@@ -1,4 +1,4 @@
-"""Distillation in PyTorch, to hold `lindep_onnx.recover` against: the usual Adam, the same number of steps and samples.
+"""Distillation in PyTorch, to hold `lindep_onnx.recover` against: the usual Adam, as many steps on the same samples.
 
 A small interpreter runs the nodes of an ONNX graph with PyTorch's functions, weights being leaves of autograd. It knows
 the operators of convolutional classifiers and says which one it lacks.
@@ -15,6 +15,7 @@ import torch.nn.functional as functional
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lindep_onnx.augment import Augment
 from lindep_onnx.graph import Model, Node
 from lindep_onnx.recover import trainable
 from lindep_onnx.shapes import Resolved, resolve
@@ -23,7 +24,7 @@ __all__ = ["distil", "evaluate"]
 
 Array: TypeAlias = NDArray[Any]
 
-RATE, BATCH = 1e-3, 32
+RATES, BATCH = (3e-4, 1e-4), 32
 #: Shapes of a model for the sizes it was run with; the model is held so that its id stays its own.
 _RESOLVED: dict[Any, tuple[Model, Resolved]] = {}
 
@@ -53,32 +54,72 @@ def evaluate(model: Model, feeds: Mapping[str, Tensor], weights: Mapping[str, Te
     return [values[name] for name in model.outputs]
 
 
-def distil(teacher: Model, student: Model, images: NDArray[np.float32], *, steps: int) -> dict[str, Array]:
+def distil(
+    teacher: Model,
+    student: Model,
+    images: NDArray[np.float32],
+    held_out: NDArray[np.float32],
+    *,
+    steps: int,
+    augment: Augment | None = None,
+) -> dict[str, Array]:
     """New weights of a model that is trained to put out what another does: Adam, cosine schedule, squared error.
+
+    As usual, the rate is chosen among `RATES` by what the result makes of images that it was not trained on.
 
     Args:
         teacher: the original; one input, one output.
         student: the smaller model.
         images: what to train on, samples first.
-        steps: of the optimiser.
+        held_out: others, to choose the rate by.
+        steps: of the optimiser, for each rate.
+        augment: makes other inputs of those of a step; None for none.
     """
-    weights = {name: torch.tensor(student.stored[name], requires_grad=True) for name in trainable(student, ())}
     name = student.inputs[0]
-    with torch.no_grad():
-        parts = [evaluate(teacher, {name: torch.from_numpy(part)}, {})[0] for part in np.array_split(images, 16)]
-    targets = torch.cat(parts)
-    optimiser = torch.optim.Adam(weights.values(), lr=RATE)
+    wanted = _outputs(teacher, name, held_out, {})
+    best: tuple[float, dict[str, Array]] = np.inf, {}
+    for rate in RATES:
+        found = _trained(teacher, student, images, rate, steps, augment)
+        with torch.no_grad():
+            weights = {key: torch.from_numpy(value) for key, value in found.items()}
+            loss = float(_loss(_outputs(student, name, held_out, weights), wanted, wanted.var(0)))
+        if loss < best[0] or not best[1]:
+            best = loss, found
+    return best[1]
+
+
+def _trained(
+    teacher: Model, student: Model, images: NDArray[np.float32], rate: float, steps: int, augment: Augment | None
+) -> dict[str, Array]:
+    name = student.inputs[0]
+    weights = {key: torch.tensor(student.stored[key], requires_grad=True) for key in trainable(student, ())}
+    targets = _outputs(teacher, name, images, {})
+    optimiser = torch.optim.Adam(weights.values(), lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     rng = np.random.default_rng(0)
     for _ in range(steps):
         chosen = rng.choice(len(images), BATCH, replace=False)
-        (found,) = evaluate(student, {name: torch.from_numpy(images[chosen])}, weights)
-        loss = ((found - targets[chosen]).square().mean(0) / targets.var(0)).mean()
+        batch, wanted = images[chosen], targets[chosen]
+        if augment is not None:
+            batch = np.ascontiguousarray(augment({name: batch}, rng)[name])
+            wanted = _outputs(teacher, name, batch, {})
+        (found,) = evaluate(student, {name: torch.from_numpy(batch)}, weights)
+        loss = _loss(found, wanted, targets.var(0))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         schedule.step()
-    return {name: value.detach().numpy() for name, value in weights.items()}
+    return {key: value.detach().numpy() for key, value in weights.items()}
+
+
+def _loss(found: Tensor, wanted: Tensor, variance: Tensor) -> Tensor:
+    return ((found - wanted).square().mean(0) / variance).mean()
+
+
+def _outputs(model: Model, name: str, images: NDArray[np.float32], weights: Mapping[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        parts = np.array_split(images, -(-len(images) // 128))
+        return torch.cat([evaluate(model, {name: torch.from_numpy(part)}, weights)[0] for part in parts])
 
 
 def _input(name: str, values: Mapping[str, Tensor], resolved: Resolved) -> Any:

@@ -9,7 +9,7 @@
 | trained | loss on trained samples at the end: the gap between the two is over-fitting |
 | best at | steps after which the held-out loss was lowest |
 | seconds | of the refit and all before it, and of the training |
-| PyTorch, its seconds | with --torch: as many steps of `tools/torch_recover.py` from the same start, at one of two rates |
+| PyTorch, its seconds | with --torch: as many steps of `tools/torch_recover.py` from the same start |
 
 `--augment` is that of the command line; `tools/augmentations.py` has what suits images. With --rounds the cut is made
 in so many rounds, each with its own training; losses are then not shown. Without --final the results are judged by

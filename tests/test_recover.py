@@ -415,3 +415,15 @@ def test_the_command_line_goes_on_where_it_was_interrupted(wide: onnx.ModelProto
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
     assert main([str(tmp_path / "in.onnx"), str(tmp_path / "c.onnx"), *options, "--seed", "1"]) == 2  # another run
     assert not (tmp_path / "c.onnx").exists()
+
+
+def test_a_batch_in_two_pieces_trains_like_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = build(BODY, WEIGHTS, x=("N", 3, 6, 6))
+    halves = recovered(teacher, worn(teacher))
+    monkeypatch.setattr("lindep_onnx.recover.PIECES", 1)
+    whole = recovered(teacher, worn(teacher))
+    assert halves.weights.keys() == whole.weights.keys() and halves.after < 0.5 * halves.before
+    assert halves.history[1][1] == pytest.approx(whole.history[1][1], rel=1e-5)  # the first step
+    assert halves.after == pytest.approx(whole.after, rel=0.05)  # rounding grows in the many that follow
+    monkeypatch.setattr("lindep_onnx.recover.PIECES", 5)  # 16 samples cannot be cut like that
+    assert recovered(teacher, worn(teacher)).after == whole.after

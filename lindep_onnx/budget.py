@@ -161,6 +161,9 @@ class Workshop:
         self._runtime: dict[str, Any] = {"providers": config.providers, "threads": config.threads}
         activations = channels.resolved.activation_bytes * (1 if samples is None else samples.batch)
         self.crew = crew(config.threads, config.providers, activations)
+        original = self._opened(self._reference.proto)  # first of all, for damaged models do not load
+        # A large one is not kept in memory beside those that are timed.
+        self._original = original if graph.size_of(self._reference.proto) <= IN_MEMORY else None
         self._shapes, self._batch = _first_shapes(samples)
         self.before = cost(self._reference if half is None else graph.load(half), self._shapes, self._batch)
         self.options = {**(replayed.plan.options if replayed is not None else {}), **config.described()}
@@ -695,12 +698,7 @@ class Workshop:
 
     def sessions(self, proto: onnx.ModelProto) -> tuple[Session, Session]:
         """Of what a result is compared with, and of the result."""
-        large = graph.size_of(self._reference.proto) > IN_MEMORY  # then it is not kept beside those that are timed
-        return self._opened(self._reference.proto) if large else self._original, self._opened(proto)
-
-    @functools.cached_property
-    def _original(self) -> Session:
-        return self._opened(self._reference.proto)
+        return self._original or self._opened(self._reference.proto), self._opened(proto)
 
     def _opened(self, proto: onnx.ModelProto) -> Session:
         """A session for several runs at a time."""

@@ -270,7 +270,11 @@ def _plot(found: Sequence[tuple[str, int, Costs]], path: Path) -> None:
         bottom.plot(numbers, [cost.command[2] for _, cost in own], "o-", label="command")
         bottom.plot(numbers, [cost.plain[2] for _, cost in own], "k--", label="plain pass")
         bottom.set(xscale="log", ylim=(0, None), xlabel=kind, ylabel="peak MB" if not column else "")
-    axes[0][0].legend()
+    for axis, kind in ((axis, kind) for column, kind in enumerate(kinds) for axis in axes[:, column]):
+        numbers = [number for of, number, _ in found if of == kind]
+        axis.set_xticks(numbers, [f"{number:,}" for number in numbers], fontsize="small")
+        axis.minorticks_off()
+    axes[0][-1].legend(loc="lower right")
     axes[1][0].legend()
     figure.savefig(path, metadata={"Date": None})
 

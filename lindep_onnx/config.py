@@ -77,7 +77,7 @@ class Config:
         exclude: glob on node names that are left alone.
         providers: ONNX Runtime execution providers.
         threads: intra-op threads of ONNX Runtime; 0 lets it choose.
-        benchmark: seconds that original and result are timed against each other; None takes one, or four for `latency`.
+        benchmark: seconds that original and result are timed against each other; None takes 0.4, or four for `latency`.
         batch_size: samples per run for models with a dynamic batch; None bounds the memory of the activations.
         max_samples: use at most this many calibration samples.
         image_size: height and width that images are cropped to, one number for both; None takes those of the input.

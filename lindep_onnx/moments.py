@@ -135,23 +135,11 @@ class MomentsAccumulator:
         self._samples += moments.samples
         self._effective += moments.effective_rows
 
-    def update(self, rows: NDArray[Any]) -> None:
-        """Add rows.
-
-        Args:
-            rows: (S, P, F) array: P rows of each of S samples.
-
-        Raises:
-            CalibrationError: a value added so far is NaN or infinite.
-        """
-        if self.take(rows):
-            self.add_up()
-
     def take(self, rows: NDArray[Any]) -> bool:
         """Keep rows for later; whether they are enough to be added up.
 
         Args:
-            rows: as for `update`.
+            rows: (S, P, F) array: P rows of each of S samples.
         """
         if rows.size:
             # A copy: what comes in may be a view of a tensor that is much larger.

@@ -30,6 +30,7 @@ from lindep_onnx.analysis import CONSTANT_TOLERANCE
 from lindep_onnx.calibration import features
 from lindep_onnx.channels import FROZEN, Channels
 from lindep_onnx.data import Batch
+from lindep_onnx.graph import Node
 from lindep_onnx.ops.saturation import Interval, flat_parts, may_flatten
 
 __all__ = [
@@ -317,13 +318,18 @@ def _apart(
     if padding is not None and padding.op != "Pad":
         padding = None
     behind = read = node.inputs[0] if padding is None else padding.inputs[0]
+    if padding is not None:  # its operands are stored again, for those of the model may be made further down
+        if any(name and name not in constants for name in padding.inputs[1:]) or _pads_channels(padding, constants):
+            return None
+        operands = {f"pad{place}": constants[name] for place, name in enumerate(padding.inputs[1:]) if name}
+        proto.graph.initializer.extend(onnx.numpy_helper.from_array(v, prefix + name) for name, v in operands.items())
     if depthwise:  # picked by a convolution too: a Gather would put the whole tensor into another order
         stored["picking"] = np.zeros((len(places), group, *(1 for _ in weight.shape[2:])), dtype=weight.dtype)
         stored["picking"][np.arange(len(places)), places] = 1
         nodes.append(onnx.helper.make_node("Conv", [read, prefix + "picking"], [prefix + "read"]))
         read = prefix + "read"
     if padding is not None:  # once more as well, for it is fused with the convolution
-        given = [read, *padding.inputs[1:]]
+        given = [read, *(prefix + f"pad{place}" if name else "" for place, name in enumerate(padding.inputs[1:]))]
         nodes.append(onnx.helper.make_node("Pad", given, [prefix + "padded"], **padding.attributes))
         read = prefix + "padded"
     proto.graph.initializer.extend(onnx.numpy_helper.from_array(value, prefix + name) for name, value in stored.items())
@@ -331,6 +337,13 @@ def _apart(
     attributes = {**node.attributes, "group": len(places) if depthwise else 1}
     nodes.append(onnx.helper.make_node("Conv", given, [prefix + "ranged"], **attributes))
     return behind, nodes, prefix + "ranged"
+
+
+def _pads_channels(padding: Node, constants: Mapping[str, NDArray[Any]]) -> bool:
+    """Whether a Pad with stored operands may widen or move the channels."""
+    pads = padding.attributes["pads"] if "pads" in padding.attributes else constants.get(padding.input(1), ())
+    pairs = np.reshape(pads, (2, -1))
+    return bool(padding.input(3)) or pairs.shape[1] < 3 or bool(pairs[:, :2].any())
 
 
 def _positions(channels: Channels, flat: Flat) -> int | None:

@@ -153,6 +153,8 @@ PADDED = "p = Pad(x, pads, zero)\n"
         ("h = Conv<group=16, pads=[1, 1, 1, 1]>(x, w, b)\nr = Relu(h)\ny = Conv(r, v)", (16, 1, 3, 3), 16, True),
         (PADDED + "h = Conv<group=16>(p, w, b)\nr = Relu(h)\ny = Conv(r, v)", (16, 1, 3, 3), 16, True),
         (PADDED + "h = Conv<dilations=[2, 2]>(p, w)\nr = Relu(h)\ny = Conv(r, v)", (16, 16, 3, 3), 16, True),
+        ("k = Pad(x, wide)\nh = Conv<group=16>(k, w, b)\nr = Relu(h)\ny = Conv(r, v)", (16, 1, 3, 3), 14, False),
+        ("k = Pad(x, wide)\nh = Conv(k, w, b)\nr = Relu(h)\ny = Conv(r, v)", (16, 16, 3, 3), 14, False),
         ("h = Conv<group=2>(x, w, b)\nr = Relu(h)\ny = Conv(r, v)", (16, 8, 3, 3), 16, False),
         ("g = Conv(x, w, b)\nh = Tanh(g)\nr = Relu(h)\ny = Conv(r, v)", (16, 16, 1, 1), 16, False),
     ],
@@ -160,6 +162,7 @@ PADDED = "p = Pad(x, pads, zero)\n"
 def test_a_few_channels_are_measured_apart_as_they_are_in_the_whole(body, w, channels, apart) -> None:
     pads = np.array([0, 0, 1, 1, 0, 0, 1, 1])
     weights = {"w": w, "b": (16,), "v": (4, 16, 1, 1), "pads": pads, "zero": np.float32(0.5)}
+    weights["wide"] = np.array([0, 1, 0, 0, 0, 1, 0, 0])
     used = {name: value for name, value in weights.items() if name in body}
     model = build(body, used, x=("N", channels, 9, 9), outputs="y h")
     data = np.random.default_rng(0).normal(size=(6, channels, 9, 9)).astype(np.float32)

@@ -12,13 +12,13 @@ from lindep_onnx.errors import CalibrationError, OutputError
 from lindep_onnx.moments import Moments, MomentsAccumulator, load_moments, save_moments
 
 
-@pytest.fixture
 def update(accumulator: MomentsAccumulator, rows: np.ndarray) -> None:
     """As calibration does it."""
     if accumulator.take(rows):
         accumulator.add_up()
 
 
+@pytest.fixture
 def rows() -> np.ndarray:
     """(samples, positions, features) as a Relu puts them out."""
     rng = np.random.default_rng(5)

@@ -98,7 +98,7 @@ def anneal(
         frontier = chosen.frontier if best is None else best.frontier  # of the original
         best, removed = dataclasses.replace(chosen, removed=gone, frontier=frontier), gone
         if number + 1 < config.rounds:
-            current = _traced(graph.load(chosen.proto), config, frozen)
+            current = _traced(chosen.model, config, frozen)
     assert best is not None and first is not None
     return first, dataclasses.replace(best, notes=(*best.notes, *told))
 
@@ -170,10 +170,10 @@ def _recovered(
     progress: Progress,
 ) -> tuple[Chosen, tuple[str, ...]]:
     """The result with trained weights, or as it was if unseen samples turn those down, and what to tell the user."""
-    student = graph.load(chosen.proto)
+    student = chosen.model
     augment = mix if config.augment == "mix" else checked(config.augment) if config.augment is not None else None
     found = recover(
-        original.model.proto,
+        original.model,
         student,
         samples,
         effort,

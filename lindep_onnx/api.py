@@ -28,6 +28,7 @@ from lindep_onnx.pipeline import (
 )
 from lindep_onnx.replay import Plan, named, options_of
 from lindep_onnx.report import Report
+from lindep_onnx.storage import whole
 from lindep_onnx.understanding import Understood, understand
 
 __all__ = ["Calibrated", "Result", "Understood", "apply", "calibrate", "compress", "plan", "trace"]
@@ -230,4 +231,4 @@ def _path(path: str | Path | None) -> Path | None:
 def _result(outcome: Outcome, config: Config) -> Result:
     if outcome.failure is not None and not config.force:
         raise outcome.failure
-    return Result(outcome.model, outcome.report, outcome.plan)
+    return Result(whole(outcome.model.proto, outcome.model.folder), outcome.report, outcome.plan)

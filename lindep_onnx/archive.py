@@ -22,9 +22,9 @@ from lindep_onnx.channels import Channels
 from lindep_onnx.config import Config
 from lindep_onnx.data import Part, Samples
 from lindep_onnx.errors import CalibrationError
-from lindep_onnx.graph import fingerprint
 from lindep_onnx.ladder import Curve, Prices, Saving
 from lindep_onnx.moments import Moments, load_moments_and_beside, save_moments
+from lindep_onnx.storage import fingerprint
 
 __all__ = ["Key", "Learned", "key", "load", "save"]
 
@@ -67,7 +67,7 @@ def key(channels: Channels, samples: Samples, config: Config) -> Key:
     options = [config.include, config.exclude, config.min_channels, config.seed, sorted(config.input_range.items())]
     text = json.dumps(options).encode()
     digest = hashlib.blake2b(text, digest_size=16).hexdigest()
-    return Key(fingerprint(channels.model.proto), samples.fingerprint, digest)
+    return Key(fingerprint(channels.model.proto, channels.model.folder), samples.fingerprint, digest)
 
 
 def save(path: Path, learned: Learned, made_with: Key) -> None:

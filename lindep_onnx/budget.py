@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
 from lindep_onnx import graph, latency, verify
@@ -43,8 +42,9 @@ from lindep_onnx.refit import refit
 from lindep_onnx.replay import Replay
 from lindep_onnx.rewrite import Reconstruction, rewrite
 from lindep_onnx.search import COARSE, first_small_enough, last_good_enough, on_grid
-from lindep_onnx.sessions import IN_MEMORY, Session, crew, open_session
+from lindep_onnx.sessions import Session, crew, open_session
 from lindep_onnx.shapes import resolve
+from lindep_onnx.surgery import Edits, edit
 from lindep_onnx.tracing import trace
 
 __all__ = ["SIZES", "Chosen", "Workshop"]
@@ -84,7 +84,7 @@ class Chosen:
     """A result, good or bad.
 
     Attributes:
-        proto: the smaller model.
+        model: the smaller model.
         removed: (units,) bool.
         kind: (units,) index into `plan.KINDS`; zero for units that a budget removed.
         cost: what it costs.
@@ -100,7 +100,7 @@ class Chosen:
         frontier: what smaller and larger reductions would cost, largest model first; empty without a budget.
     """
 
-    proto: onnx.ModelProto
+    model: graph.Model
     removed: NDArray[np.bool_]
     kind: NDArray[np.int8]
     cost: Cost
@@ -144,7 +144,7 @@ class Workshop:
         config: Config,
         stage: Stage,
         progress: Progress,
-        half: onnx.ModelProto | None = None,
+        half: graph.Model | None = None,
         reference: graph.Model | None = None,
         prices: Prices | None = None,
         replayed: Replay | None = None,
@@ -152,7 +152,7 @@ class Workshop:
         self._prices, self._replayed = prices or {}, replayed
         self._reference = reference or channels.model
         self._half = half
-        rounding = 0.0 if half is None else resolution(half)
+        rounding = 0.0 if half is None else resolution(half.proto)
         self._tolerance = max(LOSSLESS_SITE_ERROR, SITE_ROUNDINGS * rounding)
         self._channels, self._proof, self._samples, self._config = channels, proof, samples, config
         self._observed = evidence
@@ -161,11 +161,9 @@ class Workshop:
         self._runtime: dict[str, Any] = {"providers": config.providers, "threads": config.threads}
         activations = channels.resolved.activation_bytes * (1 if samples is None else samples.batch)
         self.crew = crew(config.threads, config.providers, activations)
-        original = self._opened(self._reference.proto)  # first of all, for damaged models do not load
-        # A large one is not kept in memory beside those that are timed.
-        self._original = original if graph.size_of(self._reference.proto) <= IN_MEMORY else None
+        self._original = self._opened(self._reference)  # first of all, for damaged models do not load
         self._shapes, self._batch = _first_shapes(samples)
-        self.before = cost(self._reference if half is None else graph.load(half), self._shapes, self._batch)
+        self.before = cost(self._reference if half is None else half, self._shapes, self._batch)
         self.options = {**(replayed.plan.options if replayed is not None else {}), **config.described()}
         self.metadata = json.dumps({"version": __version__, "options": self.options}, sort_keys=True)
         self._metric: float | None = None
@@ -181,7 +179,7 @@ class Workshop:
         """The result that the options ask for; look at its `failure`."""
         if self._replayed is not None:
             chosen = self._carried_out_again(self._replayed)
-            chosen = dataclasses.replace(chosen, latency=self._latency(chosen.proto))
+            chosen = dataclasses.replace(chosen, latency=self._latency(chosen.model))
             return dataclasses.replace(chosen, notes=(*self._replayed.notes, *chosen.notes, *self._slower(chosen)))
         if self._observed is None or self._config.proven_only:
             return self._proven()
@@ -205,7 +203,7 @@ class Workshop:
         for width in widths:
             chosen = self._verified(lossless, width) if ladder is None else self._budgeted(ladder, width)
             if chosen.latency is None:
-                chosen = dataclasses.replace(chosen, latency=self._latency(chosen.proto))
+                chosen = dataclasses.replace(chosen, latency=self._latency(chosen.model))
             if best is None or (best.failure is not None, _ratio(best)) > (chosen.failure is not None, _ratio(chosen)):
                 best = chosen
             if self._config.round_to == "auto" and best.failure is None and _ratio(best) <= FASTER:
@@ -232,8 +230,8 @@ class Workshop:
             weights: new values of stored tensors.
             chosen: the result so far.
         """
-        proto = graph.edit(model, graph.Edits(constants=weights), self.metadata)
-        found = self._finished(proto, chosen.removed, chosen.kind, chosen.notes)
+        model = edit(model, Edits(constants=weights), self.metadata)
+        found = self._finished(model, chosen.removed, chosen.kind, chosen.notes)
         # Other values do not make the same widths slower.
         kept = {"latency": chosen.achieved["latency"]} if "latency" in chosen.achieved else {}
         return dataclasses.replace(
@@ -251,7 +249,7 @@ class Workshop:
         note = (
             "Nothing was removed: no width made the result as fast in ONNX Runtime here. Try without --round-to auto."
         )
-        return dataclasses.replace(chosen, latency=self._latency(chosen.proto), notes=(note,))
+        return dataclasses.replace(chosen, latency=self._latency(chosen.model), notes=(note,))
 
     def _slower(self, chosen: Chosen) -> Iterator[str]:
         if chosen.latency is None or _ratio(chosen) <= 1.1 or not chosen.removed.any():
@@ -276,7 +274,7 @@ class Workshop:
 
     def _proven(self) -> Chosen:
         chosen = self._carried_out(self._proof.plan, self._proof.evidence, "proven")
-        return dataclasses.replace(chosen, latency=self._latency(chosen.proto))
+        return dataclasses.replace(chosen, latency=self._latency(chosen.model))
 
     def _lossless_plan(self, doubtful: NDArray[np.bool_], keep: NDArray[np.bool_] | None = None) -> Plan:
         return plan_lossless(self._channels, self._evidence, doubtful, tolerance=self._tolerance, keep=keep)
@@ -298,9 +296,9 @@ class Workshop:
                 f"A {wanted.plan.mode} plan is fitted to calibration data: give --calib, with more samples if you did."
             )
         if wanted.plan.mode == "budgeted":
-            proto = self._folded(removed)
-            proto, notes = self._refit(removed, proto, wanted.refit) if wanted.refit != "fold" else (proto, ())
-            chosen = self._finished(proto, removed, _budget_kind(removed), notes)
+            model = self._folded(removed)
+            model, notes = self._refit(removed, model, wanted.refit) if wanted.refit != "fold" else (model, ())
+            chosen = self._finished(model, removed, _budget_kind(removed), notes)
             return dataclasses.replace(chosen, refit=wanted.refit)
         with self._stage("plan"):
             plan = self._lossless_again(removed)
@@ -327,10 +325,10 @@ class Workshop:
 
     def _carried_out(self, plan: Plan, evidence: tuple[SiteEvidence, ...], mode: str) -> Chosen:
         with self._stage("rewrite"):
-            proto = rewrite(
+            model = rewrite(
                 self._channels, fold_sites(self._channels, plan.folds, evidence, plan.removed), self.metadata
             )
-        return dataclasses.replace(self._finished(proto, plan.removed, plan.kind, ()), mode=mode)
+        return dataclasses.replace(self._finished(model, plan.removed, plan.kind, ()), mode=mode)
 
     # ---- lossless ----------------------------------------------------------------------------------------------
 
@@ -372,12 +370,12 @@ class Workshop:
         with self._stage("reconstruct"):
             new = fold_sites(self._channels, plan.folds, self._evidence.sites, plan.removed)
         with self._stage("rewrite"):
-            proto = rewrite(self._channels, new, self.metadata)
+            model = rewrite(self._channels, new, self.metadata)
         notes: tuple[str, ...] = ()
         refit = refit if refit in ("kernel", "sequential") else "fold"
         if refit != "fold" and plan.removed.any():
-            proto, notes = self._refit(plan.removed, proto, refit)
-        chosen = self._finished(proto, plan.removed, plan.kind, notes)
+            model, notes = self._refit(plan.removed, model, refit)
+        chosen = self._finished(model, plan.removed, plan.kind, notes)
         return dataclasses.replace(chosen, folds=plan.folds, mode="lossless", refit=refit)
 
     # ---- budgets -----------------------------------------------------------------------------------------------
@@ -454,7 +452,7 @@ class Workshop:
         order = ladder.order[:count]
         return balanced(self._channels, rounded(self._channels, ladder.removed(count), order, width), order)
 
-    def _bare(self, ladder: Ladder, count: int, width: int) -> onnx.ModelProto:
+    def _bare(self, ladder: Ladder, count: int, width: int) -> graph.Model:
         """A rung without folds: its size and its speed are those of the result."""
         return rewrite(self._channels, Reconstruction(self._removed_at(ladder, count, width)), "")
 
@@ -472,13 +470,13 @@ class Workshop:
         refitted = self._config.refit in ("auto", "kernel", "sequential")
         judged = self._judged()
 
-        def build(count: int, refit_it: bool) -> tuple[onnx.ModelProto, NDArray[np.bool_], tuple[str, ...]]:
+        def build(count: int, refit_it: bool) -> tuple[graph.Model, NDArray[np.bool_], tuple[str, ...]]:
             removed = self._removed_at(ladder, count, width)
-            proto = self._folded(removed)
+            model = self._folded(removed)
             if not refit_it or not removed.any():
-                return proto, removed, ()
-            proto, notes = self._refit(removed, proto, self._refit_mode)
-            return proto, removed, notes
+                return model, removed, ()
+            model, notes = self._refit(removed, model, self._refit_mode)
+            return model, removed, notes
 
         if self._config.sized:
             chosen = self._small_enough(ladder, width, build, refitted, allowed)
@@ -494,8 +492,8 @@ class Workshop:
         turned_down = 0
         while True:
             rung, refit_it = tries[turned_down]
-            proto, removed, notes = build(rung, refit_it)
-            chosen = self._finished(proto, removed, _budget_kind(removed), notes)
+            model, removed, notes = build(rung, refit_it)
+            chosen = self._finished(model, removed, _budget_kind(removed), notes)
             chosen = dataclasses.replace(chosen, refit=self._refit_mode if refit_it else "fold")
             if chosen.failure is None or turned_down == len(tries) - 1:
                 break
@@ -509,7 +507,7 @@ class Workshop:
         self,
         ladder: Ladder,
         width: int,
-        build: Callable[[int, bool], tuple[onnx.ModelProto, NDArray[np.bool_], tuple[str, ...]]],
+        build: Callable[[int, bool], tuple[graph.Model, NDArray[np.bool_], tuple[str, ...]]],
         refitted: bool,
         allowed: float | None,
     ) -> Chosen:
@@ -517,19 +515,19 @@ class Workshop:
         aim = allowed
 
         def small(count: int) -> bool:
-            proto = self._bare(ladder, count, width)
-            return self._is_small(self._cost(proto)) and (aim is None or self._predicted(proto) <= aim)
+            model = self._bare(ladder, count, width)
+            return self._is_small(self._cost(model)) and (aim is None or self._predicted(model) <= aim)
 
         best: Chosen | None = None
         for _ in range(CORRECTIONS if allowed is not None else 1):
             with self._stage("search"):
                 count = first_small_enough(len(ladder), small)
-            proto, removed, notes = build(len(ladder) if count is None else count, refitted)
+            model, removed, notes = build(len(ladder) if count is None else count, refitted)
             # A refit may add a few biases that were not there.
-            while count is not None and count < len(ladder) and not self._is_small(self._cost(proto)):
+            while count is not None and count < len(ladder) and not self._is_small(self._cost(model)):
                 count = min(len(ladder), count + max(1, len(ladder) // 200))
-                proto, removed, notes = build(count, refitted)
-            chosen = self._finished(proto, removed, _budget_kind(removed), notes)
+                model, removed, notes = build(count, refitted)
+            chosen = self._finished(model, removed, _budget_kind(removed), notes)
             if allowed is None or aim is None:
                 return chosen
             chosen = self._held_to_latency(chosen, allowed)
@@ -542,13 +540,13 @@ class Workshop:
         assert best is not None
         return best
 
-    def _share_of_time(self, proto: onnx.ModelProto) -> float:
-        found = self._latency(proto)
+    def _share_of_time(self, model: graph.Model) -> float:
+        found = self._latency(model)
         return 1.0 if found is None else found[1] / max(found[0], 1e-9)
 
     def _held_to_latency(self, chosen: Chosen, allowed: float) -> Chosen:
         """The result with its measured latency, failed where that is more than allowed."""
-        chosen = dataclasses.replace(chosen, latency=self._latency(chosen.proto))
+        chosen = dataclasses.replace(chosen, latency=self._latency(chosen.model))
         reached = _ratio(chosen)
         failure = chosen.failure
         if failure is None and reached > allowed:
@@ -579,12 +577,12 @@ class Workshop:
             table.save(path)
         return table
 
-    def _predicted(self, proto: onnx.ModelProto) -> float:
+    def _predicted(self, model: graph.Model) -> float:
         """Share of the original's latency that the table expects of a result."""
         assert self._table is not None
         shapes = self._timed_shapes
         before = self._table.total(latency.layers(self._reference, shapes))
-        return self._table.total(latency.layers(graph.load(proto), shapes)) / max(before, 1e-12)
+        return self._table.total(latency.layers(model, shapes)) / max(before, 1e-12)
 
     def _sizes(self) -> dict[str, float]:
         given = {kind: getattr(self._config, kind) for kind in SIZES}
@@ -596,19 +594,19 @@ class Workshop:
     def _share(self, kind: str, after: Cost) -> float:
         return float(getattr(after, SIZES[kind]) / max(1, getattr(self.before, SIZES[kind])))
 
-    def _judged(self) -> Callable[[onnx.ModelProto], bool]:
+    def _judged(self) -> Callable[[graph.Model], bool]:
         """Whether a result is good enough on the samples that decide."""
         probes = itertools.count(1)
 
-        def good(proto: onnx.ModelProto) -> bool:
-            measured = self._quality(proto, self._compared(proto, Part.SELECT))
+        def good(model: graph.Model) -> bool:
+            measured = self._quality(model, self._compared(model, Part.SELECT))
             done = next(probes)
             self._progress("search", done, max(done, PROBES))
             return all(self._holds(kind, value) for kind, value in measured.items())
 
         return good
 
-    def _quality(self, proto: onnx.ModelProto, found: verify.Comparison | None) -> dict[str, float | None]:
+    def _quality(self, model: graph.Model, found: verify.Comparison | None) -> dict[str, float | None]:
         measured: dict[str, float | None] = {}
         if self._config.max_error is not None:
             measured["max_error"] = None if found is None else found.relative_error
@@ -616,8 +614,8 @@ class Workshop:
             measured["min_agreement"] = None if found is None else found.agreement
         if self._config.eval is not None:
             if self._metric is None:
-                self._metric = float(self._config.eval(open_session(self._reference.proto, **self._runtime)))
-            measured["max_drop"] = self._metric - float(self._config.eval(open_session(proto, **self._runtime)))
+                self._metric = float(self._config.eval(_open(self._reference, **self._runtime)))
+            measured["max_drop"] = self._metric - float(self._config.eval(_open(model, **self._runtime)))
         return measured
 
     def _holds(self, kind: str, value: float | None) -> bool:
@@ -628,7 +626,7 @@ class Workshop:
 
     # ---- building and judging ----------------------------------------------------------------------------------
 
-    def _folded(self, removed: NDArray[np.bool_]) -> onnx.ModelProto:
+    def _folded(self, removed: NDArray[np.bool_]) -> graph.Model:
         folds = folds_of(self._channels, self._evidence, removed, {})
         return rewrite(self._channels, fold_sites(self._channels, folds, self._evidence.sites, removed), self.metadata)
 
@@ -636,14 +634,11 @@ class Workshop:
     def _refit_mode(self) -> str:
         return "kernel" if self._config.refit == "kernel" else "sequential"
 
-    def _refit(
-        self, removed: NDArray[np.bool_], proto: onnx.ModelProto, mode: str
-    ) -> tuple[onnx.ModelProto, tuple[str, ...]]:
+    def _refit(self, removed: NDArray[np.bool_], model: graph.Model, mode: str) -> tuple[graph.Model, tuple[str, ...]]:
         if not removed.any():
-            return proto, ()
+            return model, ()
         with self._stage("refit"):
-            smaller = graph.load(proto)
-            traced = trace(smaller, resolve(smaller))
+            traced = trace(model, resolve(model))
             found = refit(
                 self._channels, removed, traced, self._data,
                 mode="kernel" if mode == "kernel" else "sequential",
@@ -653,20 +648,20 @@ class Workshop:
             if found.skipped:
                 names = ", ".join(found.skipped[:3]) + (" and others" if len(found.skipped) > 3 else "")
                 notes.append(f"{len(found.skipped)} layer(s) are too wide to be refitted and keep their fold: {names}.")
-            refitted = graph.edit(smaller, found.edits, self.metadata)
-            if self._config.refit == "auto" and self._errs_less(proto, refitted):
-                return proto, ("The folds err less than a refit, on the samples that choose; they were kept.",)
+            refitted = edit(model, found.edits, self.metadata)
+            if self._config.refit == "auto" and self._errs_less(model, refitted):
+                return model, ("The folds err less than a refit, on the samples that choose; they were kept.",)
             return refitted, tuple(notes)
 
-    def _errs_less(self, folded: onnx.ModelProto, refitted: onnx.ModelProto) -> bool:
+    def _errs_less(self, folded: graph.Model, refitted: graph.Model) -> bool:
         """Whether SELECT samples speak for the folds: where these are exact a refit only adds noise."""
         if not len(self._data.parts[Part.SELECT]):
             return False
-        one, other = (self.compared(proto, self._data, Part.SELECT) for proto in (folded, refitted))
+        one, other = (self.compared(model, self._data, Part.SELECT) for model in (folded, refitted))
         return one.relative_error < other.relative_error and (one.agreement or 0.0) >= (other.agreement or 0.0)
 
-    def _cost(self, proto: onnx.ModelProto) -> Cost:
-        return cost(graph.load(self.stored(proto)), self._shapes, self._batch)
+    def _cost(self, model: graph.Model) -> Cost:
+        return cost(self.stored(model), self._shapes, self._batch)
 
     def _is_lossless(self, error: float) -> bool:
         """Whether an output error is small enough, or rounding: on few samples any difference can look large."""
@@ -675,34 +670,34 @@ class Workshop:
     @functools.cached_property
     def _rounding_error(self) -> float:
         """What one rounding of all weights does to the outputs of the original; no error below it counts."""
-        moved = neighbour(self._reference.proto if self._half is None else self._half, self._config.seed)
+        moved = neighbour(self._reference if self._half is None else self._half, self._config.seed)
         found = self._compared(moved if self._half is None else widened(moved), Part.VERIFY)
         return 0.0 if found is None else found.relative_error
 
-    def stored(self, proto: onnx.ModelProto) -> onnx.ModelProto:
+    def stored(self, model: graph.Model) -> graph.Model:
         """A result as it is written: in the precision of the original."""
-        return proto if self._half is None else narrowed(proto, self._half)
+        return model if self._half is None else narrowed(model, self._half)
 
-    def _compared(self, proto: onnx.ModelProto, part: Part) -> verify.Comparison | None:
+    def _compared(self, model: graph.Model, part: Part) -> verify.Comparison | None:
         if self._samples is None or not len(self._samples.parts[part]):
             return None
-        return self.compared(proto, self._samples, part)
+        return self.compared(model, self._samples, part)
 
-    def compared(self, proto: onnx.ModelProto, samples: Samples, *parts: Part) -> verify.Comparison:
+    def compared(self, model: graph.Model, samples: Samples, *parts: Part) -> verify.Comparison:
         """A result against the original, on some parts of some samples; on all without a part."""
-        return self._against(proto, samples.batches(*parts))
+        return self._against(model, samples.batches(*parts))
 
-    def _against(self, proto: onnx.ModelProto, batches: Iterator[Batch]) -> verify.Comparison:
+    def _against(self, model: graph.Model, batches: Iterator[Batch]) -> verify.Comparison:
         wanted, runs = self._config.agreement_output, self.crew.runs
-        return verify.compare(*self.sessions(proto), batches, agreement_output=wanted, runs=runs)
+        return verify.compare(*self.sessions(model), batches, agreement_output=wanted, runs=runs)
 
-    def sessions(self, proto: onnx.ModelProto) -> tuple[Session, Session]:
+    def sessions(self, model: graph.Model) -> tuple[Session, Session]:
         """Of what a result is compared with, and of the result."""
-        return self._original or self._opened(self._reference.proto), self._opened(proto)
+        return self._original, self._opened(model)
 
-    def _opened(self, proto: onnx.ModelProto) -> Session:
+    def _opened(self, model: graph.Model) -> Session:
         """A session for several runs at a time."""
-        return open_session(proto, providers=self._config.providers, threads=self.crew.threads)
+        return _open(model, providers=self._config.providers, threads=self.crew.threads)
 
     def stress_failure(self, found: verify.Comparison) -> LindepError | None:
         """Why a result must not be used after what was found on a second data set; None if all is well."""
@@ -727,16 +722,16 @@ class Workshop:
         return None
 
     def _finished(
-        self, proto: onnx.ModelProto, removed: NDArray[np.bool_], kind: NDArray[np.int8], notes: tuple[str, ...]
+        self, model: graph.Model, removed: NDArray[np.bool_], kind: NDArray[np.int8], notes: tuple[str, ...]
     ) -> Chosen:
         with self._stage("verify"):
             if self._half is not None:  # what is judged has been rounded like what is written
-                proto = widened(self.stored(proto))
-            found = self._compared(proto, Part.VERIFY)
-            after = self._cost(proto)
+                model = widened(self.stored(model))
+            found = self._compared(model, Part.VERIFY)
+            after = self._cost(model)
             achieved: dict[str, float | None] = {name: self._share(name, after) for name in self._sizes()}
-            achieved.update(self._quality(proto, found))
-        return Chosen(proto, removed, kind, after, found, None, achieved, self._failure(achieved, found), notes)
+            achieved.update(self._quality(model, found))
+        return Chosen(model, removed, kind, after, found, None, achieved, self._failure(achieved, found), notes)
 
     def _failure(self, achieved: Mapping[str, float | None], found: verify.Comparison | None) -> LindepError | None:
         for name, share in self._sizes().items():
@@ -764,14 +759,16 @@ class Workshop:
             )
         return None
 
-    def _latency(self, proto: onnx.ModelProto) -> tuple[float, float] | None:
+    def _latency(self, model: graph.Model) -> tuple[float, float] | None:
         if self._samples is None:
             return None
         feeds = next(iter(self._samples.batches(limit=1))).feeds
-        models = (self._reference.proto, proto)
-        sessions = [open_session(model, timed=True, **self._runtime) for model in models]
         seconds = self._config.benchmark or (TIMED if self._config.latency is None else DECISIVE)
-        before, after = verify.measure_latency(sessions, feeds, seconds=seconds)
+        opened = (_open(model, timed=True, **self._runtime) for model in (self._reference, model))
+        if self._reference.folder is None:
+            before, after = verify.measure_latency([*opened], feeds, seconds=seconds)
+        else:  # weights that are timed are copies in memory: not of two large models at once
+            before, after = (verify.measure_latency([one], feeds, seconds=seconds / 2)[0] for one in opened)
         return before, after
 
 
@@ -800,6 +797,10 @@ def rounded(
 
 def _budget_kind(removed: NDArray[np.bool_]) -> NDArray[np.int8]:
     return np.zeros(len(removed), dtype=np.int8)
+
+
+def _open(model: graph.Model, **options: Any) -> Session:
+    return open_session(model.proto, model.folder, **options)
 
 
 def _merit(chosen: Chosen) -> tuple[bool, float]:

@@ -20,7 +20,7 @@ import onnx
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from lindep_onnx import graph, silence
+from lindep_onnx import graph, silence, storage
 from lindep_onnx.calibration import Calibration, Sums
 from lindep_onnx.channels import Channels
 from lindep_onnx.data import InputSpec, Part, Samples, open_samples
@@ -95,7 +95,7 @@ class Workers:
         threads: int,
     ) -> tuple[Calibration, Ranges]:
         """Moments and ranges of the samples, as one process would take them; see `lindep_onnx.learning`."""
-        model = channels.model.proto.SerializeToString(deterministic=True)
+        model = storage.whole(channels.model.proto, channels.model.folder).SerializeToString(deterministic=True)
         runtime = tuple(providers), threads
         workers = self._client.scheduler_info()["workers"].values()
         sharing = max(Counter(worker["host"] for worker in workers).values(), default=1)

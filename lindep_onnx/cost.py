@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lindep_onnx.graph import PROTOBUF_LIMIT, Model, Node, tensor_bytes
+from lindep_onnx.graph import Model, Node
 from lindep_onnx.shapes import Resolved, Shape, resolve
+from lindep_onnx.storage import is_external, tensor_bytes
 
 __all__ = ["Cost", "cost", "output_channels"]
 
@@ -42,11 +43,11 @@ def cost(model: Model, inputs: Mapping[str, Shape], samples: int = 1) -> Cost:
     """
     resolved = resolve(model, inputs)
     floats = [value for value in model.stored.values() if value.dtype.kind in "fV" and value.size > 1]
-    tensors = sum(tensor_bytes(tensor) for tensor in model.proto.graph.initializer)
+    outside = sum(tensor_bytes(tensor) for tensor in model.proto.graph.initializer if is_external(tensor))
     return Cost(
         parameters=sum(value.size for value in floats),
         macs=sum(_macs(node, resolved) for node in model.nodes) // max(1, samples),
-        bytes=model.proto.ByteSize() if tensors < PROTOBUF_LIMIT // 2 else tensors,
+        bytes=model.proto.ByteSize() + outside,
         channels=sum(output_channels(node, resolved) for node in model.nodes),
         operators=dict(sorted(Counter(node.op for node in model.nodes).items())),
     )

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
+from lindep_onnx.files import Folder
 from lindep_onnx.gradients import FLAT, Tape, Unsupported, gradient_rule
-from lindep_onnx.graph import Model, load
+from lindep_onnx.graph import Model
 from lindep_onnx.shapes import Shape, resolve
 
 __all__ = ["Differentiated", "differentiate", "with_inputs"]
@@ -28,29 +29,28 @@ class Differentiated:
 
     Attributes:
         proto: reads the inputs of the model and the weights by their own names; puts out the loss, then the gradients.
+        folder: of its external data.
         loss: name of the output with the loss.
         gradients: name of the output with the gradient of each weight, of the shape of the weight.
         obstacles: (node name, operator, why) of what kept other weights out, in the order of the graph.
     """
 
     proto: onnx.ModelProto
+    folder: Folder | None
     loss: str
     gradients: Mapping[str, str]
     obstacles: tuple[tuple[str, str, str], ...]
 
 
-def differentiate(
-    proto: onnx.ModelProto, loss: str, weights: Collection[str], inputs: Mapping[str, Shape]
-) -> Differentiated:
+def differentiate(model: Model, loss: str, weights: Collection[str], inputs: Mapping[str, Shape]) -> Differentiated:
     """Add the backward pass to a graph.
 
     Args:
-        proto: a model of operator set 17 or later that computes the loss; not changed.
+        model: of operator set 17 or later, computes the loss.
         loss: name of a tensor with one element.
         weights: stored tensors to differentiate by, all of the element type of the loss.
         inputs: fixed shapes of all inputs of the model.
     """
-    model = load(proto)
     resolved = resolve(model, inputs)
     depends = _dependents(model, weights)
     leading = _ancestors(model, [loss])
@@ -70,7 +70,7 @@ def differentiate(
         for index in sorted(obstacles)
         if depends.intersection(model.nodes[index].inputs)
     )
-    return Differentiated(_assembled(model, tape, loss, found, inputs), loss, found, named)
+    return Differentiated(_assembled(model, tape, loss, found, inputs), model.folder, loss, found, named)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lindep_onnx.channels import Channels
-from lindep_onnx.graph import Edits, Insertion, Node
+from lindep_onnx.graph import Node
 from lindep_onnx.placement import Placement
+from lindep_onnx.surgery import Edits, Insertion
 
 __all__ = ["Draft"]
 

@@ -13,11 +13,13 @@ import os
 import platform
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["KEEP", "Scratch", "abandoned", "flush", "meant", "replacing"]
+__all__ = ["KEEP", "Folder", "Scratch", "abandoned", "flush", "meant", "replacing"]
 
 #: A folder with a file of this name is left to whoever wrote it: there is more to clean up than the folder.
 KEEP = "keep"
@@ -39,6 +41,25 @@ class Scratch(tempfile.TemporaryDirectory[str]):
             if not (folder / KEEP).exists():
                 shutil.rmtree(folder, ignore_errors=True)
         super().__init__(prefix=f"{_PREFIX}{os.getpid()}.", dir=parent, ignore_cleanup_errors=True)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder with files that somebody needs.
+
+    Attributes:
+        path: where it is.
+    """
+
+    path: Path
+
+    @classmethod
+    def temporary(cls) -> Folder:
+        """A folder that is there as long as this value, and what is found in it stays for whoever has mapped it."""
+        scratch = Scratch()
+        folder = cls(Path(scratch.name))
+        weakref.finalize(folder, scratch.cleanup)
+        return folder
 
 
 def abandoned(parent: Path) -> Iterator[Path]:

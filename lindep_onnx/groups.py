@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lindep_onnx import graph
 from lindep_onnx.budget import Chosen
 from lindep_onnx.channels import Channels, Reader
 from lindep_onnx.data import Part, Samples
@@ -45,7 +44,7 @@ def measure_groups(
                 _place(channels, reader) for site in group.sites for reader in channels.sites[site].readers
             ]
     most = {place: POSITIONS for places in wanted.values() for place in places}
-    smaller = graph.load(chosen.proto)
+    smaller = chosen.model
     resolved = resolve(smaller)
     most = {place: limit for place, limit in most.items() if place.tensor in smaller.producer}
     if not most or not len(samples.parts[Part.VERIFY]):

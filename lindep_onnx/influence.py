@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
 from lindep_onnx.analysis import Evidence, problem
 from lindep_onnx.channels import Channels
 from lindep_onnx.data import Part, Samples
 from lindep_onnx.dependence import SiteProblem, choose_ridge, eliminate, removal_cost
+from lindep_onnx.graph import Model
 from lindep_onnx.ladder import Curve, folds_of
 from lindep_onnx.placement import balanced
 from lindep_onnx.plan import Fold
@@ -51,7 +51,7 @@ class Disturbances:
         self._crew = crew(threads, providers, channels.resolved.activation_bytes * samples.batch)
         self._providers = providers
         self._batches = list(samples.batches(Part.SELECT, limit=SAMPLES))
-        self._reference = self._outputs(channels.model.proto)
+        self._reference = self._outputs(channels.model)
         self._energy = {name: _energy(values) for name, values in self._reference.items()}
 
     def error(self, folds: Mapping[int, Fold], removed: NDArray[np.bool_]) -> float:
@@ -70,8 +70,8 @@ class Disturbances:
         ]
         return float(np.mean(shares)) if shares else float("nan")
 
-    def _outputs(self, model: onnx.ModelProto) -> dict[str, list[NDArray[Any]]]:
-        session = open_session(model, providers=self._providers, threads=self._crew.threads)
+    def _outputs(self, model: Model) -> dict[str, list[NDArray[Any]]]:
+        session = open_session(model.proto, model.folder, providers=self._providers, threads=self._crew.threads)
         names = [output.name for output in session.get_outputs() if "float" in output.type or "double" in output.type]
         batches = self._batches if names else []
         with self._crew.pool() as pool:

@@ -29,6 +29,7 @@ from lindep_onnx.differentiate import with_inputs
 from lindep_onnx.errors import LindepError, UsageError
 from lindep_onnx.graph import Model, load
 from lindep_onnx.sessions import open_session
+from lindep_onnx.storage import whole
 from lindep_onnx.verify import decision
 
 __all__ = ["LOSS", "OPSET", "HeldOut", "Measure", "Teacher", "slice_axis", "with_loss"]
@@ -93,14 +94,14 @@ class Teacher:
 
     def __init__(
         self,
-        teacher: onnx.ModelProto,
+        teacher: Model,
         samples: Samples,
         *,
         agreement_output: str | None,
         providers: Sequence[str],
         threads: int,
     ) -> None:
-        self._session = open_session(teacher, providers=providers, threads=threads)
+        self._session = open_session(teacher.proto, teacher.folder, providers=providers, threads=threads)
         self._samples = samples
         self._known: dict[int, list[Array]] = {}
         floats = [output.name for output in self._session.get_outputs() if output.type == "tensor(float)"]
@@ -208,7 +209,10 @@ class HeldOut:
         forward = with_inputs(student, weights)
         del forward.graph.output[:]
         forward.graph.output.append(onnx.ValueInfoProto(name=LOSS))
-        self._session, self._teacher = open_session(forward, providers=providers, threads=threads), teacher
+        self._session, self._teacher = (
+            open_session(forward, student.folder, providers=providers, threads=threads),
+            teacher,
+        )
         self._batches = [(batch.samples, batch.size) for batch in samples.batches(Part.SELECT, limit=HELD_OUT)]
 
     def loss(self, weights: Mapping[str, Array]) -> float:
@@ -234,7 +238,7 @@ def with_loss(student: Model, measures: Mapping[str, Measure]) -> Model:
         LindepError: its operator set cannot be converted to one that can be trained.
     """
     proto = onnx.ModelProto()
-    proto.CopyFrom(student.proto)
+    proto.CopyFrom(whole(student.proto, student.folder))
     if student.opset < OPSET:
         try:
             proto = onnx.version_converter.convert_version(proto, OPSET)

@@ -17,7 +17,7 @@ import onnx
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from lindep_onnx import analysis, archive, cluster, graph, learning, verify
+from lindep_onnx import analysis, archive, cluster, graph, learning, storage, verify
 from lindep_onnx.anneal import anneal
 from lindep_onnx.budget import Workshop
 from lindep_onnx.channels import Channels
@@ -33,6 +33,7 @@ from lindep_onnx.report import Report, Verification
 from lindep_onnx.sources import RandomInputs
 from lindep_onnx.summary import group_reports, summarise, verification_of
 from lindep_onnx.support import Support, sentences, support
+from lindep_onnx.surgery import Edits, edit
 from lindep_onnx.understanding import Understood, following, inputs_of, samples_per_run, understand
 from lindep_onnx.variants import Variant, compare_variants
 
@@ -69,7 +70,7 @@ class Outcome:
         plan: what went; None if it took several rounds.
     """
 
-    model: onnx.ModelProto
+    model: graph.Model
     report: Report
     failure: LindepError | None
     plan: Plan | None = None
@@ -356,7 +357,7 @@ def _run(
     understood, samples, evidence = calibrated.understood, calibrated.samples, calibrated.evidence
     channels, proof, half, doubtful = understood.channels, understood.proof, understood.half, calibrated.doubtful
     runtime: dict[str, Any] = {"providers": config.providers, "threads": config.threads}
-    original_passed = verify.full_check_passes(channels.model.proto if half is None else half) is None
+    original_passed = verify.full_check_passes((half or channels.model).proto) is None
 
     def open_round(current: Channels, options: Config) -> Workshop:
         if current is channels:
@@ -380,15 +381,15 @@ def _run(
     if files.save_moments is not None:
         calibrated.save_moments(files.save_moments, chosen.prices)
     with clock.stage("verify"):
-        result = workshop.stored(chosen.proto)
+        result = workshop.stored(chosen.model)
         if half is not None and not chosen.removed.any():
-            result = graph.edit(graph.load(half), graph.Edits(), workshop.metadata)
-        verify.check_model(result, original_passed=original_passed)
+            result = edit(half, Edits(), workshop.metadata)
+        verify.check_model(result.proto, original_passed=original_passed)
         errors = measure_groups(channels, chosen, samples, seed=config.seed, **runtime) if samples is not None else {}
         variants: tuple[Variant, ...] = ()
         if samples is not None:
             variants = compare_variants(
-                channels.model.proto, chosen.proto, partial(workshop.sessions, chosen.proto), samples,
+                channels.model, chosen.model, partial(workshop.sessions, chosen.model), samples,
                 inputs_of(understood), providers=config.providers, threads=workshop.crew.threads,
                 runs=workshop.crew.runs,
             )  # fmt: skip
@@ -397,7 +398,7 @@ def _run(
     failure = chosen.failure
     if stressing is not None:
         with clock.stage("stress"):
-            compared = workshop.compared(chosen.proto, stressing)
+            compared = workshop.compared(chosen.model, stressing)
             stress_failure = workshop.stress_failure(compared)
             where = "the stress data, which nothing was fitted to or chosen by"
             stressed = verification_of(compared, stress_failure is None, where)
@@ -416,7 +417,7 @@ def _run(
     saved = named(channels, chosen, workshop.options) if config.rounds == 1 else None
     if failure is None or config.force:
         if files.output is not None:
-            graph.save(result, files.output, external_data=files.external_data)
+            storage.save(result.proto, result.folder, files.output, external_data=files.external_data)
         if files.save_plan is not None and saved is not None:
             saved.save(files.save_plan)
     return Outcome(result, report, failure, saved)

@@ -8,13 +8,18 @@ every tensor of the result the type that it has in the original.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
-from lindep_onnx.graph import impossible_sizes
+from lindep_onnx.graph import Model, impossible_sizes, model_of
+from lindep_onnx.storage import declared, filled, is_external, light
 
 __all__ = ["narrowed", "neighbour", "resolution", "widened"]
+
+Array: TypeAlias = NDArray[Any]
 
 #: Relative spacing of numbers, by type.
 NARROW: Mapping[int, float] = {onnx.TensorProto.FLOAT16: 2.0**-10, onnx.TensorProto.BFLOAT16: 2.0**-7}
@@ -32,14 +37,13 @@ def resolution(proto: onnx.ModelProto) -> float:
     return max((NARROW.get(tensor.data_type, 0.0) for tensor in _tensors(proto.graph)), default=0.0)
 
 
-def widened(proto: onnx.ModelProto) -> onnx.ModelProto:
+def widened(model: Model) -> Model:
     """A copy of a model in which half precision has become single precision; names and nodes stay.
 
     Args:
-        proto: the model; not changed.
+        model: the model.
     """
-    copy = onnx.ModelProto()
-    copy.CopyFrom(proto)
+    copy = light(model.proto)
     for tensor in _tensors(copy.graph):
         if tensor.data_type in NARROW:
             _cast(tensor, onnx.TensorProto.FLOAT)
@@ -51,22 +55,21 @@ def widened(proto: onnx.ModelProto) -> onnx.ModelProto:
             for attribute in node.attribute:
                 if attribute.name in TYPES and attribute.i in NARROW:
                     attribute.i = onnx.TensorProto.FLOAT
-    return copy
+    return _of_values(copy, model)
 
 
-def narrowed(result: onnx.ModelProto, original: onnx.ModelProto) -> onnx.ModelProto:
+def narrowed(result: Model, original: Model) -> Model:
     """Give every tensor of a result the type that it has in the original.
 
     What the original does not have (a bias, a copy of a shared vector) gets the type of the node that reads it.
 
     Args:
-        result: made from `widened(original)`; not changed.
+        result: made from `widened(original)`.
         original: in half precision.
     """
-    copy = onnx.ModelProto()
-    copy.CopyFrom(result)
-    types = _types(original)
-    attributes = {node.output[0]: node.attribute for node in original.graph.node if node.output}
+    copy = light(result.proto)
+    types = _types(original.proto)
+    attributes = {node.output[0]: node.attribute for node in original.proto.graph.node if node.output}
     readers: dict[str, int] = {}
     for node in copy.graph.node:
         wanted = next((types[name] for name in (*node.output, *node.input) if name in types), 0)
@@ -90,41 +93,41 @@ def narrowed(result: onnx.ModelProto, original: onnx.ModelProto) -> onnx.ModelPr
     for value in (*copy.graph.input, *copy.graph.output, *copy.graph.value_info):
         if value.name in types:
             value.type.tensor_type.elem_type = types[value.name]
-    return copy
+    return _of_values(copy, result)
 
 
-def neighbour(proto: onnx.ModelProto, seed: int) -> onnx.ModelProto:
+def _of_values(proto: onnx.ModelProto, source: Model) -> Model:
+    """A light copy of a model with its data, as the types of the copy."""
+    types = {tensor.name: _numpy_type(tensor.data_type) for tensor in proto.graph.initializer}
+    return model_of(*filled(proto, lambda name: np.asarray(source.stored[name], dtype=types[name])))
+
+
+def neighbour(model: Model, seed: int) -> Model:
     """A copy of a model in which every weight moved to the next number above or below, or stayed.
 
     Args:
-        proto: the model; not changed.
+        model: the model.
         seed: of the moves.
     """
-    copy = onnx.ModelProto()
-    copy.CopyFrom(proto)
+    copy = light(model.proto)
     rng = np.random.default_rng(seed)
+
+    def moved(value: Array) -> Array:
+        bits = np.atleast_1d(value).view(f"i{value.dtype.itemsize}")
+        steps = bits + rng.integers(-1, 2, bits.shape, dtype=bits.dtype) * (bits != 0)
+        changed: Array = steps.astype(bits.dtype).view(value.dtype).reshape(value.shape)
+        return changed
+
     for tensor in _tensors(copy.graph):
-        if tensor.data_type in FLOATS:
-            value = onnx.numpy_helper.to_array(tensor)
-            bits = np.atleast_1d(value).view(f"i{value.dtype.itemsize}")
-            moved = bits + rng.integers(-1, 2, bits.shape, dtype=bits.dtype) * (bits != 0)
-            moved = moved.astype(bits.dtype).view(value.dtype).reshape(value.shape)
-            tensor.CopyFrom(onnx.numpy_helper.from_array(moved, tensor.name))
-    return copy
+        if tensor.data_type in FLOATS and not is_external(tensor):
+            tensor.CopyFrom(onnx.numpy_helper.from_array(moved(onnx.numpy_helper.to_array(tensor)), tensor.name))
+    floats = {tensor.name for tensor in copy.graph.initializer if tensor.data_type in FLOATS}
+    return model_of(*filled(copy, lambda name: moved(model.stored[name]) if name in floats else model.stored[name]))
 
 
 def _types(proto: onnx.ModelProto) -> dict[str, int]:
     """Element type of every tensor of the graph that is known to be a floating-point number."""
-    skeleton = onnx.ModelProto()
-    skeleton.CopyFrom(proto)
-    for tensor in skeleton.graph.initializer:  # inference needs no values of weights
-        if tensor.data_type in NARROW:
-            skeleton.graph.input.append(
-                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
-            )
-    kept = [tensor for tensor in skeleton.graph.initializer if tensor.data_type not in NARROW]
-    del skeleton.graph.initializer[:]
-    skeleton.graph.initializer.extend(kept)
+    skeleton = declared(proto)
     for dim in impossible_sizes(skeleton.graph):
         dim.Clear()
     inferred = onnx.shape_inference.infer_shapes(skeleton).graph
@@ -152,8 +155,15 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 
 
 def _cast(tensor: onnx.TensorProto, kind: int) -> None:
-    value = onnx.numpy_helper.to_array(tensor)
-    cast = np.asarray(value, dtype=onnx.helper.tensor_dtype_to_np_dtype(kind))
+    """Change the type of a tensor, and of its data where it holds it."""
+    if is_external(tensor):
+        tensor.data_type = kind
+        return
+    cast = np.asarray(onnx.numpy_helper.to_array(tensor), dtype=_numpy_type(kind))
     new = onnx.numpy_helper.from_array(cast, tensor.name)
     new.doc_string = tensor.doc_string
     tensor.CopyFrom(new)
+
+
+def _numpy_type(kind: int) -> np.dtype[Any]:
+    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind))

@@ -25,7 +25,6 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
 from lindep_onnx.augment import Augment
@@ -37,6 +36,7 @@ from lindep_onnx.errors import LindepError
 from lindep_onnx.graph import Model
 from lindep_onnx.objective import LOSS, HeldOut, Teacher, with_loss
 from lindep_onnx.sessions import cores, open_session
+from lindep_onnx.storage import fingerprint
 
 __all__ = ["Recovered", "recover", "trainable"]
 
@@ -90,7 +90,7 @@ class Recovered:
 
 
 def recover(
-    teacher: onnx.ModelProto,
+    teacher: Model,
     student: Model,
     samples: Samples,
     effort: Effort,
@@ -138,14 +138,14 @@ def recover(
         whole = guide.feeds(fitted[:batch])
         pieces = _pieces(whole, batch, samples, providers)
         shapes = {name: value.shape for name, value in _split(whole, pieces)[0].items()}
-        backward = differentiate(modern.proto, LOSS, chosen, shapes)
+        backward = differentiate(modern, LOSS, chosen, shapes)
         notes = tuple(
             f"Weights in front of node {name!r} ({op}) were not trained: {why}." for name, op, why in backward.obstacles
         )
         if not backward.gradients:
             return Recovered({}, 0, (), notes or _untrained("no output depends on a float32 weight").notes)
         own = threads if pieces == 1 else max(1, (threads or cores()) // pieces)
-        session = open_session(backward.proto, providers=providers, threads=own)
+        session = open_session(backward.proto, backward.folder, providers=providers, threads=own)
     except LindepError as error:  # the refit is worth keeping without it
         return _untrained(str(error))
     held_out = HeldOut(modern, list(backward.gradients), guide, samples, **runtime)
@@ -164,7 +164,7 @@ def recover(
         return float(loss) / batch, dict(zip(backward.gradients, found, strict=True))
 
     start = {name: modern.stored[name] for name in backward.gradients}
-    key = _key(student.proto, effort, seed, batch, fitted, augment)
+    key = _key(student, effort, seed, batch, fitted, augment)
     state = checkpoint.load(key, start) if checkpoint is not None else None
     if state is None:
         none = {name: np.zeros_like(value) for name, value in start.items()}
@@ -198,7 +198,7 @@ def _split(feeds: Mapping[str, Array], pieces: int) -> list[dict[str, Array]]:
 
 
 def _key(
-    student: onnx.ModelProto,
+    student: Model,
     effort: Effort,
     seed: int,
     batch: int,
@@ -207,7 +207,8 @@ def _key(
 ) -> str:
     """All that decides the course of a training, in short: the weights of the student tell the data apart."""
     options = f"{effort} {seed} {batch} {getattr(augment, '__name__', augment)}".encode()
-    parts = (student.SerializeToString(deterministic=True), options, fitted.tobytes())
+    weights = fingerprint(student.proto, student.folder).encode()
+    parts = (weights, options, fitted.tobytes())
     return hashlib.blake2b(b"".join(hashlib.blake2b(part).digest() for part in parts), digest_size=16).hexdigest()
 
 

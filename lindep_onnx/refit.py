@@ -29,10 +29,11 @@ from numpy.typing import NDArray
 from lindep_onnx.channels import Channels, Product, Window
 from lindep_onnx.data import Part, Samples
 from lindep_onnx.files import Scratch
-from lindep_onnx.graph import Edits, Node
+from lindep_onnx.graph import Node
 from lindep_onnx.placement import Placement
 from lindep_onnx.sampling import Place, RowSampler, rows_at
 from lindep_onnx.staging import Stages
+from lindep_onnx.surgery import Edits
 
 __all__ = ["Refitted", "refit"]
 

@@ -21,8 +21,8 @@ from lindep_onnx.channels import FROZEN, Channels
 from lindep_onnx.config import Config
 from lindep_onnx.errors import OutputError, UsageError
 from lindep_onnx.files import replacing
-from lindep_onnx.graph import fingerprint
 from lindep_onnx.placement import balanced
+from lindep_onnx.storage import fingerprint
 
 __all__ = ["Decided", "Plan", "Replay", "named", "options_of", "replay"]
 
@@ -195,7 +195,7 @@ def named(channels: Channels, decided: Decided, options: Mapping[str, Any]) -> P
         gone = [number for number, unit in enumerate(units.tolist()) if unit != FROZEN and removed[unit]]
         if gone:
             found[name], counts[name] = gone, len(units)
-    return Plan(found, counts, mode, refit, dict(options), fingerprint(channels.model.proto))
+    return Plan(found, counts, mode, refit, dict(options), fingerprint(channels.model.proto, channels.model.folder))
 
 
 def _places(channels: Channels) -> dict[str, NDArray[np.int64]]:
@@ -302,7 +302,7 @@ def replay(plan: Plan, channels: Channels, changed: Mapping[str, Any]) -> Replay
             f"{int(missing.sum())} of the plan's have no counterpart."
         )
     notes = []
-    if plan.model and plan.model != fingerprint(channels.model.proto):
+    if plan.model and plan.model != fingerprint(channels.model.proto, channels.model.folder):
         notes.append("The plan was made for a model with other weights, or another graph around the same layers.")
     refit = changed.get("refit")
     refit = plan.refit if refit in (None, "auto") else str(refit)

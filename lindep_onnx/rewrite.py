@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
 from lindep_onnx.channels import Axes, Bias, Channels, Reader
 from lindep_onnx.draft import Draft
-from lindep_onnx.graph import Insertion, edit
+from lindep_onnx.graph import Model
 from lindep_onnx.ops import rewriting_rule
+from lindep_onnx.surgery import Insertion, edit
 
 __all__ = ["Reconstruction", "rewrite"]
 
@@ -36,7 +36,7 @@ class Reconstruction:
     shifts: Mapping[Reader, NDArray[np.float64]] = field(default_factory=dict)
 
 
-def rewrite(channels: Channels, new: Reconstruction, metadata: str) -> onnx.ModelProto:
+def rewrite(channels: Channels, new: Reconstruction, metadata: str) -> Model:
     """Build the model without the removed units.
 
     Args:

@@ -17,7 +17,7 @@ import onnx
 from numpy.typing import NDArray
 
 from lindep_onnx.data import Batch
-from lindep_onnx.graph import Model, light
+from lindep_onnx.graph import Model
 from lindep_onnx.sessions import open_session
 from lindep_onnx.shapes import Resolved
 
@@ -89,7 +89,8 @@ class RowSampler:
     ) -> None:
         self._most = most
         self._sizes: dict[Place, int] = {}
-        proto = light(model.proto)
+        proto = onnx.ModelProto()
+        proto.CopyFrom(model.proto)
         present = {value.name for value in proto.graph.output}
         self._fetched: dict[Place, str] = {}
         nodes: dict[str, list[onnx.NodeProto]] = {}
@@ -112,7 +113,7 @@ class RowSampler:
             nodes.setdefault(tensor, []).extend(own)
         proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self._probed)
         insert_behind(proto, nodes)
-        self._session = open_session(proto, providers=providers, threads=threads, weights=model.proto)
+        self._session = open_session(proto, model.folder, providers=providers, threads=threads)
 
     def rows(self, batch: Batch, rng: np.random.Generator) -> dict[Place, Rows]:
         """Run one batch.

@@ -12,7 +12,6 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias, TypeVar
@@ -20,17 +19,18 @@ from typing import TypeAlias, TypeVar
 import onnx
 import onnxruntime
 
-from lindep_onnx import graph
+from lindep_onnx import storage
 from lindep_onnx.errors import LindepError, ModelError, UsageError
+from lindep_onnx.files import Folder
 
-__all__ = ["Crew", "Session", "cores", "crew", "in_order", "one_line", "open_session", "readable"]
+__all__ = ["Crew", "Session", "cores", "crew", "in_order", "one_line", "open_session"]
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 Session: TypeAlias = onnxruntime.InferenceSession
 
-#: Bytes of weights up to which a model is handed over as one string of bytes; larger ones by way of the disk.
-IN_MEMORY = 1 << 28
+#: Option with the folder of the external data of a model that is handed over as a string of bytes.
+FOLDER = "session.model_external_initializers_file_folder_path"
 #: Bytes of activations that runs may have at the same time, all tensors counted; few are alive together.
 ACTIVATIONS = 1 << 30
 
@@ -103,23 +103,24 @@ def in_order(
 
 def open_session(
     model: onnx.ModelProto | str | Path,
+    folder: Folder | None = None,
     *,
     providers: Sequence[str],
     threads: int,
     optimised: bool = True,
     timed: bool = False,
-    weights: onnx.ModelProto | None = None,
 ) -> Session:
     """Make a model ready to run.
 
     Args:
         model: a model in memory, or a path.
+        folder: of the external data of a model in memory.
         providers: execution providers, in order of preference.
         threads: intra-op threads; 0 lets ONNX Runtime choose.
         optimised: False runs the graph as it is written.
-        weights: where the data comes from that a light model (`lindep_onnx.graph.light`) lacks.
-        timed: True leaves waiting threads spinning, as ONNX Runtime does by default. Between two runs they then take
-            the cores from NumPy (measured: least squares on two cores are 8 times slower).
+        timed: True runs it as ONNX Runtime does by default. Else waiting threads do not spin: between two runs they
+            would take the cores from NumPy (measured: least squares on two cores are 8 times slower). And weights in
+            files are used where they lie, not copied into an order that some kernels are faster with.
 
     Raises:
         UsageError: a provider is not available here.
@@ -139,8 +140,17 @@ def open_session(
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
     try:
-        with readable(model, weights) as source:
-            return Session(source, options, providers=list(providers))
+        if not isinstance(model, onnx.ModelProto):
+            return Session(str(model), options, providers=list(providers))
+        if folder is None:  # a large one that was put together here goes by way of the disk, not of a string
+            model, folder = storage.read(model)
+        if folder is not None:
+            options.add_session_config_entry(FOLDER, str(folder.path.absolute()))
+            if not timed:
+                options.add_session_config_entry("session.disable_prepacking", "1")
+                if optimised:
+                    options.graph_optimization_level = levels.ORT_ENABLE_EXTENDED
+        return Session(model.SerializeToString(), options, providers=list(providers))
     except LindepError:
         raise
     except Exception as error:  # ONNX Runtime's exceptions have no common base
@@ -149,19 +159,6 @@ def open_session(
 
 def _where(model: onnx.ModelProto | str | Path) -> str:
     return (model.graph.name or "the model") if isinstance(model, onnx.ModelProto) else str(model)
-
-
-@contextmanager
-def readable(model: onnx.ModelProto | str | Path, weights: onnx.ModelProto | None = None) -> Iterator[bytes | str]:
-    """What ONNX Runtime and the checker take: a path, or the bytes of a model that is not too large for that."""
-    if not isinstance(model, onnx.ModelProto):
-        yield str(model)
-    elif graph.size_of(model) > IN_MEMORY:
-        with graph.on_disk(model, weights) as path:
-            yield str(path)
-    else:
-        # Large models go without this copy, and those over 2 GB have no bytes at all.
-        yield (model if weights is None else graph.filled(model, weights)).SerializeToString()
 
 
 def one_line(error: Exception) -> str:

@@ -43,7 +43,7 @@ class Understood:
     channels: Channels
     ranges: Mapping[str, tuple[float, float]]
     proof: Proof
-    half: onnx.ModelProto | None
+    half: graph.Model | None
     config: Config
 
 
@@ -58,11 +58,11 @@ def understand(
     """
     with stage("load"):
         model = graph.load(source)
-        half = model.proto if resolution(model.proto) else None
+        half = model if resolution(model.proto) else None
     with following(model.proto, source):
         with stage("load"):
             if half is not None:
-                model = graph.load(widened(half))
+                model = widened(half)
             resolved = resolve(model)
         with stage("trace"):
             channels = walk(

@@ -14,12 +14,12 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import onnx
 
 from lindep_onnx import verify
 from lindep_onnx.config import LOSSLESS_VERIFIED_ERROR
 from lindep_onnx.data import Batch, InputSpec, Samples
 from lindep_onnx.errors import ModelError, VerificationError
+from lindep_onnx.graph import Model
 from lindep_onnx.sessions import Session, open_session
 
 __all__ = ["Variant", "compare_variants"]
@@ -50,8 +50,8 @@ class Variant:
 
 
 def compare_variants(
-    original: onnx.ModelProto,
-    result: onnx.ModelProto,
+    original: Model,
+    result: Model,
     usual: Callable[[], tuple[Session, Session]],
     samples: Samples,
     inputs: Sequence[InputSpec],
@@ -104,13 +104,11 @@ def _error(
     return found.samples, found.relative_error
 
 
-def _unoptimised(
-    original: onnx.ModelProto, result: onnx.ModelProto, providers: Sequence[str], threads: int
-) -> tuple[Session, Session]:
+def _unoptimised(original: Model, result: Model, providers: Sequence[str], threads: int) -> tuple[Session, Session]:
     runtime: dict[str, Any] = {"providers": providers, "threads": threads, "optimised": False}
-    first = open_session(original, **runtime)
+    first = open_session(original.proto, original.folder, **runtime)
     try:
-        return first, open_session(result, **runtime)
+        return first, open_session(result.proto, result.folder, **runtime)
     except ModelError as error:
         raise VerificationError(f"The result does not load where the original does: {error}") from error
 

@@ -29,9 +29,9 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from lindep_onnx import graph
+from lindep_onnx import graph, storage
 from lindep_onnx.errors import ModelError, UsageError, VerificationError
-from lindep_onnx.sessions import Session, in_order, one_line, readable
+from lindep_onnx.sessions import Session, in_order, one_line
 
 __all__ = [
     "Batch",
@@ -523,16 +523,19 @@ def full_check_passes(model: onnx.ModelProto | str | Path) -> str | None:
     """Run `onnx.checker` with shape inference.
 
     Args:
-        model: a model in memory, or a path.
+        model: a model in memory, or a path. The data of large initializers of a large one is not looked at.
 
     Returns:
         None if the model passes, else what the checker says, in one line.
     """
-    if isinstance(model, onnx.ModelProto) and next(graph.impossible_sizes(model.graph), None) is not None:
-        return "an axis is declared with a size below 0"
+    source = str(model)
+    if isinstance(model, onnx.ModelProto):
+        if next(graph.impossible_sizes(model.graph), None) is not None:
+            return "an axis is declared with a size below 0"
+        large = storage.size_of(model) > storage.IN_MEMORY
+        source = (storage.declared(model) if large else model).SerializeToString()
     try:
-        with readable(model) as source:
-            onnx.checker.check_model(source, full_check=True)
+        onnx.checker.check_model(source, full_check=True)
     except Exception as error:  # the checker's exceptions have no common base
         return one_line(error)
     return None

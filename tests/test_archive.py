@@ -15,6 +15,8 @@ from build import build
 import lindep_onnx
 from lindep_onnx import graph, influence, learning
 from lindep_onnx.errors import CalibrationError, LindepError, UsageError
+from lindep_onnx.storage import fingerprint
+from lindep_onnx.surgery import Edits, edit
 
 DATA = np.random.default_rng(0).normal(size=(80, 3, 6, 6)).astype(np.float32)
 
@@ -145,9 +147,9 @@ def test_changed_bytes_never_escape_as_another_error(saved: Path) -> None:
 def test_a_fingerprint_is_of_what_is_computed_and_stays_while_results_are_made() -> None:
     model = graph.load(build("c = Constant<value = float[1] {2.0}>()\nh = Conv(x, w)\nm = Mul(h, c)\ny = Conv(m, v)",
                              {"w": (6, 3, 1, 1), "v": (4, 6, 1, 1)}, x=("N", 3, 6, 6)))  # fmt: skip
-    before, mark = model.proto.SerializeToString(), graph.fingerprint(model.proto)
-    made = graph.edit(model, graph.Edits(constants={"w": 2 * model.stored["w"]}), "")
-    assert model.proto.SerializeToString() == before and graph.fingerprint(model.proto) == mark
-    assert graph.fingerprint(made) != mark
-    made = graph.edit(model, graph.Edits(), "a note")
-    assert graph.fingerprint(made) == mark
+    before, mark = model.proto.SerializeToString(), fingerprint(model.proto, None)
+    made = edit(model, Edits(constants={"w": 2 * model.stored["w"]}), "").proto
+    assert model.proto.SerializeToString() == before and fingerprint(model.proto, None) == mark
+    assert fingerprint(made, None) != mark
+    made = edit(model, Edits(), "a note").proto
+    assert fingerprint(made, None) == mark

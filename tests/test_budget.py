@@ -218,7 +218,7 @@ def test_savings_are_what_a_unit_takes_along(model) -> None:
     for unit in (0, int(channels.units - 1)):
         removed = np.zeros(channels.units, dtype=bool)
         removed[unit] = True
-        smaller = rewrite(channels, Reconstruction(removed), "")
+        smaller = rewrite(channels, Reconstruction(removed), "").proto
         assert parameters(model) - parameters(smaller) == expected[unit]
     macs = savings(channels, "macs")
     assert macs[0] > expected[0]  # every weight is used at 36 positions

@@ -23,6 +23,7 @@ from build import build, run
 from lindep_onnx import budget, files, graph, pipeline
 from lindep_onnx.cli import main
 from lindep_onnx.data import InputSpec, Part, open_samples
+from lindep_onnx.surgery import METADATA_KEY
 
 ROOT = Path(__file__).parents[1]
 #: Channels of the model below that are copies of others.
@@ -503,7 +504,7 @@ def test_a_second_run_removes_nothing_more(folder: Path, cli: Callable) -> None:
     assert cli("out.onnx", "again.onnx", *GOOD[2:]).code == 0
     first, again = onnx.load("out.onnx"), onnx.load("again.onnx")
     assert again.graph.SerializeToString(deterministic=True) == first.graph.SerializeToString(deterministic=True)
-    assert [entry.key for entry in again.metadata_props] == [graph.METADATA_KEY]
+    assert [entry.key for entry in again.metadata_props] == [METADATA_KEY]
 
 
 def test_a_model_without_anything_to_remove_is_written_with_our_entry_and_nothing_else(
@@ -514,7 +515,7 @@ def test_a_model_without_anything_to_remove_is_written_with_our_entry_and_nothin
     found = cli(*GOOD)
     assert found.code == 0
     result = onnx.load("out.onnx")
-    assert [entry.key for entry in result.metadata_props] == [graph.METADATA_KEY]
+    assert [entry.key for entry in result.metadata_props] == [METADATA_KEY]
     del result.metadata_props[:]
     assert result == onnx.load("in.onnx")
 
@@ -612,7 +613,7 @@ def test_everything_around_the_weights_is_kept(folder: Path, cli: Callable) -> N
         (t.name, t.doc_string) for t in original.graph.initializer
     ]
     entries = {entry.key: entry.value for entry in result.metadata_props}
-    assert entries.keys() == {"labels", graph.METADATA_KEY} and entries["labels"] == "a,b,c"
+    assert entries.keys() == {"labels", METADATA_KEY} and entries["labels"] == "a,b,c"
 
 
 def test_recorded_shapes_follow_the_channels(folder: Path, cli: Callable) -> None:
@@ -634,7 +635,7 @@ def test_the_opset_is_kept(opset: int, folder: Path, cli: Callable) -> None:
 
 def test_the_metadata_entry_tells_the_options_that_were_given(folder: Path, cli: Callable) -> None:
     assert cli(*GOOD, "--seed", "5", "--max-samples", "200").code == 0
-    entry = next(entry.value for entry in onnx.load("out.onnx").metadata_props if entry.key == graph.METADATA_KEY)
+    entry = next(entry.value for entry in onnx.load("out.onnx").metadata_props if entry.key == METADATA_KEY)
     assert json.loads(entry)["options"] == {"seed": 5, "max_samples": 200}
 
 

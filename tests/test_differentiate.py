@@ -11,6 +11,7 @@ from onnx.reference import ReferenceEvaluator
 
 from lindep_onnx import gradients
 from lindep_onnx.differentiate import Differentiated, differentiate
+from lindep_onnx.graph import load
 from lindep_onnx.sessions import open_session
 
 STEP = 1e-6
@@ -65,7 +66,7 @@ def difference_quotient(model: onnx.ModelProto, x: np.ndarray, name: str, direct
 
 
 def derived(model: onnx.ModelProto, weights: list[str], x: np.ndarray) -> tuple[Differentiated, dict[str, np.ndarray]]:
-    found = differentiate(model, "loss", weights, {"x": x.shape})
+    found = differentiate(load(model), "loss", weights, {"x": x.shape})
     session = open_session(found.proto, providers=["CPUExecutionProvider"], threads=1)
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     values = session.run(list(found.gradients.values()), {"x": x, **{name: stored[name] for name in found.gradients}})

@@ -29,7 +29,7 @@ def test_before_version_4_every_initializer_stays_declared_at_its_new_size_and_n
     channels = traced(model)
     (reader,) = channels.sites[0].readers
     shift = np.arange(4.0)
-    smaller = rewrite(channels, Reconstruction(_removed(8), shifts={reader: shift}), "")
+    smaller = rewrite(channels, Reconstruction(_removed(8), shifts={reader: shift}), "").proto
     onnx.checker.check_model(smaller, full_check=True)
     declared = {value.name: value.type.tensor_type.shape.dim for value in smaller.graph.input}
     sizes = {tensor.name: list(tensor.dims) for tensor in smaller.graph.initializer}

@@ -151,7 +151,7 @@ def test_any_removal_from_any_graph_is_exact(data: st.DataObject) -> None:
         if short > 0:
             removed[members[removed[members]][:short]] = False
     removed = balanced(channels, removed)
-    smaller = rewrite(channels, Reconstruction(removed), "test")
+    smaller = rewrite(channels, Reconstruction(removed), "test").proto
     onnx.checker.check_model(smaller, full_check=True)
     feeds = feed(model)
     (got,), (want,) = run(smaller, feeds), run(ignoring(channels, removed), feeds)

@@ -22,6 +22,7 @@ from lindep_onnx.data import InputSpec, Part, Samples, open_samples
 from lindep_onnx.errors import BudgetError, UsageError
 from lindep_onnx.recover import RATE, Recovered, _judged, recover, trainable
 from lindep_onnx.rewrite import Reconstruction, rewrite
+from lindep_onnx.surgery import Edits, edit
 
 BODY = """
 a = Conv<pads=[1,1,1,1]>(x, w0, b0)
@@ -58,7 +59,7 @@ def recovered(teacher: onnx.ModelProto, student: onnx.ModelProto, steps: int = 6
     data = options.pop("data", None) or samples()
     with data:
         return recover(
-            teacher, graph.load(student), data, Effort(steps=steps),
+            graph.load(teacher), graph.load(student), data, Effort(steps=steps),
             providers=["CPUExecutionProvider"], threads=1, seed=options.pop("seed", 0), progress=lambda *_: None, **options,
         )  # fmt: skip
 
@@ -78,7 +79,7 @@ def test_training_brings_a_worn_model_back_towards_the_original(teacher: onnx.Mo
     student = worn(teacher)
     found = recovered(teacher, student)
     assert set(found.weights) == TRAINED and not found.notes
-    result = graph.edit(graph.load(student), graph.Edits(constants=found.weights), "")
+    result = edit(graph.load(student), Edits(constants=found.weights), "").proto
     assert error(teacher, result) < 0.4 * error(teacher, student)
     assert found.after < 0.2 * found.before and found.steps == 60
 
@@ -205,11 +206,13 @@ def test_removals_of_two_rounds_add_up_in_units_of_the_original(teacher: onnx.Mo
     channels = traced(teacher)
     rng = np.random.default_rng(0)
     removed = rng.random(channels.units) < 0.3
-    smaller = traced(rewrite(channels, Reconstruction(removed), ""))
+    smaller = traced(rewrite(channels, Reconstruction(removed), "").proto)
     gone = rng.random(smaller.units) < 0.3
     both = anneal.lifted(channels, removed, smaller, gone)
     assert both.sum() == removed.sum() + gone.sum() and both[removed].all()
-    twice, once = (rewrite(*pair, "") for pair in ((smaller, Reconstruction(gone)), (channels, Reconstruction(both))))
+    twice, once = (
+        rewrite(*pair, "").proto for pair in ((smaller, Reconstruction(gone)), (channels, Reconstruction(both)))
+    )
     x = {"x": np.ones((2, 3, 6, 6), np.float32)}
     np.testing.assert_allclose(run(twice, x)[0], run(once, x)[0], rtol=1e-5)
 
@@ -261,7 +264,7 @@ def test_the_group_that_broke_a_round_is_left_alone(
     told = [note for note in report.notes if "broke a budget" in note]
     assert len(told) == 1 and told[0].startswith("Round 2") and report.verification.passed
     weight = {"Gemm_0": "w0", "Gemm_2": "w1"}[told[0].split("'")[1]]
-    first, broken, last = (initializer(chosen.proto, weight).shape[1] for _, chosen in seen)
+    first, broken, last = (initializer(chosen.model.proto, weight).shape[1] for _, chosen in seen)
     assert broken < first == last
 
 
@@ -349,13 +352,13 @@ def test_an_interrupted_training_ends_where_it_would_have_ended(teacher: onnx.Mo
 
     with samples() as data, pytest.raises(StoppedError):
         recover(
-            teacher, graph.load(student), data, Effort(steps=60), providers=["CPUExecutionProvider"], threads=1, seed=0,
+            graph.load(teacher), graph.load(student), data, Effort(steps=60), providers=["CPUExecutionProvider"], threads=1, seed=0,
             progress=stop, augment=mix, checkpoint=Checkpoint(path),
         )  # fmt: skip
     seen = []
     with samples() as data:
         rest = recover(
-            teacher, graph.load(student), data, Effort(steps=60), providers=["CPUExecutionProvider"], threads=1, seed=0,
+            graph.load(teacher), graph.load(student), data, Effort(steps=60), providers=["CPUExecutionProvider"], threads=1, seed=0,
             progress=lambda stage, done, total: seen.append(done), augment=mix, checkpoint=Checkpoint(path),
         )  # fmt: skip
     assert seen[0] == 31 and rest.history[1:] == whole.history[1:]

@@ -7,9 +7,10 @@ import onnx
 import pytest
 from build import as_array, build, initializer, run, traced
 
-from lindep_onnx import graph, refit
+from lindep_onnx import refit
 from lindep_onnx.data import InputSpec, Samples, open_samples
 from lindep_onnx.rewrite import Reconstruction, rewrite
+from lindep_onnx.surgery import edit
 
 RUNTIME = {"providers": ["CPUExecutionProvider"], "threads": 1}
 
@@ -31,11 +32,11 @@ def refitted(
     shape = tuple(d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim[1:])
     with samples(shape) as data:
         found = refit.refit(
-            channels, gone, traced(cut), data, mode=mode, seed=0, progress=lambda *_: None, **RUNTIME
+            channels, gone, traced(cut.proto), data, mode=mode, seed=0, progress=lambda *_: None, **RUNTIME
         )  # fmt: skip
-    result = graph.edit(graph.load(cut), found.edits, "")
+    result = edit(cut, found.edits, "").proto
     onnx.checker.check_model(result, full_check=True)
-    return cut, result, found
+    return cut.proto, result, found
 
 
 def error(model: onnx.ModelProto, other: onnx.ModelProto) -> float:

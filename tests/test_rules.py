@@ -202,7 +202,7 @@ def test_removing_units_equals_multiplying_them_by_zero(case: Case, share: float
     assert channels.units == case.units
     removed = removal(channels, share, seed=7)
     assert removed.any()
-    smaller = rewrite(channels, Reconstruction(removed), "test")
+    smaller = rewrite(channels, Reconstruction(removed), "test").proto
     onnx.checker.check_model(smaller, full_check=True)
     data = feed(model)
     got, want, whole = run(smaller, data), run(ignoring(channels, removed), data), run(model, data)
@@ -216,7 +216,7 @@ def test_every_case_loses_parameters() -> None:
     for case in CASES:
         model = build(case.body, case.weights, x=case.x, outputs=case.outputs, opset=case.opset, inputs=case.inputs)
         channels = traced(model)
-        smaller = rewrite(channels, Reconstruction(removal(channels, 1.0, seed=1)), "test")
+        smaller = rewrite(channels, Reconstruction(removal(channels, 1.0, seed=1)), "test").proto
         assert smaller.ByteSize() < model.ByteSize() + 200, case.name
 
 
@@ -286,7 +286,7 @@ def test_a_net_of_scikit_learn_shrinks_behind_its_scaler() -> None:
     removed = removal(channels, 0.4, seed=7)
     got, want = (
         run(one, feed(model))[0]
-        for one in (rewrite(channels, Reconstruction(removed), "test"), ignoring(channels, removed))
+        for one in (rewrite(channels, Reconstruction(removed), "test").proto, ignoring(channels, removed))
     )
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
     model.graph.node[0].op_type = "Imputer"  # the control: nothing is known of its output
@@ -339,7 +339,7 @@ def test_a_weight_is_found_behind(name: str, chain: str, weights: dict) -> None:
     channels = traced(model)
     assert channels.units == 8
     removed = np.arange(8) < 3
-    smaller = rewrite(channels, Reconstruction(removed), "test")
+    smaller = rewrite(channels, Reconstruction(removed), "test").proto
     data = feed(model)
     np.testing.assert_allclose(run(smaller, data)[0], run(ignoring(channels, removed), data)[0], rtol=1e-3, atol=1e-4)
     assert [node.op_type for node in smaller.graph.node] == ["Conv", "Relu", "Conv"]
@@ -386,9 +386,9 @@ def test_the_functions_of_a_model_are_looked_into() -> None:
     model.functions.append(swish)
     model.opset_import.append(helper.make_opsetid("local", 1))
     assert traced(model).units == 8
-    smaller = rewrite(traced(model), Reconstruction(np.arange(8) < 3), "test")
+    smaller = rewrite(traced(model), Reconstruction(np.arange(8) < 3), "test").proto
     onnx.checker.check_model(smaller, full_check=True)
-    want = rewrite(traced(plain), Reconstruction(np.arange(8) < 3), "test")
+    want = rewrite(traced(plain), Reconstruction(np.arange(8) < 3), "test").proto
     np.testing.assert_allclose(run(smaller, feed(model))[0], run(want, feed(model))[0], rtol=1e-5)
 
 
@@ -419,7 +419,7 @@ def test_recorded_shapes_of_constant_nodes_follow_their_values() -> None:
     model.graph.node.insert(0, helper.make_node("Constant", [], ["w"], value=value))
     model.graph.initializer.remove(value)
     model.graph.value_info.append(helper.make_tensor_value_info("w", onnx.TensorProto.FLOAT, (8, 3, 1, 1)))
-    smaller = rewrite(traced(model), Reconstruction(np.arange(8) < 3), "test")
+    smaller = rewrite(traced(model), Reconstruction(np.arange(8) < 3), "test").proto
     onnx.checker.check_model(smaller, full_check=True)
     assert [dim.dim_value for dim in smaller.graph.value_info[0].type.tensor_type.shape.dim] == [5, 3, 1, 1]
 

@@ -59,7 +59,7 @@ def test_ten_thousand_nodes_take_half_a_minute(grouped: bool) -> None:
     channels = trace(loaded, resolve(loaded))
     prove(channels)
     removed = balanced(channels, np.arange(channels.units) % 3 == 0)
-    smaller = rewrite(channels, Reconstruction(removed), "test")
+    smaller = rewrite(channels, Reconstruction(removed), "test").proto
     seconds = time.perf_counter() - start
     produced = sum(len(producer.atoms) for producer in channels.producers)
     assert produced > 100_000 and removed.sum() > 10_000

@@ -10,6 +10,7 @@ from build import build
 import lindep_onnx
 from lindep_onnx import pipeline
 from lindep_onnx.data import InputSpec, open_samples
+from lindep_onnx.graph import load
 from lindep_onnx.sessions import open_session
 from lindep_onnx.variants import SAMPLES, Variant, compare_variants
 
@@ -30,7 +31,7 @@ def variants(original: onnx.ModelProto, result: onnx.ModelProto, shape: tuple) -
     with open_samples({"x": x}, [spec], seed=0, holdout=0.3, max_samples=None, batch_size=8) as samples:
         runtime = {"providers": ("CPUExecutionProvider",), "threads": 1}
         sessions = open_session(original, **runtime), open_session(result, **runtime)
-        found = compare_variants(original, result, lambda: sessions, samples, [spec], **runtime)
+        found = compare_variants(load(original), load(result), lambda: sessions, samples, [spec], **runtime)
         return {variant.name: variant for variant in found}
 
 

@@ -10,9 +10,10 @@ import onnx
 import pytest
 from build import build, feed
 
-from lindep_onnx import graph, sessions, verify
+from lindep_onnx import storage, verify
 from lindep_onnx.data import Batch
 from lindep_onnx.errors import ModelError, UsageError, VerificationError
+from lindep_onnx.graph import load
 from lindep_onnx.sessions import open_session
 from lindep_onnx.verify import Comparison, OutputErrors
 
@@ -398,14 +399,18 @@ def test_a_model_too_large_for_one_string_goes_by_way_of_the_disk(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     before, feeds = model.SerializeToString(), feed(model)
     plain = open_session(model, **CPU).run(None, feeds)
-    monkeypatch.setattr(sessions, "IN_MEMORY", 0)
-    monkeypatch.setattr(graph, "EXTERNAL_BYTES", 1)
-    for source, weights in ((model, None), (graph.light(model), model)):
-        found = open_session(source, weights=weights, **CPU).run(None, feeds)
-        assert all(np.array_equal(one, two) for one, two in zip(plain, found, strict=True))
+    monkeypatch.setattr(storage, "IN_MEMORY", 0)
+    monkeypatch.setattr(storage, "EXTERNAL_BYTES", 1)
+    loaded = load(model)
+    assert loaded.folder is not None and not any(t.raw_data for t in loaded.proto.graph.initializer)
+    for source, folder, timed in ((model, None, False), (loaded.proto, loaded.folder, False), (model, None, True)):
+        found = open_session(source, folder, timed=timed, **CPU).run(None, feeds)
+        for one, two in zip(plain, found, strict=True):
+            np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
     assert verify.full_check_passes(model) is None
     with pytest.raises(ModelError):
-        open_session(graph.light(model), **CPU)  # without its weights
+        open_session(storage.light(model), **CPU)  # without its weights
+    del loaded
     assert model.SerializeToString() == before and not list(tmp_path.iterdir())
 
 

@@ -45,9 +45,10 @@ from lindep_onnx import budget
 from lindep_onnx.api import compress
 from lindep_onnx.channels import FROZEN, Channels
 from lindep_onnx.errors import LindepError
-from lindep_onnx.graph import METADATA_KEY, load, read_model
+from lindep_onnx.graph import load
 from lindep_onnx.ops import supported
 from lindep_onnx.shapes import resolve
+from lindep_onnx.surgery import METADATA_KEY
 from lindep_onnx.tracing import trace
 
 __all__ = ["Outcome", "coverage", "sweep"]
@@ -160,7 +161,7 @@ def attempt(task: Task, samples: int) -> Outcome:
     start = time.perf_counter()
     row: Coverage | None = None
     try:
-        proto = read_model(task.source) if isinstance(task.source, Path) else onnx.ModelProto.FromString(task.source)
+        proto = onnx.load(task.source) if isinstance(task.source, Path) else onnx.ModelProto.FromString(task.source)
         model = load(proto)
         row = coverage(trace(model, resolve(model)))
         rng = np.random.default_rng(0)

@@ -38,6 +38,7 @@ from lindep_onnx.config import Effort
 from lindep_onnx.cost import cost
 from lindep_onnx.data import InputSpec, Part, Samples, load_function, open_samples
 from lindep_onnx.recover import recover
+from lindep_onnx.surgery import Edits, edit
 
 __all__ = ["main", "row"]
 
@@ -101,7 +102,7 @@ def row(
         student = graph.load(refitted)
         with _samples(task, original, holdout, batch) as samples:
             found = recover(
-                original.proto,
+                original,
                 student,
                 samples,
                 Effort(steps=steps),
@@ -110,7 +111,7 @@ def row(
                 progress=lambda *_: None,
                 **RUNTIME,
             )
-        recovered = graph.edit(student, graph.Edits(constants=found.weights), "")
+        recovered = edit(student, Edits(constants=found.weights), "").proto
         best = min(found.history, key=lambda entry: entry[2])
         losses = [f"{found.before:.4f}", f"{found.after:.4f}", f"{found.history[-1][1]:.4f}", f"{best[0]} of {steps}"]
     else:
@@ -130,7 +131,7 @@ def row(
             )
         varied = mix if augment == "mix" else augment
         weights = distil(original, student, fit, held_out, steps=steps * rounds, augment=varied)
-        models["PyTorch"] = graph.edit(student, graph.Edits(constants=weights), "")
+        models["PyTorch"] = edit(student, Edits(constants=weights), "").proto
         seconds.append((time.perf_counter() - start) / len(RATES))
     reached = []
     for label, model in models.items():

@@ -86,7 +86,7 @@ def magnitude(
     if everywhere:
         order = order[np.argsort(norms[order], kind="stable")]
     removed = _cut(channels, order, target)
-    return rewrite(channels, Reconstruction(removed), "")
+    return rewrite(channels, Reconstruction(removed), "").proto
 
 
 def interpolative(model: onnx.ModelProto, calib: Path, target: int, *, streams: bool = False) -> onnx.ModelProto:
@@ -117,7 +117,7 @@ def interpolative(model: onnx.ModelProto, calib: Path, target: int, *, streams: 
         if not kept.all():
             matrix = np.linalg.lstsq(root[:, kept], root[:, ~kept], rcond=1e-10)[0]
             folds[index] = Fold(kept, np.asarray(matrix, dtype=np.float64))
-    return rewrite(channels, fold_sites(channels, folds, evidence.sites, removed), "")
+    return rewrite(channels, fold_sites(channels, folds, evidence.sites, removed), "").proto
 
 
 def onnxsim(
@@ -268,7 +268,7 @@ def _cut(channels: Channels, order: NDArray[np.int64], target: int) -> NDArray[n
         return mask
 
     def left(count: int) -> int:
-        return parameters(rewrite(channels, Reconstruction(removed(count)), ""))
+        return cost(rewrite(channels, Reconstruction(removed(count)), ""), {}).parameters
 
     count = first_small_enough(len(going), lambda count: left(count) <= target)
     if count is None:

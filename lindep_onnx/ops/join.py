@@ -6,8 +6,9 @@ import numpy as np
 
 from lindep_onnx.channels import Atoms, Reason, Tracer
 from lindep_onnx.draft import Draft
-from lindep_onnx.graph import Insertion, Node
+from lindep_onnx.graph import Node
 from lindep_onnx.ops.registry import rewrites, traces
+from lindep_onnx.surgery import Insertion
 
 __all__: list[str] = []
 

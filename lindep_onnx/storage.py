@@ -1,0 +1,514 @@
+"""Model files, and where the data of initializers is: inside the protobuf, or in files that are mapped into memory.
+
+A model of up to `IN_MEMORY` bytes is one protobuf, weights included. The weights of a larger one stay in files, those
+that the model came with or a temporary one: its large initializers are external data, `Folder` says beside which
+model file, and their values are arrays over the mapped file. No copy of them is made in memory, and the operating
+system takes back what it needs. Everywhere in this package a `ModelProto` goes together with such a folder, or with
+None if it holds all of its data.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import hashlib
+import json
+import logging
+import math
+import mmap
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+
+from lindep_onnx import files
+from lindep_onnx.errors import ModelError, OutputError
+from lindep_onnx.files import Folder
+
+__all__ = [
+    "IN_MEMORY",
+    "PROTOBUF_LIMIT",
+    "array_of",
+    "bodies",
+    "declared",
+    "filled",
+    "fingerprint",
+    "is_external",
+    "light",
+    "placeholder",
+    "read",
+    "save",
+    "size_of",
+    "stand_in",
+    "whole",
+]
+
+logger = logging.getLogger(__name__)
+
+Array: TypeAlias = NDArray[Any]
+
+#: Bytes of weights up to which a model is held in memory.
+IN_MEMORY = 1 << 28
+#: protobuf cannot hold or serialise a message beyond this.
+PROTOBUF_LIMIT = 2**31 - 1
+#: Smaller tensors stay in the model file when the others go into a file of their own.
+EXTERNAL_BYTES = 1024
+#: Every tensor in a file of weights begins at a multiple of this.
+ALIGNMENT = 64
+#: A larger model is taken to use the file that is looked for.
+MOST_SEARCHED = 1 << 28
+#: Bits of an element, of types that do not fill whole bytes.
+PACKED = {"INT2": 2, "UINT2": 2, "INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4}
+EXTERNAL = onnx.TensorProto.EXTERNAL
+
+
+# ---- reading ------------------------------------------------------------------------------------------------------
+
+
+def read(source: str | Path | onnx.ModelProto) -> tuple[onnx.ModelProto, Folder | None]:
+    """Read a model; where its weights are many, they stay on the disk.
+
+    Args:
+        source: a path, or a model in memory that holds all of its data; it is not changed.
+
+    Returns:
+        The model, and the folder of its external data.
+
+    Raises:
+        ModelError: the file is missing, is no ONNX model, or refers to external data that cannot be read.
+    """
+    if isinstance(source, onnx.ModelProto):
+        return _spilled(source, source.graph.name or "the model")
+    path = Path(source)
+    proto = _parsed(path)
+    for tensor in _external_tensors(proto.graph):
+        _check_location(path, tensor)
+    try:
+        large = size_of(proto) > IN_MEMORY
+        for tensor in list(_external_tensors(proto.graph)):
+            if not (large and _is_large(tensor)):
+                onnx.external_data_helper.load_external_data_for_tensor(tensor, str(path.parent))
+        folder = Folder(path.parent)
+        mapped = [tensor for tensor in proto.graph.initializer if is_external(tensor)]
+        for tensor in mapped:
+            array_of(tensor, folder)
+    except Exception as error:  # file system errors of C++ among them
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{path}: its external data cannot be read: {first}") from error
+    held = sum(tensor.ByteSize() for tensor in proto.graph.initializer if not is_external(tensor))
+    return (proto, folder) if mapped and held <= IN_MEMORY else _spilled(proto, str(path), folder if mapped else None)
+
+
+def _parsed(path: Path) -> onnx.ModelProto:
+    try:
+        is_file = path.is_file()
+    except (OSError, ValueError) as error:  # no name for a file: too long, or with a NUL in it
+        raise ModelError(f"{str(path)[:80]!r}: cannot be looked up ({error}).") from error
+    if not is_file:
+        missing = f"no such model file.{files.meant(path)}"
+        raise ModelError(f"{path}: {missing if not path.exists() else 'is not a file.'}")
+    proto = onnx.ModelProto()
+    try:
+        with path.open("rb") as file:
+            if path.stat().st_size <= IN_MEMORY:
+                proto.ParseFromString(file.read())
+            else:  # not through a string of bytes, which would be one more copy
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content, memoryview(content) as view:
+                    proto.ParseFromString(view)
+    except PermissionError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror}).") from error
+    except (DecodeError, ValueError, OSError) as error:
+        raise ModelError(
+            f"{path}: is not a readable ONNX model (damaged or cut short, or another format: export it to ONNX first)."
+        ) from error
+    if not proto.ir_version or not proto.HasField("graph") or not proto.opset_import:
+        raise ModelError(f"{path}: is not an ONNX model (no graph, IR version or operator set in it).")
+    return proto
+
+
+def _spilled(proto: onnx.ModelProto, where: str, folder: Folder | None = None) -> tuple[onnx.ModelProto, Folder | None]:
+    """The model as it is, or a copy whose large initializers are in one file."""
+    if size_of(proto) <= IN_MEMORY:
+        return proto, folder
+    try:
+        return filled(light(proto), _values(proto, folder))
+    except ValueError as error:
+        raise ModelError(f"{where}: a tensor in it is damaged: {error}") from error
+
+
+def _values(proto: onnx.ModelProto, folder: Folder | None) -> Callable[[str], Array]:
+    tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
+    return lambda name: array_of(tensors[name], folder)
+
+
+def _external_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from (t for t in (attribute.t, *attribute.tensors) if is_external(t))
+        for body in bodies(node):
+            yield from _external_tensors(body)
+    yield from (tensor for tensor in graph.initializer if is_external(tensor))
+
+
+def bodies(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    """The sub-graphs of a node."""
+    single = [a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
+    return single + [g for a in node.attribute if a.type == onnx.AttributeProto.GRAPHS for g in a.graphs]
+
+
+def _check_location(path: Path, tensor: onnx.TensorProto) -> None:
+    """A model names the files that its weights are in: none but those below its own folder are read.
+
+    onnx checks the same, but not in all versions that are supported.
+    """
+    location = _entries(tensor).get("location", "")
+    try:
+        inside = (path.parent / location).resolve().is_relative_to(path.parent.resolve())
+    except (OSError, ValueError, RuntimeError):  # no name for a file, or links in a circle
+        inside = False
+    if not inside or Path(location).is_absolute():
+        raise ModelError(
+            f"{path}: tensor {tensor.name!r} is in {location[:80]!r}, outside the folder of the model; "
+            "put the file there."
+        )
+
+
+def _entries(tensor: onnx.TensorProto) -> dict[str, str]:
+    """What a tensor says about its external data; bytes are what protobuf makes of text that is none."""
+    return {
+        entry.key: os.fsdecode(entry.value) if isinstance(entry.value, bytes) else entry.value
+        for entry in tensor.external_data
+    }
+
+
+# ---- values -------------------------------------------------------------------------------------------------------
+
+
+def is_external(tensor: onnx.TensorProto) -> bool:
+    """Whether the data of a tensor is in a file."""
+    return bool(tensor.data_location == EXTERNAL)
+
+
+def array_of(tensor: onnx.TensorProto, folder: Folder | None) -> Array:
+    """The values of a tensor, mapped where they are in a file.
+
+    Args:
+        tensor: the tensor.
+        folder: of its external data.
+
+    Raises:
+        ValueError: there are more or fewer values than it declares, or their file is missing.
+    """
+    if not is_external(tensor):
+        values: Array = onnx.numpy_helper.to_array(tensor)
+        if values.size * values.itemsize > max(64, 8 * tensor.ByteSize()):
+            raise ValueError(f"{tensor.name!r} declares more values than it holds")
+        return values
+    if folder is None:
+        # Without the model's folder the location would be looked up in the working directory.
+        raise ValueError(f"{tensor.name!r} is in a file of its own that was not read; give the path of the model")
+    entries = _entries(tensor)
+    offset, size = int(entries.get("offset", 0)), tensor_bytes(tensor)
+    path = folder.path / entries.get("location", "")
+    held = path.stat().st_size - offset
+    if offset < 0 or not size <= int(entries.get("length", held)) <= held:
+        raise ValueError(f"{tensor.name!r} needs {size} bytes of {path.name} from {offset} on; there are {held}")
+    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+    content = np.memmap(path, np.uint8, "r", offset, (size,)) if size else np.zeros(0, np.uint8)
+    if offset % dtype.itemsize:
+        content = np.array(content)  # kernels may rely on aligned numbers
+    return np.asarray(content).view(dtype).reshape(tuple(tensor.dims))
+
+
+def _is_large(tensor: onnx.TensorProto) -> bool:
+    """Whether an initializer goes into a file if the model is large: its bytes are then those of its array."""
+    packed = onnx.TensorProto.DataType.Name(tensor.data_type) in PACKED
+    return (
+        (tensor.HasField("raw_data") or is_external(tensor)) and not packed and tensor_bytes(tensor) >= EXTERNAL_BYTES
+    )
+
+
+def tensor_bytes(tensor: onnx.TensorProto) -> int:
+    """Size of a tensor's data in bytes, from its shape and type alone."""
+    count: int = math.prod(tensor.dims)
+    if tensor.data_type == onnx.TensorProto.STRING:
+        return sum(len(item) for item in tensor.string_data)
+    bits = PACKED.get(onnx.TensorProto.DataType.Name(tensor.data_type))
+    itemsize = int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+    return (count * bits + 7) // 8 if bits else count * itemsize
+
+
+def size_of(proto: onnx.ModelProto) -> int:
+    """Bytes of the initializers, those that are elsewhere included."""
+    return sum(tensor_bytes(tensor) if is_external(tensor) else tensor.ByteSize() for tensor in proto.graph.initializer)
+
+
+def fingerprint(proto: onnx.ModelProto, folder: Folder | None) -> str:
+    """A digest of what a model computes: nodes, weights, inputs and outputs, whatever its metadata say.
+
+    Args:
+        proto: the model.
+        folder: of its external data.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    graph = proto.graph
+    for parts in (proto.opset_import, proto.functions, graph.input, graph.output, graph.node, graph.initializer):
+        digest.update(f"{len(parts)}:".encode())
+        for part in parts:  # one at a time: together they may be larger than protobuf takes
+            inside = _inside(part, array_of(part, folder)) if _lies_outside(part) else part
+            content = inside.SerializeToString(deterministic=True)
+            digest.update(f"{len(content)}:".encode())
+            digest.update(content)
+    return digest.hexdigest()
+
+
+def _lies_outside(part: Any) -> bool:
+    return isinstance(part, onnx.TensorProto) and is_external(part)
+
+
+# ---- models without their data, and with it -----------------------------------------------------------------------
+
+
+def light(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy without the data of large initializers: what a graph is changed in, so that no weight is copied.
+
+    Such a tensor keeps its name, type and sizes, and says that its data is elsewhere, but not where. `filled` puts data
+    back.
+
+    Args:
+        proto: the model; not changed.
+    """
+    copy = onnx.ModelProto()
+    for descriptor, value in proto.ListFields():
+        if descriptor.name != "graph":
+            _set(copy, descriptor.name, value)
+    for descriptor, value in proto.graph.ListFields():
+        if descriptor.name != "initializer":
+            _set(copy.graph, descriptor.name, value)
+    for tensor in proto.graph.initializer:
+        copy.graph.initializer.append(placeholder(tensor) if _is_large(tensor) else tensor)
+    return copy
+
+
+def declared(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy in which large initializers are inputs: their types and sizes are all that shape inference needs of them.
+
+    Args:
+        proto: the model; not changed.
+    """
+    copy = light(proto)
+    graph = copy.graph
+    present = {value.name for value in graph.input}
+    outside = [tensor for tensor in graph.initializer if is_external(tensor)]
+    graph.input.extend(
+        onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+        for tensor in outside
+        if tensor.name not in present
+    )
+    kept = [tensor for tensor in graph.initializer if not is_external(tensor)]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+    return copy
+
+
+def _set(message: Any, name: str, value: Any) -> None:
+    if hasattr(value, "extend"):
+        getattr(message, name).extend(value)
+    else:
+        setattr(message, name, value)
+
+
+def placeholder(tensor: onnx.TensorProto) -> onnx.TensorProto:
+    """A tensor without its data."""
+    made = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, data_location=EXTERNAL)
+    if tensor.HasField("doc_string"):
+        made.doc_string = tensor.doc_string
+    return made
+
+
+def stand_in(name: str, value: Array) -> onnx.TensorProto | None:
+    """A tensor without data in the place of an array, None if that is small."""
+    if value.nbytes < EXTERNAL_BYTES or value.dtype.kind not in "fiubV":
+        return None
+    kind = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
+    if onnx.TensorProto.DataType.Name(kind) in PACKED:
+        return None
+    return onnx.TensorProto(name=name, data_type=kind, dims=value.shape, data_location=EXTERNAL)
+
+
+def filled(proto: onnx.ModelProto, value_of: Callable[[str], Array]) -> tuple[onnx.ModelProto, Folder | None]:
+    """Put the data that `light` left out in place: inside, or in a temporary file if it is much.
+
+    Args:
+        proto: a model whose external tensors say nothing of where they are; changed in place.
+        value_of: the values of one of these, by its name; asked for once each, in their order.
+
+    Returns:
+        The same model, and the folder of its external data.
+    """
+    if size_of(proto) <= IN_MEMORY:
+        for tensor in proto.graph.initializer:
+            if is_external(tensor):
+                tensor.CopyFrom(_inside(tensor, value_of(tensor.name)))
+        return proto, None
+    folder = Folder.temporary()
+    _write(proto, value_of, folder.path / "weights")
+    _locate(proto, "weights")
+    return proto, folder
+
+
+def _inside(tensor: onnx.TensorProto, value: Array) -> onnx.TensorProto:
+    """The same tensor with its data."""
+    made = placeholder(tensor)
+    made.ClearField("data_location")
+    made.raw_data = np.ascontiguousarray(value).tobytes()
+    return made
+
+
+def _write(proto: onnx.ModelProto, value_of: Callable[[str], Array], data: Path) -> None:
+    """Write what is external into one file; where that will be is still to be added (`_locate`).
+
+    Not by `onnx.save`: it refuses to write if a file of that name is in the working directory, and what it writes
+    cannot be read by other users.
+    """
+    with data.open("wb") as file:
+        for tensor in proto.graph.initializer:
+            if is_external(tensor):
+                value = np.ascontiguousarray(value_of(tensor.name))
+                file.write(bytes(-file.tell() % ALIGNMENT))
+                del tensor.external_data[:]
+                for key, number in (("offset", file.tell()), ("length", value.nbytes)):
+                    tensor.external_data.add(key=key, value=str(number))
+                file.write(value.reshape(-1).view(np.uint8).data)
+
+
+def _locate(proto: onnx.ModelProto, name: str) -> None:
+    for tensor in proto.graph.initializer:
+        if is_external(tensor):
+            tensor.external_data.add(key="location", value=name)
+
+
+def whole(proto: onnx.ModelProto, folder: Folder | None) -> onnx.ModelProto:
+    """The model with all of its data inside: itself if that is so already, else a copy.
+
+    Args:
+        proto: the model; not changed.
+        folder: of its external data.
+    """
+    if folder is None:
+        return proto
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    for tensor in copy.graph.initializer:
+        if is_external(tensor):
+            tensor.CopyFrom(_inside(tensor, array_of(tensor, folder)))
+    return copy
+
+
+# ---- writing ------------------------------------------------------------------------------------------------------
+
+
+def save(proto: onnx.ModelProto, folder: Folder | None, path: Path, *, external_data: bool = False) -> None:
+    """Write a model so that `path` holds either its old content or the complete new one.
+
+    Args:
+        proto: the model; not changed.
+        folder: of its external data.
+        path: where to; the folder must exist.
+        external_data: put the weights into `<name>.data` beside it (or `<name>.1.data` and so on, where that file
+            belongs to another model); done anyway above 2 GB.
+
+    Raises:
+        OutputError: the folder is missing or cannot be written to.
+    """
+    external = external_data or size_of(proto) > PROTOBUF_LIMIT - 2**20
+    try:
+        for left in files.abandoned(path.parent):
+            if (left / files.KEEP).is_file():
+                _settle(left)
+                shutil.rmtree(left, ignore_errors=True)
+        with files.Scratch(path.parent) as name:
+            _save(proto, folder, path, Path(name), external)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error}).") from error
+
+
+def _save(proto: onnx.ModelProto, folder: Folder | None, path: Path, scratch: Path, external: bool) -> None:
+    """Write into `scratch` and move from there: first the weights, under a name that nothing uses, then the model.
+
+    At any moment the model at `path` is the old one with its old weights, or the new one with its new weights. Weights
+    that are not, or no longer, those of the model at `path` are on a list in the folder until they are gone.
+    """
+    staged, data = scratch / path.name, scratch / "weights"
+    before = _own_data(path)
+    after: set[str] = set()
+    if external:
+        copy = light(proto)
+        _write(copy, _values(proto, folder), data)
+        if data.stat().st_size:
+            files.flush(data)
+            name = _data_name(path, data, before)
+            after = {name}
+            _locate(copy, name)
+    else:
+        copy = whole(proto, folder)
+    staged.write_bytes(copy.SerializeToString(deterministic=True))
+    files.flush(staged)
+    if before != after:
+        (scratch / files.KEEP).write_text(json.dumps([path.name, *sorted(before | after)]), encoding="utf-8")
+        files.flush(scratch / files.KEEP)
+    for name in after - before:
+        data.replace(path.parent / name)
+    staged.replace(path)
+    if before != after:
+        _settle(scratch)
+
+
+def _settle(folder: Path) -> None:
+    """Remove the weights on the list that the model beside the folder does not refer to."""
+    try:
+        model, *names = json.loads((folder / files.KEEP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # the run ended before the list was complete, and before anything was moved
+        return
+    wanted = _own_data(folder.parent / model)
+    for name in names:
+        if name not in wanted and _is_data_name(name, model) and not _is_named(name, folder.parent, model):
+            (folder.parent / name).unlink(missing_ok=True)
+
+
+def _is_named(name: str, folder: Path, model: str) -> bool:
+    """Whether another model in the folder may use that file: somebody may have made a copy of ours."""
+    others = (path for path in folder.glob("*.onnx") if path.name != model and path.is_file())
+    return any(path.stat().st_size > MOST_SEARCHED or name.encode() in path.read_bytes() for path in others)
+
+
+def _own_data(path: Path) -> set[str]:
+    """Names of the files with the weights of the model at `path`, of those that this package names."""
+    if not path.is_file():
+        return set()
+    try:
+        old = onnx.load(path, format="protobuf", load_external_data=False)
+    except (DecodeError, ValueError):
+        logger.debug("%s is no model", path)
+        return set()
+    found = {entry.value for t in old.graph.initializer for entry in t.external_data if entry.key == "location"}
+    return {name for name in found if _is_data_name(name, path.name)}
+
+
+def _is_data_name(name: str, model: str) -> bool:
+    return re.fullmatch(re.escape(model) + r"(\.\d+)?\.data", name) is not None
+
+
+def _data_name(path: Path, data: Path, own: set[str]) -> str:
+    """Its old name if the weights are the same as before, else one that nothing uses."""
+    for name in sorted(own):
+        if (path.parent / name).is_file() and filecmp.cmp(path.parent / name, data, shallow=False):
+            return name
+    names = (f"{path.name}{number}.data" for number in ("", *(f".{count}" for count in range(1, 1000))))
+    return next(name for name in names if not (path.parent / name).exists())

@@ -764,11 +764,15 @@ class Workshop:
             return None
         feeds = next(iter(self._samples.batches(limit=1))).feeds
         seconds = self._config.benchmark or (TIMED if self._config.latency is None else DECISIVE)
-        opened = (_open(model, timed=True, **self._runtime) for model in (self._reference, model))
-        if self._reference.folder is None:
-            before, after = verify.measure_latency([*opened], feeds, seconds=seconds)
-        else:  # weights that are timed are copies in memory: not of two large models at once
-            before, after = (verify.measure_latency([one], feeds, seconds=seconds / 2)[0] for one in opened)
+        models = self._reference, model
+
+        def timed(*models: graph.Model) -> tuple[float, ...]:
+            sessions = [_open(model, timed=True, **self._runtime) for model in models]
+            return verify.measure_latency(sessions, feeds, seconds=seconds * len(models) / 2)
+
+        # Weights that are timed are copies in memory: not of two large models at once.
+        together = self._reference.folder is None
+        before, after = timed(*models) if together else (*timed(models[0]), *timed(models[1]))
         return before, after
 
 

@@ -18,9 +18,10 @@ import mmap
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import onnx
@@ -44,6 +45,7 @@ __all__ = [
     "placeholder",
     "read",
     "save",
+    "set_aside",
     "size_of",
     "stand_in",
     "whole",
@@ -363,11 +365,17 @@ def filled(proto: onnx.ModelProto, value_of: Callable[[str], Array]) -> tuple[on
     return proto, folder
 
 
-def _inside(tensor: onnx.TensorProto, value: Array) -> onnx.TensorProto:
-    """The same tensor with its data."""
+def _head(tensor: onnx.TensorProto) -> onnx.TensorProto:
+    """All but the data of a tensor that is going to hold it."""
     made = placeholder(tensor)
     made.ClearField("data_location")
-    made.raw_data = np.ascontiguousarray(value).tobytes()
+    return made
+
+
+def _inside(tensor: onnx.TensorProto, value: Array) -> onnx.TensorProto:
+    """The same tensor with its data."""
+    made = _head(tensor)
+    made.raw_data = bytes(_bytes(value))
     return made
 
 
@@ -380,12 +388,12 @@ def _write(proto: onnx.ModelProto, value_of: Callable[[str], Array], data: Path)
     with data.open("wb") as file:
         for tensor in proto.graph.initializer:
             if is_external(tensor):
-                value = np.ascontiguousarray(value_of(tensor.name))
+                content = _bytes(value_of(tensor.name))
                 file.write(bytes(-file.tell() % ALIGNMENT))
                 del tensor.external_data[:]
-                for key, number in (("offset", file.tell()), ("length", value.nbytes)):
+                for key, number in (("offset", file.tell()), ("length", content.nbytes)):
                     tensor.external_data.add(key=key, value=str(number))
-                file.write(value.reshape(-1).view(np.uint8).data)
+                file.write(content)
 
 
 def _locate(proto: onnx.ModelProto, name: str) -> None:
@@ -409,6 +417,20 @@ def whole(proto: onnx.ModelProto, folder: Folder | None) -> onnx.ModelProto:
         if is_external(tensor):
             tensor.CopyFrom(_inside(tensor, array_of(tensor, folder)))
     return copy
+
+
+def set_aside(value: Array) -> Array:
+    """The same values in a temporary file that is mapped, for as long as they are used.
+
+    Args:
+        value: an array; nothing else should hold it any longer.
+    """
+    if value.nbytes < EXTERNAL_BYTES:
+        return value
+    with tempfile.TemporaryFile() as file:
+        file.write(_bytes(value))
+        file.flush()
+        return np.asarray(np.memmap(file, value.dtype, "r", 0, value.shape))
 
 
 # ---- writing ------------------------------------------------------------------------------------------------------
@@ -445,7 +467,7 @@ def _save(proto: onnx.ModelProto, folder: Folder | None, path: Path, scratch: Pa
     At any moment the model at `path` is the old one with its old weights, or the new one with its new weights. Weights
     that are not, or no longer, those of the model at `path` are on a list in the folder until they are gone.
     """
-    staged, data = scratch / path.name, scratch / "weights"
+    staged, data, copy = scratch / path.name, scratch / "weights", proto
     before = _own_data(path)
     after: set[str] = set()
     if external:
@@ -456,9 +478,9 @@ def _save(proto: onnx.ModelProto, folder: Folder | None, path: Path, scratch: Pa
             name = _data_name(path, data, before)
             after = {name}
             _locate(copy, name)
-    else:
-        copy = whole(proto, folder)
-    staged.write_bytes(copy.SerializeToString(deterministic=True))
+        folder = None
+    with staged.open("wb") as file:
+        _serialise(copy, folder, file)
     files.flush(staged)
     if before != after:
         (scratch / files.KEEP).write_text(json.dumps([path.name, *sorted(before | after)]), encoding="utf-8")
@@ -468,6 +490,52 @@ def _save(proto: onnx.ModelProto, folder: Folder | None, path: Path, scratch: Pa
     staged.replace(path)
     if before != after:
         _settle(scratch)
+
+
+def _serialise(proto: onnx.ModelProto, folder: Folder | None, file: BinaryIO) -> None:
+    """Write the bytes of a model, the data of the tensors in a folder included.
+
+    protobuf would need the whole model in memory, and its bytes beside it. So large tensors are framed here: a message
+    in a message is its field number, its length and its bytes, and the elements of a list may stand in several places.
+    """
+    if folder is None:
+        file.write(proto.SerializeToString(deterministic=True))
+        return
+    copy = light(proto)
+    outside = [tensor for tensor in copy.graph.initializer if is_external(tensor)]
+    inside = [tensor for tensor in copy.graph.initializer if not is_external(tensor)]
+    heads = [_head(tensor).SerializeToString(deterministic=True) for tensor in outside]
+    del copy.graph.initializer[:]
+    copy.graph.initializer.extend(inside)
+    graph = copy.graph.SerializeToString(deterministic=True)
+    copy.ClearField("graph")
+    sizes = [tensor_bytes(tensor) for tensor in outside]
+    raws = [_framed(onnx.TensorProto.RAW_DATA_FIELD_NUMBER, size) for size in sizes]
+    bodies = [len(head) + len(raw) + size for head, raw, size in zip(heads, raws, sizes, strict=True)]
+    starts = [_framed(onnx.GraphProto.INITIALIZER_FIELD_NUMBER, body) for body in bodies]
+    length = len(graph) + sum(map(len, starts)) + sum(bodies)
+    file.write(copy.SerializeToString(deterministic=True))
+    file.write(_framed(onnx.ModelProto.GRAPH_FIELD_NUMBER, length))
+    file.write(graph)
+    value_of = _values(proto, folder)
+    for tensor, start, head, raw in zip(outside, starts, heads, raws, strict=True):
+        file.write(start + head + raw)
+        file.write(_bytes(value_of(tensor.name)))
+
+
+def _framed(field: int, length: int) -> bytes:
+    """What stands before the bytes of a field: its number and that a length follows (2), and the length, in varints."""
+    found = bytearray()
+    for number in (field << 3 | 2, length):
+        while number > 127:
+            found.append(number & 127 | 128)
+            number >>= 7
+        found.append(number)
+    return bytes(found)
+
+
+def _bytes(value: Array) -> memoryview:
+    return np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
 
 
 def _settle(folder: Path) -> None:
@@ -506,9 +574,11 @@ def _is_data_name(name: str, model: str) -> bool:
 
 
 def _data_name(path: Path, data: Path, own: set[str]) -> str:
-    """Its old name if the weights are the same as before, else one that nothing uses."""
-    for name in sorted(own):
-        if (path.parent / name).is_file() and filecmp.cmp(path.parent / name, data, shallow=False):
-            return name
-    names = (f"{path.name}{number}.data" for number in ("", *(f".{count}" for count in range(1, 1000))))
-    return next(name for name in names if not (path.parent / name).exists())
+    """The name of a file with the same weights, which another run may just have written, else one that is free."""
+    numbered = (f"{path.name}{number}.data" for number in ("", *(f".{count}" for count in range(1, 1000))))
+    names = ((name, path.parent / name) for name in (*sorted(own), *numbered))
+    return next(
+        name
+        for name, place in names
+        if (place.is_file() and filecmp.cmp(place, data, shallow=False)) or not (place.exists() or name in own)
+    )

@@ -136,11 +136,9 @@ def _parsed(path: Path) -> onnx.ModelProto:
 
 def _spilled(proto: onnx.ModelProto, where: str, folder: Folder | None = None) -> tuple[onnx.ModelProto, Folder | None]:
     """The model as it is, or a copy whose large initializers are in one file."""
-    if size_of(proto) <= IN_MEMORY:
-        return proto, folder
     try:
-        return filled(light(proto), _values(proto, folder))
-    except ValueError as error:
+        return (proto, folder) if size_of(proto) <= IN_MEMORY else filled(light(proto), _values(proto, folder))
+    except (ValueError, KeyError, TypeError) as error:  # what onnx raises for unknown types
         raise ModelError(f"{where}: a tensor in it is damaged: {error}") from error
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -14,8 +15,8 @@ from lindep_onnx import sessions
 from lindep_onnx.channels import Atoms, Channels, Reader, Site
 from lindep_onnx.data import Batch, Part, Samples
 from lindep_onnx.errors import CalibrationError
-from lindep_onnx.moments import Moments, MomentsAccumulator
-from lindep_onnx.sampling import Place, Probe, RowSampler
+from lindep_onnx.moments import Moments, MomentsAccumulator, batch_moments
+from lindep_onnx.sampling import Place, Probe, RowSampler, Summed, summable
 
 __all__ = ["Calibration", "Features", "Sums", "Tap", "calibrate", "features", "tap", "taps"]
 
@@ -192,30 +193,39 @@ def calibrate(
     most: dict[Place, int] = {}
     for place, index in sums.taps.items():
         share = ROWS_PER_FEATURE * len(index) // max(1, counts[Part.FIT] if fitted is None else fitted)
-        rows = int(np.clip(share, LEAST_POSITIONS, MOST_POSITIONS))
-        at = _place(place)
+        per_sample = int(np.clip(share, LEAST_POSITIONS, MOST_POSITIONS))
+        where = _place(place)
         # Positions behind a Flatten are taps: there the whole axis is one row.
-        most[at] = max(most.get(at, 0), rows if index.shape[1] == 1 else MOST_POSITIONS)
+        most[where] = max(most.get(where, 0), per_sample if index.shape[1] == 1 else MOST_POSITIONS)
     for part, count in counts.items():
         sums.samples[part] += count
     if not most:
         return
     crew = sessions.crew(threads, providers, channels.resolved.activation_bytes * samples.batch)
+    summed = () if sessions.on_processor(providers) else _summed(channels, sums.taps)
     sampler = RowSampler(
-        channels.model, channels.resolved, most, providers=providers, threads=crew.threads, probe=probe
+        channels.model, channels.resolved, most, providers=providers, threads=crew.threads, probe=probe, summed=summed
     )
 
-    def sampled(batch: Batch) -> tuple[dict[Tap, Array], list[Array]]:
+    def sampled(batch: Batch) -> tuple[dict[Tap, Array], dict[Tap, Moments], Sequence[Array]]:
         positions, columns = np.random.default_rng((seed, int(batch.samples[0]))).spawn(2)
-        fetched, probed = sampler.run(batch, positions)
-        rows = {at: _features(fetched[_place(at)].values, index, columns) for at, index in sums.taps.items()}
-        return {at: np.ascontiguousarray(values) for at, values in rows.items()}, probed
+        seen = sampler.run(batch, positions)
+        rows, moments = {}, {}
+        for at, index in sums.taps.items():
+            if _place(at) in seen.rows:
+                rows[at] = np.ascontiguousarray(_features(seen.rows[_place(at)].values, index, columns))
+            else:
+                with _named(at):
+                    moments[at] = _in_order(seen.summed[_place(at)], index[:, 0])
+        return rows, moments, seen.probed
 
     done = 0
     with crew.pool() as pool:
         for part, own in sums.parts.items():
-            for batch, (found, probed) in sessions.in_order(pool, sampled, samples.batches(part), crew.runs):
-                full = {at: accumulator for at, accumulator in own.items() if accumulator.take(found[at])}
+            for batch, (rows, moments, probed) in sessions.in_order(pool, sampled, samples.batches(part), crew.runs):
+                for at, found in moments.items():
+                    own[at].absorb(found)
+                full = {at: own[at] for at, values in rows.items() if own[at].take(values)}
                 list(pool.map(_add_up, full, full.values()))
                 if probe is not None:
                     probe.update(probed, batch)
@@ -228,9 +238,29 @@ def _place(at: Tap) -> Place:
     return Place(at.tensor, at.axis, at.strides)
 
 
+def _summed(channels: Channels, found: Mapping[Tap, NDArray[np.int64]]) -> set[Place]:
+    """Places whose moments are made on the device that holds the activations; taps behind a Flatten are rows."""
+    flat = {_place(at) for at, index in found.items() if index.shape[1] > 1}
+    places = {_place(at) for at in found} - flat
+    return {place for place in places if summable(channels.model, channels.resolved, place)}
+
+
+def _in_order(summed: Summed, places: NDArray[np.int64]) -> Moments:
+    """Moments of features from sums over a channel axis."""
+    whole = np.array_equal(places, np.arange(len(summed.sum)))
+    gram = summed.gram if whole else summed.gram[np.ix_(places, places)]
+    return batch_moments(gram, summed.sum[places], summed.low[:, places], summed.high[:, places], summed.positions)
+
+
 def _add_up(at: Tap, accumulator: MomentsAccumulator) -> None:
-    try:
+    with _named(at):
         accumulator.add_up()
+
+
+@contextmanager
+def _named(at: Tap) -> Iterator[None]:
+    try:
+        yield
     except CalibrationError as error:
         raise CalibrationError(f"Tensor {at.tensor!r} becomes NaN or infinite on this data.") from error
 

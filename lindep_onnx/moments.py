@@ -17,7 +17,7 @@ from lindep_onnx.blas import add_gram
 from lindep_onnx.errors import CalibrationError, OutputError
 from lindep_onnx.files import replacing
 
-__all__ = ["Moments", "MomentsAccumulator", "load_moments", "load_moments_and_beside", "save_moments"]
+__all__ = ["Moments", "MomentsAccumulator", "batch_moments", "load_moments", "load_moments_and_beside", "save_moments"]
 
 #: Rows of one sample are alike: so many of them count, at most, as evidence.
 ROWS_PER_SAMPLE = 16
@@ -91,6 +91,40 @@ class Moments:
         return about
 
 
+def batch_moments(
+    gram: NDArray[np.float64], total: NDArray[np.float64], lows: NDArray[Any], highs: NDArray[Any], positions: int
+) -> Moments:
+    """Moments of some samples from what is known of each.
+
+    Args:
+        gram: (F, F) second moments of all rows.
+        total: (F,) column sums.
+        lows: (S, F) smallest value of each sample.
+        highs: (S, F) largest value of each sample.
+        positions: rows of each sample.
+
+    Raises:
+        CalibrationError: a value is NaN or infinite.
+    """
+    lows, highs = lows.astype(np.float64), highs.astype(np.float64)
+    low, high = lows.min(axis=0), highs.max(axis=0)
+    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+        raise CalibrationError("An activation is NaN or infinite.")
+    samples = len(lows)
+    return Moments(
+        rows=samples * positions,
+        samples=samples,
+        effective_rows=samples * min(positions, ROWS_PER_SAMPLE),
+        sum=total,
+        gram=gram,
+        low=low,
+        high=high,
+        active=((lows != 0) | (highs != 0)).sum(axis=0),
+        at_low=(highs == low).sum(axis=0),
+        at_high=(lows == high).sum(axis=0),
+    )
+
+
 class MomentsAccumulator:
     """Takes batches of rows and adds them up in float64.
 
@@ -124,11 +158,15 @@ class MomentsAccumulator:
 
     def absorb(self, moments: Moments) -> None:
         """Add what rows elsewhere came to."""
+        self._gram += moments.gram.T  # in the order of memory; it is symmetric
+        self._count(moments)
+
+    def _count(self, moments: Moments) -> None:
+        """Add all but the Gram matrix."""
         self._at_low = _at_end(self._low, self._at_low, moments.low, moments.at_low)
         self._at_high = _at_end(-self._high, self._at_high, -moments.high, moments.at_high)
         np.minimum(self._low, moments.low, out=self._low)
         np.maximum(self._high, moments.high, out=self._high)
-        self._gram += moments.gram.T  # in the order of memory; it is symmetric
         self._sum += moments.sum
         self._active += moments.active
         self._rows += moments.rows
@@ -158,24 +196,13 @@ class MomentsAccumulator:
             self._add(np.concatenate(list(alike)))
 
     def _add(self, rows: NDArray[Any]) -> None:
-        samples, positions, features = rows.shape
+        _, positions, features = rows.shape
         # float32 products would lose the rank of the Gram matrix.
         flat = np.ascontiguousarray(rows, dtype=np.float64).reshape(-1, features)
-        lows, highs = rows.min(axis=1).astype(np.float64), rows.max(axis=1).astype(np.float64)
-        low, high = lows.min(axis=0), highs.max(axis=0)
-        if not (np.isfinite(low).all() and np.isfinite(high).all()):
-            raise CalibrationError("An activation is NaN or infinite.")
+        found = batch_moments(np.zeros((0, 0)), flat.sum(axis=0), rows.min(axis=1), rows.max(axis=1), positions)
         # In place and one triangle: twice as fast as a product that is then added, and without its memory.
         add_gram(self._gram, flat)
-        self._sum += flat.sum(axis=0)
-        self._at_low = _at_end(self._low, self._at_low, low, (highs == low).sum(axis=0))
-        self._at_high = _at_end(-self._high, self._at_high, -high, (lows == high).sum(axis=0))
-        np.minimum(self._low, low, out=self._low)
-        np.maximum(self._high, high, out=self._high)
-        self._active += ((lows != 0) | (highs != 0)).sum(axis=0)
-        self._rows += len(flat)
-        self._samples += samples
-        self._effective += samples * min(positions, ROWS_PER_SAMPLE)
+        self._count(found)
 
     def result(self) -> Moments:
         """Everything added so far.

@@ -8,7 +8,7 @@ computing them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -21,9 +21,23 @@ from lindep_onnx.graph import Model
 from lindep_onnx.sessions import open_session
 from lindep_onnx.shapes import Resolved
 
-__all__ = ["Place", "Probe", "RowSampler", "Rows", "insert_behind", "rows_at"]
+__all__ = [
+    "Place",
+    "Probe",
+    "RowSampler",
+    "Rows",
+    "Seen",
+    "Summed",
+    "insert_behind",
+    "reduction",
+    "rows_at",
+    "summable",
+]
 
 Array: TypeAlias = NDArray[Any]
+
+#: Input of a graph that sums: how many samples of a batch are no filler. Operator set in which Slice takes it.
+COUNTED, SLICED = "lindep_onnx_counted", 10
 
 
 @dataclass(frozen=True)
@@ -55,6 +69,40 @@ class Rows:
     positions: NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class Summed:
+    """Sums over the rows Z of one place in one batch, made inside the graph in float64.
+
+    Attributes:
+        gram: (channels, channels) Z'Z.
+        sum: (channels,) column sums.
+        low: (samples, channels) smallest value of each sample.
+        high: (samples, channels) largest value of each sample.
+        positions: rows of each sample.
+    """
+
+    gram: NDArray[np.float64]
+    sum: NDArray[np.float64]
+    low: Array
+    high: Array
+    positions: int
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one run gave.
+
+    Attributes:
+        rows: of every place but those that are summed.
+        summed: of these.
+        probed: what the probe asked for.
+    """
+
+    rows: Mapping[Place, Rows]
+    summed: Mapping[Place, Summed]
+    probed: Sequence[Array]
+
+
 class Probe(Protocol):
     """Something else that is measured in the same run."""
 
@@ -75,6 +123,7 @@ class RowSampler:
         providers: execution providers of ONNX Runtime.
         threads: intra-op threads, 0 for its own choice.
         probe: what else is measured; None for nothing.
+        summed: places whose rows do not leave the graph, but their sums (`summable`).
     """
 
     def __init__(
@@ -86,8 +135,10 @@ class RowSampler:
         providers: Sequence[str],
         threads: int,
         probe: Probe | None = None,
+        summed: Collection[Place] = (),
     ) -> None:
         self._most = most
+        self._summed: dict[Place, dict[str, str]] = {}
         self._sizes: dict[Place, int] = {}
         proto = onnx.ModelProto()
         proto.CopyFrom(model.proto)
@@ -97,20 +148,29 @@ class RowSampler:
         for number, (place, limit) in enumerate(most.items()):
             shape = resolved.shapes.get(place.tensor, ())
             inside = _inside(shape, place.axis)
-            if inside is not None and len(_allowed(shape, place)) > limit:
+            if inside is not None and (place in summed or len(_allowed(shape, place)) > limit):
                 self._sizes[place] = inside[1]
-                self._fetched[place] = _positions_name(number) + "_picked"
-                nodes.setdefault(place.tensor, []).extend(_gather(proto, place, inside[0], number))
+                picked = _positions_name(number) + "_picked"
+                own = nodes.setdefault(place.tensor, [])
+                own.extend(_gather(proto, place, inside[0], number))
+                if place in summed:
+                    added, self._summed[place] = _summing(proto, place, picked, inside[0], model.opset)
+                    own.extend(added)
+                else:
+                    self._fetched[place] = picked
+                    proto.graph.output.append(onnx.ValueInfoProto(name=picked))
             else:
                 self._fetched[place] = place.tensor
                 if place.tensor not in present:
                     present.add(place.tensor)
                     proto.graph.output.append(onnx.ValueInfoProto(name=place.tensor))
         self._shapes = {place: resolved.shapes[place.tensor] for place in self._sizes}
-        self._names = sorted(set(self._fetched.values()))
-        added, self._probed = probe.extend(proto) if probe is not None else ({}, ())
-        for tensor, own in added.items():
-            nodes.setdefault(tensor, []).extend(own)
+        self._names = sorted(
+            {*self._fetched.values(), *(name for own in self._summed.values() for name in own.values())}
+        )
+        watched, self._probed = probe.extend(proto) if probe is not None else ({}, ())
+        for tensor, behind in watched.items():
+            nodes.setdefault(tensor, []).extend(behind)
         proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self._probed)
         insert_behind(proto, nodes)
         self._session = open_session(proto, model.folder, providers=providers, threads=threads)
@@ -122,20 +182,27 @@ class RowSampler:
             batch: what to feed.
             rng: draws the positions, the same for all samples of the batch.
         """
-        return self.run(batch, rng)[0]
+        return dict(self.run(batch, rng).rows)
 
-    def run(self, batch: Batch, rng: np.random.Generator) -> tuple[dict[Place, Rows], list[Array]]:
-        """Run one batch: its rows, and what the probe asked for."""
+    def run(self, batch: Batch, rng: np.random.Generator) -> Seen:
+        """Run one batch: its rows, sums, and what the probe asked for."""
         feeds = dict(batch.feeds)
+        if self._summed:
+            feeds[COUNTED] = np.array([len(batch.samples)], dtype=np.int64)
         chosen: dict[Place, NDArray[np.int64]] = {}
         for number, (place, most) in enumerate(self._most.items()):
             if place in self._sizes:
-                chosen[place] = np.sort(rng.choice(_allowed(self._shapes[place], place), most, replace=False))
+                allowed = _allowed(self._shapes[place], place)
+                chosen[place] = np.sort(rng.choice(allowed, min(most, len(allowed)), replace=False))
                 feeds[_positions_name(number)] = chosen[place]
         found = self._session.run([*self._names, *self._probed], feeds)
         values = dict(zip(self._names, found, strict=False))
-        result = {}
+        result, summed = {}, {}
         for place, most in self._most.items():
+            if place in self._summed:
+                own = {what: values[name] for what, name in self._summed[place].items()}
+                summed[place] = Summed(**own, positions=len(chosen[place]))
+                continue
             value = values[self._fetched[place]]
             if place in chosen:
                 kept = value[: len(value) * len(batch.samples) // batch.size]
@@ -143,7 +210,7 @@ class RowSampler:
                 result[place] = Rows(kept, chosen[place])
             else:
                 result[place] = _picked(value, place, most, batch, rng)
-        return result, found[len(self._names) :]
+        return Seen(result, summed, found[len(self._names) :])
 
 
 def rows_at(data: Array, axis: int, positions: NDArray[np.int64]) -> Array:
@@ -195,11 +262,77 @@ def _gather(proto: onnx.ModelProto, place: Place, width: int, number: int) -> li
         onnx.helper.make_tensor_value_info(positions, onnx.TensorProto.INT64, [positions + "_rows"])
     )
     proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(target, dtype=np.int64), shape))
-    proto.graph.output.append(onnx.ValueInfoProto(name=picked))
     return [
         onnx.helper.make_node("Reshape", [place.tensor, shape], [flat]),
         onnx.helper.make_node("Gather", [flat, positions], [picked], axis=2 if place.axis == 1 else 1),
     ]
+
+
+def summable(model: Model, resolved: Resolved, place: Place) -> bool:
+    """Whether rows can be picked and summed inside the graph: samples are counted by the leading axis, as in an input.
+
+    Args:
+        model: the model.
+        resolved: its shapes.
+        place: where rows are taken.
+    """
+    shape = resolved.shapes.get(place.tensor, ())
+    leading = {resolved.shapes[name][0] for name in model.inputs if resolved.shapes.get(name)}
+    return model.opset >= SLICED and _inside(shape, place.axis) is not None and leading == {shape[0]}
+
+
+def _summing(
+    proto: onnx.ModelProto, place: Place, picked: str, width: int, opset: int
+) -> tuple[list[onnx.NodeProto], dict[str, str]]:
+    """Nodes behind picked rows, and names of what they put out, by field of `Summed`.
+
+    Rows become float64 before they are multiplied: products of float32 would lose the rank of the Gram matrix.
+    """
+    if all(value.name != COUNTED for value in proto.graph.input):
+        proto.graph.input.append(onnx.helper.make_tensor_value_info(COUNTED, onnx.TensorProto.INT64, [1]))
+    start, size = picked + "_start", picked + "_size"
+    numbers = {start: np.zeros(1, dtype=np.int64), size: np.array([-1, width], dtype=np.int64)}
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in numbers.items())
+    kept, exact, rows, flat, turned = (picked + what for what in ("_kept", "_exact", "_rows", "_flat", "_turned"))
+    names = {what: f"{picked}_{what}" for what in ("gram", "sum", "low", "high")}
+    behind = 2 if place.axis == 1 else 1  # the axis of the positions
+    node = onnx.helper.make_node
+    nodes = [
+        node("Slice", [picked, start, COUNTED, start], [kept]),
+        node("Cast", [kept], [exact], to=onnx.TensorProto.DOUBLE),
+        node("Transpose", [exact], [rows], perm=[0, 2, 1]) if behind == 2 else node("Identity", [exact], [rows]),
+        node("Reshape", [rows, size], [flat]),
+        node("Transpose", [flat], [turned], perm=[1, 0]),
+        node("MatMul", [turned, flat], [names["gram"]]),
+        reduction(proto, "ReduceSum", flat, names["sum"], [0], opset),
+        reduction(proto, "ReduceMin", kept, names["low"], [behind], opset),
+        reduction(proto, "ReduceMax", kept, names["high"], [behind], opset),
+    ]
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names.values())
+    return nodes, names
+
+
+def reduction(
+    proto: onnx.ModelProto, op: str, source: str, name: str, axes: Sequence[int], opset: int
+) -> onnx.NodeProto:
+    """A node that reduces some axes away, in the form of the operator set.
+
+    Args:
+        proto: gets an initializer with the axes where they are an input.
+        op: ReduceMin, ReduceMax, ReduceSum or ReduceSumSquare.
+        source: what to reduce.
+        name: of the result.
+        axes: may be none.
+        opset: version of the default operator set.
+    """
+    if not axes:
+        if op == "ReduceSumSquare":
+            return onnx.helper.make_node("Mul", [source, source], [name])
+        return onnx.helper.make_node("Identity", [source], [name])
+    if opset < (13 if op == "ReduceSum" else 18):
+        return onnx.helper.make_node(op, [source], [name], axes=list(axes), keepdims=0)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(axes, dtype=np.int64), name + "_axes"))
+    return onnx.helper.make_node(op, [source, name + "_axes"], [name], keepdims=0)
 
 
 def insert_behind(proto: onnx.ModelProto, nodes: Mapping[str, Sequence[onnx.NodeProto]]) -> None:

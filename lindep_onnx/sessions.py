@@ -23,7 +23,7 @@ from lindep_onnx import storage
 from lindep_onnx.errors import LindepError, ModelError, UsageError
 from lindep_onnx.files import Folder
 
-__all__ = ["Crew", "Session", "cores", "crew", "in_order", "one_line", "open_session"]
+__all__ = ["Crew", "Session", "cores", "crew", "in_order", "on_processor", "one_line", "open_session"]
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -60,11 +60,20 @@ def crew(threads: int, providers: Sequence[str], activations: int) -> Crew:
         providers: execution providers; runs on other devices than the CPU are made one after the other.
         activations: bytes of all tensors of a run.
     """
-    if any(provider != "CPUExecutionProvider" for provider in providers):
+    if not on_processor(providers):
         return Crew(1, threads)
     own = threads or cores()
     runs = max(1, min(own, ACTIVATIONS // max(1, activations)))
     return Crew(runs, own // runs)
+
+
+def on_processor(providers: Sequence[str]) -> bool:
+    """Whether nothing but the processor runs models.
+
+    Args:
+        providers: execution providers.
+    """
+    return all(provider == "CPUExecutionProvider" for provider in providers)
 
 
 def cores() -> int:

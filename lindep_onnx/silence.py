@@ -32,6 +32,7 @@ from lindep_onnx.channels import FROZEN, Channels
 from lindep_onnx.data import Batch
 from lindep_onnx.graph import Node
 from lindep_onnx.ops.saturation import Interval, flat_parts, may_flatten
+from lindep_onnx.sampling import reduction
 
 __all__ = [
     "CERTAINTY",
@@ -377,24 +378,11 @@ def _measuring(
     sources = {"low": watched, "high": watched, "sum": silent, "square": silent}
     operators = {"low": "ReduceMin", "high": "ReduceMax", "sum": "ReduceSum", "square": "ReduceSumSquare"}
     for what, name in names.items():
-        nodes.append(_reduction(proto, operators[what], sources[what], name, others, opset))
+        nodes.append(reduction(proto, operators[what], sources[what], name, others, opset))
     if _positions(channels, flat) is None:
         names["shape"] = prefix + "shape"
         nodes.append(onnx.helper.make_node("Shape", [watched], [names["shape"]]))
     return nodes, names
-
-
-def _reduction(
-    proto: onnx.ModelProto, op: str, source: str, name: str, axes: Sequence[int], opset: int
-) -> onnx.NodeProto:
-    if not axes:
-        if op == "ReduceSumSquare":
-            return onnx.helper.make_node("Mul", [source, source], [name])
-        return onnx.helper.make_node("Identity", [source], [name])
-    if opset < (13 if op == "ReduceSum" else 18):
-        return onnx.helper.make_node(op, [source], [name], axes=list(axes), keepdims=0)
-    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(axes, dtype=np.int64), name + "_axes"))
-    return onnx.helper.make_node(op, [source, name + "_axes"], [name], keepdims=0)
 
 
 def _range(flat: Flat, batches: Sequence[Mapping[str, NDArray[Any]]], positions: int | None) -> Range:

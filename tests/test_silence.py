@@ -39,7 +39,7 @@ def seen(model, data: np.ndarray):
         watch = silence.Watch(channels, watched)
         sampler = RowSampler(channels.model, channels.resolved, {}, probe=watch, **RUNTIME)
         for batch in samples.batches(Part.FIT, Part.SELECT):
-            watch.update(sampler.run(batch, np.random.default_rng(0))[1], batch)
+            watch.update(sampler.run(batch, np.random.default_rng(0)).probed, batch)
         ranges = watch.ranges()
         return analysis.evidence(channels, found), watched, [ranges[silence.key(flat)][1] for flat in watched]
 
@@ -172,7 +172,7 @@ def test_a_few_channels_are_measured_apart_as_they_are_in_the_whole(body, w, cha
     watch = silence.Watch(channels, [flat])
     sampler = RowSampler(channels.model, channels.resolved, {}, probe=watch, **RUNTIME)
     batch = Batch({"x": data}, np.arange(5), 6)  # the last sample is filler
-    watch.update(sampler.run(batch, np.random.default_rng(0))[1], batch)
+    watch.update(sampler.run(batch, np.random.default_rng(0)).probed, batch)
     _, found = watch.ranges()[silence.key(flat)]
     copy = type(model).FromString(model.SerializeToString())
     added = [node for node in watch.extend(copy)[0].get("h", ()) if node.op_type == "Gather"]

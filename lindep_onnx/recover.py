@@ -35,7 +35,8 @@ from lindep_onnx.data import Part, Samples
 from lindep_onnx.differentiate import differentiate
 from lindep_onnx.errors import LindepError
 from lindep_onnx.graph import Model
-from lindep_onnx.objective import LOSS, HeldOut, Teacher, with_loss
+from lindep_onnx.hints import Hint
+from lindep_onnx.objective import LOSS, OBJECTIVE, HeldOut, Teacher, with_loss
 from lindep_onnx.sessions import cores, open_session
 
 __all__ = ["Recovered", "recover", "trainable"]
@@ -95,6 +96,7 @@ def recover(
     samples: Samples,
     effort: Effort,
     *,
+    hints: Sequence[Hint] = (),
     frozen: Collection[str] = (),
     agreement_output: str | None = None,
     augment: Augment | None = None,
@@ -111,6 +113,7 @@ def recover(
         student: the smaller model; inputs and outputs as the teacher's.
         samples: the data.
         effort: how long.
+        hints: inner tensors to learn too, see `lindep_onnx.hints`.
         frozen: names of nodes whose weights stay as they are.
         agreement_output: see `lindep_onnx.verify.OutputErrors`.
         augment: makes other inputs of those of a run.
@@ -128,17 +131,18 @@ def recover(
     fitted = samples.parts[Part.FIT]
     if not samples.uniform or not len(fitted) or not len(samples.parts[Part.SELECT]):
         return _untrained("the samples differ in shape" if not samples.uniform else "there are too few samples")
-    guide = Teacher(teacher, samples, agreement_output=agreement_output, **runtime)
+    guide = Teacher(teacher, samples, hints, agreement_output=agreement_output, **runtime)
     if not guide.measures:
         return _untrained("no output of type float32 varies")
     try:
-        modern = with_loss(student, guide.measures)
+        modern = with_loss(student, guide.measures, guide.hinted)
         chosen = [name for name in trainable(student, frozen) if name in modern.stored]
         batch = min(samples.batch, len(fitted))
         whole = guide.feeds(fitted[:batch])
         pieces = _pieces(whole, batch, samples, providers)
         shapes = {name: value.shape for name, value in _split(whole, pieces)[0].items()}
-        backward = differentiate(modern.proto, LOSS, chosen, shapes)
+        backward = differentiate(modern.proto, OBJECTIVE, chosen, shapes)
+        backward.proto.graph.output.append(onnx.ValueInfoProto(name=LOSS))
         notes = tuple(
             f"Weights in front of node {name!r} ({op}) were not trained: {why}." for name, op, why in backward.obstacles
         )
@@ -148,7 +152,8 @@ def recover(
         session = open_session(backward.proto, providers=providers, threads=own)
     except LindepError as error:  # the refit is worth keeping without it
         return _untrained(str(error))
-    held_out = HeldOut(modern, list(backward.gradients), guide, samples, **runtime)
+    judge = Teacher(teacher, samples, agreement_output=agreement_output, **runtime) if hints else guide
+    held_out = HeldOut(with_loss(student, judge.measures), list(backward.gradients), judge, samples, **runtime)
     order = _Order(fitted, batch, seed)
 
     def slopes(number: int, weights: Weights) -> tuple[float, dict[str, Array]]:
@@ -164,7 +169,7 @@ def recover(
         return float(loss) / batch, dict(zip(backward.gradients, found, strict=True))
 
     start = {name: modern.stored[name] for name in backward.gradients}
-    key = _key(student.proto, effort, seed, batch, fitted, augment)
+    key = _key(student.proto, effort, seed, batch, fitted, augment, hints)
     state = checkpoint.load(key, start) if checkpoint is not None else None
     if state is None:
         none = {name: np.zeros_like(value) for name, value in start.items()}
@@ -204,9 +209,11 @@ def _key(
     batch: int,
     fitted: NDArray[np.int64],
     augment: Augment | None,
+    hints: Sequence[Hint],
 ) -> str:
     """All that decides the course of a training, in short: the weights of the student tell the data apart."""
-    options = f"{effort} {seed} {batch} {getattr(augment, '__name__', augment)}".encode()
+    inner = [(hint.tensor, hint.axis, None if hint.kept is None else hint.kept.tolist()) for hint in hints]
+    options = f"{effort} {seed} {batch} {getattr(augment, '__name__', augment)} {inner}".encode()
     parts = (student.SerializeToString(deterministic=True), options, fitted.tobytes())
     return hashlib.blake2b(b"".join(hashlib.blake2b(part).digest() for part in parts), digest_size=16).hexdigest()
 

@@ -55,7 +55,7 @@ CLIP = 3.0
 #: So often the held-out loss is measured, and a few times more at the start.
 LOOKS = 12
 #: A held-out loss so many times the best tells that steps are too long; they are then so much shorter.
-WORSE, SHORTER = 1.5, 0.3
+WORSE, SHORTER = 2.0, 0.3
 #: A batch is run in so many pieces at the same time.
 PIECES = 2
 #: Seconds between two checkpoints.

@@ -31,7 +31,6 @@ from lindep_onnx.checkpoint import Checkpoint
 from lindep_onnx.config import Config, Effort
 from lindep_onnx.data import Samples
 from lindep_onnx.groups import measure_groups
-from lindep_onnx.hints import hints
 from lindep_onnx.recover import Recovered, recover
 from lindep_onnx.shapes import resolve
 from lindep_onnx.tracing import trace
@@ -82,7 +81,7 @@ def anneal(
         if config.effort is not None and gone.any():
             with stage("recover"):
                 chosen, notes = _recovered(
-                    workshop, chosen, original, gone, samples, config, config.effort, checkpoint, number, progress
+                    workshop, chosen, original, samples, config, config.effort, checkpoint, number, progress
                 )
             told.extend(notes)
         if best is not None and best.failure is None and chosen.failure is not None and not config.sized:
@@ -163,7 +162,6 @@ def _recovered(
     workshop: Workshop,
     chosen: Chosen,
     original: Channels,
-    gone: NDArray[np.bool_],
     samples: Samples,
     config: Config,
     effort: Effort,
@@ -179,7 +177,6 @@ def _recovered(
         student,
         samples,
         effort,
-        hints=hints(original, gone, student),
         frozen=[node.name for node in student.nodes if any(fnmatch.fnmatchcase(node.name, g) for g in config.exclude)],
         agreement_output=config.agreement_output,
         augment=augment,

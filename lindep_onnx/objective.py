@@ -11,9 +11,6 @@ sum t (log t - log y) instead (Hinton, Vinyals, Dean, "Distilling the Knowledge 
 The output whose arg-max is the decision (see `lindep_onnx.verify`) adds, per decision, the divergence of softmax(s t)
 and softmax(s y), where s makes 4 of the standard deviation of t within a decision: a squared error alone spends most of
 its effort on scores that never decide anything.
-
-Training minimises this plus `HINTED` times the mean of || y - t ||^2 / E || t - mean t ||^2 over inner tensors that the
-two models have in common (see `lindep_onnx.hints`), the mean being one of each channel. What is judged are outputs.
 """
 
 from __future__ import annotations
@@ -21,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -32,20 +28,17 @@ from lindep_onnx.data import Part, Samples
 from lindep_onnx.differentiate import with_inputs
 from lindep_onnx.errors import LindepError, UsageError
 from lindep_onnx.graph import Model, load
-from lindep_onnx.hints import Hint
 from lindep_onnx.sessions import open_session
 from lindep_onnx.verify import decision
 
-__all__ = ["LOSS", "OBJECTIVE", "OPSET", "HeldOut", "Measure", "Teacher", "slice_axis", "with_loss"]
+__all__ = ["LOSS", "OPSET", "HeldOut", "Measure", "Teacher", "slice_axis", "with_loss"]
 
 Array: TypeAlias = NDArray[Any]
 
 #: The gradient rules are written for this operator set; older models are trained as a converted copy.
 OPSET = 17
-LOSS, OBJECTIVE = "lindep_onnx_loss", "lindep_onnx_objective"
-TARGET, HINT = "lindep_onnx_target_", "lindep_onnx_hint_"
-#: Weight of the inner tensors.
-HINTED = 3.0
+LOSS = "lindep_onnx_loss"
+TARGET = "lindep_onnx_target_"
 #: Samples that the spread of the outputs is measured on, and that judge a state, at most.
 MEASURED, HELD_OUT = 512, 512
 #: Least V of a slice, relative to the mean of the output: a slice that hardly varies must not rule the others.
@@ -90,30 +83,26 @@ class Teacher:
     Args:
         teacher: the original.
         samples: the data; FIT samples tell how much outputs vary.
-        hints: inner tensors to tell too.
         agreement_output: see `lindep_onnx.verify.OutputErrors`.
         providers: execution providers of ONNX Runtime.
         threads: intra-op threads, 0 for its own choice.
 
     Attributes:
         measures: of each output that varies, by name.
-        hinted: E || t - mean t ||^2 in one sample, of each hint that varies, by tensor.
     """
 
     def __init__(
         self,
         teacher: onnx.ModelProto,
         samples: Samples,
-        hints: Sequence[Hint] = (),
         *,
         agreement_output: str | None,
         providers: Sequence[str],
         threads: int,
     ) -> None:
-        self._session = open_session(_telling(teacher, hints), providers=providers, threads=threads)
+        self._session = open_session(teacher, providers=providers, threads=threads)
         self._samples = samples
         self._known: dict[int, list[Array]] = {}
-        inner = {f"{HINT}{number}": hint.tensor for number, hint in enumerate(hints)}
         floats = [output.name for output in self._session.get_outputs() if output.type == "tensor(float)"]
         decides: tuple[str, int] | None = None
         gathered: dict[str, list[_Seen]] = {}
@@ -122,17 +111,14 @@ class Teacher:
             outputs = dict(zip(floats, self._session.run(floats, dict(batch.feeds)), strict=True))
             if not taken:
                 with suppress(UsageError):  # it is none of the floats
-                    own = {name: value for name, value in outputs.items() if name not in inner}
-                    decides = decision(own, agreement_output)
+                    decides = decision(outputs, agreement_output)
             taken += batch.size
             for name, value in outputs.items():
                 if value.ndim:
                     axis = decides[1] if decides is not None and decides[0] == name else None
                     gathered.setdefault(name, []).append(_Seen.of(value, axis))
-        found = {name: measure for name, parts in gathered.items() if (measure := _measure(parts, taken)) is not None}
-        self._targets = {name: f"{TARGET}{inner.get(name, name)}" for name in found}
-        self.measures: Mapping[str, Measure] = {name: one for name, one in found.items() if name not in inner}
-        self.hinted = {inner[name]: float(one.spread.sum()) for name, one in found.items() if name in inner}
+        measures = {name: _measure(parts, taken) for name, parts in gathered.items()}
+        self.measures: Mapping[str, Measure] = {name: found for name, found in measures.items() if found is not None}
 
     def feeds(self, numbers: NDArray[np.int64]) -> dict[str, Array]:
         """What a training graph reads for some samples: the inputs, and what the teacher makes of them."""
@@ -142,39 +128,21 @@ class Teacher:
             whole = all(len(target) == len(numbers) for target in targets)  # no filler, samples along the first axis
             if whole and (len(self._known) + len(numbers)) * sum(t[0].nbytes for t in targets) <= REMEMBERED:
                 self._known.update((int(number), [t[row] for t in targets]) for row, number in enumerate(numbers))
-            return self._taught(feeds, targets)
+            return _taught(feeds, targets)
         rows = [self._known[int(number)] for number in numbers]
-        return self._taught(feeds, [np.stack(column) for column in zip(*rows, strict=True)])
+        return _taught(feeds, [np.stack(column) for column in zip(*rows, strict=True)])
 
     def taught(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """The same for inputs that are no samples."""
-        return self._taught(feeds, self._answers(feeds))
+        return _taught(feeds, self._answers(feeds))
 
     def _answers(self, feeds: Mapping[str, Array]) -> list[Array]:
-        answers: list[Array] = self._session.run(list(self._targets), dict(feeds))
+        answers: list[Array] = self._session.run(list(self.measures), dict(feeds))
         return answers
 
-    def _taught(self, feeds: Mapping[str, Array], targets: Sequence[Array]) -> dict[str, Array]:
-        return {**feeds, **dict(zip(self._targets.values(), targets, strict=True))}
 
-
-def _telling(teacher: onnx.ModelProto, hints: Sequence[Hint]) -> onnx.ModelProto:
-    """The teacher with what the student has of its inner tensors as further outputs."""
-    if not hints:
-        return teacher
-    proto = onnx.ModelProto()
-    proto.CopyFrom(teacher)
-    for number, hint in enumerate(hints):
-        name = f"{HINT}{number}"
-        if hint.kept is None:
-            proto.graph.node.append(onnx.helper.make_node("Identity", [hint.tensor], [name]))
-        else:
-            proto.graph.initializer.append(onnx.numpy_helper.from_array(hint.kept, f"{name}_kept"))
-            proto.graph.node.append(
-                onnx.helper.make_node("Gather", [hint.tensor, f"{name}_kept"], [name], axis=hint.axis)
-            )
-        proto.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
-    return proto
+def _taught(feeds: Mapping[str, Array], targets: Sequence[Array]) -> dict[str, Array]:
+    return {**feeds, **{f"{TARGET}{number}": target for number, target in enumerate(targets)}}
 
 
 @dataclass(frozen=True)
@@ -255,15 +223,12 @@ class HeldOut:
 # ---- the loss as a graph ------------------------------------------------------------------------------------------
 
 
-def with_loss(
-    student: Model, measures: Mapping[str, Measure], hinted: Mapping[str, float] = MappingProxyType({})
-) -> Model:
-    """The student with loss and objective, summed over samples, as further tensors; targets are inputs.
+def with_loss(student: Model, measures: Mapping[str, Measure]) -> Model:
+    """The student with its loss, summed over samples, as one more tensor; targets are inputs.
 
     Args:
         student: the smaller model.
         measures: of each output that counts.
-        hinted: see `Teacher`.
 
     Raises:
         LindepError: its operator set cannot be converted to one that can be trained.
@@ -282,7 +247,7 @@ def with_loss(
     makers = {name: node for node in graph.node for name in node.output}
     terms = []
     for number, (name, measure) in enumerate(measures.items()):
-        target = f"{TARGET}{name}"
+        target = f"{TARGET}{number}"
         value = onnx.ValueInfoProto()
         value.CopyFrom(next(value for value in graph.output if value.name == name))
         value.name = target
@@ -306,15 +271,6 @@ def with_loss(
             each = write("Mul", write("Exp", own), write("Sub", own, logs))
             terms[-1] = write("Add", terms[-1], write.total(write("Mul", each, 1 / measure.decisions)))
     graph.node.append(onnx.helper.make_node("Mean", terms, [LOSS]))
-    inner = []
-    for number, (name, varies) in enumerate(hinted.items()):
-        target = f"{TARGET}{name}"
-        graph.input.append(onnx.helper.make_tensor_value_info(target, onnx.TensorProto.FLOAT, None))
-        if name in makers:  # a conversion may have dropped it
-            write = _Writer(graph, f"{OBJECTIVE}_{number}")
-            apart = write("Sub", name, target)
-            inner.append(write.total(write("Mul", write("Mul", apart, apart), HINTED / len(hinted) / varies)))
-    graph.node.append(onnx.helper.make_node("Sum", [LOSS, *inner], [OBJECTIVE]))
     return load(proto)
 
 

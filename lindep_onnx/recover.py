@@ -35,8 +35,7 @@ from lindep_onnx.data import Part, Samples
 from lindep_onnx.differentiate import differentiate
 from lindep_onnx.errors import LindepError
 from lindep_onnx.graph import Model
-from lindep_onnx.hints import Hint
-from lindep_onnx.objective import LOSS, OBJECTIVE, HeldOut, Teacher, with_loss
+from lindep_onnx.objective import LOSS, HeldOut, Teacher, with_loss
 from lindep_onnx.sessions import cores, open_session
 
 __all__ = ["Recovered", "recover", "trainable"]
@@ -55,7 +54,7 @@ CLIP = 3.0
 #: So often the held-out loss is measured, and a few times more at the start.
 LOOKS = 12
 #: A held-out loss so many times the best tells that steps are too long; they are then so much shorter.
-WORSE, SHORTER = 2.0, 0.3
+WORSE, SHORTER = 1.5, 0.3
 #: A batch is run in so many pieces at the same time.
 PIECES = 2
 #: Seconds between two checkpoints.
@@ -96,7 +95,6 @@ def recover(
     samples: Samples,
     effort: Effort,
     *,
-    hints: Sequence[Hint] = (),
     frozen: Collection[str] = (),
     agreement_output: str | None = None,
     augment: Augment | None = None,
@@ -113,7 +111,6 @@ def recover(
         student: the smaller model; inputs and outputs as the teacher's.
         samples: the data.
         effort: how long.
-        hints: inner tensors to learn too, see `lindep_onnx.hints`.
         frozen: names of nodes whose weights stay as they are.
         agreement_output: see `lindep_onnx.verify.OutputErrors`.
         augment: makes other inputs of those of a run.
@@ -131,18 +128,17 @@ def recover(
     fitted = samples.parts[Part.FIT]
     if not samples.uniform or not len(fitted) or not len(samples.parts[Part.SELECT]):
         return _untrained("the samples differ in shape" if not samples.uniform else "there are too few samples")
-    guide = Teacher(teacher, samples, hints, agreement_output=agreement_output, **runtime)
+    guide = Teacher(teacher, samples, agreement_output=agreement_output, **runtime)
     if not guide.measures:
         return _untrained("no output of type float32 varies")
     try:
-        modern = with_loss(student, guide.measures, guide.hinted)
+        modern = with_loss(student, guide.measures)
         chosen = [name for name in trainable(student, frozen) if name in modern.stored]
         batch = min(samples.batch, len(fitted))
         whole = guide.feeds(fitted[:batch])
         pieces = _pieces(whole, batch, samples, providers)
         shapes = {name: value.shape for name, value in _split(whole, pieces)[0].items()}
-        backward = differentiate(modern.proto, OBJECTIVE, chosen, shapes)
-        backward.proto.graph.output.append(onnx.ValueInfoProto(name=LOSS))
+        backward = differentiate(modern.proto, LOSS, chosen, shapes)
         notes = tuple(
             f"Weights in front of node {name!r} ({op}) were not trained: {why}." for name, op, why in backward.obstacles
         )
@@ -152,8 +148,7 @@ def recover(
         session = open_session(backward.proto, providers=providers, threads=own)
     except LindepError as error:  # the refit is worth keeping without it
         return _untrained(str(error))
-    judge = Teacher(teacher, samples, agreement_output=agreement_output, **runtime) if hints else guide
-    held_out = HeldOut(with_loss(student, judge.measures), list(backward.gradients), judge, samples, **runtime)
+    held_out = HeldOut(modern, list(backward.gradients), guide, samples, **runtime)
     order = _Order(fitted, batch, seed)
 
     def slopes(number: int, weights: Weights) -> tuple[float, dict[str, Array]]:
@@ -169,7 +164,7 @@ def recover(
         return float(loss) / batch, dict(zip(backward.gradients, found, strict=True))
 
     start = {name: modern.stored[name] for name in backward.gradients}
-    key = _key(student.proto, effort, seed, batch, fitted, augment, hints)
+    key = _key(student.proto, effort, seed, batch, fitted, augment)
     state = checkpoint.load(key, start) if checkpoint is not None else None
     if state is None:
         none = {name: np.zeros_like(value) for name, value in start.items()}
@@ -209,11 +204,9 @@ def _key(
     batch: int,
     fitted: NDArray[np.int64],
     augment: Augment | None,
-    hints: Sequence[Hint],
 ) -> str:
     """All that decides the course of a training, in short: the weights of the student tell the data apart."""
-    inner = [(hint.tensor, hint.axis, None if hint.kept is None else hint.kept.tolist()) for hint in hints]
-    options = f"{effort} {seed} {batch} {getattr(augment, '__name__', augment)} {inner}".encode()
+    options = f"{effort} {seed} {batch} {getattr(augment, '__name__', augment)}".encode()
     parts = (student.SerializeToString(deterministic=True), options, fitted.tobytes())
     return hashlib.blake2b(b"".join(hashlib.blake2b(part).digest() for part in parts), digest_size=16).hexdigest()
 

@@ -20,7 +20,7 @@ from lindep_onnx.cli import main
 from lindep_onnx.config import Config, Effort
 from lindep_onnx.data import InputSpec, Part, Samples, open_samples
 from lindep_onnx.errors import BudgetError, UsageError
-from lindep_onnx.recover import RATE, WORSE, Recovered, _judged, recover, trainable
+from lindep_onnx.recover import RATE, Recovered, _judged, recover, trainable
 from lindep_onnx.rewrite import Reconstruction, rewrite
 
 BODY = """
@@ -388,9 +388,8 @@ def test_steps_that_are_too_long_are_taken_back() -> None:
     old, new = {"w": np.zeros(2, np.float32)}, {"w": np.ones(2, np.float32)}
     state = State(new, old, new, new, averaged=5, norm=1.0, steps=10, history=((0, np.nan, 1.0),))
     assert _judged(state, 0.0, 0.5).best is new
-    good = _judged(state, 0.0, 0.95 * WORSE)
-    assert good.weights is new and good.best is old and good.rate == 1.0
-    back = _judged(state, 0.0, 1.05 * WORSE)
+    assert _judged(state, 0.0, 1.4).weights is new and _judged(state, 0.0, 1.4).rate == 1.0
+    back = _judged(state, 0.0, 1.6)
     assert back.weights is old and back.rate == 0.3 and back.averaged == 0 and not back.mean["w"].any()
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["collages", "flips_and_shifts", "mixtures_and_noise"]
+__all__ = ["flips_and_shifts", "mixtures_and_noise"]
 
 Array: TypeAlias = NDArray[Any]
 
@@ -38,27 +38,6 @@ def _moved(image: Array, rng: np.random.Generator) -> Array:
     wide = np.pad(image, ((0, 0), (most, most), (most, most)), mode="edge")
     found = wide[:, down : down + height, right : right + width]
     return found[:, :, ::-1] if rng.random() < 0.5 else found
-
-
-def collages(feeds: Mapping[str, Array], rng: np.random.Generator) -> dict[str, Array]:
-    """Images flipped and shifted, half of them with a box out of another (Yun et al., "CutMix", 2019).
-
-    Args:
-        feeds: [count, channels, height, width] images.
-        rng: of flips, shifts, pairs and boxes.
-    """
-    found = {}
-    for name, images in flips_and_shifts(feeds, rng).items():
-        height, width = images.shape[2:]
-        others = rng.permutation(len(images))
-        found[name] = images.copy()
-        for place in range(len(images) // 2):
-            side = np.sqrt(rng.random())  # the area is uniform
-            tall, wide = int(side * height), int(side * width)
-            top, left = rng.integers(0, height - tall + 1), rng.integers(0, width - wide + 1)
-            box = slice(None), slice(top, top + tall), slice(left, left + wide)
-            found[name][(place, *box)] = images[(others[place], *box)]
-    return found
 
 
 def mixtures_and_noise(feeds: Mapping[str, Array], rng: np.random.Generator) -> dict[str, Array]:

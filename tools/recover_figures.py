@@ -37,11 +37,7 @@ from lindep_onnx.augment import Augment, mix
 from lindep_onnx.config import Effort
 from lindep_onnx.cost import cost
 from lindep_onnx.data import InputSpec, Part, Samples, load_function, open_samples
-from lindep_onnx.hints import hints
 from lindep_onnx.recover import recover
-from lindep_onnx.replay import replay
-from lindep_onnx.shapes import resolve
-from lindep_onnx.tracing import trace
 
 __all__ = ["main", "row"]
 
@@ -97,23 +93,18 @@ def row(
         budget = {"channels": (before.channels - round(point * hidden)) / before.channels}
     calib = {task.input: task.calib}
     start = time.perf_counter()
-    result = compress(original.proto, calib, **budget, holdout=holdout)
-    refitted = result.model
+    refitted = compress(original.proto, calib, **budget, holdout=holdout).model
     seconds = [time.perf_counter() - start]
     start = time.perf_counter()
     losses = ["", "", "", ""]
     if rounds == 1:
         student = graph.load(refitted)
-        channels = trace(original, resolve(original))
-        assert result.plan is not None
-        gone = replay(result.plan, channels, {}).removed
         with _samples(task, original, holdout, batch) as samples:
             found = recover(
                 original.proto,
                 student,
                 samples,
                 Effort(steps=steps),
-                hints=hints(channels, gone, student),
                 augment=mix if augment == "mix" else augment,
                 seed=0,
                 progress=lambda *_: None,

@@ -161,7 +161,8 @@ class Workshop:
         self._runtime: dict[str, Any] = {"providers": config.providers, "threads": config.threads}
         activations = channels.resolved.activation_bytes * (1 if samples is None else samples.batch)
         self.crew = crew(config.threads, config.providers, activations)
-        self._original = self._opened(self._reference)  # first of all, for damaged models do not load
+        original = self._opened(self._reference)  # first of all, for damaged models do not load
+        self._original = original if self._reference.folder is None else None
         self._shapes, self._batch = _first_shapes(samples)
         self.before = cost(self._reference if half is None else half, self._shapes, self._batch)
         self.options = {**(replayed.plan.options if replayed is not None else {}), **config.described()}
@@ -693,7 +694,7 @@ class Workshop:
 
     def sessions(self, model: graph.Model) -> tuple[Session, Session]:
         """Of what a result is compared with, and of the result."""
-        return self._original, self._opened(model)
+        return self._original or self._opened(self._reference), self._opened(model)
 
     def _opened(self, model: graph.Model) -> Session:
         """A session for several runs at a time."""

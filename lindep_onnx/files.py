@@ -16,8 +16,11 @@ import tempfile
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 __all__ = ["KEEP", "Folder", "Scratch", "abandoned", "flush", "meant", "replacing"]
 
@@ -52,6 +55,21 @@ class Folder:
     """
 
     path: Path
+    _contents: dict[str, NDArray[np.uint8]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def content(self, name: str) -> NDArray[np.uint8]:
+        """The bytes of a file in it, mapped once for all who read them.
+
+        Args:
+            name: of the file, relative to the folder.
+
+        Raises:
+            OSError: it cannot be read.
+            ValueError: it is empty.
+        """
+        if name not in self._contents:
+            self._contents[name] = np.asarray(np.memmap(self.path / name, np.uint8, "r"))
+        return self._contents[name]
 
     @classmethod
     def temporary(cls) -> Folder:

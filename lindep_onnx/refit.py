@@ -287,7 +287,7 @@ def _unknowns(product: Product, channels: Channels) -> int:
 def _positions(product: Product, channels: Channels, samples: int) -> int:
     unknowns = _unknowns(product, channels)
     wanted = max(LEAST_ROWS, ROWS_PER_UNKNOWN * unknowns)
-    most = PATCH_BYTES // (4 * unknowns * product.group)
+    most = PATCH_BYTES // max(1, 4 * unknowns * product.group)
     return max(1, min(wanted, most) // samples)
 
 

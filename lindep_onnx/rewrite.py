@@ -13,7 +13,6 @@ from lindep_onnx.channels import Axes, Bias, Channels, Reader
 from lindep_onnx.draft import Draft
 from lindep_onnx.graph import Model
 from lindep_onnx.ops import rewriting_rule
-from lindep_onnx.storage import set_aside
 from lindep_onnx.surgery import Insertion, edit
 
 __all__ = ["Reconstruction", "rewrite"]
@@ -76,8 +75,7 @@ def _rewrite_constant(
             parts = np.split(value, len(atoms)) if atoms.ndim == 2 else [value]
             chosen = [draft.placement.chosen(own) for own in np.atleast_2d(atoms)]
             value = np.concatenate([part.take(own, axis) for part, own in zip(parts, chosen, strict=True)])
-        value = value.astype(original.dtype)
-        values[index, position] = value if model.folder is None else set_aside(value)
+        values[index, position] = value.astype(original.dtype)
     first = next(iter(values.values()))
     everyone = sum(node.inputs.count(name) for node in model.consumers.get(name, ()))
     if len(values) == everyone and name not in model.outputs and all(_same(value, first) for value in values.values()):

@@ -45,7 +45,6 @@ __all__ = [
     "placeholder",
     "read",
     "save",
-    "set_aside",
     "size_of",
     "stand_in",
     "whole",
@@ -68,6 +67,8 @@ MOST_SEARCHED = 1 << 28
 #: Bits of an element, of types that do not fill whole bytes.
 PACKED = {"INT2": 2, "UINT2": 2, "INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4}
 EXTERNAL = onnx.TensorProto.EXTERNAL
+#: Types of tensors whose bytes are those of an array, and that are no sizes.
+FLOATS = tuple(getattr(onnx.TensorProto, name) for name in ("FLOAT", "DOUBLE", "FLOAT16", "BFLOAT16"))
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------
@@ -93,10 +94,9 @@ def read(source: str | Path | onnx.ModelProto) -> tuple[onnx.ModelProto, Folder 
         _check_location(path, tensor)
     try:
         large = size_of(proto) > IN_MEMORY
-        for tensor in list(_external_tensors(proto.graph)):
-            if not (large and _is_large(tensor)):
-                onnx.external_data_helper.load_external_data_for_tensor(tensor, str(path.parent))
-        folder = Folder(path.parent)
+        for tensor in list(_external_tensors(proto.graph, mapped=large)):
+            onnx.external_data_helper.load_external_data_for_tensor(tensor, str(path.parent))
+        folder = Folder(path.parent.absolute())
         mapped = [tensor for tensor in proto.graph.initializer if is_external(tensor)]
         for tensor in mapped:
             array_of(tensor, folder)
@@ -147,13 +147,14 @@ def _values(proto: onnx.ModelProto, folder: Folder | None) -> Callable[[str], Ar
     return lambda name: array_of(tensors[name], folder)
 
 
-def _external_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+def _external_tensors(graph: onnx.GraphProto, *, mapped: bool = False) -> Iterator[onnx.TensorProto]:
+    """Those in attributes and bodies too; with `mapped` without the large initializers of the graph itself."""
     for node in graph.node:
         for attribute in node.attribute:
             yield from (t for t in (attribute.t, *attribute.tensors) if is_external(t))
         for body in bodies(node):
             yield from _external_tensors(body)
-    yield from (tensor for tensor in graph.initializer if is_external(tensor))
+    yield from (t for t in graph.initializer if is_external(t) and not (mapped and _is_large(t)))
 
 
 def bodies(node: onnx.NodeProto) -> list[onnx.GraphProto]:
@@ -215,23 +216,24 @@ def array_of(tensor: onnx.TensorProto, folder: Folder | None) -> Array:
         raise ValueError(f"{tensor.name!r} is in a file of its own that was not read; give the path of the model")
     entries = _entries(tensor)
     offset, size = int(entries.get("offset", 0)), tensor_bytes(tensor)
-    path = folder.path / entries.get("location", "")
-    held = path.stat().st_size - offset
+    name = entries.get("location", "")
+    content = folder.content(name)
+    held = len(content) - offset
     if offset < 0 or not size <= int(entries.get("length", held)) <= held:
-        raise ValueError(f"{tensor.name!r} needs {size} bytes of {path.name} from {offset} on; there are {held}")
+        raise ValueError(f"{tensor.name!r} needs {size} bytes of {name} from {offset} on; there are {held}")
     dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
-    content = np.memmap(path, np.uint8, "r", offset, (size,)) if size else np.zeros(0, np.uint8)
-    if offset % dtype.itemsize:
-        content = np.array(content)  # kernels may rely on aligned numbers
-    return np.asarray(content).view(dtype).reshape(tuple(tensor.dims))
+    own = content[offset : offset + size]
+    # Kernels may rely on aligned numbers.
+    return (np.array(own) if offset % dtype.itemsize else own).view(dtype).reshape(tuple(tensor.dims))
 
 
 def _is_large(tensor: onnx.TensorProto) -> bool:
-    """Whether an initializer goes into a file if the model is large: its bytes are then those of its array."""
-    packed = onnx.TensorProto.DataType.Name(tensor.data_type) in PACKED
-    return (
-        (tensor.HasField("raw_data") or is_external(tensor)) and not packed and tensor_bytes(tensor) >= EXTERNAL_BYTES
-    )
+    """Whether an initializer goes into a file if the model is large.
+
+    Integers do not: they may be sizes, which ONNX Runtime has to know when it infers shapes.
+    """
+    held = tensor.HasField("raw_data") or is_external(tensor)
+    return held and tensor.data_type in FLOATS and tensor_bytes(tensor) >= EXTERNAL_BYTES
 
 
 def tensor_bytes(tensor: onnx.TensorProto) -> int:
@@ -261,10 +263,12 @@ def fingerprint(proto: onnx.ModelProto, folder: Folder | None) -> str:
     for parts in (proto.opset_import, proto.functions, graph.input, graph.output, graph.node, graph.initializer):
         digest.update(f"{len(parts)}:".encode())
         for part in parts:  # one at a time: together they may be larger than protobuf takes
-            inside = _inside(part, array_of(part, folder)) if _lies_outside(part) else part
+            inside = _head(part) if _lies_outside(part) else part
             content = inside.SerializeToString(deterministic=True)
             digest.update(f"{len(content)}:".encode())
             digest.update(content)
+            if _lies_outside(part):
+                digest.update(_bytes(array_of(part, folder)))
     return digest.hexdigest()
 
 
@@ -329,15 +333,16 @@ def placeholder(tensor: onnx.TensorProto) -> onnx.TensorProto:
     made = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, data_location=EXTERNAL)
     if tensor.HasField("doc_string"):
         made.doc_string = tensor.doc_string
+    made.metadata_props.extend(tensor.metadata_props)
     return made
 
 
 def stand_in(name: str, value: Array) -> onnx.TensorProto | None:
     """A tensor without data in the place of an array, None if that is small."""
-    if value.nbytes < EXTERNAL_BYTES or value.dtype.kind not in "fiubV":
+    if value.nbytes < EXTERNAL_BYTES or value.dtype.kind not in "fV":
         return None
     kind = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
-    if onnx.TensorProto.DataType.Name(kind) in PACKED:
+    if kind not in FLOATS:
         return None
     return onnx.TensorProto(name=name, data_type=kind, dims=value.shape, data_location=EXTERNAL)
 
@@ -357,8 +362,14 @@ def filled(proto: onnx.ModelProto, value_of: Callable[[str], Array]) -> tuple[on
             if is_external(tensor):
                 tensor.CopyFrom(_inside(tensor, value_of(tensor.name)))
         return proto, None
-    folder = Folder.temporary()
-    _write(proto, value_of, folder.path / "weights")
+    try:
+        folder = Folder.temporary()
+        _write(proto, value_of, folder.path / "weights")
+    except OSError as error:
+        what = f"{size_of(proto) / 1e6:.0f} MB of weights ({error.strerror or error})"
+        raise OutputError(
+            f"{tempfile.gettempdir()}: cannot hold {what}; set TMPDIR to a folder with more room."
+        ) from error
     _locate(proto, "weights")
     return proto, folder
 
@@ -415,20 +426,6 @@ def whole(proto: onnx.ModelProto, folder: Folder | None) -> onnx.ModelProto:
         if is_external(tensor):
             tensor.CopyFrom(_inside(tensor, array_of(tensor, folder)))
     return copy
-
-
-def set_aside(value: Array) -> Array:
-    """The same values in a temporary file that is mapped, for as long as they are used.
-
-    Args:
-        value: an array; nothing else should hold it any longer.
-    """
-    if value.nbytes < EXTERNAL_BYTES:
-        return value
-    with tempfile.TemporaryFile() as file:
-        file.write(_bytes(value))
-        file.flush()
-        return np.asarray(np.memmap(file, value.dtype, "r", 0, value.shape))
 
 
 # ---- writing ------------------------------------------------------------------------------------------------------

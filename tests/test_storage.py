@@ -182,3 +182,34 @@ def test_a_tensor_that_does_not_begin_at_a_number_is_copied(tmp_path: Path) -> N
     np.testing.assert_array_equal(found, want)
     with pytest.raises(ValueError, match="path of the model"):
         storage.array_of(tensor, None)
+
+
+def test_weights_in_constant_nodes_and_files_of_many_tensors(tmp_path: Path, large: None) -> None:
+    names = [f"w{number}" for number in range(60)]
+    body = "\n".join(
+        f"{'y' if name == names[-1] else 'h' + name} = MatMul({'x' if name == names[0] else 'hw' + str(number - 1)}, {name})"
+        for number, name in enumerate(names)
+    )
+    proto = build(body, {name: 0.1 * np.eye(8, dtype=np.float32) for name in names}, x=("N", 8))
+    moved = proto.graph.initializer.pop()
+    proto.graph.node.insert(0, onnx.helper.make_node("Constant", [], [moved.name], value=moved))
+    onnx.save(
+        onnx.ModelProto.FromString(proto.SerializeToString()), tmp_path / "m.onnx", save_as_external_data=True,
+        location="weights", size_threshold=0, convert_attribute=True,
+    )  # fmt: skip
+    descriptors = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else 0
+    loaded = load(tmp_path / "m.onnx")
+    if descriptors:
+        assert len(list(Path("/proc/self/fd").iterdir())) <= descriptors + 2
+    np.testing.assert_array_equal(loaded.stored[moved.name], numpy_helper.to_array(moved))
+    feeds = {"x": np.ones((2, 8), np.float32)}
+    found = open_session(loaded.proto, loaded.folder, **CPU).run(None, feeds)[0]
+    np.testing.assert_allclose(found, run(proto, feeds)[0], rtol=1e-5)
+
+
+def test_the_folder_stays_where_it_was(tmp_path: Path, large: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(model(), tmp_path, "external data")
+    monkeypatch.chdir(tmp_path)
+    loaded = load("m.onnx")
+    monkeypatch.chdir("/")
+    open_session(loaded.proto, loaded.folder, **CPU).run(None, data(2))

@@ -36,8 +36,9 @@ __all__ = [
 
 Array: TypeAlias = NDArray[Any]
 
-#: Input of a graph that sums: how many samples of a batch are no filler. Operator set in which Slice takes it.
-COUNTED, SLICED = "lindep_onnx_counted", 10
+#: Input of a graph that sums: how many samples of a batch are no filler. Operator set from which on Slice takes it, and
+#: Gemm needs no third input.
+COUNTED, SLICED = "lindep_onnx_counted", 11
 
 
 @dataclass(frozen=True)
@@ -293,7 +294,7 @@ def _summing(
     start, size = picked + "_start", picked + "_size"
     numbers = {start: np.zeros(1, dtype=np.int64), size: np.array([-1, width], dtype=np.int64)}
     proto.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in numbers.items())
-    kept, exact, rows, flat, turned = (picked + what for what in ("_kept", "_exact", "_rows", "_flat", "_turned"))
+    kept, exact, rows, flat = (picked + what for what in ("_kept", "_exact", "_rows", "_flat"))
     names = {what: f"{picked}_{what}" for what in ("gram", "sum", "low", "high")}
     behind = 2 if place.axis == 1 else 1  # the axis of the positions
     node = onnx.helper.make_node
@@ -302,8 +303,7 @@ def _summing(
         node("Cast", [kept], [exact], to=onnx.TensorProto.DOUBLE),
         node("Transpose", [exact], [rows], perm=[0, 2, 1]) if behind == 2 else node("Identity", [exact], [rows]),
         node("Reshape", [rows, size], [flat]),
-        node("Transpose", [flat], [turned], perm=[1, 0]),
-        node("MatMul", [turned, flat], [names["gram"]]),
+        node("Gemm", [flat, flat], [names["gram"]], transA=1),
         reduction(proto, "ReduceSum", flat, names["sum"], [0], opset),
         reduction(proto, "ReduceMin", kept, names["low"], [behind], opset),
         reduction(proto, "ReduceMax", kept, names["high"], [behind], opset),

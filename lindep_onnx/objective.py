@@ -209,10 +209,8 @@ class HeldOut:
         forward = with_inputs(student, weights)
         del forward.graph.output[:]
         forward.graph.output.append(onnx.ValueInfoProto(name=LOSS))
-        self._session, self._teacher = (
-            open_session(forward, student.folder, providers=providers, threads=threads),
-            teacher,
-        )
+        self._session = open_session(forward, student.folder, providers=providers, threads=threads)
+        self._teacher = teacher
         self._batches = [(batch.samples, batch.size) for batch in samples.batches(Part.SELECT, limit=HELD_OUT)]
 
     def loss(self, weights: Mapping[str, Array]) -> float:

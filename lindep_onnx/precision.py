@@ -121,8 +121,7 @@ def neighbour(model: Model, seed: int) -> Model:
     for tensor in _tensors(copy.graph):
         if tensor.data_type in FLOATS and not is_external(tensor):
             tensor.CopyFrom(onnx.numpy_helper.from_array(moved(onnx.numpy_helper.to_array(tensor)), tensor.name))
-    floats = {tensor.name for tensor in copy.graph.initializer if tensor.data_type in FLOATS}
-    return model_of(*filled(copy, lambda name: moved(model.stored[name]) if name in floats else model.stored[name]))
+    return model_of(*filled(copy, lambda name: moved(model.stored[name])))
 
 
 def _types(proto: onnx.ModelProto) -> dict[str, int]:

@@ -4,7 +4,8 @@ A model of up to `IN_MEMORY` bytes is one protobuf, weights included. The weight
 that the model came with or a temporary one: its large initializers are external data, `Folder` says beside which
 model file, and their values are arrays over the mapped file. No copy of them is made in memory, and the operating
 system takes back what it needs. Everywhere in this package a `ModelProto` goes together with such a folder, or with
-None if it holds all of its data.
+None if it holds all of its data. Integers, tensors in attributes and in bodies, and types that do not fill whole bytes
+stay inside, whatever their size.
 """
 
 from __future__ import annotations
@@ -204,7 +205,8 @@ def array_of(tensor: onnx.TensorProto, folder: Folder | None) -> Array:
         folder: of its external data.
 
     Raises:
-        ValueError: there are more or fewer values than it declares, or their file is missing.
+        ValueError: there are more or fewer values than it declares.
+        OSError: their file cannot be read.
     """
     if not is_external(tensor):
         values: Array = onnx.numpy_helper.to_array(tensor)
@@ -506,11 +508,11 @@ def _serialise(proto: onnx.ModelProto, folder: Folder | None, file: BinaryIO) ->
     copy.ClearField("graph")
     sizes = [tensor_bytes(tensor) for tensor in outside]
     raws = [_framed(onnx.TensorProto.RAW_DATA_FIELD_NUMBER, size) for size in sizes]
-    bodies = [len(head) + len(raw) + size for head, raw, size in zip(heads, raws, sizes, strict=True)]
-    starts = [_framed(onnx.GraphProto.INITIALIZER_FIELD_NUMBER, body) for body in bodies]
-    length = len(graph) + sum(map(len, starts)) + sum(bodies)
+    lengths = [len(head) + len(raw) + size for head, raw, size in zip(heads, raws, sizes, strict=True)]
+    starts = [_framed(onnx.GraphProto.INITIALIZER_FIELD_NUMBER, body) for body in lengths]
+    size = len(graph) + sum(map(len, starts)) + sum(lengths)
     file.write(copy.SerializeToString(deterministic=True))
-    file.write(_framed(onnx.ModelProto.GRAPH_FIELD_NUMBER, length))
+    file.write(_framed(onnx.ModelProto.GRAPH_FIELD_NUMBER, size))
     file.write(graph)
     value_of = _values(proto, folder)
     for tensor, start, head, raw in zip(outside, starts, heads, raws, strict=True):

@@ -23,6 +23,7 @@ __all__ = [
     "Atoms",
     "Axes",
     "Bias",
+    "Bounds",
     "Channels",
     "Group",
     "Labelling",
@@ -290,6 +291,30 @@ class Channels:
         """Which of these atoms survive when the units in `removed` go."""
         gone = np.append(removed, False)  # the last entry answers for FROZEN
         return np.asarray(~gone[self.unit[atoms]])
+
+
+class Bounds:
+    """How many units of each set (`Channels.least`) may still go.
+
+    Args:
+        channels: of which nothing is gone yet.
+    """
+
+    def __init__(self, channels: Channels) -> None:
+        self._left = [len(members) - bound for members, bound in channels.least]
+        self._sets: dict[int, list[int]] = {}
+        for number, (members, _) in enumerate(channels.least):
+            for unit in members.tolist():
+                self._sets.setdefault(unit, []).append(number)
+
+    def take(self, unit: int) -> bool:
+        """Whether a unit may go without emptying an axis; counts it if so."""
+        own = self._sets.get(unit, ())
+        if any(self._left[number] <= 0 for number in own):
+            return False
+        for number in own:
+            self._left[number] -= 1
+        return True
 
 
 @dataclass(frozen=True)

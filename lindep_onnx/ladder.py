@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lindep_onnx.analysis import Evidence, problem
-from lindep_onnx.channels import Channels, Product
+from lindep_onnx.channels import Bounds, Channels, Product
 from lindep_onnx.dependence import SiteProblem, choose_ridge, eliminate
 from lindep_onnx.plan import Fold, local_least, local_problem, local_units
 
@@ -198,11 +198,11 @@ def build_ladder(channels: Channels, found: Sequence[Curve], first: NDArray[np.b
     order = np.concatenate([np.empty(0, np.int64), *(piece[3] for piece in pieces)])
     price = np.concatenate([np.empty(0), *(np.full(len(piece[3]), piece[0]) for piece in pieces)])
     rest = ~np.isin(order, free)
-    return Ladder(
-        units=channels.units,
-        order=np.concatenate([free, order[rest]]),
-        price=np.concatenate([np.zeros(len(free)), price[rest]]),
-    )
+    order, price = np.concatenate([free, order[rest]]), np.concatenate([np.zeros(len(free)), price[rest]])
+    # A curve may end at a unit that goes for nothing: then another one of its axis stays in its place.
+    bounds = Bounds(channels)
+    possible = np.array([bounds.take(unit) for unit in order.tolist()], dtype=bool)
+    return Ladder(channels.units, order[possible], price[possible])
 
 
 def _hull(saving: NDArray[np.float64], cost: NDArray[np.float64]) -> list[int]:

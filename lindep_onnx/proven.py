@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from lindep_onnx.analysis import SiteEvidence
 from lindep_onnx.calibration import features
-from lindep_onnx.channels import FROZEN, Channels, Group, Site
+from lindep_onnx.channels import FROZEN, Bounds, Channels, Group, Site
 from lindep_onnx.dependence import COLLINEAR_KIND, CONSTANT, JOINT
 from lindep_onnx.errors import UsageError
 from lindep_onnx.graph import Model
@@ -113,7 +113,7 @@ def prove(channels: Channels, ranges: Ranges = MappingProxyType({}), *, half: bo
         live = site.unit != FROZEN
         constant[site.unit[live & ~gone]] = False
     kind = np.zeros(channels.units, dtype=np.int8)
-    bounds = _Bounds(channels)
+    bounds = Bounds(channels)
     partner = np.full(channels.units, -1)
     for unit in np.flatnonzero(constant)[::-1].tolist():
         if bounds.take(unit):
@@ -222,26 +222,6 @@ def _common(forms: list[Form | None]) -> Form | None:
     return Form(b"".join(form.base for form in forms if form), first.product, first.row, first.factor, first.shift)
 
 
-class _Bounds:
-    """How many units of each set (`Channels.least`) may still go."""
-
-    def __init__(self, channels: Channels) -> None:
-        self._left = [len(members) - bound for members, bound in channels.least]
-        self._sets: dict[int, list[int]] = {}
-        for number, (members, _) in enumerate(channels.least):
-            for unit in members.tolist():
-                self._sets.setdefault(unit, []).append(number)
-
-    def take(self, unit: int) -> bool:
-        """Whether a unit may go without emptying an axis; counts it if so."""
-        own = self._sets.get(unit, ())
-        if any(self._left[number] <= 0 for number in own):
-            return False
-        for number in own:
-            self._left[number] -= 1
-        return True
-
-
 def _multiples(channels: Channels, seen: list[_Seen], kind: NDArray[np.int8]) -> list[tuple[int, int]]:
     """(unit, the unit it is a multiple of) at every site it is read at."""
     found = []
@@ -262,7 +242,7 @@ def _multiples(channels: Channels, seen: list[_Seen], kind: NDArray[np.int8]) ->
 
 
 def _combinations(
-    channels: Channels, group: Group, seen: list[_Seen], kind: NDArray[np.int8], bounds: _Bounds
+    channels: Channels, group: Group, seen: list[_Seen], kind: NDArray[np.int8], bounds: Bounds
 ) -> Iterator[_Combination]:
     """Units that are the same combination of others at every site of the group that reads them.
 
@@ -294,7 +274,7 @@ def _combinations(
                 yield found
 
 
-def _dependent(units: NDArray[np.int64], vectors: NDArray[np.float64], bounds: _Bounds) -> _Combination | None:
+def _dependent(units: NDArray[np.int64], vectors: NDArray[np.float64], bounds: Bounds) -> _Combination | None:
     """Which of the units are combinations of the others; `vectors` is (units, coefficients)."""
     length = np.linalg.norm(vectors, axis=1)
     if not np.isfinite(length).all() or not (length > 0).all():

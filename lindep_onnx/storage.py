@@ -97,6 +97,8 @@ def read(source: str | Path | onnx.ModelProto) -> tuple[onnx.ModelProto, Folder 
         large = size_of(proto) > IN_MEMORY
         for tensor in list(_external_tensors(proto.graph, mapped=large)):
             onnx.external_data_helper.load_external_data_for_tensor(tensor, str(path.parent))
+            tensor.ClearField("data_location")
+            tensor.ClearField("external_data")
         folder = Folder(path.parent.absolute())
         mapped = [tensor for tensor in proto.graph.initializer if is_external(tensor)]
         for tensor in mapped:

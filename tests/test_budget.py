@@ -174,11 +174,11 @@ def test_a_rung_holds_all_rungs_before_it(model) -> None:
     channels = traced(model)
     rng = np.random.default_rng(0)
     found = [
-        Curve(n, group.units, np.cumsum(rng.random(len(group.units))), np.cumsum(rng.random(len(group.units)) + 0.1))
-        for n, group in enumerate(channels.groups)
+        Curve(n, units, np.cumsum(rng.random(len(units))), np.cumsum(rng.random(len(units)) + 0.1))
+        for n, units in enumerate(group.units[1:] for group in channels.groups)
     ]
     ladder = build_ladder(channels, found, np.zeros(channels.units, dtype=bool))
-    assert sorted(ladder.order.tolist()) == sorted(int(u) for group in channels.groups for u in group.units)
+    assert sorted(ladder.order.tolist()) == sorted(int(u) for group in channels.groups for u in group.units[1:])
     assert (np.diff(ladder.price) >= 0).all()
     masks = [ladder.removed(count) for count in ladder.rungs()]
     assert all((small <= large).all() for small, large in itertools.pairwise(masks))
@@ -186,7 +186,7 @@ def test_a_rung_holds_all_rungs_before_it(model) -> None:
 
 def test_inside_a_group_the_order_of_the_elimination_is_kept(model) -> None:
     channels = traced(model)
-    units = channels.groups[0].units[::-1]
+    units = channels.groups[0].units[:0:-1]
     curve = Curve(0, units, np.array([5.0, *np.linspace(6, 7, len(units) - 1)]), np.arange(1.0, len(units) + 1))
     ladder = build_ladder(channels, [curve], np.zeros(channels.units, dtype=bool))
     assert ladder.order.tolist() == units.tolist()
@@ -199,6 +199,18 @@ def test_free_units_go_first(model) -> None:
     group = channels.groups[0]
     curve = Curve(0, group.units, np.arange(1.0, len(group.units) + 1), np.arange(1.0, len(group.units) + 1))
     assert build_ladder(channels, [curve], free).order[:2].tolist() == [2, 5]
+
+
+def test_no_rung_empties_an_axis(model) -> None:
+    channels = traced(model)
+    group = channels.groups[0]
+    curve = Curve(0, group.units[1:], np.arange(1.0, len(group.units)), np.arange(1.0, len(group.units)))
+    free = np.zeros(channels.units, dtype=bool)
+    assert len(build_ladder(channels, [curve], free)) == len(group.units) - 1
+    free[group.units[0]] = True  # what the curve lets stay
+    whole = build_ladder(channels, [curve], free)
+    assert whole.order[0] == group.units[0]
+    assert whole.order.tolist() == group.units[:-1].tolist()
 
 
 def test_the_hull_is_the_largest_convex_minorant() -> None:

@@ -23,12 +23,16 @@ from lindep_onnx.errors import ModelError
 from lindep_onnx.files import Folder
 from lindep_onnx.storage import array_of, bodies
 
-__all__ = ["Model", "Node", "first_name", "impossible_sizes", "load", "model_of"]
+__all__ = ["MOST_DECLARED", "Model", "Node", "first_name", "impossible_sizes", "load", "model_of"]
 
 logger = logging.getLogger(__name__)
 
 Array: TypeAlias = NDArray[Any]
 Dim: TypeAlias = "int | str"
+
+#: Longer vectors are of unknown length to inference, which makes a list of the elements of integer ones.
+MOST_DECLARED = 1 << 20
+INTEGERS = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
 
 
 @dataclass(frozen=True)
@@ -220,9 +224,15 @@ def _attribute(proto: onnx.AttributeProto) -> Any:
 
 
 def impossible_sizes(graph: onnx.GraphProto) -> Iterator[onnx.TensorShapeProto.Dimension]:
-    """Axes that are declared with a size below 0, in bodies too: some of them make onnx end the process."""
+    """Axes that are declared with a size below 0, or vectors of integers with endless ones, in bodies too.
+
+    Either may make onnx end the process: the first by a crash, the second since some versions make a list of the
+    elements.
+    """
     for value in (*graph.input, *graph.output, *graph.value_info):
-        yield from (dim for dim in value.type.tensor_type.shape.dim if dim.dim_value < 0)
+        dims = value.type.tensor_type.shape.dim
+        vector = len(dims) == 1 and value.type.tensor_type.elem_type in INTEGERS
+        yield from (dim for dim in dims if dim.dim_value < 0 or (vector and dim.dim_value > MOST_DECLARED))
     for node in graph.node:
         for body in bodies(node):
             yield from impossible_sizes(body)

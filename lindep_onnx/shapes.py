@@ -22,7 +22,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
-from lindep_onnx.graph import Model, Node, impossible_sizes
+from lindep_onnx.graph import MOST_DECLARED, Model, Node, impossible_sizes
 
 __all__ = ["Resolved", "Shape", "resolve"]
 
@@ -33,8 +33,6 @@ Shape: TypeAlias = "tuple[int | str, ...]"
 
 #: Integer tensors up to this size are followed as possible shapes.
 SHAPE_VALUE_LIMIT = 4096
-#: Longer vectors are of unknown length to inference, which makes a list of the elements of integer ones.
-MOST_DECLARED = 1 << 20
 #: Constants that nodes make out of nothing (ConstantOfShape, Expand, Range) are evaluated up to this size.
 MADE_LIMIT = 1 << 16
 #: Arithmetic on whole weights (a scale, a weight norm) is evaluated up to this size.

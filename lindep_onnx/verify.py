@@ -531,7 +531,7 @@ def full_check_passes(model: onnx.ModelProto | str | Path) -> str | None:
     source = str(model)
     if isinstance(model, onnx.ModelProto):
         if next(graph.impossible_sizes(model.graph), None) is not None:
-            return "an axis is declared with a size below 0"
+            return "an axis is declared with a size that it cannot have"
         large = storage.size_of(model) > storage.IN_MEMORY
         source = (storage.declared(model) if large else model).SerializeToString()
     try:

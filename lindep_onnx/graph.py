@@ -32,6 +32,8 @@ Dim: TypeAlias = "int | str"
 
 #: Longer vectors are of unknown length to inference, which makes a list of the elements of integer ones.
 MOST_DECLARED = 1 << 20
+#: More cannot be fed.
+MOST_FED = 1 << 40
 INTEGERS = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
 
 
@@ -128,6 +130,7 @@ def model_of(proto: onnx.ModelProto, folder: Folder | None, where: str = "") -> 
     opset = next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 0)
     graph = proto.graph
 
+    _check_sizes(where, graph)
     _check_arity(where, graph, {entry.domain: entry.version for entry in proto.opset_import})
     stored: dict[str, Array] = {}
     try:
@@ -247,6 +250,15 @@ def _captures(graph: onnx.GraphProto) -> set[str]:
         for body in bodies(node):
             read |= _captures(body)
     return read - own - {""}
+
+
+def _check_sizes(where: str, graph: onnx.GraphProto) -> None:
+    """Refuse vectors of integers that nobody can feed: some versions of ONNX Runtime make a list of the elements."""
+    for value in graph.input:
+        dims = value.type.tensor_type.shape.dim
+        if value.type.tensor_type.elem_type in INTEGERS and len(dims) == 1 and dims[0].dim_value > MOST_FED:
+            count = dims[0].dim_value
+            raise ModelError(f"{where}: input {value.name!r} is declared with {count} values, which no machine holds.")
 
 
 def _check_arity(where: str, graph: onnx.GraphProto, versions: Mapping[str, int]) -> None:

@@ -7,7 +7,9 @@ shards, however often Dask had to run it. So a worker that dies costs the time o
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,7 +22,7 @@ import onnx
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from lindep_onnx import graph, silence, storage
+from lindep_onnx import files, graph, silence
 from lindep_onnx.calibration import Calibration, Sums
 from lindep_onnx.channels import Channels
 from lindep_onnx.data import InputSpec, Part, Samples, open_samples
@@ -36,7 +38,9 @@ Numbers: TypeAlias = "Mapping[Part, NDArray[np.int64]]"
 
 #: Shards for each worker: more of them lose less when one dies, and send more matrices.
 SHARDS = 3
-#: Seconds to wait for the scheduler.
+#: So often a job is sent again after all workers that had it died.
+TRIES = 3
+#: Seconds to wait for the scheduler, and for a worker to come back.
 PATIENCE = 8
 #: More processes than this are a slip of the finger.
 MOST_PROCESSES = 256
@@ -44,9 +48,13 @@ MOST_PROCESSES = 256
 
 @dataclass(frozen=True)
 class _Job:
-    """All that a worker needs to know beside the numbers of its samples."""
+    """All that a worker needs to know beside the numbers of its samples.
+
+    A large model goes without its weights, which workers map where they are.
+    """
 
     model: bytes
+    folder: str | None
     trace: tuple[tuple[str, ...], tuple[str, ...], int]
     source: Any
     inputs: tuple[InputSpec, ...]
@@ -95,22 +103,20 @@ class Workers:
         threads: int,
     ) -> tuple[Calibration, Ranges]:
         """Moments and ranges of the samples, as one process would take them; see `lindep_onnx.learning`."""
-        model = storage.whole(channels.model.proto, channels.model.folder).SerializeToString(deterministic=True)
+        model, folder = channels.model.proto.SerializeToString(deterministic=True), channels.model.folder
+        beside = None if folder is None else str(folder.path)
         runtime = tuple(providers), threads
         workers = self._client.scheduler_info()["workers"].values()
         sharing = max(Counter(worker["host"] for worker in workers).values(), default=1)
         job = _Job(
-            model, self._trace, self._source, self._inputs, self._batch_size, watched, fitted, seed, runtime, sharing
-        )
+            model, beside, self._trace, self._source, self._inputs, self._batch_size, watched, fitted, seed, runtime,
+            sharing,
+        )  # fmt: skip
         shards = _shards(samples, max(1, SHARDS * len(workers)))
-        everywhere = self._client.scatter(job, broadcast=True, hash=False)
-        futures = [self._client.submit(_run_shard, everywhere, shard, pure=False) for shard in shards]
         found: tuple[Calibration, Ranges] | None = None
         done = 0
         try:
-            for shard, future in zip(shards, futures, strict=True):  # in this order: sums of floats depend on it
-                seen, ranges = future.result()
-                future.release()
+            for shard, (seen, ranges) in zip(shards, self._results(job, shards), strict=True):
                 found = (seen, ranges) if found is None else (found[0].merge(seen), _both(found[1], ranges))
                 done += sum(len(own) for own in shard.values())
                 progress("calibrate", done, done)
@@ -122,11 +128,31 @@ class Workers:
                 f"The cluster gave up on a part of the calibration data: {text}. Every worker needs this package, the "
                 "same file paths, and the memory for one session."
             ) from error
-        finally:
-            with suppress(Exception):
-                self._client.cancel([*futures, everywhere])
         assert found is not None
         return found
+
+    def _results(self, job: _Job, shards: Sequence[Numbers]) -> Iterator[tuple[Calibration, Ranges]]:
+        """What the shards give, in their order: sums of floats depend on it.
+
+        Dask runs the shards of a dead worker again by itself. Where all that knew the job are dead, it is sent again.
+        """
+        done = 0
+        for tries in itertools.count():
+            job_there = self._client.scatter(job, broadcast=True, hash=False)
+            futures = [self._client.submit(_run_shard, job_there, shard, pure=False) for shard in shards[done:]]
+            try:
+                for future in futures:
+                    yield future.result()
+                    future.release()
+                    done += 1
+                return
+            except concurrent.futures.CancelledError:
+                if tries == TRIES:
+                    raise
+                self._client.wait_for_workers(1, timeout=PATIENCE)
+            finally:
+                with suppress(Exception):
+                    self._client.cancel([*futures, job_there])
 
 
 def check_source(source: Any) -> None:
@@ -204,7 +230,7 @@ def _both(own: Ranges, more: Ranges) -> Ranges:
 
 def _run_shard(job: _Job, numbers: Numbers) -> tuple[Calibration, Ranges]:
     with threadpool_limits(max(1, cores() // (2 * job.sharing)), user_api="blas"):
-        channels = _traced(job.model, job.trace)
+        channels = _traced(job.model, job.folder, job.trace)
         providers, threads = job.runtime
         threads = threads or max(1, cores() // job.sharing)  # processes of one machine share its cores
         with open_samples(
@@ -232,8 +258,8 @@ def _run_shard(job: _Job, numbers: Numbers) -> tuple[Calibration, Ranges]:
 
 
 @functools.lru_cache(maxsize=1)
-def _traced(model: bytes, options: tuple[tuple[str, ...], tuple[str, ...], int]) -> Channels:
+def _traced(model: bytes, folder: str | None, options: tuple[tuple[str, ...], tuple[str, ...], int]) -> Channels:
     """Traced once in every process."""
     include, exclude, least = options
-    loaded = graph.load(onnx.ModelProto.FromString(model))
+    loaded = graph.model_of(onnx.ModelProto.FromString(model), None if folder is None else files.Folder(Path(folder)))
     return trace(loaded, resolve(loaded), include=include, exclude=exclude, min_channels=least)

@@ -32,18 +32,39 @@ MOST_BESIDE, LIKENESS = 1000, 0.75
 _PREFIX = f".lindep_onnx.{hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()}."
 
 
-class Scratch(tempfile.TemporaryDirectory[str]):
+class Scratch:
     """A temporary folder; what dead runs left beside it goes first.
+
+    Not `tempfile.TemporaryDirectory`: a process that was forked meanwhile would remove it too when it ends.
 
     Args:
         parent: where to make it; None for the system's place.
+
+    Attributes:
+        name: its path.
     """
 
     def __init__(self, parent: Path | None = None) -> None:
         for folder in abandoned(Path(tempfile.gettempdir()) if parent is None else parent):
             if not (folder / KEEP).exists():
                 shutil.rmtree(folder, ignore_errors=True)
-        super().__init__(prefix=f"{_PREFIX}{os.getpid()}.", dir=parent, ignore_cleanup_errors=True)
+        self.name = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}.", dir=parent)
+        self._end = weakref.finalize(self, _removed, self.name, os.getpid())
+
+    def __enter__(self) -> str:
+        return self.name
+
+    def __exit__(self, *_: object) -> None:
+        self.cleanup()
+
+    def cleanup(self) -> None:
+        """Remove it, if this process made it."""
+        self._end()
+
+
+def _removed(name: str, process: int) -> None:
+    if os.getpid() == process:
+        shutil.rmtree(name, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -56,6 +77,7 @@ class Folder:
 
     path: Path
     _contents: dict[str, NDArray[np.uint8]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _states: dict[str, tuple[int, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def content(self, name: str) -> NDArray[np.uint8]:
         """The bytes of a file in it, mapped once for all who read them.
@@ -68,8 +90,20 @@ class Folder:
             ValueError: it is empty.
         """
         if name not in self._contents:
+            self._states[name] = self._state(name)
             self._contents[name] = np.asarray(np.memmap(self.path / name, np.uint8, "r"))
         return self._contents[name]
+
+    def changed(self) -> Path | None:
+        """A file that is no longer what was mapped, if there is one: what was computed from it is worth nothing."""
+        return next((self.path / name for name, state in self._states.items() if self._state(name) != state), None)
+
+    def _state(self, name: str) -> tuple[int, ...]:
+        try:
+            found = (self.path / name).stat()
+        except OSError:
+            return ()
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
     @classmethod
     def temporary(cls) -> Folder:

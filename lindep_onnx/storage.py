@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, EncodeError
 from numpy.typing import NDArray
 
 from lindep_onnx import files
@@ -38,6 +38,7 @@ __all__ = [
     "PROTOBUF_LIMIT",
     "array_of",
     "bodies",
+    "check_unchanged",
     "declared",
     "filled",
     "fingerprint",
@@ -429,7 +430,22 @@ def whole(proto: onnx.ModelProto, folder: Folder | None) -> onnx.ModelProto:
     for tensor in copy.graph.initializer:
         if is_external(tensor):
             tensor.CopyFrom(_inside(tensor, array_of(tensor, folder)))
+    check_unchanged(folder)
     return copy
+
+
+def check_unchanged(folder: Folder | None) -> None:
+    """Make sure that mapped weights are still those that everything was computed from.
+
+    Args:
+        folder: of a model's external data.
+
+    Raises:
+        ModelError: one of its files was written to or replaced.
+    """
+    changed = folder.changed() if folder is not None else None
+    if changed is not None:
+        raise ModelError(f"{changed}: has changed since it was read; run again on a model that nothing else writes to.")
 
 
 # ---- writing ------------------------------------------------------------------------------------------------------
@@ -446,7 +462,8 @@ def save(proto: onnx.ModelProto, folder: Folder | None, path: Path, *, external_
             belongs to another model); done anyway above 2 GB.
 
     Raises:
-        OutputError: the folder is missing or cannot be written to.
+        OutputError: the folder is missing or cannot be written to, or what is no external data fills 2 GB.
+        ModelError: its external data is no longer what it was.
     """
     external = external_data or size_of(proto) > PROTOBUF_LIMIT - 2**20
     try:
@@ -458,6 +475,11 @@ def save(proto: onnx.ModelProto, folder: Folder | None, path: Path, *, external_
             _save(proto, folder, path, Path(name), external)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror or error}).") from error
+    except (EncodeError, ValueError) as error:  # which of them depends on the version of protobuf
+        if size_of(proto) < PROTOBUF_LIMIT:
+            raise
+        what = "the tensors that cannot go into a file of their own (integers, typed lists) are more than 2 GB"
+        raise OutputError(f"{path}: cannot be written: {what}.") from error
 
 
 def _save(proto: onnx.ModelProto, folder: Folder | None, path: Path, scratch: Path, external: bool) -> None:
@@ -466,7 +488,7 @@ def _save(proto: onnx.ModelProto, folder: Folder | None, path: Path, scratch: Pa
     At any moment the model at `path` is the old one with its old weights, or the new one with its new weights. Weights
     that are not, or no longer, those of the model at `path` are on a list in the folder until they are gone.
     """
-    staged, data, copy = scratch / path.name, scratch / "weights", proto
+    staged, data, copy, source = scratch / path.name, scratch / "weights", proto, folder
     before = _own_data(path)
     after: set[str] = set()
     if external:
@@ -480,6 +502,7 @@ def _save(proto: onnx.ModelProto, folder: Folder | None, path: Path, scratch: Pa
         folder = None
     with staged.open("wb") as file:
         _serialise(copy, folder, file)
+    check_unchanged(source)
     files.flush(staged)
     if before != after:
         (scratch / files.KEEP).write_text(json.dumps([path.name, *sorted(before | after)]), encoding="utf-8")
@@ -564,7 +587,7 @@ def _own_data(path: Path) -> set[str]:
     except (DecodeError, ValueError):
         logger.debug("%s is no model", path)
         return set()
-    found = {entry.value for t in old.graph.initializer for entry in t.external_data if entry.key == "location"}
+    found = {_entries(tensor).get("location", "") for tensor in old.graph.initializer}
     return {name for name in found if _is_data_name(name, path.name)}
 
 

@@ -5,7 +5,7 @@ onnx-graphsurgeon does it, which no other module imports.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias
 
@@ -159,7 +159,8 @@ def _edited(model: Model, edits: Edits) -> tuple[onnx.ModelProto, Folder | None]
     exported = gs.export_onnx(graph, do_type_check=False)
     for tensor in unnamed:  # graphsurgeon names tensors that are still those of the original
         tensor.ClearField("name")
-    result = _restored(original, exported, edits)
+    captured = {name for node in model.nodes for name in node.captures}
+    result = _restored(original, exported, edits, captured)
     return filled(result, lambda name: new[name] if name in new else model.stored[name])
 
 
@@ -206,8 +207,10 @@ def _inserted_after(tensors: dict[str, Any], taken: set[str], name: str, inserti
     return producer, added
 
 
-def _restored(original: onnx.ModelProto, exported: onnx.ModelProto, edits: Edits) -> onnx.ModelProto:
-    """The exported graph inside everything else of the original."""
+def _restored(
+    original: onnx.ModelProto, exported: onnx.ModelProto, edits: Edits, captured: Collection[str]
+) -> onnx.ModelProto:
+    """The exported graph inside everything else of the original; bodies read what is `captured`."""
     result = onnx.ModelProto()
     for descriptor, value in original.ListFields():
         if descriptor.name == "graph":
@@ -235,14 +238,20 @@ def _restored(original: onnx.ModelProto, exported: onnx.ModelProto, edits: Edits
                 if source.HasField(name):
                     setattr(node, name, getattr(source, name))
             _keep_attributes(source, node, edits)
-    documented = {tensor.name: tensor.doc_string for tensor in original.graph.initializer if tensor.doc_string}
+    remaining = {tensor.name: tensor for tensor in original.graph.initializer}
     for tensor in graph.initializer:
-        if tensor.name in documented:
-            tensor.doc_string = documented[tensor.name]
+        known = remaining.pop(tensor.name, None)
+        if known is not None:
+            if known.HasField("doc_string"):
+                tensor.doc_string = known.doc_string
+            del tensor.metadata_props[:]
+            tensor.metadata_props.extend(known.metadata_props)
         # `save` decides where data goes; what was not edited has none here yet.
         tensor.ClearField("external_data")
         if tensor.HasField("raw_data"):
             tensor.ClearField("data_location")
+    # graphsurgeon keeps what nodes read themselves, not what only their bodies read.
+    graph.initializer.extend(tensor for name, tensor in remaining.items() if name in captured)
 
     _declare(original, result, edits)
     return result

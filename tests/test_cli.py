@@ -586,6 +586,7 @@ def annotated() -> onnx.ModelProto:
         value.doc_string = f"the {value.name} of it"
     for tensor in model.graph.initializer:
         tensor.doc_string = f"trained {tensor.name}"
+        tensor.metadata_props.add(key="run", value=tensor.name)
     model.opset_import.add(domain="ai.onnx.ml", version=3)
     return model
 
@@ -609,8 +610,8 @@ def test_everything_around_the_weights_is_kept(folder: Path, cli: Callable) -> N
     for field in ("name", "doc_string", "metadata_props", "input", "output", "node"):
         assert getattr(result.graph, field) == getattr(original.graph, field), field
     assert result.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "N"
-    assert [(t.name, t.doc_string) for t in result.graph.initializer] == [
-        (t.name, t.doc_string) for t in original.graph.initializer
+    assert [(t.name, t.doc_string, t.metadata_props) for t in result.graph.initializer] == [
+        (t.name, t.doc_string, t.metadata_props) for t in original.graph.initializer
     ]
     entries = {entry.key: entry.value for entry in result.metadata_props}
     assert entries.keys() == {"labels", METADATA_KEY} and entries["labels"] == "a,b,c"

@@ -11,7 +11,7 @@ import pytest
 from build import as_array, build, traced
 
 import lindep_onnx
-from lindep_onnx import learning
+from lindep_onnx import learning, storage
 from lindep_onnx.cluster import Workers, check_source, connected
 from lindep_onnx.data import InputSpec, open_samples
 from lindep_onnx.errors import UsageError
@@ -52,7 +52,9 @@ class Dying:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wrap", [lambda client: client, Dying], ids=["calm", "one dies"])
-def test_two_workers_give_the_moments_and_the_plan_of_one_process(tmp_path: Path, wrap) -> None:
+def test_two_workers_give_the_moments_and_the_plan_of_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrap
+) -> None:
     pytest.importorskip("distributed")
     model, path = net(), tmp_path / "calib.npz"
     np.savez(path, x=images(300))
@@ -75,6 +77,10 @@ def test_two_workers_give_the_moments_and_the_plan_of_one_process(tmp_path: Path
             assert (one.active == two.active).all()
         alone = lindep_onnx.compress(model, str(path), batch_size=8)
         together = lindep_onnx.compress(model, str(path), batch_size=8, client=wrap(client))
+        monkeypatch.setattr(storage, "IN_MEMORY", 0)
+        monkeypatch.setattr(storage, "EXTERNAL_BYTES", 64)
+        mapped = lindep_onnx.compress(model, str(path), batch_size=8, client=wrap(client))
+    assert mapped.model.SerializeToString() == together.model.SerializeToString()
     groups = [[(group.name, group.channels_after) for group in result.report.groups] for result in (alone, together)]
     assert groups[0] == groups[1] and sum(group.removed for group in alone.report.groups) >= 1
 

@@ -53,6 +53,25 @@ def test_what_a_dead_run_left_goes_and_what_others_use_stays(tmp_path: Path) -> 
     assert names(tmp_path) == {alive.name, foreign.name}
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_leaves_the_folder_of_its_parent(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from lindep_onnx.files import Folder, Scratch\n"
+        "made, scratch = Folder.temporary(), Scratch(Path(sys.argv[1]))\n"
+        "folder, child = made.path, os.fork()\n"
+        "if not child:\n"
+        "    del made, scratch\n"
+        "    os._exit(0)\n"
+        "os.waitpid(child, 0)\n"
+        "print(folder.exists(), Path(scratch.name).exists())\n"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert found.stdout.split() == ["True", "True"]
+    assert not list(tmp_path.glob(".lindep_onnx.*"))  # nothing is left when both are gone
+
+
 def test_a_link_in_place_of_a_folder_is_not_followed(tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.mkdir()
@@ -88,7 +107,7 @@ def test_killed_between_two_moves_the_model_has_its_own_weights(
         replace(self, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Scratch, "_cleanup", classmethod(lambda *_, **__: None))
+        patch.setattr(files, "_removed", lambda *_: None)
         patch.setattr(Scratch, "__exit__", lambda *_: None)
         patch.setattr(files.os, "getpid", lambda: process)
         if step == "before the old weights go":
@@ -112,6 +131,15 @@ def test_weights_that_a_copy_of_the_model_uses_stay(tmp_path: Path) -> None:
     for name, seed in (("copy", 0), ("m", 1)):
         loaded = onnx.load(tmp_path / f"{name}.onnx")
         np.testing.assert_array_equal(run(loaded, X)[0], run(model(seed), X)[0])
+
+
+def test_an_old_output_with_a_strange_location_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    storage.save(model(0), None, path, external_data=True)
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(b"m.onnx.data", b"m.onnx.d\xff\xfea"))
+    storage.save(model(1), None, path)
+    np.testing.assert_array_equal(run(onnx.load(path), X)[0], run(model(1), X)[0])
 
 
 def test_a_model_without_external_data_takes_its_old_weights_along(tmp_path: Path) -> None:

@@ -405,6 +405,25 @@ def test_what_a_subgraph_captures_stays() -> None:
     assert channels.units == 0 and channels.refusals[0].reason.code == "subgraph"
 
 
+def test_what_only_a_subgraph_reads_is_kept() -> None:
+    weights = {"w": (8, 3, 1, 1), "v": (4, 8, 1, 1), "o": np.full((1, 4, 1, 1), 3, np.float32), "q": np.array(True)}
+    model = build("k = Relu(o)\nh = Conv(x, w)\nr = Relu(h)\ny = Conv(r, v)", weights)
+    nodes = [helper.make_node("Add", ["o", "k"], ["s"]), helper.make_node("Mul", ["y", "s"], ["c"])]
+    body = helper.make_graph(nodes, "body", [], [helper.make_empty_tensor_value_info("c")])
+    model.graph.node.append(helper.make_node("If", ["q"], ["z"], then_branch=body, else_branch=body))
+    model.graph.node[0].input[0] = "p"
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.full((1, 4, 1, 1), -1, np.float32), "p"))
+    model.graph.output[0].CopyFrom(helper.make_empty_tensor_value_info("z"))
+    channels = traced(model)
+    assert channels.units == 8
+    smaller = rewrite(channels, Reconstruction(np.arange(8) < 3), "test").proto
+    result = run(smaller, feed(model))[0]
+    del model.graph.node[-1], body.node[:]
+    model.graph.output[0].CopyFrom(helper.make_empty_tensor_value_info("y"))
+    plain = rewrite(traced(model), Reconstruction(np.arange(8) < 3), "test").proto
+    np.testing.assert_allclose(result, 3 * run(plain, feed(model))[0], atol=1e-5)
+
+
 def test_operators_of_other_domains_are_refused() -> None:
     model = build("h = Conv(x, w)\nr = Relu(h)\ny = Conv(r, v)", {"w": (8, 3, 1, 1), "v": (4, 8, 1, 1)})
     model.graph.node[1].domain = "com.example"

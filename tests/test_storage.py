@@ -209,6 +209,23 @@ def test_weights_in_constant_nodes_and_files_of_many_tensors(tmp_path: Path, lar
     np.testing.assert_allclose(found, run(proto, feeds)[0], rtol=1e-5)
 
 
+@pytest.mark.parametrize("change", ["written", "replaced", "gone"])
+def test_weights_that_change_during_a_run_are_noticed(change: str, tmp_path: Path, large: None) -> None:
+    loaded = load(written(model(), tmp_path, "external data"))
+    storage.save(loaded.proto, loaded.folder, tmp_path / "first.onnx")
+    weights = tmp_path / "weights"
+    content = weights.read_bytes()
+    if change != "written":
+        weights.unlink()
+    if change != "gone":
+        weights.write_bytes(content)
+    with pytest.raises(ModelError, match="weights: has changed since it was read"):
+        storage.save(loaded.proto, loaded.folder, tmp_path / "second.onnx")
+    with pytest.raises(ModelError, match="weights: has changed since it was read"):
+        storage.whole(loaded.proto, loaded.folder)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) in (["", "", ".onnx", ".onnx"], ["", ".onnx", ".onnx"])
+
+
 def test_the_folder_stays_where_it_was(tmp_path: Path, large: None, monkeypatch: pytest.MonkeyPatch) -> None:
     written(model(), tmp_path, "external data")
     monkeypatch.chdir(tmp_path)

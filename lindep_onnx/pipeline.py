@@ -415,6 +415,7 @@ def _run(
     groups = tuple(group_reports(understood, chosen, errors, found, curves))
     report = summarise(understood, workshop, chosen, groups, variants, stressed, samples, config, clock.seconds)
     saved = named(channels, chosen, workshop.options) if config.rounds == 1 else None
+    storage.check_unchanged((half or channels.model).folder)
     if failure is None or config.force:
         if files.output is not None:
             storage.save(result.proto, result.folder, files.output, external_data=files.external_data)

@@ -226,6 +226,19 @@ def test_weights_that_change_during_a_run_are_noticed(change: str, tmp_path: Pat
     assert sorted(path.suffix for path in tmp_path.iterdir()) in (["", "", ".onnx", ".onnx"], ["", ".onnx", ".onnx"])
 
 
+def test_a_run_whose_model_changes_gives_nothing(tmp_path: Path, large: None) -> None:
+    path = written(model(), tmp_path, "external data")
+    weights = tmp_path / "weights"
+
+    def rewritten(stage: str, done: int, whole: int) -> None:
+        if stage == "calibrate":
+            weights.write_bytes(weights.read_bytes())
+
+    assert lindep_onnx.compress(path, data()).report.groups[0].removed == 4
+    with pytest.raises(ModelError, match="weights: has changed since it was read"):
+        lindep_onnx.compress(path, data(), progress=rewritten)
+
+
 def test_the_folder_stays_where_it_was(tmp_path: Path, large: None, monkeypatch: pytest.MonkeyPatch) -> None:
     written(model(), tmp_path, "external data")
     monkeypatch.chdir(tmp_path)

@@ -290,9 +290,6 @@ def _skeleton(
         if value.name in inputs:
             dtype = value.type.tensor_type.elem_type
             value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, dtype, inputs[value.name]))
-        dims = value.type.tensor_type.shape.dim
-        if len(dims) == 1 and dims[0].dim_value > MOST_DECLARED:
-            dims[0].Clear()
     for name, value in constants.items():
         if value.size <= 64 and value.dtype.kind in "iufb":
             graph.initializer.append(onnx.numpy_helper.from_array(value, name))

@@ -9,11 +9,12 @@ import numpy as np
 import onnx
 import pytest
 from build import build, run
+from google.protobuf.message import EncodeError
 from onnx import TensorProto, numpy_helper
 
 import lindep_onnx
 from lindep_onnx import storage
-from lindep_onnx.errors import ModelError
+from lindep_onnx.errors import ModelError, OutputError
 from lindep_onnx.files import Folder
 from lindep_onnx.graph import load
 from lindep_onnx.sessions import open_session
@@ -223,7 +224,22 @@ def test_weights_that_change_during_a_run_are_noticed(change: str, tmp_path: Pat
         storage.save(loaded.proto, loaded.folder, tmp_path / "second.onnx")
     with pytest.raises(ModelError, match="weights: has changed since it was read"):
         storage.whole(loaded.proto, loaded.folder)
-    assert sorted(path.suffix for path in tmp_path.iterdir()) in (["", "", ".onnx", ".onnx"], ["", ".onnx", ".onnx"])
+    assert (tmp_path / "first.onnx").exists() and not (tmp_path / "second.onnx").exists()
+
+
+def test_what_no_file_of_weights_can_take_and_protobuf_cannot_write_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise EncodeError("Failed to serialize proto")
+
+    monkeypatch.setattr(storage, "_serialise", refused)
+    with pytest.raises(EncodeError):  # a small one failed for another reason, which must not be hidden
+        storage.save(model(), None, tmp_path / "m.onnx")
+    monkeypatch.setattr(storage, "PROTOBUF_LIMIT", 1000)
+    with pytest.raises(OutputError, match="more than 2 GB"):
+        storage.save(model(), None, tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_whose_model_changes_gives_nothing(tmp_path: Path, large: None) -> None:

@@ -172,6 +172,12 @@ def test_when_nothing_was_removed_it_says_so_first_and_why(changes: dict[str, ob
     assert not shown(a_report()).startswith("Nothing")
 
 
+@pytest.mark.parametrize(("proven", "words"), [(0, "16 constant"), (4, "4 of them proven"), (16, "all proven")])
+def test_what_is_proven_is_part_of_what_went(proven: int, words: str) -> None:
+    told = module._how(group(kinds={"constant": 16}, proven=proven))
+    assert words in told and ("proven" in told) == bool(proven)
+
+
 def test_the_most_changed_groups_come_first_and_verbose_shows_all() -> None:
     groups = tuple(group(f"layer{k:02}", 64, 63 - k) for k in range(20))
     short, full = (shown(a_report(groups=groups), verbose=v) for v in (False, True))

@@ -77,7 +77,8 @@ class Layer:
         found = {self.product.weight: as_weight(steepest[:, :width], self.product, weight.shape)}
         if self.bias:
             found[self.bias] = steepest[:, width].reshape(gradients[self.bias].shape)
-        return found, float(np.vdot(steepest, joined)) / (joined.shape[0] * joined.shape[2])
+        power = float(np.vdot(steepest, joined)) / (joined.shape[0] * joined.shape[2])
+        return found, max(power, 0.0)  # below by rounding alone
 
 
 def measured(

@@ -11,7 +11,7 @@ is the steepest descent (Benzing, "Gradient Descent on Neurons and its Link to A
 that training starts from.
 
 A gradient that comes from fewer rows than V has unknowns says nothing about most directions, and dividing by what
-hardly varies makes noise of it: such products, nearly all plain Gemms, are left to Adam.
+hardly varies makes noise of it. Such products, and all that see one row of a sample, are left to Adam.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def measured(
             data = stages.tensor(0, product.reader.tensor)
             if data is None or data.ndim <= product.reader.axis or not data.size:
                 continue
-            width = unknowns(product, channels.resolved.constants[product.weight])
-            if positions(product, data.shape) * len(data) * batch // stages.sizes[0][0] < width:
+            rows = positions(product, data.shape) * len(data) // stages.sizes[0][0]  # of one sample
+            if rows < 2 or rows * batch < unknowns(product, channels.resolved.constants[product.weight]):
                 continue
             bias = _bias(product, channels, trained)
             layers.append(_layer(product, bias, _moments(product, stages, bool(bias), rng), channels))

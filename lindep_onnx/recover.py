@@ -51,6 +51,9 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 
 #: Length of a step relative to the root mean square of a tensor, at its peak; and that of a product, relative to this.
 RATE, OF_PRODUCTS = 1e-2, 0.6
+#: The longest step of a product at its peak raises the loss by no more than this times the loss, relative to the loss.
+#: Directions that are tried, and how often.
+RISE, DIRECTIONS, TRIALS = 0.08, 4, 4
 #: Share of the steps in which the rate rises; it then falls along a cosine.
 WARM_UP = 0.05
 DECAY, SQUARED_DECAY, TINY = 0.9, 0.999, 1e-12
@@ -182,7 +185,10 @@ def recover(
             checkpoint.save(key, state)
 
     with ThreadPoolExecutor(pieces) as pool:
-        state = _trained(state, effort, slopes, held_out.loss, layers, _sizes(start, layers), keep, progress)
+        sizes = _sizes(start, layers)
+        length = _length(start, slopes, held_out.loss, layers, sizes)
+        sizes.update((name, length * sizes[name]) for layer in layers for name in layer.names)
+        state = _trained(state, effort, slopes, held_out.loss, layers, sizes, keep, progress)
     changed = {name: value for name, value in state.best.items() if not np.array_equal(value, start[name])}
     return Recovered(changed, state.steps, state.history, notes)
 
@@ -369,6 +375,54 @@ def _moved(state: State, gradients: Weights, rate: float, layers: Sequence[Layer
         step = state.rate * rate * sizes[name] / first / (np.sqrt(square[name] / second) + TINY)
         weights[name] = (state.weights[name] - step * mean[name]).astype(np.float32)
     return replace(state, weights=weights, mean=mean, square=square, averaged=count, norm=running)
+
+
+def _length(
+    start: Weights,
+    slopes: Callable[[int, Weights], tuple[float, dict[str, Array]]],
+    held_out: Callable[[Weights], float],
+    layers: Sequence[Layer],
+    sizes: Mapping[str, float],
+) -> float:
+    """How long the steps of products are at their peak, relative to RATE: 1 at most.
+
+    Gradients of two batches have next to nothing in common, so that most of the way is a random walk. How much a step
+    and its opposite raise the loss together, the curvature along it, is what the walk costs. It grows with the square
+    of the length, and differs by a factor of hundreds between nets.
+
+    Args:
+        start: the weights that training starts from.
+        slopes: loss and gradients of a step.
+        held_out: the loss that judges.
+        layers: the products that step by what they put out.
+        sizes: by which each tensor moves.
+    """
+    least = held_out(start)
+    if not layers or not least > 0:
+        return 1.0
+    steps: list[dict[str, Array]] = []
+    for number in range(DIRECTIONS):
+        gradients = slopes(number, start)[1]
+        steps.append({})
+        for layer in layers:
+            found, power = layer.direction(gradients)
+            scale = RATE * sizes[layer.product.weight] / (math.sqrt(power) + TINY)
+            steps[-1].update((name, np.float32(scale) * direction) for name, direction in found.items())
+
+    def raised(step: Weights, length: float) -> float:
+        ends = [
+            {name: start[name] + np.float32(sign * length) * move for name, move in step.items()} for sign in (1, -1)
+        ]
+        return sum(held_out({**start, **end}) for end in ends) / 2 / least - 1
+
+    length = 1.0
+    for _ in range(TRIALS):
+        rise = float(np.mean([raised(step, length) for step in steps]))
+        factor = math.sqrt(RISE * least / max(rise, TINY)) if math.isfinite(rise) else 0.0
+        length = min(1.0, length * max(factor, 0.1))
+        if factor > 0.5:  # it was near enough for a parabola
+            break
+    return length
 
 
 def _rate(share: float) -> float:

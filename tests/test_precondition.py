@@ -18,7 +18,7 @@ CASES = [
     ("groups", "y = Conv<group=2>(x, w, b)", {"w": (6, 2, 2, 2), "b": (6,)}, (4, 5, 4), 2, 1),
     ("depthwise, no bias", "y = Conv<group=4, pads=[1,1,1,1]>(x, w)", {"w": (8, 1, 3, 3)}, (4, 5, 4), 4, 1),
     ("transposed", "y = ConvTranspose<strides=[2,2], pads=[1,0,0,1], group=2>(x, w, b)", {"w": (4, 3, 3, 3), "b": (6,)}, (4, 4, 5), 2, 1),
-    ("Gemm", "y = Gemm<alpha=0.5, beta=3.0, transB=1>(x, w, b)", {"w": (6, 4), "b": (6,)}, (4,), 1, 1),
+    ("Gemm", "r = Reshape(x, s)\ny = Gemm<alpha=0.5, beta=3.0, transB=1>(r, w, b)", {"w": (6, 4), "b": (6,), "s": np.array([-1, 4])}, (5, 4), 1, 1),
     ("MatMul and Add", "z = MatMul(x, w)\ny = Add(b, z)", {"w": (4, 6), "b": (6,)}, (5, 4), 1, 2),
     ("MatMul from the left", "z = MatMul(w, x)\ny = Add(z, b)", {"w": (6, 4), "b": (6, 1)}, (4, 5), 1, 1),
 ]  # fmt: skip
@@ -45,12 +45,13 @@ def outputs(model, shape: tuple[int, ...]) -> np.ndarray:
 def test_a_direction_is_measured_by_what_the_outputs_change(case: tuple) -> None:
     _, body, weights, shape, groups, channels = case
     model = build(body, weights, x=("N", *shape))
-    (layer,) = layers(model, shape, set(weights))
-    assert set(layer.names) == set(weights) and len(layer.inverse) == groups
+    trained = weights.keys() - {"s"}
+    (layer,) = layers(model, shape, trained)
+    assert set(layer.names) == trained and len(layer.inverse) == groups
     y = outputs(model, shape)
     np.testing.assert_allclose(layer.size, np.sqrt(np.mean(np.square(y))), rtol=1e-5)
     rng = np.random.default_rng(5)
-    gradients = {name: rng.normal(size=initializer(model, name).shape).astype(np.float32) for name in weights}
+    gradients = {name: rng.normal(size=initializer(model, name).shape).astype(np.float32) for name in sorted(trained)}
     direction, power = layer.direction(gradients)
     moved = model
     for name, step in direction.items():
@@ -91,22 +92,25 @@ def test_the_inverse_is_that_of_the_moments_of_patches() -> None:
 
 
 def test_what_cannot_be_measured_steps_like_any_other_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
-    body = "a = MatMul(x, v)\nr = Relu(a)\nc = MatMul(r, v)\ns = Add(c, q)\ny = Gemm(s, w, q)"
-    model = build(body, {"v": (4, 4), "w": (4, 4), "q": (4,)}, x=("N", 4))
-    (layer,) = layers(model, (4,), {"v", "w", "q"})  # v is multiplied twice, q added twice
+    body = "a = MatMul(x, v)\nr = Relu(a)\nc = MatMul(r, v)\ns = Add(c, q)\nm = MatMul(s, w)\ny = Add(m, q)"
+    model = build(body, {"v": (4, 4), "w": (4, 4), "q": (4,)}, x=("N", 5, 4))
+    (layer,) = layers(model, (5, 4), {"v", "w", "q"})  # v is multiplied twice, q added twice
     assert layer.names == ("w",) and layer.inverse.shape == (1, 4, 4)
-    assert not layers(model, (4,), {"q"})
-    thin = build("y = Gemm(x, w, q)", {"w": (20, 4), "q": (4,)}, x=("N", 20))
-    assert not layers(thin, (20,), {"w", "q"})  # a step has 16 rows
+    assert not layers(model, (5, 4), {"q"})
     monkeypatch.setattr(precondition, "WIDEST", 4)
-    assert not layers(model, (4,), {"v", "w", "q"})
+    assert not layers(model, (5, 4), {"v", "w", "q"})
+
+
+@pytest.mark.parametrize(("shape", "layers_found"), [((40,), 0), ((2, 40), 0), ((3, 40), 1), ((4,), 0)])
+def test_a_step_that_sees_few_rows_is_left_to_adam(shape: tuple[int, ...], layers_found: int) -> None:
+    model = build("y = MatMul(x, w)", {"w": (shape[-1], 4)}, x=("N", *shape))
+    assert len(layers(model, shape, {"w"})) == layers_found  # 16 samples make a step
 
 
 def test_an_input_that_is_dead_moves_nothing_and_a_constant_one_is_a_single_row() -> None:
-    body = "z = Mul(x, zero)\na = Gemm(z, w, b)\nk = Relu(c)\nm = MatMul(k, v)\ny = Add(a, m)"
-    weights = {"w": (4, 3), "b": (3,), "zero": np.zeros(1, np.float32), "c": (1, 4), "v": (4, 3)}
-    model = build(body, weights, x=("N", 4))
-    (dead,) = layers(model, (4,), {"w", "b", "v"})
+    body = "z = Mul(x, zero)\ng = MatMul(z, w)\na = Add(g, b)\nk = Relu(c)\nm = MatMul(k, v)\ny = Add(a, m)"
+    weights = {"w": (4, 3), "b": (3,), "zero": np.zeros(1, np.float32), "c": (1, 1, 4), "v": (4, 3)}
+    (dead,) = layers(build(body, weights, x=("N", 5, 4)), (5, 4), {"w", "b", "v"})
     direction, _ = dead.direction({"w": np.zeros((4, 3), np.float32), "b": np.ones(3, np.float32)})
     np.testing.assert_allclose(direction["b"], np.ones(3), rtol=1e-5)
     assert not direction["w"].any()
@@ -115,11 +119,11 @@ def test_an_input_that_is_dead_moves_nothing_and_a_constant_one_is_a_single_row(
 def test_training_gets_further_where_channels_depend_on_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """What all 16 inputs have in common is ten times what tells them apart."""
     rng = np.random.default_rng(1)
-    x = (rng.normal(size=(400, 16)) + 10 * rng.normal(size=(400, 1))).astype(np.float32)
-    teacher = build("y = MatMul(x, w)", {"w": (16, 4)}, x=("N", 16))
+    x = (rng.normal(size=(200, 3, 16)) + 10 * rng.normal(size=(200, 3, 1))).astype(np.float32)
+    teacher = build("y = MatMul(x, w)", {"w": (16, 4)}, x=("N", 3, 16))
     w = initializer(teacher, "w")
     student = with_initializer(teacher, "w", w * (1 + 0.5 * rng.normal(size=w.shape).astype(np.float32)))
-    spec = InputSpec("x", np.dtype(np.float32), ("N", 16))
+    spec = InputSpec("x", np.dtype(np.float32), ("N", 3, 16))
 
     def left() -> float:
         with open_samples({"x": x}, [spec], seed=0, holdout=0.3, max_samples=None, batch_size=16) as data:

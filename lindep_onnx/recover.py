@@ -51,8 +51,8 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 
 #: Length of a step relative to the root mean square of a tensor, at its peak; and that of a product, relative to this.
 RATE, OF_PRODUCTS = 1e-2, 0.6
-#: The longest step of a product at its peak raises the loss by no more than this times the loss, relative to the loss.
-#: Directions that are tried, and how often.
+#: What a step of the products may cost at its peak, over the square of the loss; in so many directions it is tried, at so
+#: many lengths at most.
 RISE, DIRECTIONS, TRIALS = 0.08, 4, 4
 #: Share of the steps in which the rate rises; it then falls along a cosine.
 WARM_UP = 0.05
@@ -388,7 +388,8 @@ def _length(
 
     Gradients of two batches have next to nothing in common, so that most of the way is a random walk. How much a step
     and its opposite raise the loss together, the curvature along it, is what the walk costs. It grows with the square
-    of the length, and differs by a factor of hundreds between nets.
+    of the length, and differs by a factor of hundreds between nets. The less there is to win back, the less of it a
+    step may cost: RISE times the loss, as a share of the loss (measured, see docs/architecture.md).
 
     Args:
         start: the weights that training starts from.

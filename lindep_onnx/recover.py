@@ -51,8 +51,8 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 
 #: Length of a step relative to the root mean square of a tensor, at its peak; and that of a product, relative to this.
 RATE, OF_PRODUCTS = 1e-2, 0.6
-#: What a step of the products may cost at its peak, over the square of the loss; in so many directions it is tried, at so
-#: many lengths at most.
+#: What a step of the products may cost at its peak, over the square of the loss. It is tried in so many directions, and
+#: at so many lengths at most.
 RISE, DIRECTIONS, TRIALS = 0.08, 4, 4
 #: Share of the steps in which the rate rises; it then falls along a cosine.
 WARM_UP = 0.05

@@ -4,12 +4,10 @@ The original is the teacher and the calibration samples are the data (see `linde
 Runtime computes loss and gradients (see `lindep_onnx.differentiate`); Adam (Kingma, Ba, 2015) steps in NumPy, on
 weights that stay inputs of one session.
 
-Products step along the steepest descent in what they put out, by a share of its root mean square (see
-`lindep_onnx.precondition`); all other tensors by a share of the root mean square of their own values. So one step
-length suits all layers, whatever the scale that folding or the exporter left in them. FIT samples are trained on.
-SELECT samples say which state was the best, and that one is kept: the result is never worse on them than what training
-started from. Where they say that steps are too long, training goes back to the best state and goes on with shorter
-ones.
+Each tensor moves in proportion to the root mean square of its own values, so that one step length suits all layers,
+whatever the scale that folding or the exporter left in them. FIT samples are trained on. SELECT samples say which state
+was the best, and that one is kept: the result is never worse on them than what training started from. Where they say
+that steps are too long, training goes back to the best state and goes on with shorter ones.
 
 Every random choice is a function of the seed and the step, so that an interrupted training can be taken up from a
 checkpoint and ends where it would have ended.
@@ -37,11 +35,8 @@ from lindep_onnx.differentiate import differentiate
 from lindep_onnx.errors import LindepError
 from lindep_onnx.graph import Model
 from lindep_onnx.objective import LOSS, HeldOut, Teacher, with_loss
-from lindep_onnx.precondition import Layer, measured
 from lindep_onnx.sessions import cores, open_session
-from lindep_onnx.shapes import resolve
 from lindep_onnx.storage import fingerprint
-from lindep_onnx.tracing import trace
 
 __all__ = ["Recovered", "recover", "trainable"]
 
@@ -49,11 +44,8 @@ Array: TypeAlias = NDArray[Any]
 Weights: TypeAlias = Mapping[str, Array]
 Progress: TypeAlias = Callable[[str, int, int], None]
 
-#: Length of a step relative to the root mean square of a tensor, at its peak; and that of a product, relative to this.
-RATE, OF_PRODUCTS = 1e-2, 0.6
-#: What a step of the products may cost at its peak, over the square of the loss. It is tried in so many directions, and
-#: at so many lengths at most.
-RISE, DIRECTIONS, TRIALS = 0.08, 4, 4
+#: Length of a step relative to the root mean square of a tensor, at its peak.
+RATE = 1e-2
 #: Share of the steps in which the rate rises; it then falls along a cosine.
 WARM_UP = 0.05
 DECAY, SQUARED_DECAY, TINY = 0.9, 0.999, 1e-12
@@ -154,8 +146,6 @@ def recover(
             return Recovered({}, 0, (), notes or _untrained("no output depends on a float32 weight").notes)
         own = threads if pieces == 1 else max(1, (threads or cores()) // pieces)
         session = open_session(backward.proto, backward.folder, providers=providers, threads=own)
-        rng = np.random.default_rng(seed)
-        layers = measured(trace(student, resolve(student)), samples, backward.gradients, rng=rng, **runtime)
     except LindepError as error:  # the refit is worth keeping without it
         return _untrained(str(error))
     held_out = HeldOut(modern, list(backward.gradients), guide, samples, **runtime)
@@ -185,10 +175,7 @@ def recover(
             checkpoint.save(key, state)
 
     with ThreadPoolExecutor(pieces) as pool:
-        sizes = _sizes(start, layers)
-        length = _length(start, slopes, held_out.loss, layers, sizes)
-        sizes.update((name, length * sizes[name]) for layer in layers for name in layer.names)
-        state = _trained(state, effort, slopes, held_out.loss, layers, sizes, keep, progress)
+        state = _trained(state, effort, slopes, held_out.loss, _sizes(start), keep, progress)
     changed = {name: value for name, value in state.best.items() if not np.array_equal(value, start[name])}
     return Recovered(changed, state.steps, state.history, notes)
 
@@ -230,7 +217,6 @@ def _trained(
     effort: Effort,
     slopes: Callable[[int, Weights], tuple[float, dict[str, Array]]],
     held_out: Callable[[Weights], float],
-    layers: Sequence[Layer],
     sizes: Mapping[str, float],
     keep: Callable[[State], None],
     progress: Progress,
@@ -242,7 +228,6 @@ def _trained(
         effort: how long in all.
         slopes: loss and gradients of a step.
         held_out: the loss that judges.
-        layers: the products that step by what they put out.
         sizes: by which each tensor moves.
         keep: called with a state now and then.
         progress: see `recover`.
@@ -264,7 +249,7 @@ def _trained(
         before = looks()
         loss, gradients = slopes(state.steps, state.weights)
         losses.append(loss)
-        state = _moved(state, gradients, _rate(share()), layers, sizes)
+        state = _moved(state, gradients, _rate(share()), sizes)
         state = replace(state, seconds=earlier + time.monotonic() - begun)
         if effort.steps is not None:
             progress("recover", state.steps, effort.steps)
@@ -336,24 +321,15 @@ def trainable(model: Model, frozen: Collection[str]) -> list[str]:
 # ---- optimiser ----------------------------------------------------------------------------------------------------
 
 
-def _sizes(weights: Weights, layers: Sequence[Layer]) -> dict[str, float]:
-    """What the step length of each tensor is relative to: its root mean square, or that of its product."""
-    sizes = _above_nothing({name: float(np.sqrt(np.mean(np.square(value)))) for name, value in weights.items()})
-    outputs = _above_nothing({layer.product.weight: OF_PRODUCTS * layer.size for layer in layers})
-    return sizes | {name: outputs[layer.product.weight] for layer in layers for name in layer.names}
-
-
-def _above_nothing(sizes: Mapping[str, float]) -> dict[str, float]:
-    """Next to nothing counts as a thousandth of the usual."""
+def _sizes(weights: Weights) -> dict[str, float]:
+    """Root mean square of each tensor; next to nothing counts as a thousandth of the usual."""
+    sizes = {name: float(np.sqrt(np.mean(np.square(value)))) for name, value in weights.items()}
     typical = float(np.median([size for size in sizes.values() if size > 0] or [1.0]))
     return {name: max(size, 1e-3 * typical) for name, size in sizes.items()}
 
 
-def _moved(state: State, gradients: Weights, rate: float, layers: Sequence[Layer], sizes: Mapping[str, float]) -> State:
-    """One step; the weights stay if a gradient is not finite.
-
-    That of Adam, but for products: their direction is one of all their values together, and so is its mean square.
-    """
+def _moved(state: State, gradients: Weights, rate: float, sizes: Mapping[str, float]) -> State:
+    """One step of Adam, relative to the size of each tensor; the weights stay if a gradient is not finite."""
     state = replace(state, steps=state.steps + 1)
     norm = math.sqrt(sum(float(np.vdot(slope, slope)) for slope in gradients.values()))
     if not math.isfinite(norm):
@@ -361,69 +337,16 @@ def _moved(state: State, gradients: Weights, rate: float, layers: Sequence[Layer
     count = state.averaged + 1
     factor = min(1.0, CLIP * state.norm / max(norm, TINY)) if state.averaged else 1.0
     running = 0.9 * state.norm + 0.1 * norm * factor if state.averaged else norm
-    directions = {name: slope * np.float32(factor) for name, slope in gradients.items()}
-    powers = {name: slope * slope for name, slope in directions.items()}
-    for layer in layers:
-        found, power = layer.direction(directions)
-        directions.update(found)
-        powers.update(dict.fromkeys(layer.names, np.asarray(power, np.float32)))
     first, second = 1 - DECAY**count, 1 - SQUARED_DECAY**count
     weights, mean, square = {}, {}, {}
-    for name, direction in directions.items():
-        mean[name] = state.mean[name] + (1 - DECAY) * (direction - state.mean[name])
-        square[name] = state.square[name] + (1 - SQUARED_DECAY) * (powers[name] - state.square[name])
-        step = state.rate * rate * sizes[name] / first / (np.sqrt(square[name] / second) + TINY)
-        weights[name] = (state.weights[name] - step * mean[name]).astype(np.float32)
+    for name, slope in gradients.items():
+        slope = slope * np.float32(factor)
+        mean[name] = state.mean[name] + (1 - DECAY) * (slope - state.mean[name])
+        square[name] = state.square[name] + (1 - SQUARED_DECAY) * (slope * slope - state.square[name])
+        direction = mean[name] / first / (np.sqrt(square[name] / second) + TINY)
+        step = state.rate * rate * sizes[name]
+        weights[name] = (state.weights[name] - step * direction).astype(np.float32)
     return replace(state, weights=weights, mean=mean, square=square, averaged=count, norm=running)
-
-
-def _length(
-    start: Weights,
-    slopes: Callable[[int, Weights], tuple[float, dict[str, Array]]],
-    held_out: Callable[[Weights], float],
-    layers: Sequence[Layer],
-    sizes: Mapping[str, float],
-) -> float:
-    """How long the steps of products are at their peak, relative to RATE: 1 at most.
-
-    Gradients of two batches have next to nothing in common, so that most of the way is a random walk. How much a step
-    and its opposite raise the loss together, the curvature along it, is what the walk costs. It grows with the square
-    of the length, and differs by a factor of hundreds between nets. The less there is to win back, the less of it a
-    step may cost: RISE times the loss, as a share of the loss (measured, see docs/architecture.md).
-
-    Args:
-        start: the weights that training starts from.
-        slopes: loss and gradients of a step.
-        held_out: the loss that judges.
-        layers: the products that step by what they put out.
-        sizes: by which each tensor moves.
-    """
-    least = held_out(start)
-    if not layers or not least > 0:
-        return 1.0
-    steps: list[dict[str, Array]] = []
-    for number in range(DIRECTIONS):
-        gradients = slopes(number, start)[1]
-        steps.append({})
-        for layer in layers:
-            found, power = layer.direction(gradients)
-            scale = RATE * sizes[layer.product.weight] / (math.sqrt(power) + TINY)
-            steps[-1].update((name, np.float32(scale) * direction) for name, direction in found.items())
-
-    def raised(step: Weights, length: float) -> float:
-        ends = [
-            {name: start[name] + np.float32(sign * length) * move for name, move in step.items()} for sign in (1, -1)
-        ]
-        return sum(held_out({**start, **end}) for end in ends) / 2 / least - 1
-
-    length = 1.0
-    for _ in range(TRIALS):
-        rise = float(np.mean([raised(step, length) for step in steps]))
-        factor = math.sqrt(RISE * least / max(rise, TINY)) if math.isfinite(rise) else 0.0
-        length = min(1.0, length * max(factor, 0.1))
-        if factor > 0.5:  # it was near enough for a parabola
-            break
-    return length
 
 
 def _rate(share: float) -> float:

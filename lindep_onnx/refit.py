@@ -26,11 +26,10 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
-from lindep_onnx.channels import Channels, Product
+from lindep_onnx.channels import Channels, Product, Window
 from lindep_onnx.data import Part, Samples
 from lindep_onnx.files import Scratch
 from lindep_onnx.graph import Node
-from lindep_onnx.patches import as_matrix, as_weight, patches_at, unknowns
 from lindep_onnx.placement import Placement
 from lindep_onnx.sampling import Place, RowSampler, rows_at
 from lindep_onnx.staging import Stages
@@ -172,7 +171,7 @@ def _tasks(
             continue
         if len(compressed.model.consumers.get(product.weight, ())) > 1 or not _free(product, compressed):
             continue
-        if unknowns(product, compressed.resolved.constants[product.weight]) > WIDEST:
+        if _unknowns(product, compressed) > WIDEST:
             skipped.append(output)
             continue
         task = _task(product, original, placement, compressed, residual)
@@ -276,10 +275,19 @@ def _other_operand(node: Node, tensor: str, product: Product, compressed: Channe
     return other if before and same and other not in compressed.resolved.constants else None
 
 
+def _unknowns(product: Product, channels: Channels) -> int:
+    weight = channels.resolved.constants[product.weight]
+    taps = math.prod(product.window.kernel) if product.window is not None else 1
+    inputs = weight.shape[product.inputs]
+    if product.window is not None and product.window.transposed:
+        inputs //= product.group
+    return int(inputs) * taps
+
+
 def _positions(product: Product, channels: Channels, samples: int) -> int:
-    count = unknowns(product, channels.resolved.constants[product.weight])
-    wanted = max(LEAST_ROWS, ROWS_PER_UNKNOWN * count)
-    most = PATCH_BYTES // max(1, 4 * count * product.group)
+    unknowns = _unknowns(product, channels)
+    wanted = max(LEAST_ROWS, ROWS_PER_UNKNOWN * unknowns)
+    most = PATCH_BYTES // max(1, 4 * unknowns * product.group)
     return max(1, min(wanted, most) // samples)
 
 
@@ -341,7 +349,7 @@ def _gathered(task: _Task, stages: Stages, targets: _Targets, kept: NDArray[np.i
             raise AssertionError(f"{product.reader.tensor} is not in the frontier")
         if kept is not None:
             data = np.take(data, kept, product.reader.axis)
-        patches.append(patches_at(data, product, positions))
+        patches.append(_patches(data, product, positions))
         if task.other:
             other = stages.tensor(number, task.other)
             if other is None:
@@ -359,6 +367,79 @@ def _gathered(task: _Task, stages: Stages, targets: _Targets, kept: NDArray[np.i
     )
 
 
+def _patches(data: Array, product: Product, positions: NDArray[np.int64]) -> Array:
+    """(groups, samples x rows, channels of a group x taps) float32."""
+    if product.window is None:
+        rows = rows_at(data, product.reader.axis, positions)
+        return np.ascontiguousarray(rows.reshape(1, -1, rows.shape[-1]), dtype=np.float32)
+    taps = _taps(product.window, data.shape[2:], positions)  # (rows, T), the last place is a zero
+    count, channels = data.shape[:2]
+    flat = np.concatenate([data.reshape(count, channels, -1), np.zeros((count, channels, 1), data.dtype)], axis=2)
+    picked = flat[:, :, taps]  # (samples, channels, rows, T)
+    grouped = picked.reshape(count, product.group, channels // product.group, *taps.shape)
+    ordered = grouped.transpose(1, 0, 3, 2, 4)  # (groups, samples, rows, channels, T)
+    return np.ascontiguousarray(ordered.reshape(product.group, count * len(positions), -1), dtype=np.float32)
+
+
+def _taps(window: Window, sizes: Sequence[int], positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(rows, T) flat input positions that each output position combines; the number of positions means a zero."""
+    outputs = [_output_size(window, axis, size) for axis, size in enumerate(sizes)]
+    places = np.unravel_index(positions, outputs)
+    flat = np.zeros((len(positions), 1), dtype=np.int64)
+    valid = np.ones((len(positions), 1), dtype=bool)
+    for axis, size in enumerate(sizes):
+        offsets = np.arange(window.kernel[axis]) * window.dilations[axis]
+        begin, stride = window.pads[axis][0], window.strides[axis]
+        if window.transposed:
+            spread = places[axis][:, None] + begin - offsets
+            at, inside = spread // stride, spread % stride == 0
+        else:
+            at = places[axis][:, None] * stride - begin + offsets
+            inside = np.ones(at.shape, dtype=bool)
+        inside = inside & (at >= 0) & (at < size)
+        flat = (flat[:, :, None] * size + np.clip(at, 0, size - 1)[:, None, :]).reshape(len(positions), -1)
+        valid = (valid[:, :, None] & inside[:, None, :]).reshape(len(positions), -1)
+    return np.where(valid, flat, math.prod(sizes))
+
+
+def _output_size(window: Window, axis: int, size: int) -> int:
+    reach = (window.kernel[axis] - 1) * window.dilations[axis] + 1
+    pads = sum(window.pads[axis])
+    if window.transposed:
+        return window.strides[axis] * (size - 1) + reach - pads
+    return (size + pads - reach) // window.strides[axis] + 1
+
+
+# ---- the weight as a matrix ---------------------------------------------------------------------------------------
+
+
+def _matrix(weight: Array, product: Product) -> Matrix:
+    """(G, K, M): the weight with its scale, ordered like the patches."""
+    value = weight.astype(np.float64) * product.scale
+    groups = product.group
+    if product.window is None:
+        return np.moveaxis(value, (product.inputs, product.outputs), (0, 1))[None]
+    taps = math.prod(product.window.kernel)
+    if product.window.transposed:  # (C, M of a group, *kernel)
+        parts = value.reshape(groups, value.shape[0] // groups, value.shape[1], taps)
+        return parts.transpose(0, 1, 3, 2).reshape(groups, -1, value.shape[1])
+    parts = value.reshape(groups, value.shape[0] // groups, value.shape[1], taps)
+    return parts.transpose(0, 2, 3, 1).reshape(groups, -1, value.shape[0] // groups)
+
+
+def _weight(matrix: Matrix, product: Product, like: Array) -> Array:
+    """Undo `_matrix`."""
+    groups, _, outputs = matrix.shape
+    value = matrix / product.scale
+    if product.window is None:
+        plain = np.moveaxis(value[0], (0, 1), (product.inputs, product.outputs))
+    else:
+        parts = value.reshape(groups, -1, math.prod(product.window.kernel), outputs)
+        order = (0, 1, 3, 2) if product.window.transposed else (0, 3, 1, 2)
+        plain = parts.transpose(order)
+    return np.ascontiguousarray(plain.reshape(like.shape)).astype(like.dtype)
+
+
 @dataclass(frozen=True)
 class _New:
     weights: Mapping[str, Array]
@@ -369,7 +450,7 @@ def _refitted(task: _Task, compressed: Channels, fit: _Rows, select: _Rows) -> t
     """Solve one product; keep what there was if nothing does better on unseen rows."""
     product = task.product
     stored = compressed.resolved.constants[product.weight]
-    prior = as_matrix(stored.astype(np.float64), product) * product.scale
+    prior = _matrix(stored, product)
     constant, free = _constant(task, compressed)
     now = constant.reshape(product.group, 1, -1)
     system = _System(fit, prior, now, free)
@@ -386,10 +467,10 @@ def _refitted(task: _Task, compressed: Channels, fit: _Rows, select: _Rows) -> t
             if not error < last:
                 break
             last = error
-    weight = as_weight(best[1] / product.scale, product, stored.shape).astype(stored.dtype)
+    weights = {product.weight: _weight(best[1], product, stored)}
     operands = _operands(task, compressed, best[2].ravel() - constant) if free else {}
     energy = max(float(np.square(unseen.target - unseen.target.mean(axis=1, keepdims=True)).sum()), 1e-300)
-    return _New({product.weight: weight}, operands), (math.sqrt(before / energy), math.sqrt(best[0] / energy))
+    return _New(weights, operands), (math.sqrt(before / energy), math.sqrt(best[0] / energy))
 
 
 def _constant(task: _Task, compressed: Channels) -> tuple[Matrix, bool]:
@@ -442,10 +523,10 @@ class _System:
     """
 
     def __init__(self, rows: _Rows, prior: Matrix, constant: Matrix, free: bool) -> None:
-        groups, count, width = rows.patches.shape
-        gram = np.zeros((groups, width, width))
-        cross = np.zeros((groups, width, rows.target.shape[2]))
-        total = np.zeros((groups, 1, width))
+        groups, count, unknowns = rows.patches.shape
+        gram = np.zeros((groups, unknowns, unknowns))
+        cross = np.zeros((groups, unknowns, rows.target.shape[2]))
+        total = np.zeros((groups, 1, unknowns))
         for start in range(0, count, CHUNK):
             part = rows.patches[:, start : start + CHUNK].astype(np.float64)
             gram += part.transpose(0, 2, 1) @ part

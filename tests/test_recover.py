@@ -20,8 +20,7 @@ from lindep_onnx.cli import main
 from lindep_onnx.config import Config, Effort
 from lindep_onnx.data import InputSpec, Part, Samples, open_samples
 from lindep_onnx.errors import BudgetError, UsageError
-from lindep_onnx.precondition import Layer
-from lindep_onnx.recover import RATE, RISE, Recovered, _judged, _length, recover, trainable
+from lindep_onnx.recover import RATE, Recovered, _judged, recover, trainable
 from lindep_onnx.rewrite import Reconstruction, rewrite
 from lindep_onnx.surgery import Edits, edit
 
@@ -397,29 +396,10 @@ def test_steps_that_are_too_long_are_taken_back() -> None:
     assert back.weights is old and back.rate == 0.3 and back.averaged == 0 and not back.mean["w"].any()
 
 
-@pytest.mark.parametrize(("curvature", "length"), [(0.01, 1.0), (100, 0.1), (1e6, 1e-3)])
-def test_steps_of_products_are_as_long_as_the_curvature_along_them_allows(curvature: float, length: float) -> None:
-    """A parabola about where training starts, on a slope: the slope must not count."""
-    channels = traced(build("y = MatMul(x, w)", {"w": (4, 3)}, x=("N", 2, 4)))
-    layer = Layer(channels.products[0], "", np.eye(4, dtype=np.float32)[None], size=1.0)
-    start, loss = {"w": np.ones((4, 3), np.float32)}, 0.5
-
-    def held_out(weights: dict[str, np.ndarray]) -> float:
-        move = (weights["w"] - start["w"]).astype(np.float64)
-        full = 4 * np.square(move / RATE).mean()  # 1 for a step that is not shortened
-        return loss + curvature * RISE * loss**2 * full + 3 * move.sum()
-
-    def slopes(number: int, weights: dict[str, np.ndarray]) -> tuple[float, dict[str, np.ndarray]]:
-        return loss, {"w": np.random.default_rng(number).normal(size=(4, 3)).astype(np.float32)}
-
-    assert _length(start, slopes, held_out, [layer], {"w": 1.0}) == pytest.approx(length, rel=0.2)
-
-
 def test_a_model_that_steps_too_long_would_ruin_is_trained_all_the_same(
     teacher: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lindep_onnx.recover.RATE", 100 * RATE)
-    monkeypatch.setattr("lindep_onnx.recover._length", lambda *_: 1.0)
     found = recovered(teacher, worn(teacher), 240)
     assert max(entry[2] for entry in found.history) > 1.2 * found.before  # it did go wrong on the way
     assert found.after < 0.5 * found.before

@@ -9,7 +9,6 @@ from build import as_array, build, initializer, run, traced
 
 from lindep_onnx import refit
 from lindep_onnx.data import InputSpec, Samples, open_samples
-from lindep_onnx.patches import as_matrix, as_weight, patches_at, positions
 from lindep_onnx.rewrite import Reconstruction, rewrite
 from lindep_onnx.surgery import edit
 
@@ -75,18 +74,16 @@ def test_patches_times_the_matrix_are_the_output_of_the_node(case: tuple) -> Non
     x = np.random.default_rng(0).normal(size=(3, *shape)).astype(np.float32)
     (y,) = run(model, {"x": x})
     rows = np.moveaxis(y, product.reader.output_axis, -1)
-    count = rows[0].size // rows.shape[-1]
-    assert positions(product, x.shape) == count
-    chosen = np.random.default_rng(1).permutation(count)[:7]
-    patches = patches_at(x, product, chosen)
-    matrix = as_matrix(initializer(model, product.weight), product)
-    got = np.concatenate(np.matmul(patches, matrix * np.float32(product.scale)), axis=1)
-    want = rows.reshape(3, -1, rows.shape[-1])[:, chosen].reshape(got.shape)
+    positions = np.random.default_rng(1).permutation(rows[0].size // rows.shape[-1])[:7]
+    patches = refit._patches(x, product, positions)
+    matrix = refit._matrix(initializer(model, product.weight), product)
+    got = np.concatenate(np.matmul(patches, matrix.astype(np.float32)), axis=1)
+    want = rows.reshape(3, -1, rows.shape[-1])[:, positions].reshape(got.shape)
     if "b" in weights:
         want = want - initializer(model, "b")
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
-    back = as_weight(matrix, product, initializer(model, product.weight).shape)
-    np.testing.assert_array_equal(back, initializer(model, product.weight))
+    back = refit._weight(matrix, product, initializer(model, product.weight))
+    np.testing.assert_allclose(back, initializer(model, product.weight), rtol=1e-6)
 
 
 # ---- the solution -------------------------------------------------------------------------------------------------

@@ -486,8 +486,8 @@ def _budget_lines(report: Report) -> Iterator[str]:
 def _how(group: GroupReport) -> str:
     """The kinds of redundancy of a group, in words."""
     kinds = ", ".join(f"{count:,} {_safe(kind)}" for kind, count in sorted(group.kinds.items()) if count)
-    whole = group.proven == group.removed
-    proven = f"{'all' if whole else f'{group.proven:,} of them'} proven" if group.proven else ""
+    share = "all" if group.proven == group.removed else f"{group.proven:,} of them"
+    proven = f"{share} proven" if group.proven else ""
     return "; ".join(part for part in (kinds, proven, _safe(group.note)) if part)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from lindep_onnx._version import __version__
 from lindep_onnx.api import Calibrated, Result, Understood, apply, calibrate, compress, plan, trace
-from lindep_onnx.config import Config
 from lindep_onnx.errors import (
     BudgetError,
     CalibrationError,
@@ -14,7 +13,8 @@ from lindep_onnx.errors import (
     UsageError,
     VerificationError,
 )
-from lindep_onnx.replay import Plan
+from lindep_onnx.options import Config
+from lindep_onnx.planning.plan_file import Plan
 
 __all__ = [
     "BudgetError",

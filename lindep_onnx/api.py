@@ -10,8 +10,9 @@ from typing import Any, TypeAlias
 
 import onnx
 
-from lindep_onnx.config import Config
 from lindep_onnx.errors import UsageError
+from lindep_onnx.model.weights import whole
+from lindep_onnx.options import Config
 from lindep_onnx.pipeline import (
     Calibrated,
     Clock,
@@ -26,10 +27,9 @@ from lindep_onnx.pipeline import (
     run,
     silent,
 )
-from lindep_onnx.replay import Plan, named, options_of
-from lindep_onnx.report import Report
-from lindep_onnx.storage import whole
-from lindep_onnx.understanding import Understood, understand
+from lindep_onnx.planning.plan_file import Plan, named, options_of
+from lindep_onnx.report.values import Report
+from lindep_onnx.structure.traced import Understood, understand
 
 __all__ = ["Calibrated", "Result", "Understood", "apply", "calibrate", "compress", "plan", "trace"]
 

@@ -18,15 +18,16 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lindep_onnx import pipeline, report
+from lindep_onnx import pipeline
 from lindep_onnx._version import __version__
-from lindep_onnx.cluster import connected
-from lindep_onnx.config import Config
-from lindep_onnx.data import load_function
+from lindep_onnx.data.samples import load_function
+from lindep_onnx.data.sources import RANDOM
 from lindep_onnx.errors import LindepError, UsageError
-from lindep_onnx.proven import EVERY_INPUT
-from lindep_onnx.replay import Plan, options_of
-from lindep_onnx.sources import RANDOM
+from lindep_onnx.integrations.dask import connected
+from lindep_onnx.options import Config
+from lindep_onnx.planning.plan_file import Plan, options_of
+from lindep_onnx.proofs.prove import EVERY_INPUT
+from lindep_onnx.report import values as report
 
 __all__ = ["main"]
 

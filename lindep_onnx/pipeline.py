@@ -17,25 +17,31 @@ import onnx
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from lindep_onnx import analysis, archive, cluster, graph, learning, storage, verify
-from lindep_onnx.anneal import anneal
-from lindep_onnx.budget import Workshop
-from lindep_onnx.channels import Channels
-from lindep_onnx.config import Config
-from lindep_onnx.data import Part, Samples, open_samples
+from lindep_onnx.calibration import archive
+from lindep_onnx.calibration import collect as learning
+from lindep_onnx.calibration import statistics as analysis
+from lindep_onnx.data.samples import Part, Samples, open_samples
+from lindep_onnx.data.sources import RandomInputs
+from lindep_onnx.distill.rounds import anneal
 from lindep_onnx.errors import LindepError, OutputError, UsageError, VerificationError
-from lindep_onnx.groups import measure_groups
-from lindep_onnx.ladder import Prices
-from lindep_onnx.portrait import Redundancy, redundancy
-from lindep_onnx.proven import prove
-from lindep_onnx.replay import Plan, Replay, named, replay
-from lindep_onnx.report import Report, Verification
-from lindep_onnx.sources import RandomInputs
-from lindep_onnx.summary import group_reports, summarise, verification_of
-from lindep_onnx.support import Support, sentences, support
-from lindep_onnx.surgery import Edits, edit
-from lindep_onnx.understanding import Understood, following, inputs_of, samples_per_run, understand
-from lindep_onnx.variants import Variant, compare_variants
+from lindep_onnx.integrations import dask as cluster
+from lindep_onnx.model import ir as graph
+from lindep_onnx.model import weights as storage
+from lindep_onnx.model.edit import Edits, edit
+from lindep_onnx.options import Config
+from lindep_onnx.planning.path import Prices
+from lindep_onnx.planning.plan_file import Plan, Replay, named, replay
+from lindep_onnx.planning.strategies import Workshop
+from lindep_onnx.proofs.prove import prove
+from lindep_onnx.report.build import group_reports, summarise, verification_of
+from lindep_onnx.report.data_support import Support, sentences, support
+from lindep_onnx.report.figures import Redundancy, redundancy
+from lindep_onnx.report.values import Report, Verification
+from lindep_onnx.structure.traced import Understood, following, inputs_of, samples_per_run, understand
+from lindep_onnx.structure.types import Channels
+from lindep_onnx.verify import compare as verify
+from lindep_onnx.verify.group_errors import measure_groups
+from lindep_onnx.verify.variants import Variant, compare_variants
 
 __all__ = [
     "Calibrated",

@@ -11,10 +11,10 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper
 
-from lindep_onnx.channels import Channels
-from lindep_onnx.graph import load
-from lindep_onnx.shapes import resolve
-from lindep_onnx.tracing import trace
+from lindep_onnx.model.ir import load
+from lindep_onnx.model.shapes import resolve
+from lindep_onnx.structure.trace import trace
+from lindep_onnx.structure.types import Channels
 
 Shape = tuple[int, ...]
 

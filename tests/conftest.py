@@ -9,7 +9,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 
-from lindep_onnx import budget
+from lindep_onnx.planning import strategies as budget
 
 
 @pytest.fixture(autouse=True)

@@ -13,10 +13,12 @@ import pytest
 from build import build
 
 import lindep_onnx
-from lindep_onnx import graph, influence, learning
+from lindep_onnx.calibration import collect as learning
 from lindep_onnx.errors import CalibrationError, LindepError, UsageError
-from lindep_onnx.storage import fingerprint
-from lindep_onnx.surgery import Edits, edit
+from lindep_onnx.model import ir as graph
+from lindep_onnx.model.edit import Edits, edit
+from lindep_onnx.model.weights import fingerprint
+from lindep_onnx.moves import sensitivity as influence
 
 DATA = np.random.default_rng(0).normal(size=(80, 3, 6, 6)).astype(np.float32)
 
@@ -132,14 +134,14 @@ def test_a_compressed_file_is_refused_before_it_grows(saved: Path) -> None:
 def test_changed_bytes_never_escape_as_another_error(saved: Path) -> None:
     whole, rng = saved.read_bytes(), np.random.default_rng(0)
     with lindep_onnx.calibrate(traced := lindep_onnx.trace(net()), DATA) as seen:
-        key = lindep_onnx.archive.key(traced.channels, seen.samples, seen.config)
+        key = lindep_onnx.calibration.archive.key(traced.channels, seen.samples, seen.config)
         for _ in range(300):
             broken = bytearray(whole)
             for place in rng.integers(0, len(whole), 3):
                 broken[place] = rng.integers(256)
             saved.write_bytes(broken)
             try:
-                lindep_onnx.archive.load(saved, traced.channels, seen.samples, key)
+                lindep_onnx.calibration.archive.load(saved, traced.channels, seen.samples, key)
             except LindepError as error:
                 assert len(str(error).splitlines()) == 1
 

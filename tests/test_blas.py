@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from lindep_onnx.blas import add_gram
+from lindep_onnx.linalg.gram import add_gram
 
 
 @pytest.mark.parametrize(("rows", "features"), [(1, 1), (7, 3), (3, 7), (300, 129)])

@@ -20,10 +20,12 @@ import onnxruntime
 import pytest
 from build import build, run
 
-from lindep_onnx import budget, files, graph, pipeline
+from lindep_onnx import files, pipeline
 from lindep_onnx.cli import main
-from lindep_onnx.data import InputSpec, Part, open_samples
-from lindep_onnx.surgery import METADATA_KEY
+from lindep_onnx.data.samples import InputSpec, Part, open_samples
+from lindep_onnx.model import ir as graph
+from lindep_onnx.model.edit import METADATA_KEY
+from lindep_onnx.planning import strategies as budget
 
 ROOT = Path(__file__).parents[1]
 #: Channels of the model below that are copies of others.

@@ -11,10 +11,11 @@ import pytest
 from build import as_array, build, traced
 
 import lindep_onnx
-from lindep_onnx import learning, storage
-from lindep_onnx.cluster import Workers, check_source, connected
-from lindep_onnx.data import InputSpec, open_samples
+from lindep_onnx.calibration import collect as learning
+from lindep_onnx.data.samples import InputSpec, open_samples
 from lindep_onnx.errors import UsageError
+from lindep_onnx.integrations.dask import Workers, check_source, connected
+from lindep_onnx.model import weights as storage
 
 RUNTIME = {"providers": ("CPUExecutionProvider",), "threads": 1, "seed": 0}
 SPECS = [InputSpec("x", np.dtype(np.float32), ("N", 3, 16, 16))]

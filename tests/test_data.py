@@ -16,8 +16,8 @@ import numpy as np
 import onnx
 import pytest
 
-from lindep_onnx import sources
-from lindep_onnx.data import InputSpec, Part, Samples, load_function, open_samples
+from lindep_onnx.data import sources
+from lindep_onnx.data.samples import InputSpec, Part, Samples, load_function, open_samples
 from lindep_onnx.errors import CalibrationError, UsageError
 
 X = InputSpec("x", np.dtype(np.float32), ("N", 3))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from lindep_onnx.dependence import (
+from lindep_onnx.linalg.elimination import (
     Elimination,
     LosslessRemoval,
     SiteProblem,

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lindep_onnx import graph
+from lindep_onnx.model import ir as graph
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,12 +9,12 @@ import pytest
 from build import build, run, traced
 
 import lindep_onnx
-from lindep_onnx import sessions
-from lindep_onnx.calibration import Calibration, Sums, Tap, calibrate
-from lindep_onnx.data import InputSpec, open_samples
+from lindep_onnx.calibration.measure import Calibration, Sums, Tap, calibrate
+from lindep_onnx.calibration.moments import Moments
+from lindep_onnx.data.samples import InputSpec, open_samples
 from lindep_onnx.errors import CalibrationError
-from lindep_onnx.moments import Moments
-from lindep_onnx.sampling import Place, summable
+from lindep_onnx.runtime import backend as sessions
+from lindep_onnx.runtime.rows import Place, summable
 
 GPU = ("CUDAExecutionProvider", "CPUExecutionProvider")
 CPU = ("CPUExecutionProvider",)

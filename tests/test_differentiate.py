@@ -9,10 +9,10 @@ from build import build
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from lindep_onnx import gradients
-from lindep_onnx.differentiate import Differentiated, differentiate
-from lindep_onnx.graph import load
-from lindep_onnx.sessions import open_session
+from lindep_onnx.distill.autodiff import rules as gradients
+from lindep_onnx.distill.autodiff.differentiate import Differentiated, differentiate
+from lindep_onnx.model.ir import load
+from lindep_onnx.runtime.backend import open_session
 
 STEP = 1e-6
 #: The reference implementation rounds Erf to single precision.

@@ -14,8 +14,9 @@ import onnx
 import pytest
 from build import build, run
 
-from lindep_onnx import files, storage
+from lindep_onnx import files
 from lindep_onnx.files import Scratch
+from lindep_onnx.model import weights as storage
 
 ROOT = Path(__file__).parents[1]
 X = {"x": np.ones((2, 30), np.float32)}

@@ -8,7 +8,7 @@ import pytest
 from build import as_array, build, feed, initializer, run, traced
 
 from lindep_onnx.api import compress
-from lindep_onnx.placement import Placement, balanced
+from lindep_onnx.structure.placement import Placement, balanced
 
 SHUFFLED = """
     a = Conv<group=2, pads=[1,1,1,1]>(x, w1, b1)

@@ -15,10 +15,11 @@ from build import build, run, traced
 from onnx import TensorProto, numpy_helper
 
 import lindep_onnx
-from lindep_onnx import graph, understanding
-from lindep_onnx.config import Config
 from lindep_onnx.errors import CalibrationError, LindepError, ModelError
-from lindep_onnx.shapes import resolve
+from lindep_onnx.model import ir as graph
+from lindep_onnx.model.shapes import resolve
+from lindep_onnx.options import Config
+from lindep_onnx.structure import traced as understanding
 
 ROOT = Path(__file__).parents[1]
 PROVEN = Config(proven_only=True)

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lindep_onnx.data import InputSpec, open_samples
+from lindep_onnx.data.images import Preprocessing
+from lindep_onnx.data.samples import InputSpec, open_samples
 from lindep_onnx.errors import CalibrationError, UsageError
-from lindep_onnx.images import Preprocessing
 
 Image = pytest.importorskip("PIL.Image")
 

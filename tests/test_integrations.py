@@ -13,7 +13,7 @@ import onnx
 import pytest
 
 import lindep_onnx
-from lindep_onnx.sessions import open_session
+from lindep_onnx.runtime.backend import open_session
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "models" / "demo.onnx"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lindep_onnx import storage
+from lindep_onnx.model import weights as storage
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import large

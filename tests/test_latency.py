@@ -10,8 +10,9 @@ import pytest
 from build import build
 
 import lindep_onnx
-from lindep_onnx import graph, latency
 from lindep_onnx.errors import UsageError
+from lindep_onnx.model import ir as graph
+from lindep_onnx.runtime import layer_latency as latency
 
 RUNTIME = {"providers": ("CPUExecutionProvider",), "threads": 1}
 NET = (
@@ -99,7 +100,7 @@ def test_time_is_a_price_only_where_the_sizes_alone_are_not_fast_enough(
     measured: list[int] = []
     table = latency.measure_table
     monkeypatch.setattr(latency, "measure_table", lambda *a, **k: measured.append(1) or table(*a, **k))
-    monkeypatch.setattr("lindep_onnx.verify.measure_latency", lambda *_, **__: (1.0, share))
+    monkeypatch.setattr("lindep_onnx.verify.compare.measure_latency", lambda *_, **__: (1.0, share))
     options = {"macs": 0.7, "latency": 0.6, "refit": "fold", "force": True}
     report = lindep_onnx.compress(net(), {"x": images()}, **options).report
     assert bool(measured) is timed

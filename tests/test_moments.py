@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lindep_onnx.calibration.moments import Moments, MomentsAccumulator, load_moments, save_moments
 from lindep_onnx.errors import CalibrationError, OutputError
-from lindep_onnx.moments import Moments, MomentsAccumulator, load_moments, save_moments
 
 
 def update(accumulator: MomentsAccumulator, rows: np.ndarray) -> None:

@@ -7,7 +7,7 @@ import onnx
 from build import build, feed, ignoring, initializer, run, traced
 
 from lindep_onnx.api import compress
-from lindep_onnx.rewrite import Reconstruction, rewrite
+from lindep_onnx.structure.rewrite import Reconstruction, rewrite
 
 
 def _as_version_3(model: onnx.ModelProto) -> onnx.ModelProto:

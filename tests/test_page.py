@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lindep_onnx.page import page
-from lindep_onnx.portrait import FrontierPoint, Layer, Redundancy
-from lindep_onnx.report import BudgetReport, GroupReport, RefusalReport, Report, Size, Verification, write_report
-from lindep_onnx.support import Support
-from lindep_onnx.variants import Variant
-from lindep_onnx.verify import OutputComparison
+from lindep_onnx.report.data_support import Support
+from lindep_onnx.report.figures import FrontierPoint, Layer, Redundancy
+from lindep_onnx.report.html import page
+from lindep_onnx.report.values import BudgetReport, GroupReport, RefusalReport, Report, Size, Verification, write_report
+from lindep_onnx.verify.compare import OutputComparison
+from lindep_onnx.verify.variants import Variant
 
 HOSTILE = '[red]x</title></style><script>alert("1")</script>\x1b[2J\u202e'
 VOID = ("meta", "br")

@@ -9,12 +9,12 @@ import onnx
 import pytest
 
 import lindep_onnx
-from lindep_onnx import portrait
-from lindep_onnx.config import Config
-from lindep_onnx.cost import cost
-from lindep_onnx.portrait import kept_parameters, layers
-from lindep_onnx.rewrite import Reconstruction, rewrite
-from lindep_onnx.understanding import understand
+from lindep_onnx.model.cost import cost
+from lindep_onnx.options import Config
+from lindep_onnx.report import figures as portrait
+from lindep_onnx.report.figures import kept_parameters, layers
+from lindep_onnx.structure.rewrite import Reconstruction, rewrite
+from lindep_onnx.structure.traced import understand
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "models" / "demo.onnx"

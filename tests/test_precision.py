@@ -10,8 +10,8 @@ from onnx import TensorProto, helper
 from test_planted import _images, _net, _widths
 
 from lindep_onnx.api import compress
-from lindep_onnx.graph import load
-from lindep_onnx.precision import narrowed, neighbour, resolution, widened
+from lindep_onnx.model.ir import load
+from lindep_onnx.model.precision import narrowed, neighbour, resolution, widened
 
 HALF = [TensorProto.FLOAT16, TensorProto.BFLOAT16]
 

@@ -10,8 +10,8 @@ import pytest
 from build import as_array, build, run, traced
 
 import lindep_onnx
-from lindep_onnx.ops.facts import Known, output_facts
-from lindep_onnx.proven import prove
+from lindep_onnx.proofs.bounds import Known, output_facts
+from lindep_onnx.proofs.prove import prove
 
 
 def shrunk(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:

@@ -8,8 +8,8 @@ from build import build, feed, ignoring, run, traced
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from lindep_onnx.placement import balanced
-from lindep_onnx.rewrite import Reconstruction, rewrite
+from lindep_onnx.structure.placement import balanced
+from lindep_onnx.structure.rewrite import Reconstruction, rewrite
 
 SIZE = 4  # positions along each spatial axis
 

@@ -13,16 +13,17 @@ from build import build, initializer, run, traced, with_initializer
 from scipy.special import softmax
 
 import lindep_onnx
-from lindep_onnx import anneal, graph
-from lindep_onnx.augment import checked, mix
-from lindep_onnx.checkpoint import Checkpoint, State
 from lindep_onnx.cli import main
-from lindep_onnx.config import Config, Effort
-from lindep_onnx.data import InputSpec, Part, Samples, open_samples
+from lindep_onnx.data.samples import InputSpec, Part, Samples, open_samples
+from lindep_onnx.distill import rounds as anneal
+from lindep_onnx.distill.augment import checked, mix
+from lindep_onnx.distill.checkpoint import Checkpoint, State
+from lindep_onnx.distill.train import RATE, Recovered, _judged, recover, trainable
 from lindep_onnx.errors import BudgetError, UsageError
-from lindep_onnx.recover import RATE, Recovered, _judged, recover, trainable
-from lindep_onnx.rewrite import Reconstruction, rewrite
-from lindep_onnx.surgery import Edits, edit
+from lindep_onnx.model import ir as graph
+from lindep_onnx.model.edit import Edits, edit
+from lindep_onnx.options import Config, Effort
+from lindep_onnx.structure.rewrite import Reconstruction, rewrite
 
 BODY = """
 a = Conv<pads=[1,1,1,1]>(x, w0, b0)
@@ -399,7 +400,7 @@ def test_steps_that_are_too_long_are_taken_back() -> None:
 def test_a_model_that_steps_too_long_would_ruin_is_trained_all_the_same(
     teacher: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lindep_onnx.recover.RATE", 100 * RATE)
+    monkeypatch.setattr("lindep_onnx.distill.train.RATE", 100 * RATE)
     found = recovered(teacher, worn(teacher), 240)
     assert max(entry[2] for entry in found.history) > 1.2 * found.before  # it did go wrong on the way
     assert found.after < 0.5 * found.before
@@ -423,10 +424,10 @@ def test_the_command_line_goes_on_where_it_was_interrupted(wide: onnx.ModelProto
 def test_a_batch_in_two_pieces_trains_like_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = build(BODY, WEIGHTS, x=("N", 3, 6, 6))
     halves = recovered(teacher, worn(teacher))
-    monkeypatch.setattr("lindep_onnx.recover.PIECES", 1)
+    monkeypatch.setattr("lindep_onnx.distill.train.PIECES", 1)
     whole = recovered(teacher, worn(teacher))
     assert halves.weights.keys() == whole.weights.keys() and halves.after < 0.5 * halves.before
     assert halves.history[1][1] == pytest.approx(whole.history[1][1], rel=1e-5)  # the first step
     assert halves.after == pytest.approx(whole.after, rel=0.05)  # rounding grows in the many that follow
-    monkeypatch.setattr("lindep_onnx.recover.PIECES", 5)  # 16 samples cannot be cut like that
+    monkeypatch.setattr("lindep_onnx.distill.train.PIECES", 5)  # 16 samples cannot be cut like that
     assert recovered(teacher, worn(teacher)).after == whole.after

@@ -7,10 +7,10 @@ import onnx
 import pytest
 from build import as_array, build, initializer, run, traced
 
-from lindep_onnx import refit
-from lindep_onnx.data import InputSpec, Samples, open_samples
-from lindep_onnx.rewrite import Reconstruction, rewrite
-from lindep_onnx.surgery import edit
+from lindep_onnx.data.samples import InputSpec, Samples, open_samples
+from lindep_onnx.model.edit import edit
+from lindep_onnx.refit import sequential as refit
+from lindep_onnx.structure.rewrite import Reconstruction, rewrite
 
 RUNTIME = {"providers": ["CPUExecutionProvider"], "threads": 1}
 

@@ -16,7 +16,7 @@ from build import build
 import lindep_onnx
 from lindep_onnx import cli
 from lindep_onnx.errors import BudgetError, LindepError, UsageError
-from lindep_onnx.replay import Plan
+from lindep_onnx.planning.plan_file import Plan
 
 
 @functools.cache
@@ -200,7 +200,7 @@ def test_changed_bytes_never_escape_as_another_error() -> None:
             broken[place] = rng.integers(32, 127)
         try:
             found = Plan.from_json(broken.decode())
-            lindep_onnx.replay.options_of(found, {})
+            lindep_onnx.planning.plan_file.options_of(found, {})
         except LindepError as error:
             assert len(str(error).splitlines()) == 1
 

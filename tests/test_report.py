@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-import lindep_onnx.ops
-from lindep_onnx import report as module
 from lindep_onnx.errors import OutputError, UsageError
-from lindep_onnx.portrait import FrontierPoint
-from lindep_onnx.report import (
+from lindep_onnx.report import values as module
+from lindep_onnx.report.figures import FrontierPoint
+from lindep_onnx.report.values import (
     ADVICE,
     BudgetReport,
     GroupReport,
@@ -29,7 +28,8 @@ from lindep_onnx.report import (
     render,
     write_report,
 )
-from lindep_onnx.verify import OutputComparison
+from lindep_onnx.structure import rules
+from lindep_onnx.verify.compare import OutputComparison
 
 HOSTILE = '[red]x</title><script>alert("1")</script>\x1b[2J\u202e'
 
@@ -198,8 +198,10 @@ def test_refusals_are_summed_by_reason_with_one_line_of_advice() -> None:
 
 
 def test_every_reason_of_the_package_has_advice() -> None:
-    names = [f"lindep_onnx.ops.{entry.name}" for entry in pkgutil.iter_modules(lindep_onnx.ops.__path__)]
-    modules = [importlib.import_module(name) for name in ("lindep_onnx.tracing", "lindep_onnx.channels", *names)]
+    names = [f"lindep_onnx.structure.rules.{entry.name}" for entry in pkgutil.iter_modules(rules.__path__)]
+    modules = [
+        importlib.import_module(name) for name in ("lindep_onnx.structure.trace", "lindep_onnx.structure.types", *names)
+    ]
     values = [value for loaded in modules for value in vars(loaded).values()]
     codes = {value.code for value in values if type(value).__name__ == "Reason"}
     assert len(codes) > 10

@@ -15,9 +15,9 @@ from build import build, feed, ignoring, run, traced
 from onnx import helper
 
 from lindep_onnx.api import compress
-from lindep_onnx.ops import supported
-from lindep_onnx.placement import balanced
-from lindep_onnx.rewrite import Reconstruction, rewrite
+from lindep_onnx.structure.placement import balanced
+from lindep_onnx.structure.rewrite import Reconstruction, rewrite
+from lindep_onnx.structure.rules import supported
 
 
 @dataclass(frozen=True)

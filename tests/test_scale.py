@@ -9,12 +9,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from lindep_onnx.graph import load
-from lindep_onnx.placement import balanced
-from lindep_onnx.proven import prove
-from lindep_onnx.rewrite import Reconstruction, rewrite
-from lindep_onnx.shapes import resolve
-from lindep_onnx.tracing import trace
+from lindep_onnx.model.ir import load
+from lindep_onnx.model.shapes import resolve
+from lindep_onnx.proofs.prove import prove
+from lindep_onnx.structure.placement import balanced
+from lindep_onnx.structure.rewrite import Reconstruction, rewrite
+from lindep_onnx.structure.trace import trace
 
 BLOCKS, WIDTH = 1250, 40  # each block has eight nodes and two new axes
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import lindep_onnx
-from lindep_onnx.report import Report
-from lindep_onnx.schema import report_schema
+from lindep_onnx.report.schema import report_schema
+from lindep_onnx.report.values import Report
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = ROOT / "docs" / "report.schema.json"

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lindep_onnx.search import COARSE, first_small_enough, last_good_enough, on_grid
+from lindep_onnx.planning.search import COARSE, first_small_enough, last_good_enough, on_grid
 
 
 @given(st.integers(0, 300), st.integers(0, 301))

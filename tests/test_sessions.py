@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from lindep_onnx import sessions
-from lindep_onnx.sessions import Crew, crew, in_order
+from lindep_onnx.runtime import backend as sessions
+from lindep_onnx.runtime.backend import Crew, crew, in_order
 
 CPU = ("CPUExecutionProvider",)
 

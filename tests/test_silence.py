@@ -7,9 +7,12 @@ import pytest
 from build import as_array, build, run, traced
 
 import lindep_onnx
-from lindep_onnx import analysis, calibration, learning, silence
-from lindep_onnx.data import Batch, InputSpec, Part, open_samples
-from lindep_onnx.sampling import RowSampler
+from lindep_onnx.calibration import collect as learning
+from lindep_onnx.calibration import inactive as silence
+from lindep_onnx.calibration import measure as calibration
+from lindep_onnx.calibration import statistics as analysis
+from lindep_onnx.data.samples import Batch, InputSpec, Part, open_samples
+from lindep_onnx.runtime.rows import RowSampler
 
 NET = "h = Conv(x, w, b)\nr = Relu(h)\ny = Conv(r, v)"
 RUNTIME = {"providers": ("CPUExecutionProvider",), "threads": 0}

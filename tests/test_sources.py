@@ -13,10 +13,10 @@ from onnxruntime.quantization import CalibrationDataReader
 
 import lindep_onnx
 from lindep_onnx import cli
-from lindep_onnx.config import Config
-from lindep_onnx.data import InputSpec, open_samples
+from lindep_onnx.data.samples import InputSpec, open_samples
+from lindep_onnx.data.sources import RandomInputs
 from lindep_onnx.errors import CalibrationError, UsageError
-from lindep_onnx.sources import RandomInputs
+from lindep_onnx.options import Config
 
 X = InputSpec("x", np.dtype(np.float32), ("N", 3))
 VALUES = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from build import build, feed, initializer, run, with_initializer
 
-from lindep_onnx.data import Batch
-from lindep_onnx.graph import load
-from lindep_onnx.sampling import Place, RowSampler, rows_at
-from lindep_onnx.shapes import resolve
-from lindep_onnx.staging import Stages
+from lindep_onnx.data.samples import Batch
+from lindep_onnx.model.ir import load
+from lindep_onnx.model.shapes import resolve
+from lindep_onnx.runtime.rows import Place, RowSampler, rows_at
+from lindep_onnx.runtime.stages import Stages
 
 RUNTIME = {"providers": ["CPUExecutionProvider"], "threads": 1}
 BODY = """

@@ -13,11 +13,11 @@ from google.protobuf.message import EncodeError
 from onnx import TensorProto, numpy_helper
 
 import lindep_onnx
-from lindep_onnx import storage
 from lindep_onnx.errors import ModelError, OutputError
 from lindep_onnx.files import Folder
-from lindep_onnx.graph import load
-from lindep_onnx.sessions import open_session
+from lindep_onnx.model import weights as storage
+from lindep_onnx.model.ir import load
+from lindep_onnx.runtime.backend import open_session
 
 BODY = "h = Conv<pads=[1,1,1,1]>(x, w, b)\nr = Relu(h)\nn = BatchNormalization(r, s, o, m, q)\ny = Conv(n, v)"
 CPU = {"providers": ("CPUExecutionProvider",), "threads": 1}

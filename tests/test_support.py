@@ -10,8 +10,8 @@ import scipy.stats
 from build import build
 
 import lindep_onnx
-from lindep_onnx.report import Report
-from lindep_onnx.support import never_seen_bound
+from lindep_onnx.report.data_support import never_seen_bound
+from lindep_onnx.report.values import Report
 
 
 def net(bias: float = 0.0):

@@ -9,10 +9,10 @@ from build import build
 
 import lindep_onnx
 from lindep_onnx import pipeline
-from lindep_onnx.data import InputSpec, open_samples
-from lindep_onnx.graph import load
-from lindep_onnx.sessions import open_session
-from lindep_onnx.variants import SAMPLES, Variant, compare_variants
+from lindep_onnx.data.samples import InputSpec, open_samples
+from lindep_onnx.model.ir import load
+from lindep_onnx.runtime.backend import open_session
+from lindep_onnx.verify.variants import SAMPLES, Variant, compare_variants
 
 SHAPE = {"fixed": (8, 3, 8, 8), "batch": ("N", 3, 8, 8), "open": ("N", 3, "H", "W")}
 

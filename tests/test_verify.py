@@ -10,12 +10,13 @@ import onnx
 import pytest
 from build import build, feed
 
-from lindep_onnx import storage, verify
-from lindep_onnx.data import Batch
+from lindep_onnx.data.samples import Batch
 from lindep_onnx.errors import ModelError, UsageError, VerificationError
-from lindep_onnx.graph import load
-from lindep_onnx.sessions import open_session
-from lindep_onnx.verify import Comparison, OutputErrors
+from lindep_onnx.model import weights as storage
+from lindep_onnx.model.ir import load
+from lindep_onnx.runtime.backend import open_session
+from lindep_onnx.verify import compare as verify
+from lindep_onnx.verify.compare import Comparison, OutputErrors
 
 CPU = {"providers": ["CPUExecutionProvider"], "threads": 1}
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lindep_onnx import graph
 from lindep_onnx.api import Result, compress
-from lindep_onnx.cost import cost
 from lindep_onnx.errors import BudgetError
+from lindep_onnx.model import ir as graph
+from lindep_onnx.model.cost import cost
 
 __all__ = ["SWEEPS", "check_budgets"]
 

@@ -41,15 +41,15 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from lindep_onnx import budget
 from lindep_onnx.api import compress
-from lindep_onnx.channels import FROZEN, Channels
 from lindep_onnx.errors import LindepError
-from lindep_onnx.graph import load
-from lindep_onnx.ops import supported
-from lindep_onnx.shapes import resolve
-from lindep_onnx.surgery import METADATA_KEY
-from lindep_onnx.tracing import trace
+from lindep_onnx.model.edit import METADATA_KEY
+from lindep_onnx.model.ir import load
+from lindep_onnx.model.shapes import resolve
+from lindep_onnx.planning import strategies as budget
+from lindep_onnx.structure.rules import supported
+from lindep_onnx.structure.trace import trace
+from lindep_onnx.structure.types import FROZEN, Channels
 
 __all__ = ["Outcome", "coverage", "sweep"]
 

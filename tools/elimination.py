@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from lindep_onnx.dependence import SiteProblem, eliminate
+from lindep_onnx.linalg.elimination import SiteProblem, eliminate
 
 __all__ = ["site"]
 

@@ -11,9 +11,10 @@ import argparse
 import time
 from collections.abc import Sequence
 
-from lindep_onnx import cluster, understanding
-from lindep_onnx.config import Config
-from lindep_onnx.data import open_samples
+from lindep_onnx.data.samples import open_samples
+from lindep_onnx.integrations import dask as cluster
+from lindep_onnx.options import Config
+from lindep_onnx.structure import traced as understanding
 
 __all__ = ["main"]
 

@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from lindep_onnx.cost import cost
-from lindep_onnx.graph import load
-from lindep_onnx.sessions import open_session
-from lindep_onnx.verify import OutputErrors
+from lindep_onnx.model.cost import cost
+from lindep_onnx.model.ir import load
+from lindep_onnx.runtime.backend import open_session
+from lindep_onnx.verify.compare import OutputErrors
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- made by tools/features.py -->", "<!-- end -->"

@@ -37,9 +37,9 @@ from budget_checks import check_budgets
 from rivals import RIVALS, parameters
 from tasks import TASKS, Task, error, open_task, outputs, score
 
-from lindep_onnx import graph
 from lindep_onnx.api import compress
-from lindep_onnx.cost import cost
+from lindep_onnx.model import ir as graph
+from lindep_onnx.model.cost import cost
 
 __all__ = ["METHODS", "Row", "build", "main", "neuron_target"]
 

@@ -39,16 +39,17 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from lindep_onnx import cli, understanding
-from lindep_onnx.config import Config
-from lindep_onnx.data import InputSpec, open_samples
+from lindep_onnx import cli
+from lindep_onnx.calibration.moments import MomentsAccumulator, load_moments, save_moments
+from lindep_onnx.data.samples import InputSpec, open_samples
 from lindep_onnx.errors import LindepError
-from lindep_onnx.moments import MomentsAccumulator, load_moments, save_moments
-from lindep_onnx.reconstruct import fold_sites
-from lindep_onnx.replay import Plan, options_of, replay
-from lindep_onnx.report import Report, Size
-from lindep_onnx.rewrite import rewrite
-from lindep_onnx.verify import full_check_passes
+from lindep_onnx.moves.fold_weights import fold_sites
+from lindep_onnx.options import Config
+from lindep_onnx.planning.plan_file import Plan, options_of, replay
+from lindep_onnx.report.values import Report, Size
+from lindep_onnx.structure import traced as understanding
+from lindep_onnx.structure.rewrite import rewrite
+from lindep_onnx.verify.compare import full_check_passes
 
 CORPUS = Path(__file__).parents[1] / "tests" / "corpus"
 SECONDS, MEMORY = 10.0, 2 << 30

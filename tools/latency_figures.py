@@ -28,8 +28,8 @@ from pathlib import Path
 import numpy as np
 import real_figures
 
-from lindep_onnx.sessions import open_session
-from lindep_onnx.verify import measure_latency
+from lindep_onnx.runtime.backend import open_session
+from lindep_onnx.verify.compare import measure_latency
 
 __all__ = ["main"]
 

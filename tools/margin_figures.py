@@ -1,4 +1,4 @@
-"""How far a silent channel must be from waking: what the constant of `lindep_onnx.silence` costs and prevents.
+"""How far a silent channel must be from waking: what the constant of `calibration.inactive` costs and prevents.
 
 Each model runs once over all of its samples. Then many times some of these are drawn at random, the rule decides from
 them alone which channels behind activations will stay silent, and the others tell.
@@ -32,13 +32,14 @@ import real_figures
 from fashion_mnist import read_idx
 from numpy.typing import NDArray
 
-from lindep_onnx import graph, silence
-from lindep_onnx.calibration import features
-from lindep_onnx.channels import Channels
-from lindep_onnx.data import InputSpec, Part, Samples, open_samples
-from lindep_onnx.sampling import RowSampler
-from lindep_onnx.shapes import resolve
-from lindep_onnx.tracing import trace
+from lindep_onnx.calibration import inactive as silence
+from lindep_onnx.calibration.measure import features
+from lindep_onnx.data.samples import InputSpec, Part, Samples, open_samples
+from lindep_onnx.model import ir as graph
+from lindep_onnx.model.shapes import resolve
+from lindep_onnx.runtime.rows import RowSampler
+from lindep_onnx.structure.trace import trace
+from lindep_onnx.structure.types import Channels
 
 __all__ = ["Drawn", "Observed", "draw", "observe"]
 

@@ -36,12 +36,12 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from lindep_onnx.api import compress
-from lindep_onnx.channels import Channels
-from lindep_onnx.graph import load
-from lindep_onnx.sessions import open_session
-from lindep_onnx.shapes import resolve
-from lindep_onnx.tracing import trace
-from lindep_onnx.verify import OutputComparison, OutputErrors
+from lindep_onnx.model.ir import load
+from lindep_onnx.model.shapes import resolve
+from lindep_onnx.runtime.backend import open_session
+from lindep_onnx.structure.trace import trace
+from lindep_onnx.structure.types import Channels
+from lindep_onnx.verify.compare import OutputComparison, OutputErrors
 
 __all__ = ["Figures", "figures"]
 

@@ -41,11 +41,11 @@ from onnx import helper, numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lindep_onnx import budget
 from lindep_onnx.api import compress
-from lindep_onnx.graph import load
-from lindep_onnx.precision import widened
-from lindep_onnx.sessions import open_session
+from lindep_onnx.model.ir import load
+from lindep_onnx.model.precision import widened
+from lindep_onnx.planning import strategies as budget
+from lindep_onnx.runtime.backend import open_session
 
 __all__ = ["MODULES", "NETS", "Figures", "Net", "data", "exported", "figures"]
 

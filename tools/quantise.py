@@ -24,9 +24,9 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from tasks import TASKS, open_task, outputs, score
 
 import lindep_onnx
-from lindep_onnx.cost import cost
-from lindep_onnx.graph import load
-from lindep_onnx.verify import measure_latency
+from lindep_onnx.model.cost import cost
+from lindep_onnx.model.ir import load
+from lindep_onnx.verify.compare import measure_latency
 
 QUANTISATION_SAMPLES = 256
 

@@ -44,8 +44,8 @@ import onnxruntime
 from numpy.typing import NDArray
 from PIL import Image
 
-from lindep_onnx.sessions import open_session
-from lindep_onnx.verify import OutputErrors
+from lindep_onnx.runtime.backend import open_session
+from lindep_onnx.verify.compare import OutputErrors
 
 __all__ = ["MODELS", "Figures", "RealModel", "figures", "images", "prepared"]
 

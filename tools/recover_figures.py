@@ -31,14 +31,14 @@ import numpy as np
 import onnx
 from tasks import TASKS, Task, open_task, outputs, score
 
-from lindep_onnx import graph
 from lindep_onnx.api import compress
-from lindep_onnx.augment import Augment, mix
-from lindep_onnx.config import Effort
-from lindep_onnx.cost import cost
-from lindep_onnx.data import InputSpec, Part, Samples, load_function, open_samples
-from lindep_onnx.recover import recover
-from lindep_onnx.surgery import Edits, edit
+from lindep_onnx.data.samples import InputSpec, Part, Samples, load_function, open_samples
+from lindep_onnx.distill.augment import Augment, mix
+from lindep_onnx.distill.train import recover
+from lindep_onnx.model import ir as graph
+from lindep_onnx.model.cost import cost
+from lindep_onnx.model.edit import Edits, edit
+from lindep_onnx.options import Effort
 
 __all__ = ["main", "row"]
 

@@ -34,17 +34,18 @@ import onnx
 import scipy.linalg
 from numpy.typing import NDArray
 
-from lindep_onnx import analysis, graph
-from lindep_onnx.calibration import Sums, calibrate
-from lindep_onnx.channels import FROZEN, Channels, Group
-from lindep_onnx.cost import cost
-from lindep_onnx.data import InputSpec, Samples, open_samples
-from lindep_onnx.plan import Fold
-from lindep_onnx.reconstruct import fold_sites
-from lindep_onnx.rewrite import Reconstruction, rewrite
-from lindep_onnx.search import first_small_enough
-from lindep_onnx.shapes import resolve
-from lindep_onnx.tracing import trace
+from lindep_onnx.calibration import statistics as analysis
+from lindep_onnx.calibration.measure import Sums, calibrate
+from lindep_onnx.data.samples import InputSpec, Samples, open_samples
+from lindep_onnx.model import ir as graph
+from lindep_onnx.model.cost import cost
+from lindep_onnx.model.shapes import resolve
+from lindep_onnx.moves.channels import Fold
+from lindep_onnx.moves.fold_weights import fold_sites
+from lindep_onnx.planning.search import first_small_enough
+from lindep_onnx.structure.rewrite import Reconstruction, rewrite
+from lindep_onnx.structure.trace import trace
+from lindep_onnx.structure.types import FROZEN, Channels, Group
 
 __all__ = ["RIVALS", "UnreachedError", "interpolative", "magnitude", "onnxsim", "parameters"]
 

@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from lindep_onnx.schema import report_schema
+from lindep_onnx.report.schema import report_schema
 
 if __name__ == "__main__":
     Path(sys.argv[1]).write_text(json.dumps(report_schema(), indent=2) + "\n", encoding="utf-8")

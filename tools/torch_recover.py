@@ -1,4 +1,4 @@
-"""Distillation in PyTorch, to hold `lindep_onnx.recover` against: the usual Adam, as many steps on the same samples.
+"""Distillation in PyTorch, to hold `distill.train` against: the usual Adam, as many steps on the same samples.
 
 A small interpreter runs the nodes of an ONNX graph with PyTorch's functions, weights being leaves of autograd. It knows
 the operators of convolutional classifiers and says which one it lacks.
@@ -15,10 +15,10 @@ import torch.nn.functional as functional
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lindep_onnx.augment import Augment
-from lindep_onnx.graph import Model, Node
-from lindep_onnx.recover import trainable
-from lindep_onnx.shapes import Resolved, resolve
+from lindep_onnx.distill.augment import Augment
+from lindep_onnx.distill.train import trainable
+from lindep_onnx.model.ir import Model, Node
+from lindep_onnx.model.shapes import Resolved, resolve
 
 __all__ = ["distil", "evaluate"]
 

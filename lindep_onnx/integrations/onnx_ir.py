@@ -7,7 +7,7 @@ from typing import Any
 import onnx_ir as ir
 
 from lindep_onnx.api import compress
-from lindep_onnx.report import Report
+from lindep_onnx.report.values import Report
 
 __all__ = ["CompressPass"]
 

@@ -1,0 +1,154 @@
+"""One pass over the data: moments of every site, and the margins by which silent channels are silent.
+
+Which channels have to be watched shows only in the data, so the pass has stretches. In the first few samples all are.
+What changed in them is not silent; and once enough samples are through, most channels have been awake too often to
+teach anything about margins. Neither is watched any longer. What is concluded is what two separate passes over all
+samples would conclude.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lindep_onnx.calibration import inactive as silence
+from lindep_onnx.calibration.measure import Calibration, Sums, Tap, calibrate, features
+from lindep_onnx.calibration.statistics import Evidence, Extremes, constant_features, evidence
+from lindep_onnx.data.samples import Part, Samples
+from lindep_onnx.structure.types import Channels
+
+__all__ = ["Over", "Progress", "Ranges", "here", "learn", "some_of"]
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+Ranges: TypeAlias = "dict[silence.Key, tuple[silence.Flat, silence.Range]]"
+
+#: Samples that show what may be silent, and how much of the data is through when it is asked again what to watch: a
+#: little more than the share of samples in which a seldom channel may be awake.
+FIRST, SECOND = 32, 0.32
+
+
+def learn(
+    channels: Channels,
+    samples: Samples,
+    *,
+    seed: int,
+    progress: Progress,
+    providers: Sequence[str],
+    threads: int,
+    over: Over | None = None,
+) -> tuple[Calibration, Evidence, NDArray[np.bool_]]:
+    """Run the FIT and SELECT samples, and say what they say.
+
+    Args:
+        channels: the traced model.
+        samples: the data.
+        seed: of the positions that are sampled.
+        progress: called with (stage, samples done, samples in all).
+        providers: execution providers of ONNX Runtime.
+        threads: intra-op threads, 0 for its own choice.
+        over: runs all but the first samples, elsewhere for instance; None to run them here.
+
+    Returns:
+        The moments, the evidence in them, and (units,) bool, units that are constant so far but not by a margin.
+
+    Raises:
+        CalibrationError: an activation is not finite, naming the tensor.
+        ModelError: ONNX Runtime cannot run the model.
+    """
+    fit, select = samples.parts[Part.FIT], samples.parts[Part.SELECT]
+    total = len(fit) + len(select)
+    first, second = (
+        min(len(fit), -(-count // samples.batch) * samples.batch) for count in (FIRST, int(SECOND * total))
+    )
+    stretches = [fit[:first], fit[first : max(first, second)], fit[max(first, second) :]]
+    done = 0
+    sums = Sums(channels)
+    ranges: Ranges = {}
+    everything = [np.ones(len(features(site.columns).atoms), dtype=bool) for site in channels.sites]
+    watched = silence.flats(channels, everything)
+    for number, stretch in enumerate(stretches):
+        last = number == len(stretches) - 1
+        part = some_of(samples, {Part.FIT: stretch, Part.SELECT: select if last else select[:0]})
+        if not len(stretch) and not (last and len(select)) and number:
+            continue
+        options: dict[str, Any] = {
+            "fitted": len(fit), "seed": seed, "progress": _from(progress, done, total),
+            "providers": providers, "threads": threads,
+        }  # fmt: skip
+        if over is None or number == 0:
+            more = here(channels, part, watched, sums, **options)
+        else:
+            found, more = over(channels, part, watched, **options)
+            sums.absorb(found)
+        done = sum(sums.samples.values())
+        ranges = _merged(ranges, more) if ranges else more
+        if done < total:
+            watched = silence.flats(channels, _constant(channels, sums.parts.values()))
+            watched = silence.narrowed(watched, ranges, total) if number else watched
+    seen = sums.result()
+    found_out = evidence(channels, seen)
+    final = silence.flats(channels, _constant(channels, (seen.fit, seen.select or {})))
+    pairs = [(flat, ranges[silence.key(flat)]) for flat in final if silence.key(flat) in ranges]
+    measured = [seen_of.of(own, flat) for flat, (own, seen_of) in pairs]
+    doubtful = silence.unexplained(channels.units, [flat for flat, _ in pairs], measured, found_out.samples)
+    for flat in final:
+        if silence.key(flat) not in ranges:  # nobody looked
+            doubtful[flat.units] = True
+    return seen, found_out, doubtful
+
+
+class Over(Protocol):
+    """Takes moments and ranges of some samples."""
+
+    def __call__(
+        self,
+        channels: Channels,
+        samples: Samples,
+        watched: tuple[silence.Flat, ...],
+        /,
+        *,
+        fitted: int,
+        seed: int,
+        progress: Progress,
+        providers: Sequence[str],
+        threads: int,
+    ) -> tuple[Calibration, Ranges]:
+        """Run the FIT and SELECT parts; the arguments are those of `calibrate` and `silence.Watch`."""
+
+
+def here(channels: Channels, samples: Samples, watched: tuple[silence.Flat, ...], sums: Sums, **options: Any) -> Ranges:
+    """Run the FIT and SELECT parts in this process, and add them up; see `Over` for the other arguments."""
+    watch = silence.Watch(channels, watched) if watched else None
+    calibrate(channels, samples, sums, probe=watch, **options)
+    return watch.ranges() if watch is not None else {}
+
+
+def some_of(samples: Samples, parts: Mapping[Part, NDArray[np.int64]]) -> Samples:
+    """The same source with fewer samples; valid as long as the whole is."""
+    some = copy.copy(samples)
+    some.parts = MappingProxyType({part: parts.get(part, samples.parts[part][:0]) for part in Part})
+    return some
+
+
+def _constant(channels: Channels, parts: Iterable[Mapping[Tap, Extremes]]) -> list[NDArray[np.bool_]]:
+    """(F,) bool for every site."""
+    known = tuple(parts)
+    return [constant_features(site, *known) for site in channels.sites]
+
+
+def _merged(ranges: Ranges, more: Ranges) -> Ranges:
+    """Both, for the channels that were watched last; what was watched no longer stays as it was."""
+    merged = dict(ranges)
+    for key, (flat, seen) in more.items():
+        own, known = ranges[key]
+        merged[key] = flat, known.of(own, flat).merge(seen)
+    return merged
+
+
+def _from(progress: Progress, done: int, total: int) -> Progress:
+    return lambda stage, more, _: progress(stage, done + more, total)

@@ -1,0 +1,275 @@
+"""Run calibration data through the model and keep moments of what reaches each site, never the activations."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lindep_onnx.calibration.moments import Moments, MomentsAccumulator, batch_moments
+from lindep_onnx.data.samples import Batch, Part, Samples
+from lindep_onnx.errors import CalibrationError
+from lindep_onnx.runtime import backend as sessions
+from lindep_onnx.runtime.rows import Place, Probe, RowSampler, Summed, summable
+from lindep_onnx.structure.types import Atoms, Channels, Reader, Site
+
+__all__ = ["Calibration", "Features", "Sums", "Tap", "calibrate", "features", "tap", "taps"]
+
+Array: TypeAlias = NDArray[Any]
+Progress: TypeAlias = Callable[[str, int, int], None]
+
+#: Rows collected for each feature of a site, at most. Three effective rows are the least that joint dependence needs.
+ROWS_PER_FEATURE = 8
+#: Positions of one sample that are looked at, whatever the number of features.
+LEAST_POSITIONS = 16
+MOST_POSITIONS = 4096
+#: Taps of one sample that are looked at behind a Flatten.
+ROWS_OF_TAPS = 64
+
+
+@dataclass(frozen=True)
+class Features:
+    """How the places of a weight's input axis are features and taps.
+
+    Attributes:
+        atoms: (F,) atom of each feature.
+        index: (F, T) places of each feature. T is 1 but behind a Flatten, where the positions of a channel follow
+            each other: they are taps of one feature, so that the Gram matrix stays channels by channels.
+    """
+
+    atoms: Atoms
+    index: NDArray[np.int64]
+
+
+def features(columns: Atoms) -> Features:
+    """Group the places of an axis by atom; where atoms occur unequally often, every place is its own feature."""
+    atoms, inverse, counts = np.unique(columns, return_inverse=True, return_counts=True)
+    if (counts != counts[0]).any():
+        return Features(columns, np.arange(len(columns))[:, None])
+    places = np.argsort(inverse, kind="stable").reshape(len(atoms), int(counts[0]))
+    order = np.argsort(places[:, 0])
+    return Features(atoms[order], places[order])
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where moments are taken: several readers may share one.
+
+    Attributes:
+        tensor: what is fetched.
+        axis: its channel axis.
+        strides: spacing of the positions that are read, empty for all.
+        layout: digest of the feature index.
+    """
+
+    tensor: str
+    axis: int
+    strides: tuple[int, ...]
+    layout: str
+
+    @property
+    def key(self) -> str:
+        """A name to store moments under."""
+        return "|".join((self.tensor, str(self.axis), "x".join(map(str, self.strides)), self.layout))
+
+
+def tap(site: Site, reader: Reader) -> Tap:
+    """The tap of one reader of a site."""
+    index = features(site.columns).index + site.first_column
+    layout = hashlib.blake2b(index.astype("<i8").tobytes(), digest_size=8).hexdigest()
+    return Tap(reader.tensor, reader.axis, reader.strides, layout)
+
+
+def taps(channels: Channels) -> dict[Tap, NDArray[np.int64]]:
+    """Every tap of a model, and the (F, T) places of its features on the channel axis."""
+    found: dict[Tap, NDArray[np.int64]] = {}
+    for site in channels.sites:
+        for reader in site.readers:
+            found.setdefault(tap(site, reader), features(site.columns).index + site.first_column)
+    return found
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the data says about every tap.
+
+    Attributes:
+        fit: moments over the samples that folds are fitted to.
+        select: moments over unseen samples that decide; None if there are none.
+        samples: number of samples in each of the two parts.
+    """
+
+    fit: Mapping[Tap, Moments]
+    select: Mapping[Tap, Moments] | None
+    samples: tuple[int, int]
+
+    def merge(self, other: Calibration) -> Calibration:
+        """What the samples of both say."""
+        return Calibration(
+            fit=_merged(self.fit, other.fit),
+            select=other.select if self.select is None else _merged(self.select, other.select or {}),
+            samples=(self.samples[0] + other.samples[0], self.samples[1] + other.samples[1]),
+        )
+
+
+def _merged(own: Mapping[Tap, Moments], other: Mapping[Tap, Moments]) -> Mapping[Tap, Moments]:
+    return {place: own[place].merge(other[place]) if place in other else own[place] for place in own} or other
+
+
+class Sums:
+    """Moments of every tap that still grow.
+
+    Args:
+        channels: the traced model.
+
+    Attributes:
+        taps: every tap, and the (F, T) places of its features on the channel axis.
+        parts: what was added up, by part and tap.
+        samples: how many were.
+    """
+
+    def __init__(self, channels: Channels) -> None:
+        self.taps = taps(channels)
+        self.parts = {
+            part: {at: MomentsAccumulator(len(index)) for at, index in self.taps.items()}
+            for part in (Part.FIT, Part.SELECT)
+        }
+        self.samples = dict.fromkeys(self.parts, 0)
+
+    def absorb(self, found: Calibration) -> None:
+        """Add what other samples said."""
+        for part, count, moments in zip(self.parts, found.samples, (found.fit, found.select or {}), strict=True):
+            self.samples[part] += count
+            for at, own in moments.items():
+                self.parts[part][at].absorb(own)
+
+    def result(self) -> Calibration:
+        """What all of it says. The sums are taken apart, for the matrices are the largest things in memory."""
+        fit, select = (
+            {at: own.pop(at).result() for at in self.taps} if self.samples[part] else None
+            for part, own in self.parts.items()
+        )
+        return Calibration(fit or {}, select, (self.samples[Part.FIT], self.samples[Part.SELECT]))
+
+
+def calibrate(
+    channels: Channels,
+    samples: Samples,
+    sums: Sums,
+    *,
+    providers: Sequence[str],
+    threads: int,
+    seed: int,
+    progress: Progress,
+    probe: Probe | None = None,
+    fitted: int | None = None,
+) -> None:
+    """Take the moments of every site input.
+
+    The positions of a batch depend on the seed and on its first sample alone, so that the moments of some batches and
+    of the others add up to those of all.
+
+    Args:
+        channels: the traced model.
+        samples: the data; its FIT and SELECT parts are used.
+        sums: what to add to.
+        providers: execution providers of ONNX Runtime.
+        threads: intra-op threads, 0 for its own choice.
+        seed: of the positions that are sampled.
+        progress: called with (stage, samples done, samples in all).
+        probe: what else is measured in the same runs; None for nothing.
+        fitted: number of FIT samples in all, where `samples` are some of them.
+
+    Raises:
+        CalibrationError: an activation is not finite, naming the tensor.
+        ModelError: ONNX Runtime cannot run the model.
+    """
+    counts = {part: len(samples.parts[part]) for part in sums.parts}
+    most: dict[Place, int] = {}
+    for place, index in sums.taps.items():
+        share = ROWS_PER_FEATURE * len(index) // max(1, counts[Part.FIT] if fitted is None else fitted)
+        per_sample = int(np.clip(share, LEAST_POSITIONS, MOST_POSITIONS))
+        where = _place(place)
+        # Positions behind a Flatten are taps: there the whole axis is one row.
+        most[where] = max(most.get(where, 0), per_sample if index.shape[1] == 1 else MOST_POSITIONS)
+    for part, count in counts.items():
+        sums.samples[part] += count
+    if not most:
+        return
+    crew = sessions.crew(threads, providers, channels.resolved.activation_bytes * samples.batch)
+    summed = () if sessions.on_processor(providers) else _summed(channels, sums.taps)
+    sampler = RowSampler(
+        channels.model, channels.resolved, most, providers=providers, threads=crew.threads, probe=probe, summed=summed
+    )
+
+    def sampled(batch: Batch) -> tuple[dict[Tap, Array], dict[Tap, Moments], Sequence[Array]]:
+        positions, columns = np.random.default_rng((seed, int(batch.samples[0]))).spawn(2)
+        seen = sampler.run(batch, positions)
+        rows, moments = {}, {}
+        for at, index in sums.taps.items():
+            if _place(at) in seen.rows:
+                rows[at] = np.ascontiguousarray(_features(seen.rows[_place(at)].values, index, columns))
+            else:
+                with _named(at):
+                    moments[at] = _in_order(seen.summed[_place(at)], index[:, 0])
+        return rows, moments, seen.probed
+
+    done = 0
+    with crew.pool() as pool:
+        for part, own in sums.parts.items():
+            for batch, (rows, moments, probed) in sessions.in_order(pool, sampled, samples.batches(part), crew.runs):
+                for at, found in moments.items():
+                    own[at].absorb(found)
+                full = {at: own[at] for at, values in rows.items() if own[at].take(values)}
+                list(pool.map(_add_up, full, full.values()))
+                if probe is not None:
+                    probe.update(probed, batch)
+                done += len(batch.samples)
+                progress("calibrate", done, sum(counts.values()))
+            list(pool.map(_add_up, own, own.values()))
+
+
+def _place(at: Tap) -> Place:
+    return Place(at.tensor, at.axis, at.strides)
+
+
+def _summed(channels: Channels, found: Mapping[Tap, NDArray[np.int64]]) -> set[Place]:
+    """Places whose moments are made on the device that holds the activations; taps behind a Flatten are rows."""
+    flat = {_place(at) for at, index in found.items() if index.shape[1] > 1}
+    places = {_place(at) for at in found} - flat
+    return {place for place in places if summable(channels.model, channels.resolved, place)}
+
+
+def _in_order(summed: Summed, places: NDArray[np.int64]) -> Moments:
+    """Moments of features from sums over a channel axis."""
+    whole = np.array_equal(places, np.arange(len(summed.sum)))
+    gram = summed.gram if whole else summed.gram[np.ix_(places, places)]
+    return batch_moments(gram, summed.sum[places], summed.low[:, places], summed.high[:, places], summed.positions)
+
+
+def _add_up(at: Tap, accumulator: MomentsAccumulator) -> None:
+    with _named(at):
+        accumulator.add_up()
+
+
+@contextmanager
+def _named(at: Tap) -> Iterator[None]:
+    try:
+        yield
+    except CalibrationError as error:
+        raise CalibrationError(f"Tensor {at.tensor!r} becomes NaN or infinite on this data.") from error
+
+
+def _features(rows: Array, index: NDArray[np.int64], rng: np.random.Generator) -> Array:
+    """(samples, rows, features): places of the axis in feature order; taps become rows."""
+    features, taps = index.shape
+    if taps == 1:
+        places = index[:, 0]
+        return rows if np.array_equal(places, np.arange(rows.shape[2])) else rows[:, :, places]
+    chosen = np.sort(rng.permutation(taps)[: max(1, ROWS_OF_TAPS // rows.shape[1])])
+    return rows[:, :, index.T[chosen]].reshape(len(rows), -1, features)

@@ -1,0 +1,513 @@
+"""Where calibration data comes from: files, folders, images, functions, arrays, readers. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import itertools
+import math
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+
+from lindep_onnx.data.images import SUFFIXES as IMAGE_SUFFIXES
+from lindep_onnx.data.images import Preprocessing, image_files, images
+from lindep_onnx.data.inputs import (
+    UNNAMED,
+    Array,
+    Arrays,
+    Header,
+    InputSpec,
+    Shard,
+    check_arrays,
+    check_lengths,
+    kind_of,
+    listed,
+    without_samples,
+)
+from lindep_onnx.data.npz import UNREADABLE, npy_header, npz_headers
+from lindep_onnx.errors import CalibrationError, UsageError
+from lindep_onnx.files import meant
+
+__all__ = ["LEAST_SAMPLES", "RANDOM", "RandomInputs", "Reading", "Sources", "load_function", "shards_of"]
+
+#: What is said first where there is no real data.
+RANDOM = (
+    "WARNING: random inputs took the place of calibration data. They are nothing like real ones: errors, agreement and "
+    "refits are about noise, and the accuracy on real data may be far below. Give --calib DATA before using the result."
+)
+#: Fewer different samples than this cannot be split into three parts.
+LEAST_SAMPLES = 3
+#: What `FILE.py` alone names, as in polygraphy.
+DEFAULT_FUNCTION = "load_data"
+SUFFIXES = (".npz", ".npy")
+
+
+@dataclass(frozen=True)
+class RandomInputs:
+    """A source of random samples: a last resort, since they are nothing like real ones.
+
+    Attributes:
+        count: how many.
+    """
+
+    count: int
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a source came to.
+
+    Attributes:
+        shards: the arrays.
+        notes: what was made of them on the way.
+    """
+
+    shards: Sequence[Shard]
+    notes: tuple[str, ...] = ()
+
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a source is read.
+
+    Attributes:
+        specs: inputs of the model.
+        folder: for temporary files.
+        max_samples: use at most this many, where they have to be read one by one.
+        seed: of choices and of random inputs.
+        preprocessing: what to make of images.
+        progress: called with (stage, samples done, samples in all).
+    """
+
+    specs: Sequence[InputSpec]
+    folder: Path
+    max_samples: int | None
+    seed: int
+    preprocessing: Preprocessing
+    progress: Progress
+
+
+def shards_of(source: Any, reading: Reading) -> Sources:
+    """Find out what a source is, and read as much of it as is needed to know what it holds.
+
+    Args:
+        source: as `lindep_onnx.data.open_samples` takes it.
+        reading: how to read it.
+
+    Raises:
+        CalibrationError: the data is missing, damaged or does not fit.
+        UsageError: `FILE.py:NAME` names nothing that data can come from, or image options are given without images.
+    """
+    if isinstance(source, str | Path):
+        found = _from_text(str(source), reading)
+        if found is not None:
+            return found
+    if reading.preprocessing.asked_for:
+        raise UsageError(
+            "--image-size, --resize, --scale, --mean, --std, --layout and --color are for folders of images, and the "
+            "calibration data is none; drop them, or prepare the data there."
+        )
+    if isinstance(source, str | Path):
+        text = str(source)
+        if _is_code(text):
+            return Sources(_spooled(_called(text, "--calib"), text, reading))
+        return Sources(_from_path(Path(text), [spec.name for spec in reading.specs], reading.folder))
+    where = "the calibration data"
+    if isinstance(source, RandomInputs):
+        feeds = _random_feeds(source.count, reading)
+        return Sources(_spooled(feeds, "random inputs", reading, source.count))
+    if isinstance(source, Mapping):
+        return Sources([_in_memory(where, source)])
+    if hasattr(source, "__array__"):
+        return Sources([_in_memory(where, {UNNAMED: source})])
+    if source is None:
+        return Sources([_in_memory("no calibration data", {})])
+    return Sources(_spooled(_feeds(source, where), where, reading))
+
+
+def _is_code(text: str) -> bool:
+    return not Path(text).is_dir() and (text.endswith(".py") or (".py:" in text and not Path(text).exists()))
+
+
+def _from_text(text: str, reading: Reading) -> Sources | None:
+    """A folder of images; None if it is something else."""
+    path = Path(text)
+    try:
+        is_folder = path.is_dir()
+        path.exists()
+    except (OSError, ValueError) as error:  # no name for a file: too long, or with a NUL in it
+        raise CalibrationError(f"{text[:80]!r}: cannot be looked up ({error}).") from error
+    if not is_folder or (_has_arrays(path) and not reading.preprocessing.asked_for):
+        return None
+    files = image_files(path)
+    if not files:
+        return None
+    count, feeds, note = images(
+        path, files, reading.specs, reading.preprocessing, seed=reading.seed, most=reading.max_samples
+    )
+    return Sources(_spooled(feeds, str(path), reading, count), (note,))
+
+
+def _has_arrays(folder: Path) -> bool:
+    return bool(_sets(folder) or any(item.suffix in SUFFIXES for item in folder.iterdir()))
+
+
+def _sets(folder: Path) -> list[Path]:
+    return sorted(folder.glob("test_data_set_*")) or ([folder] if (folder / "input_0.pb").is_file() else [])
+
+
+def _called(text: str, flag: str) -> Iterator[Any]:
+    # A generator of its own, so that what the function raises is treated like what its items raise.
+    named = _load_named(text, flag, DEFAULT_FUNCTION)
+    if not callable(named) and not hasattr(named, "get_next") and not isinstance(named, Iterable):
+        raise UsageError(
+            f"{flag}: {text} is of type {type(named).__name__}; name a function that yields dicts of arrays."
+        )
+    needed = _needed_arguments(named)
+    if needed:
+        raise UsageError(
+            f"{flag}: {text} needs the argument(s) {', '.join(needed)}, and is called without any; give them defaults."
+        )
+    made = isinstance(named, type) or (callable(named) and not hasattr(named, "get_next"))
+    yield from _feeds(named() if made else named, text)
+
+
+def _needed_arguments(named: Any) -> list[str]:
+    if not callable(named):
+        return []
+    try:
+        parameters = inspect.signature(named).parameters.values()
+    except (ValueError, TypeError):  # a builtin that tells nothing
+        return []
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in several]
+
+
+def _random_feeds(count: int, reading: Reading) -> Iterator[dict[str, Array]]:
+    """Standard normal values, or evenly spread ones where a range is known."""
+    rng = np.random.default_rng(reading.seed)
+    shapes = {}
+    for spec in reading.specs:
+        shape = spec.shape
+        free = [str(size) for size in (shape or ())[1:] if not isinstance(size, int)]
+        if shape is None or free:
+            raise CalibrationError(
+                f"random inputs: input {spec.name!r} leaves sizes open ({', '.join(free) or 'all'}), so that there is "
+                "nothing to draw; give --calib DATA, or export with fixed sizes."
+            )
+        kind = kind_of(spec.dtype)
+        if kind not in ("float", "bool") and spec.range is None:
+            raise CalibrationError(
+                f"random inputs: nobody knows which values of {spec.dtype} input {spec.name!r} takes; say so with "
+                f"--input-range {spec.name}=LO:HI, or give --calib DATA."
+            )
+        shapes[spec.name] = tuple(int(size) for size in shape[1:])
+    for _ in range(count):
+        yield {spec.name: _drawn(rng, spec, shapes[spec.name]) for spec in reading.specs}
+
+
+def _drawn(rng: np.random.Generator, spec: InputSpec, shape: tuple[int, ...]) -> Array:
+    size = (1, *shape) if spec.shape else ()
+    if kind_of(spec.dtype) == "bool":
+        return np.asarray(rng.random(size) < 0.5)
+    if spec.range is None:
+        return np.asarray(rng.normal(size=size)).astype(spec.dtype)
+    low, high = spec.range
+    if kind_of(spec.dtype) == "integer":
+        return np.asarray(rng.integers(math.ceil(low), math.floor(high), size=size, endpoint=True)).astype(spec.dtype)
+    return np.asarray(rng.uniform(low, high, size)).astype(spec.dtype)
+
+
+def _from_path(path: Path, inputs: Sequence[str], folder: Path) -> list[Shard]:
+    if path.is_dir():
+        sets = _sets(path)
+        if sets:
+            return [_onnx_set(item, inputs) for item in sets]
+        files = sorted(item for item in path.iterdir() if item.suffix in SUFFIXES)
+        if not files:
+            raise CalibrationError(
+                f"{path}: holds neither .npz or .npy files, nor images, nor test_data_set_* folders."
+            )
+        return [_file(item, folder) for item in files]
+    if not path.exists():
+        raise CalibrationError(f"{path}: no such calibration data.{meant(path)}")
+    if path.suffix not in SUFFIXES:
+        image = " For images give their folder." if path.suffix.lower() in IMAGE_SUFFIXES else ""
+        raise CalibrationError(
+            f"{path}: calibration data is .npz, .npy, a folder or FILE.py:FUNC, not {path.suffix or 'a plain file'}."
+            f"{image}"
+        )
+    return [_file(path, folder)]
+
+
+def _file(path: Path, folder: Path) -> Shard:
+    try:
+        if path.suffix == ".npz":
+            found = npz_headers(path)
+        else:
+            with path.open("rb") as file:
+                found = {UNNAMED: npy_header(file, path.stat().st_size)}
+    except PermissionError as error:
+        raise CalibrationError(f"{path}: cannot be read ({error.strerror}).") from error
+    except UNREADABLE as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CalibrationError(f"{path}: is not a readable {path.suffix} file ({reason}).") from error
+    headers = {name: Header(*header) for name, header in found.items()}
+    for name, header in headers.items():
+        if header.dtype.hasobject:
+            raise CalibrationError(
+                f"{path}: array {name!r} holds pickled Python objects, which are never loaded; save plain numbers."
+            )
+    if path.suffix == ".npy":
+        return Shard(str(path), headers, lambda: {UNNAMED: np.load(path, mmap_mode="r", allow_pickle=False)})
+    return Shard(str(path), headers, lambda: _npz_arrays(path, headers, folder))
+
+
+def _npz_arrays(path: Path, headers: Mapping[str, Header], folder: Path) -> Arrays:
+    """Memory maps of the arrays of an archive, unpacked into `folder` first."""
+    arrays: dict[str, Array] = {}
+    for old in folder.glob("unpacked_*"):  # of the shard before this one; open maps outlive the name
+        old.unlink()
+    with zipfile.ZipFile(path) as archive:
+        for number, (name, header) in enumerate(headers.items()):
+            item = archive.getinfo(name + ".npy")
+            if not math.prod(header.shape):
+                arrays[name] = np.zeros(header.shape, header.dtype)
+                continue
+            target = folder / f"unpacked_{number}.npy"
+            free = shutil.disk_usage(folder).free
+            if item.file_size > free:
+                raise CalibrationError(
+                    f"{path}: array {name!r} unpacks to {item.file_size:,} bytes, but only {free:,} are free for it."
+                )
+            try:
+                with archive.open(item) as packed, target.open("wb") as file:
+                    shutil.copyfileobj(packed, file, 1 << 20)
+            except UNREADABLE as error:
+                raise CalibrationError(f"{path}: array {name!r} is damaged ({error}).") from error
+            arrays[name] = np.load(target, mmap_mode="r", allow_pickle=False)
+    return arrays
+
+
+def _onnx_set(folder: Path, inputs: Sequence[str]) -> Shard:
+    def read() -> dict[str, Array]:
+        arrays = {}
+        for file in sorted(folder.glob("input_*.pb")):
+            number = file.stem.removeprefix("input_")
+            if number.isdigit():
+                name, value = _onnx_tensor(file)
+                at = int(number)
+                arrays[name if name in inputs or at >= len(inputs) else inputs[at]] = value
+        return arrays
+
+    return Shard(str(folder), _in_memory(str(folder), read()).headers, read)
+
+
+def _onnx_tensor(file: Path) -> tuple[str, Array]:
+    tensor = onnx.TensorProto()
+    try:
+        tensor.ParseFromString(file.read_bytes())
+        return tensor.name, _plain(onnx.numpy_helper.to_array(tensor), f"{file}: the tensor")
+    except (DecodeError, ValueError, TypeError, OSError, KeyError) as error:
+        raise CalibrationError(f"{file}: is not a readable ONNX tensor.") from error
+
+
+def _in_memory(where: str, values: Mapping[str, Any]) -> Shard:
+    arrays = {str(name): _plain(value, f"{where}: array {name!r}") for name, value in values.items()}
+    headers = {name: Header(value.dtype, value.shape) for name, value in arrays.items()}
+    return Shard(where, headers, lambda: arrays)
+
+
+def _plain(value: Any, what: str) -> Array:
+    """An array of numbers or strings."""
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise CalibrationError(f"{what} is no array of equally long rows ({error}).") from error
+    if not array.dtype.hasobject:
+        return array
+    if array.dtype != object or not all(isinstance(item, str) for item in array.flat):
+        raise CalibrationError(f"{what} holds Python objects; give plain numbers.")
+    return array.astype(np.str_)
+
+
+def _feeds(source: Any, where: str) -> Iterator[Any]:
+    """Dicts of arrays from an iterable, a generator, or an object with `get_next()` that ends with None."""
+    if hasattr(source, "get_next"):
+        yield from iter(source.get_next, None)
+        return
+    if isinstance(source, Mapping) or hasattr(source, "__array__"):
+        yield source
+        return
+    if not isinstance(source, Iterable):
+        raise CalibrationError(f"{where}: expected dicts of arrays by input name, found {type(source).__name__}.")
+    yield from source
+
+
+def _by_name(item: Any, where: str, specs: Sequence[InputSpec]) -> Mapping[str, Any]:
+    """What a source yields as a dict; a bare array is taken for the only input."""
+    if isinstance(item, Mapping):
+        return item
+    if len(specs) == 1 and hasattr(item, "__array__"):
+        return {specs[0].name: item}
+    names = ", ".join(f"{spec.name!r}: array" for spec in specs[:3]) + (", ..." if len(specs) > 3 else "")
+    raise CalibrationError(
+        f"{where} is a {type(item).__name__}, not a dict of arrays by input name; make it yield {{{names}}}."
+    )
+
+
+def _spooled(feeds: Iterator[Any], where: str, reading: Reading, total: int | None = None) -> list[Shard]:
+    """Write what a generator yields to disk; dicts of the same layout follow each other in one shard."""
+    specs, most = reading.specs, reading.max_samples
+    total = min((number for number in (total, most) if number is not None), default=0)
+    runs: list[_Spool] = []
+    count = 0
+    try:
+        for number in itertools.count():
+            try:
+                item = next(feeds)
+            except StopIteration:
+                break
+            except (CalibrationError, UsageError):
+                raise
+            except Exception as error:
+                raise CalibrationError(f"{where}: failed after {number} item(s): {error}") from error
+            shard = _in_memory(f"{where}: item {number}", _by_name(item, f"{where}: item {number}", specs))
+            check_arrays(shard, specs, {})
+            shared = without_samples([shard.headers], specs)
+            check_lengths(shard.where, {n: h for n, h in shard.headers.items() if h.shape and n not in shared})
+            if not runs or not runs[-1].takes(shard, shared):
+                if runs:
+                    runs[-1].close()
+                runs.append(_Spool(reading.folder, len(runs), shard, shared))
+            try:
+                count += runs[-1].write(shard.read())
+            except OSError as error:
+                raise CalibrationError(
+                    f"{where}: cannot be kept in {reading.folder} ({error.strerror or error}); use --max-samples."
+                ) from error
+            if total:
+                reading.progress("read data", min(count, total), total)
+            if most is not None and count >= most:
+                break
+    finally:
+        if runs:
+            runs[-1].close()
+    if not runs:
+        raise CalibrationError(
+            f"{where}: yields nothing; give at least {LEAST_SAMPLES} samples (a reader that was read before has to be "
+            "rewound)."
+        )
+    return [spool.shard(where) for spool in runs]
+
+
+class _Spool:
+    """Files that arrays of one layout are appended to; arrays without a sample axis are the same for all of them."""
+
+    def __init__(self, folder: Path, number: int, first: Shard, shared: frozenset[str]) -> None:
+        arrays = first.read()
+        self._layout = self._of(first, shared)
+        self._shared = {name: np.array(arrays[name]) for name in arrays if name not in self._layout}
+        self._paths = {name: folder / f"spool_{number}_{place}.bin" for place, name in enumerate(self._layout)}
+        self._files: dict[str, BinaryIO] = {name: path.open("wb") for name, path in self._paths.items()}
+        self._rows = 0
+
+    @staticmethod
+    def _of(shard: Shard, shared: frozenset[str]) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+        """Type and shape of one sample, for all arrays that have a sample axis."""
+        return {
+            name: (header.dtype, header.shape[1:])
+            for name, header in shard.headers.items()
+            if header.shape and name not in shared
+        }
+
+    def takes(self, shard: Shard, shared: frozenset[str]) -> bool:
+        """Whether an item has the same layout, and the same arrays without a sample axis."""
+        arrays = shard.read()
+        return self._of(shard, shared) == self._layout and all(
+            name in arrays and arrays[name].dtype == value.dtype and np.array_equal(arrays[name], value)
+            for name, value in self._shared.items()
+        )
+
+    def write(self, arrays: Arrays) -> int:
+        """Append an item and return how many samples it holds."""
+        for name, file in self._files.items():
+            file.write(arrays[name].tobytes())
+            file.flush()  # a full disk shows here, not when the file is closed
+        added = len(arrays[next(iter(self._files))]) if self._files else 1
+        self._rows += added
+        return added
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def shard(self, where: str) -> Shard:
+        """What was written, to be read back as memory maps."""
+        spooled = {name: Header(dtype, (self._rows, *rest)) for name, (dtype, rest) in self._layout.items()}
+        shared = {name: Header(value.dtype, value.shape) for name, value in self._shared.items()}
+
+        def read() -> Arrays:
+            maps = {
+                name: np.memmap(self._paths[name], header.dtype, "r", shape=header.shape)
+                if math.prod(header.shape) and header.dtype.itemsize
+                else np.zeros(header.shape, header.dtype)
+                for name, header in spooled.items()
+            }
+            return {**self._shared, **maps}
+
+        return Shard(where, {**shared, **spooled}, read)
+
+
+def load_function(text: str, flag: str) -> Callable[..., Any]:
+    """Load the function that `FILE.py:FUNC` names.
+
+    Args:
+        text: what the user wrote.
+        flag: the option it was given to, for messages.
+
+    Raises:
+        UsageError: the file or the function is not there, or the file fails to load.
+    """
+    function = _load_named(text, flag, "")
+    if not callable(function):
+        raise UsageError(f"{flag}: {text} is no function.")
+    return function  # type: ignore[no-any-return]
+
+
+def _load_named(text: str, flag: str, default: str) -> Any:
+    """What `FILE.py:NAME` names; `FILE.py` alone names `default`, if there is one."""
+    path, _, name = (text, "", default) if default and text.endswith(".py") else text.rpartition(":")
+    if not path or not name.isidentifier() or not Path(path).is_file():
+        raise UsageError(f"{flag} takes FILE.py:FUNC with an existing file, not {text!r}.")
+    spec = importlib.util.spec_from_file_location(f"lindep_onnx_user_{Path(path).stem}", path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"{flag}: {path} is not a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    beside = str(Path(path).resolve().parent)  # what lies beside a script can be imported from it
+    sys.path.insert(0, beside)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"{flag}: {path} cannot be loaded: {type(error).__name__}: {error}") from error
+    finally:
+        if beside in sys.path:
+            sys.path.remove(beside)
+    if not hasattr(module, name):
+        defined = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        there = f" It has {listed(defined)}." if defined else ""
+        raise UsageError(f"{flag}: {path} has no function {name!r}.{there}")
+    return getattr(module, name)

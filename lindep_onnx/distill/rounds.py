@@ -1,0 +1,205 @@
+"""Contract in rounds, and recover after each: further down than one cut goes, with the accuracy won back on the way.
+
+A round compresses the model that the round before left: it is traced, calibrated, priced and refitted anew, since what
+is redundant changes with the weights. Sizes are always shares of the original, and errors, agreement and metrics are
+always against the original, so that rounds do not drift.
+
+Shares of a size fall by the same factor in each round, down to what was asked for. Budgets on errors ask every round
+for as much as they allow: what recovery won back, the next round may spend. A round that breaks such a budget is
+undone, and the group whose error was largest is left alone in those that follow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import glob
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lindep_onnx.data.samples import Samples
+from lindep_onnx.distill.augment import checked, mix
+from lindep_onnx.distill.checkpoint import Checkpoint
+from lindep_onnx.distill.train import Recovered, recover
+from lindep_onnx.model import ir as graph
+from lindep_onnx.model.shapes import resolve
+from lindep_onnx.options import Config, Effort
+from lindep_onnx.planning.strategies import SIZES, Chosen, Workshop
+from lindep_onnx.structure.trace import trace
+from lindep_onnx.structure.types import Channels
+from lindep_onnx.verify.group_errors import measure_groups
+
+__all__ = ["anneal", "lifted", "schedule"]
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+Stage: TypeAlias = Callable[[str], AbstractContextManager[None]]
+#: Sets up one round: called with the model as the last round left it and the options of the round.
+Open: TypeAlias = Callable[[Channels, Config], Workshop]
+
+
+def anneal(
+    original: Channels, samples: Samples, config: Config, open_round: Open, stage: Stage, progress: Progress
+) -> tuple[Workshop, Chosen]:
+    """Compress a model in rounds.
+
+    Args:
+        original: the original model, traced.
+        samples: the data.
+        config: the options; `rounds` and `recover` say how often and how long.
+        open_round: sets up one round.
+        stage: times the stages.
+        progress: called with (stage, done, all).
+
+    Returns:
+        The workshop of the first round, and the last result that is good; what it removed is counted in units of the
+        original.
+    """
+    current = original
+    removed = np.zeros(original.units, dtype=bool)
+    best: Chosen | None = None
+    first: Workshop | None = None
+    frozen: list[str] = []  # globs on the names of nodes whose groups broke a round
+    told: list[str] = []  # of all rounds; what else a round has to say matters for the last one only
+    if config.rounds > 1 and len(np.unique(original.bundle)) < original.units:
+        told.append("Grouped convolutions or attention heads trade places of channels: all rounds were run as one.")
+        config = dataclasses.replace(config, rounds=1)
+    checkpoint = Checkpoint(Path(config.checkpoint)) if config.checkpoint is not None else None
+    for number, options in enumerate(schedule(config)):
+        workshop = open_round(current, options)
+        first = first or workshop
+        chosen = workshop.choose()
+        if best is not None and not chosen.removed.any():
+            told.append(f"Round {number + 1} found nothing more to remove.")
+            break
+        gone = lifted(original, removed, current, chosen.removed)
+        if config.effort is not None and gone.any():
+            with stage("recover"):
+                chosen, notes = _recovered(
+                    workshop, chosen, original, samples, config, config.effort, checkpoint, number, progress
+                )
+            told.extend(notes)
+        if best is not None and best.failure is None and chosen.failure is not None and not config.sized:
+            name = _worst(current, chosen, samples, config)
+            told.append(
+                f"Round {number + 1} broke a budget and was undone; the channels of node {name!r}, where its error was "
+                "largest, were left alone from then on."
+            )
+            frozen.append(glob.escape(name))
+            current = _traced(current.model, config, frozen)
+            continue
+        if number:  # kinds and units are those of this round's model
+            chosen = dataclasses.replace(chosen, kind=np.zeros(original.units, dtype=np.int8))
+        frontier = chosen.frontier if best is None else best.frontier  # of the original
+        best, removed = dataclasses.replace(chosen, removed=gone, frontier=frontier), gone
+        if number + 1 < config.rounds:
+            current = _traced(chosen.model, config, frozen)
+    assert best is not None and first is not None
+    return first, dataclasses.replace(best, notes=(*best.notes, *told))
+
+
+def _traced(model: graph.Model, config: Config, frozen: Sequence[str]) -> Channels:
+    exclude = (*config.exclude, *frozen)
+    return trace(model, resolve(model), include=config.include, exclude=exclude, min_channels=config.min_channels)
+
+
+def _worst(current: Channels, chosen: Chosen, samples: Samples, config: Config) -> str:
+    """The first producer of the group whose readers are furthest off."""
+    errors = measure_groups(
+        current, chosen, samples, seed=config.seed, providers=config.providers, threads=config.threads
+    )
+    changed = [number for number, group in enumerate(current.groups) if chosen.removed[group.units].any()]
+    return current.groups[max(changed, key=lambda number: errors.get(number, 0.0))].name
+
+
+def schedule(config: Config) -> Iterator[Config]:
+    """The options of each round: sizes fall by the same factor, other budgets are those asked for.
+
+    Args:
+        config: the options of the run.
+    """
+    for number in range(1, config.rounds + 1):
+        shares = {kind: getattr(config, kind) for kind in SIZES}
+        yield dataclasses.replace(
+            config, **{kind: share ** (number / config.rounds) for kind, share in shares.items() if share is not None}
+        )
+
+
+def lifted(
+    original: Channels, removed: NDArray[np.bool_], smaller: Channels, gone: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
+    """What is removed from the original once more goes from a smaller model made of it.
+
+    Args:
+        original: the original model, traced.
+        removed: (units,) bool, units of the original that the smaller model lacks.
+        smaller: that model, traced; its tensors have the names of the original's.
+        gone: (units of the smaller model,) bool, what goes from it.
+    """
+    if smaller is original:
+        return removed | gone
+    result = removed.copy()
+    for tensor, labels in smaller.labels.items():
+        before = {label.cut: label for label in original.labels.get(tensor, ())}
+        for label in labels:
+            if label.cut not in before:
+                continue
+            atoms = before[label.cut].along_cut()
+            units = original.unit[atoms[original.mask(atoms, removed)]]
+            own = smaller.unit[label.along_cut()]
+            if len(units) == len(own):
+                away = units[np.append(gone, False)[own]]
+                result[away[away >= 0]] = True
+    return result
+
+
+def _recovered(
+    workshop: Workshop,
+    chosen: Chosen,
+    original: Channels,
+    samples: Samples,
+    config: Config,
+    effort: Effort,
+    checkpoint: Checkpoint | None,
+    number: int,
+    progress: Progress,
+) -> tuple[Chosen, tuple[str, ...]]:
+    """The result with trained weights, or as it was if unseen samples turn those down, and what to tell the user."""
+    student = chosen.model
+    augment = mix if config.augment == "mix" else checked(config.augment) if config.augment is not None else None
+    found = recover(
+        original.model,
+        student,
+        samples,
+        effort,
+        frozen=[node.name for node in student.nodes if any(fnmatch.fnmatchcase(node.name, g) for g in config.exclude)],
+        agreement_output=config.agreement_output,
+        augment=augment,
+        checkpoint=checkpoint,
+        providers=config.providers,
+        threads=config.threads,
+        seed=config.seed + number,
+        progress=progress,
+    )
+    notes = tuple(_notes(found, number if config.rounds > 1 else None))
+    if found.weights:
+        trained = workshop.judge(student, found.weights, chosen)
+        if trained.failure is None or chosen.failure is not None:
+            return trained, notes
+        notes = (*notes, "Unseen samples turned the trained weights down; the refitted ones were kept.")
+    return chosen, notes
+
+
+def _notes(found: Recovered, number: int | None) -> Iterator[str]:
+    if not math.isnan(found.before):
+        when = "" if number is None else f"Round {number + 1}: "
+        yield (
+            f"{when}{found.steps} steps of training against the original, without labels, brought the loss on held-out "
+            f"samples from {found.before:.3g} to {found.after:.3g}."
+        )
+    yield from found.notes

@@ -1,0 +1,267 @@
+"""Calibration on several machines: moments are sums, so shards of the samples are run wherever there is a worker.
+
+The engine is Dask (`distributed`), an optional extra; why not another one is told in `docs/cluster.md`. A shard is a
+pure function of the model, the data and its sample numbers, and what it gives is taken in once, in the order of the
+shards, however often Dask had to run it. So a worker that dies costs the time of its shards and changes nothing.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from lindep_onnx import files
+from lindep_onnx.calibration import inactive as silence
+from lindep_onnx.calibration.collect import Progress, Ranges, here
+from lindep_onnx.calibration.measure import Calibration, Sums
+from lindep_onnx.data.samples import InputSpec, Part, Samples, open_samples
+from lindep_onnx.errors import CalibrationError, LindepError, UsageError
+from lindep_onnx.model import ir as graph
+from lindep_onnx.model.shapes import resolve
+from lindep_onnx.runtime.backend import cores
+from lindep_onnx.structure.trace import trace
+from lindep_onnx.structure.types import Channels
+
+__all__ = ["Workers", "check_source", "connected"]
+
+Numbers: TypeAlias = "Mapping[Part, NDArray[np.int64]]"
+
+#: Shards for each worker: more of them lose less when one dies, and send more matrices.
+SHARDS = 3
+#: So often a job is sent again after all workers that had it died.
+TRIES = 3
+#: Seconds to wait for the scheduler, and for a worker to come back.
+PATIENCE = 8
+#: More processes than this are a slip of the finger.
+MOST_PROCESSES = 256
+
+
+@dataclass(frozen=True)
+class _Job:
+    """All that a worker needs to know beside the numbers of its samples.
+
+    A large model goes without its weights, which workers map where they are.
+    """
+
+    model: bytes
+    folder: str | None
+    trace: tuple[tuple[str, ...], tuple[str, ...], int]
+    source: Any
+    inputs: tuple[InputSpec, ...]
+    batch_size: int
+    watched: tuple[silence.Flat, ...]
+    fitted: int
+    seed: int
+    runtime: tuple[tuple[str, ...], int]
+    sharing: int
+
+
+class Workers:
+    """Runs stretches of the data on the workers of a Dask client.
+
+    Args:
+        client: a `distributed.Client`.
+        source: the calibration data, as given: a path that every worker can read, or a dict of arrays.
+        inputs: what the model declares.
+        batch_size: samples per run.
+        trace: the include and exclude patterns and the smallest width that the model was traced with.
+    """
+
+    def __init__(
+        self,
+        client: Any,
+        source: Any,
+        inputs: Sequence[InputSpec],
+        batch_size: int,
+        trace: tuple[tuple[str, ...], tuple[str, ...], int],
+    ) -> None:
+        check_source(source)
+        self._client = client
+        self._source = str(Path(source).resolve()) if isinstance(source, (str, Path)) else dict(source)
+        self._inputs, self._batch_size, self._trace = tuple(inputs), batch_size, trace
+
+    def __call__(
+        self,
+        channels: Channels,
+        samples: Samples,
+        watched: tuple[silence.Flat, ...],
+        *,
+        fitted: int,
+        seed: int,
+        progress: Progress,
+        providers: Sequence[str],
+        threads: int,
+    ) -> tuple[Calibration, Ranges]:
+        """Moments and ranges of the samples, as one process would take them; see `lindep_onnx.calibration.collect`."""
+        model, folder = channels.model.proto.SerializeToString(deterministic=True), channels.model.folder
+        beside = None if folder is None else str(folder.path)
+        runtime = tuple(providers), threads
+        workers = self._client.scheduler_info()["workers"].values()
+        sharing = max(Counter(worker["host"] for worker in workers).values(), default=1)
+        job = _Job(
+            model, beside, self._trace, self._source, self._inputs, self._batch_size, watched, fitted, seed, runtime,
+            sharing,
+        )  # fmt: skip
+        shards = _shards(samples, max(1, SHARDS * len(workers)))
+        found: tuple[Calibration, Ranges] | None = None
+        done = 0
+        try:
+            for shard, (seen, ranges) in zip(shards, self._results(job, shards), strict=True):
+                found = (seen, ranges) if found is None else (found[0].merge(seen), _both(found[1], ranges))
+                done += sum(len(own) for own in shard.values())
+                progress("calibrate", done, done)
+        except LindepError:
+            raise
+        except Exception as error:
+            text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CalibrationError(
+                f"The cluster gave up on a part of the calibration data: {text}. Every worker needs this package, the "
+                "same file paths, and the memory for one session."
+            ) from error
+        assert found is not None
+        return found
+
+    def _results(self, job: _Job, shards: Sequence[Numbers]) -> Iterator[tuple[Calibration, Ranges]]:
+        """What the shards give, in their order: sums of floats depend on it.
+
+        Dask runs the shards of a dead worker again by itself. Where all that knew the job are dead, it is sent again.
+        """
+        done = 0
+        for tries in itertools.count():
+            job_there = self._client.scatter(job, broadcast=True, hash=False)
+            futures = [self._client.submit(_run_shard, job_there, shard, pure=False) for shard in shards[done:]]
+            try:
+                for future in futures:
+                    yield future.result()
+                    future.release()
+                    done += 1
+                return
+            except concurrent.futures.CancelledError:
+                if tries == TRIES:
+                    raise
+                self._client.wait_for_workers(1, timeout=PATIENCE)
+            finally:
+                with suppress(Exception):
+                    self._client.cancel([*futures, job_there])
+
+
+def check_source(source: Any) -> None:
+    """Refuse data that other processes cannot read again.
+
+    Raises:
+        UsageError: it is neither a path of arrays nor a dict of arrays.
+    """
+    if isinstance(source, (str, Path)) and Path(source).exists():
+        return
+    if isinstance(source, Mapping):
+        return
+    raise UsageError(
+        "--cluster: every worker reads the calibration data itself, so it must be an .npz, .npy or folder that all of "
+        "them see, or a dict of arrays; not a generator."
+    )
+
+
+@contextmanager
+def connected(address: str) -> Iterator[Any]:
+    """A client of a scheduler, or of so many new processes on this machine if `address` is a number.
+
+    Raises:
+        UsageError: Dask is not installed, nothing answers, or that is no number of processes for one machine.
+    """
+    if address.isdecimal() and not 0 < int(address) <= MOST_PROCESSES:
+        raise UsageError(f"--cluster takes at most {MOST_PROCESSES} processes, and at least one, not {address}.")
+    try:
+        import distributed
+    except ImportError as error:
+        raise UsageError("--cluster needs Dask: pip install 'lindep-onnx[cluster]'.") from error
+    import dask
+
+    with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1TB"}):
+        if address.isdecimal():
+            with (
+                distributed.LocalCluster(
+                    n_workers=int(address), threads_per_worker=1, processes=True, dashboard_address=None, memory_limit=0
+                ) as cluster,
+                distributed.Client(cluster) as client,
+            ):
+                yield client
+            return
+        try:
+            client = distributed.Client(address, timeout=PATIENCE)
+        except (OSError, ValueError, TypeError) as error:
+            raise UsageError(
+                f"--cluster takes the address of a Dask scheduler, such as tcp://host:8786, or a number of processes; "
+                f"nothing answers at {address!r}."
+            ) from error
+        with client:
+            yield client
+
+
+def _shards(samples: Samples, count: int) -> list[Numbers]:
+    """Whole batches, as evenly as they go: then every batch is what it is in one process."""
+    parts = (Part.FIT, Part.SELECT)
+    batches = [(part, numbers) for part in parts for numbers in samples.numbers(part)]
+    cut = np.array_split(np.arange(len(batches)), min(count, max(1, len(batches))))
+    return [
+        {
+            part: np.concatenate([np.empty(0, np.int64), *(batches[at][1] for at in own if batches[at][0] is part)])
+            for part in parts
+        }
+        for own in cut
+    ]
+
+
+def _both(own: Ranges, more: Ranges) -> Ranges:
+    return {key: (flat, seen.merge(more[key][1])) for key, (flat, seen) in own.items()}
+
+
+# ---- on the workers ---------------------------------------------------------------------------------------------
+
+
+def _run_shard(job: _Job, numbers: Numbers) -> tuple[Calibration, Ranges]:
+    with threadpool_limits(max(1, cores() // (2 * job.sharing)), user_api="blas"):
+        channels = _traced(job.model, job.folder, job.trace)
+        providers, threads = job.runtime
+        threads = threads or max(1, cores() // job.sharing)  # processes of one machine share its cores
+        with open_samples(
+            job.source,
+            job.inputs,
+            seed=job.seed,
+            holdout=0.5,
+            max_samples=None,
+            batch_size=job.batch_size,
+            parts=numbers,
+        ) as samples:
+            sums = Sums(channels)
+            ranges = here(
+                channels,
+                samples,
+                job.watched,
+                sums,
+                providers=providers,
+                threads=threads,
+                seed=job.seed,
+                progress=lambda *_: None,
+                fitted=job.fitted,
+            )
+    return sums.result(), ranges
+
+
+@functools.lru_cache(maxsize=1)
+def _traced(model: bytes, folder: str | None, options: tuple[tuple[str, ...], tuple[str, ...], int]) -> Channels:
+    """Traced once in every process."""
+    include, exclude, least = options
+    loaded = graph.model_of(onnx.ModelProto.FromString(model), None if folder is None else files.Folder(Path(folder)))
+    return trace(loaded, resolve(loaded), include=include, exclude=exclude, min_channels=least)

@@ -1,0 +1,312 @@
+"""An ONNX model as plain frozen values: nodes in topological order, constants as arrays.
+
+Files are read and written by `lindep_onnx.model.weights`, graphs are changed by `lindep_onnx.model.edit`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx
+import onnx.inliner
+from numpy.typing import NDArray
+
+from lindep_onnx.errors import ModelError
+from lindep_onnx.files import Folder
+from lindep_onnx.model import weights as storage
+from lindep_onnx.model.weights import array_of, bodies
+
+__all__ = ["MOST_DECLARED", "Model", "Node", "first_name", "impossible_sizes", "load", "model_of"]
+
+logger = logging.getLogger(__name__)
+
+Array: TypeAlias = NDArray[Any]
+Dim: TypeAlias = "int | str"
+
+#: Longer vectors are of unknown length to inference, which makes a list of the elements of integer ones.
+MOST_DECLARED = 1 << 20
+#: More cannot be fed.
+MOST_FED = 1 << 40
+INTEGERS = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operator call.
+
+    Attributes:
+        index: place in the topological order.
+        op: operator type; operators outside the default domain read `domain::type`.
+        name: the name in the file, or one made from the operator and its first output.
+        inputs: tensor names; an absent optional input is the empty string.
+        outputs: tensor names; an absent optional output is the empty string.
+        attributes: decoded attribute values; tensors as arrays.
+        captures: tensors of this graph that sub-graphs of the node read.
+    """
+
+    index: int
+    op: str
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: Mapping[str, Any]
+    captures: tuple[str, ...]
+
+    def input(self, position: int) -> str:
+        """Name of the input at `position`, empty where it is absent."""
+        return self.inputs[position] if position < len(self.inputs) else ""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as read from a file; nothing in it is ever changed.
+
+    Attributes:
+        proto: the protobuf; the data of large initializers is external if it is much (see `lindep_onnx.model.weights`).
+        folder: of the external data; None where the protobuf holds all.
+        nodes: in topological order, `Constant` nodes left out.
+        inputs: graph inputs that have to be fed (initializers left out).
+        outputs: graph outputs.
+        stored: every constant tensor the file holds, initializer or `Constant` node.
+        overridable: initializers that are graph inputs too, so that a caller may feed another value.
+        opset: version of the default operator set.
+    """
+
+    proto: onnx.ModelProto
+    folder: Folder | None
+    nodes: tuple[Node, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    stored: Mapping[str, Array]
+    overridable: frozenset[str]
+    opset: int
+
+    @cached_property
+    def consumers(self) -> Mapping[str, tuple[Node, ...]]:
+        """The nodes that read each tensor, once per reading input; captures count."""
+        found: dict[str, list[Node]] = {}
+        for node in self.nodes:
+            for name in (*node.inputs, *node.captures):
+                if name:
+                    found.setdefault(name, []).append(node)
+        return MappingProxyType({name: tuple(nodes) for name, nodes in found.items()})
+
+    @cached_property
+    def producer(self) -> Mapping[str, Node]:
+        """The node that computes each tensor."""
+        return MappingProxyType({name: node for node in self.nodes for name in node.outputs if name})
+
+
+def load(source: str | Path | onnx.ModelProto) -> Model:
+    """Read a model into a `Model`.
+
+    Raises:
+        ModelError: the file cannot be read, or the graph is not well formed.
+    """
+    where = str(source) if not isinstance(source, onnx.ModelProto) else (source.graph.name or "the model")
+    return model_of(*storage.read(source), where)
+
+
+def model_of(proto: onnx.ModelProto, folder: Folder | None, where: str = "") -> Model:
+    """A protobuf as a `Model`.
+
+    Args:
+        proto: the protobuf; not changed, and not to be changed later.
+        folder: of its external data.
+        where: what to call it in messages.
+
+    Raises:
+        ModelError: the graph is not well formed.
+    """
+    proto = _inlined(proto)
+    where = where or proto.graph.name or "the model"
+    opset = next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 0)
+    graph = proto.graph
+
+    _check_sizes(where, graph)
+    _check_arity(where, graph, {entry.domain: entry.version for entry in proto.opset_import})
+    stored: dict[str, Array] = {}
+    try:
+        for tensor in graph.initializer:
+            if tensor.name in stored:
+                raise ModelError(
+                    f"{where}: tensor {tensor.name!r} is defined twice; every tensor needs a name of its own."
+                )
+            stored[tensor.name] = array_of(tensor, folder)
+        sparse = {tensor.values.name for tensor in graph.sparse_initializer}
+        nodes, constants = _read_nodes(graph)
+    except Exception as error:  # decoding raises whatever it meets
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{where}: a tensor or attribute in it is damaged: {first}") from error
+    for name, value in constants.items():
+        if name in stored:
+            raise ModelError(f"{where}: tensor {name!r} is defined twice; every tensor needs a name of its own.")
+        stored[name] = value
+
+    graph_inputs = [value.name for value in graph.input]
+    _check_windows(where, nodes)
+    _check_order(where, nodes, {*stored, *sparse, *graph_inputs}, [value.name for value in graph.output])
+    return Model(
+        proto=proto,
+        folder=folder,
+        nodes=tuple(nodes),
+        inputs=tuple(name for name in graph_inputs if name not in stored),
+        outputs=tuple(value.name for value in graph.output),
+        stored=MappingProxyType(stored),
+        overridable=frozenset(name for name in graph_inputs if name in stored and proto.ir_version >= 4),
+        opset=opset,
+    )
+
+
+def _inlined(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with the functions that it defines itself written out, so that their nodes can be read like any."""
+    if not proto.functions:
+        return proto
+    try:
+        return onnx.inliner.inline_local_functions(proto)
+    except Exception:  # it raises what it likes; a function that stays is an operator without a rule
+        logger.debug("could not inline the functions of the model", exc_info=True)
+        return proto
+
+
+def _read_nodes(graph: onnx.GraphProto) -> tuple[list[Node], dict[str, Array]]:
+    nodes: list[Node] = []
+    constants: dict[str, Array] = {}
+    for proto in graph.node:
+        if proto.op_type == "Constant" and proto.domain in ("", "ai.onnx"):
+            value = _constant_value(proto)
+            if value is not None:
+                constants[proto.output[0]] = value
+                continue
+        domain = "" if proto.domain in ("", "ai.onnx") else proto.domain + "::"
+        nodes.append(
+            Node(
+                index=len(nodes),
+                op=domain + proto.op_type,
+                name=proto.name or f"{proto.op_type}({first_name(proto.output)})",
+                inputs=tuple(proto.input),
+                outputs=tuple(proto.output),
+                attributes=MappingProxyType({a.name: _attribute(a) for a in proto.attribute}),
+                captures=tuple(sorted(set().union(*(_captures(g) for g in bodies(proto))))),
+            )
+        )
+    return nodes, constants
+
+
+def first_name(names: Iterable[str]) -> str:
+    """The first name that is not absent: optional outputs may be, the leading one too (LSTM)."""
+    return next(filter(None, names), "")
+
+
+def _constant_value(proto: onnx.NodeProto) -> Array | None:
+    attribute = proto.attribute[0] if len(proto.attribute) == 1 else None
+    if attribute is None or attribute.name in ("sparse_value", "value_string", "value_strings"):
+        return None
+    value = _attribute(attribute)
+    dtype = {
+        "value_float": np.float32,
+        "value_floats": np.float32,
+        "value_int": np.int64,
+        "value_ints": np.int64,
+    }
+    return np.asarray(value, dtype.get(attribute.name)) if attribute.name in dtype else np.asarray(value)
+
+
+def _attribute(proto: onnx.AttributeProto) -> Any:
+    value = onnx.helper.get_attribute_value(proto) if not proto.ref_attr_name else None
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return array_of(value, None) if isinstance(value, onnx.TensorProto) else value
+
+
+def impossible_sizes(graph: onnx.GraphProto) -> Iterator[onnx.TensorShapeProto.Dimension]:
+    """Axes that are declared with a size below 0, or vectors of integers with endless ones, in bodies too.
+
+    Either may make onnx end the process: the first by a crash, the second since some versions make a list of the
+    elements.
+    """
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        dims = value.type.tensor_type.shape.dim
+        vector = len(dims) == 1 and value.type.tensor_type.elem_type in INTEGERS
+        yield from (dim for dim in dims if dim.dim_value < 0 or (vector and dim.dim_value > MOST_DECLARED))
+    for node in graph.node:
+        for body in bodies(node):
+            yield from impossible_sizes(body)
+
+
+def _captures(graph: onnx.GraphProto) -> set[str]:
+    own = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
+    read = {value.name for value in graph.output}
+    for node in graph.node:
+        read.update(node.input)
+        own.update(node.output)
+        for body in bodies(node):
+            read |= _captures(body)
+    return read - own - {""}
+
+
+def _check_sizes(where: str, graph: onnx.GraphProto) -> None:
+    """Refuse vectors of integers that nobody can feed: some versions of ONNX Runtime make a list of the elements."""
+    for value in graph.input:
+        dims = value.type.tensor_type.shape.dim
+        if value.type.tensor_type.elem_type in INTEGERS and len(dims) == 1 and dims[0].dim_value > MOST_FED:
+            count = dims[0].dim_value
+            raise ModelError(f"{where}: input {value.name!r} is declared with {count} values, which no machine holds.")
+
+
+def _check_arity(where: str, graph: onnx.GraphProto, versions: Mapping[str, int]) -> None:
+    """Refuse nodes that lack inputs or outputs: onnx's shape inference, in C++, takes them for granted."""
+    for node in graph.node:
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        try:
+            schema = onnx.defs.get_schema(node.op_type, versions.get(domain, versions.get(node.domain, 1)), domain)
+        except (onnx.defs.SchemaError, TypeError, OverflowError, UnicodeError):  # not one of the standard's
+            schema = None
+        for what, least, found in (
+            ("inputs", schema.min_input if schema else 0, len(node.input)),
+            ("outputs", schema.min_output if schema else 0, len(node.output)),
+        ):
+            if found < least:
+                raise ModelError(
+                    f"{where}: node {node.name or node.op_type!r} ({node.op_type}) has {found} {what}, not the {least} "
+                    "that the operator needs."
+                )
+        for body in bodies(node):
+            _check_arity(where, body, versions)
+
+
+def _check_windows(where: str, nodes: Iterable[Node]) -> None:
+    """Refuse windows and steps of nothing: ONNX Runtime divides by them, and a signal ends the process."""
+    for node in nodes:
+        for name in ("kernel_shape", "strides", "dilations"):
+            value = node.attributes.get(name)
+            if isinstance(value, (list, tuple)) and any(isinstance(size, int) and size < 1 for size in value):
+                raise ModelError(
+                    f"{where}: node {node.name!r} ({node.op}) has {name} {list(value)}; every entry must be at least 1."
+                )
+
+
+def _check_order(where: str, nodes: Iterable[Node], known: set[str], outputs: Iterable[str]) -> None:
+    produced: set[str] = set()
+    for node in nodes:
+        for name in (*node.inputs, *node.captures):
+            if name and name not in known:
+                raise ModelError(
+                    f"{where}: node {node.name!r} reads {name!r}, which nothing before it defines "
+                    "(a missing initializer, a cycle, or nodes out of order)."
+                )
+        for name in filter(None, node.outputs):
+            if name in known:
+                raise ModelError(f"{where}: tensor {name!r} is defined twice; every tensor needs a name of its own.")
+            produced.add(name)
+            known.add(name)
+    for name in outputs:
+        if name not in known:
+            raise ModelError(f"{where}: the graph output {name!r} is not computed by any node.")

@@ -1,0 +1,1 @@
+"""Kinds of change, each priced and applied alike."""

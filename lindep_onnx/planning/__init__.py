@@ -1,0 +1,1 @@
+"""From options and prices to one plan."""

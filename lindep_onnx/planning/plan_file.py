@@ -1,0 +1,309 @@
+"""A plan as a file that a person can read, edit and have carried out again.
+
+It names what goes by tensor and channel, so that it fits every model with the same layers, and holds the options that
+it was made with: an unedited plan gives the same bytes again. Weights are not in it. They are made up for anew from the
+data, so that an edited plan is as good as one of our own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lindep_onnx._version import __version__
+from lindep_onnx.errors import OutputError, UsageError
+from lindep_onnx.files import replacing
+from lindep_onnx.model.weights import fingerprint
+from lindep_onnx.options import Config
+from lindep_onnx.structure.placement import balanced
+from lindep_onnx.structure.types import FROZEN, Channels
+
+__all__ = ["Decided", "Plan", "Replay", "named", "options_of", "replay"]
+
+#: Changes whenever older plans must not be read any more.
+FORMAT = 1
+#: A longer file is no plan.
+MOST_BYTES = 1 << 26
+MODES = ("proven", "lossless", "budgeted")
+REFITS = ("fold", "kernel", "sequential")
+#: Options of the run that made a plan which say nothing about how it is carried out.
+NOT_REPEATED = ("eval", "max_drop", "force")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What goes, by name, and how it is made up for.
+
+    Attributes:
+        removed: channel numbers that go, ascending, by the tensor that they are channels of.
+        channels: how many channels each of these tensors has.
+        mode: "proven", "lossless" or "budgeted".
+        refit: how the survivors are refitted: "fold", "kernel" or "sequential".
+        options: of the run that made it, those that differ from their defaults.
+        model: fingerprint of the model that it was made for.
+        version: of this package.
+    """
+
+    removed: Mapping[str, Sequence[int]]
+    channels: Mapping[str, int] = field(default_factory=dict)
+    mode: str = "budgeted"
+    refit: str = "sequential"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    model: str = ""
+    version: str = __version__
+
+    def __len__(self) -> int:
+        return sum(len(numbers) for numbers in self.removed.values())
+
+    def to_json(self) -> str:
+        """One tensor a line, so that a person finds them and `diff` shows what was edited."""
+        head = {"lindep_onnx_plan": FORMAT, "version": self.version, "model": self.model, "mode": self.mode,
+                "refit": self.refit, "options": dict(self.options)}  # fmt: skip
+        lines = [f"  {json.dumps(key)}: {json.dumps(value, sort_keys=True)}," for key, value in head.items()]
+        for key, table in (("channels", self.channels), ("removed", self.removed)):
+            rows = [f"    {json.dumps(name)}: {json.dumps(value)}" for name, value in table.items()]
+            lines.append(f'  "{key}": {{' + ("\n" + ",\n".join(rows) + "\n  }" if rows else "}"))
+        lines[-2] += ","
+        return "{\n" + "\n".join(lines) + "\n}\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan; what it says is checked as far as that goes without a model.
+
+        Raises:
+            UsageError: it is none, naming what is wrong.
+        """
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"This is no plan of lindep_onnx, nor JSON ({str(error)[:80]}).") from error
+        if not isinstance(values, dict) or values.get("lindep_onnx_plan") != FORMAT:
+            raise UsageError(f'This is no plan of lindep_onnx: it lacks "lindep_onnx_plan": {FORMAT}.')
+        kinds = {
+            "removed": dict,
+            "channels": dict,
+            "options": dict,
+            "mode": str,
+            "refit": str,
+            "model": str,
+            "version": str,
+        }
+        for key, kind in kinds.items():
+            if not isinstance(values.get(key), kind):
+                raise UsageError(f'This plan is damaged: "{key}" is missing, or of another type.')
+        for name, numbers in values["removed"].items():
+            whole = isinstance(numbers, list) and all(type(number) is int for number in numbers)
+            if not whole or len(set(numbers)) < len(numbers) or min(numbers, default=0) < 0:
+                raise UsageError(
+                    f'This plan is damaged: "removed" of {name!r} is no list of different channel numbers.'
+                )
+        if not all(type(count) is int for count in values["channels"].values()):
+            raise UsageError('This plan is damaged: "channels" holds something else than counts.')
+        for key, allowed in (("mode", MODES), ("refit", REFITS)):
+            if values[key] not in allowed:
+                raise UsageError(f'This plan is damaged: "{key}" is one of {", ".join(allowed)}.')
+        return cls(**{key: values[key] for key in kinds})
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan so that `path` holds either its old content or the complete new one.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        path = Path(path)
+        try:
+            with replacing(path) as staged:
+                staged.write_text(self.to_json(), encoding="utf-8", newline="\n")
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written ({error.strerror or error}).") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read what `save` wrote.
+
+        Raises:
+            UsageError: the file is missing, or holds no plan.
+        """
+        try:
+            with Path(path).open("rb") as file:
+                content = file.read(MOST_BYTES + 1)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UsageError(f"{str(path)[:80]}: no plan can be read there ({reason}).") from error
+        if len(content) > MOST_BYTES:
+            raise UsageError(f"{path}: is larger than any plan ({MOST_BYTES >> 20} MB).")
+        try:
+            return cls.from_json(content.decode("utf-8", "replace"))
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A plan that fits a model.
+
+    Attributes:
+        plan: the plan.
+        removed: (units,) bool.
+        enforced: names of size budgets that are asked for now, and not only when the plan was made.
+        refit: how the survivors are refitted now.
+        notes: what the user should know.
+    """
+
+    plan: Plan
+    removed: NDArray[np.bool_]
+    enforced: frozenset[str]
+    refit: str
+    notes: tuple[str, ...]
+
+
+class Decided(Protocol):
+    """A result; `lindep_onnx.planning.strategies.Chosen` is one."""
+
+    @property
+    def removed(self) -> NDArray[np.bool_]:
+        """(units,) bool."""
+
+    @property
+    def mode(self) -> str:
+        """See `Plan`."""
+
+    @property
+    def refit(self) -> str:
+        """See `Plan`."""
+
+
+def named(channels: Channels, decided: Decided, options: Mapping[str, Any]) -> Plan:
+    """What a result removed, as a plan.
+
+    Args:
+        channels: the traced model.
+        decided: the result.
+        options: that it was made with, those that differ from their defaults.
+    """
+    removed, mode, refit = decided.removed, decided.mode, decided.refit
+    places = _places(channels)
+    found: dict[str, list[int]] = {}
+    counts: dict[str, int] = {}
+    for name, units in places.items():
+        gone = [number for number, unit in enumerate(units.tolist()) if unit != FROZEN and removed[unit]]
+        if gone:
+            found[name], counts[name] = gone, len(units)
+    return Plan(found, counts, mode, refit, dict(options), fingerprint(channels.model.proto, channels.model.folder))
+
+
+def _places(channels: Channels) -> dict[str, NDArray[np.int64]]:
+    """Unit of each channel of the tensors that name units: of each unit, the first tensor that has it."""
+    found: dict[str, NDArray[np.int64]] = {}
+    known = np.zeros(channels.units + 1, dtype=bool)
+    known[FROZEN] = True
+    for tensor, labels in channels.labels.items():
+        for label in labels:
+            units = channels.unit[label.along_cut()]
+            new = ~known[units]
+            if new.any():
+                name = tensor if tensor not in found else f"{tensor} (axis {label.cut})"
+                found[name] = np.where(new, units, FROZEN)
+                known[units] = True
+    return found
+
+
+def options_of(plan: Plan, changed: Mapping[str, Any]) -> Config:
+    """The options that a plan is carried out with: its own, but for what is asked for now.
+
+    Args:
+        plan: the plan.
+        changed: options given now, as fields of `Config`.
+
+    Raises:
+        UsageError: they have no meaning.
+    """
+    try:
+        own = {key: _frozen(value) for key, value in plan.options.items() if key not in NOT_REPEATED}
+        for key, value in own.items():
+            if not _is_allowed(value, str(Config.__dataclass_fields__[key].type)):
+                raise TypeError(f"{key} is {str(value)[:40]!r}")
+        config = Config(**{**own, **changed})
+        config.described()
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
+        raise UsageError(f"This plan is damaged: its options are no options of this version ({error}).") from error
+    if config.rounds > 1:
+        raise UsageError("A plan is one cut: it cannot be carried out in --rounds.")
+    return config
+
+
+def _frozen(value: Any) -> Any:
+    """JSON values as `Config` has them."""
+    if isinstance(value, dict):
+        return {key: _frozen(entry) for key, entry in value.items()}
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+def _is_allowed(value: Any, annotation: str) -> bool:
+    """Whether a value from JSON has a type that the annotation of an option names."""
+    if isinstance(value, tuple):
+        part = str if "tuple[str" in annotation else (int, float)
+        return "tuple" in annotation and all(isinstance(entry, part) for entry in value)
+    if isinstance(value, bool) or value is None:
+        return type(value).__name__.removesuffix("Type") in annotation
+    if isinstance(value, dict):
+        ends = [end for pair in value.values() for end in (pair if isinstance(pair, tuple) else ("",))]
+        return "Mapping" in annotation and all(isinstance(end, (int, float)) for end in ends)
+    if isinstance(value, str):
+        return any(word in annotation for word in ("str", "Refit", "Literal", "Layout", "Color"))
+    return ("float" if isinstance(value, float) else "int") in annotation or "float" in annotation
+
+
+def replay(plan: Plan, channels: Channels, changed: Mapping[str, Any]) -> Replay:
+    """Find the channels of a plan in a model.
+
+    Args:
+        plan: the plan.
+        channels: the traced model.
+        changed: options given now, beside those of the plan.
+
+    Raises:
+        UsageError: it does not fit.
+    """
+    places = _places(channels)
+    removed = np.zeros(channels.units, dtype=bool)
+    for name, numbers in plan.removed.items():
+        units = places.get(name)
+        if units is None:
+            raise UsageError(f"The plan does not fit: the model has no tensor {name[:80]!r} with channels that may go.")
+        count = plan.channels.get(name, len(units))
+        if count != len(units):
+            raise UsageError(
+                f"The plan does not fit: {name[:80]!r} has {len(units)} channels, and {count} in the plan."
+            )
+        for number in numbers:
+            if number >= len(units) or units[number] == FROZEN:
+                raise UsageError(
+                    f"The plan does not fit: channel {number} of {name[:80]!r} has to stay, or is not there."
+                )
+            removed[units[number]] = True
+    for members, least in channels.least:
+        if int((~removed[members]).sum()) < least:
+            owner = next(name for name, units in places.items() if np.isin(units, members).any())
+            raise UsageError(
+                f"The plan cannot be carried out: at least {least} channel(s) like those of {owner[:80]!r} stay."
+            )
+    missing = removed & ~balanced(channels, removed)
+    if missing.any():
+        owner = next(name for name, units in places.items() if np.isin(units, np.flatnonzero(missing)).any())
+        raise UsageError(
+            f"The plan cannot be carried out: {owner[:80]!r} is in groups or heads, which all lose as many channels; "
+            f"{int(missing.sum())} of the plan's have no counterpart."
+        )
+    notes = []
+    if plan.model and plan.model != fingerprint(channels.model.proto, channels.model.folder):
+        notes.append("The plan was made for a model with other weights, or another graph around the same layers.")
+    refit = changed.get("refit")
+    refit = plan.refit if refit in (None, "auto") else str(refit)
+    return Replay(plan, removed, frozenset(changed), refit, tuple(notes))

@@ -1,0 +1,328 @@
+"""Channels that the weights alone prove redundant: constants, multiples of others, and combinations of several.
+
+The proof is for every input, or for every input in the ranges that the user declares. It is about what a runtime
+computes in floating point, up to rounding: bounds are widened by what rounding can do (see `proofs.bounds`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+import numpy as np
+import onnx
+import scipy.linalg
+from numpy.typing import NDArray
+
+from lindep_onnx.calibration.measure import features
+from lindep_onnx.calibration.statistics import SiteEvidence
+from lindep_onnx.errors import UsageError
+from lindep_onnx.linalg.elimination import COLLINEAR_KIND, CONSTANT, JOINT
+from lindep_onnx.model.ir import Model
+from lindep_onnx.moves.channels import Fold, Plan
+from lindep_onnx.proofs.bounds import ROUNDING, ROUNDING_HALF, Facts, Form, Known, output_facts
+from lindep_onnx.structure.placement import balanced
+from lindep_onnx.structure.types import FROZEN, Bounds, Channels, Group, Site
+
+__all__ = ["EVERY_INPUT", "Proof", "prove", "ranges_of"]
+
+Ranges = Mapping[str, tuple[float, float]]
+
+#: In place of the name of an input: every numeric input that is not named.
+EVERY_INPUT = "*"
+#: Channels are dependent if what is left of one is no more than what storing it and the others as float32 can change,
+#: twice that much for each at its factor. Larger factors, of channels of equal length, would turn rounding into error.
+ROUNDED, LARGEST_FACTOR = 2.0**-23, 32.0
+#: Below this share of its own length the rest of a channel is looked at more closely.
+SMALL_REST = 1e-5
+#: Multiply-accumulates that one group may take; beyond it combinations of several channels are not looked for.
+MOST_WORK = 2e11
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What is known of the features of one site.
+
+    Attributes:
+        evidence: what folding needs.
+        keys: (F,) features of equal key are multiples of each other; empty where nothing is known.
+        scale: (F,) by these factors.
+        forms: (F,) how each is an affine function of what a product reads, or None.
+    """
+
+    evidence: SiteEvidence
+    keys: list[bytes]
+    scale: NDArray[np.float64]
+    forms: list[Form | None]
+
+
+@dataclass(frozen=True)
+class _Combination:
+    """Units that are combinations of others: unit removed[j] is the sum of matrix[i, j] times unit kept[i]."""
+
+    kept: NDArray[np.int64]
+    removed: NDArray[np.int64]
+    matrix: NDArray[np.float64]
+
+    def of(self, gone: NDArray[np.bool_]) -> _Combination:
+        """Without the units that stay after all; `gone` is (units,)."""
+        return _Combination(self.kept, self.removed[gone[self.removed]], self.matrix[:, gone[self.removed]])
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What follows from the weights.
+
+    Attributes:
+        plan: removes every unit that is proven redundant.
+        constant: (units,) bool, units that are constant at every site, whatever the input.
+        evidence: what folding needs to know of each site.
+    """
+
+    plan: Plan
+    constant: NDArray[np.bool_]
+    evidence: tuple[SiteEvidence, ...]
+
+
+@np.errstate(all="ignore")  # weights may be infinite
+def prove(channels: Channels, ranges: Ranges = MappingProxyType({}), *, half: bool = False) -> Proof:
+    """Propagate bounds and identities through the graph, and see what they mean at the sites.
+
+    Args:
+        channels: the traced model.
+        ranges: lowest and highest value of inputs, by name, as `ranges_of` gives them.
+        half: whether the result will be computed in half precision, of which the model is a copy in single precision.
+    """
+    resolved = channels.resolved
+    known = Known(resolved.constants, resolved.shapes, facts := {}, ROUNDING_HALF if half else ROUNDING)
+    for name, (low, high) in ranges.items():
+        found = _bounded(known, name, low, high)
+        if found is not None:
+            facts[name] = found
+    for node in channels.model.nodes:
+        if node.outputs and node.outputs[0] and node.outputs[0] not in resolved.constants:
+            found = output_facts(node, known)
+            if found is not None:
+                facts[node.outputs[0]] = found
+    seen = [_site(channels, site, known) for site in channels.sites]
+    constant = np.ones(channels.units, dtype=bool)
+    for site in (entry.evidence for entry in seen):
+        # A constant other than zero can only go where the output can take it up.
+        gone = site.constant & (site.site.affine | (site.mean == 0))
+        live = site.unit != FROZEN
+        constant[site.unit[live & ~gone]] = False
+    kind = np.zeros(channels.units, dtype=np.int8)
+    bounds = Bounds(channels)
+    partner = np.full(channels.units, -1)
+    for unit in np.flatnonzero(constant)[::-1].tolist():
+        if bounds.take(unit):
+            kind[unit] = CONSTANT
+    for unit, other in _multiples(channels, seen, kind):
+        if bounds.take(unit):
+            kind[unit], partner[unit] = COLLINEAR_KIND, other
+    combinations = [found for group in channels.groups for found in _combinations(channels, group, seen, kind, bounds)]
+    for combination in combinations:
+        kind[combination.removed] = JOINT
+    kind[~balanced(channels, kind > 0)] = 0
+    combinations = [combination.of(kind == JOINT) for combination in combinations if kind[combination.removed].any()]
+    plan = Plan(kind > 0, kind, _folds(seen, kind, partner, combinations))
+    return Proof(plan, constant, tuple(_of_removed_constants(entry.evidence, kind) for entry in seen))
+
+
+def _of_removed_constants(evidence: SiteEvidence, kind: NDArray[np.int8]) -> SiteEvidence:
+    """Means of constants that go as such: all others are made up for as multiples and combinations, which are exact."""
+    gone = np.append(kind == CONSTANT, False)[evidence.unit]
+    return replace(evidence, mean=np.where(gone, evidence.mean, 0.0))
+
+
+def ranges_of(model: Model, wanted: Ranges) -> dict[str, tuple[float, float]]:
+    """The range of every input that has one: declared by the user, or by a type of few values.
+
+    Args:
+        model: the model.
+        wanted: by input name; `EVERY_INPUT` is for all that are not named.
+
+    Raises:
+        UsageError: there is no such input, or it holds no numbers.
+    """
+    types = {value.name: value.type.tensor_type.elem_type for value in model.proto.graph.input}
+    numeric = {name: onnx.helper.tensor_dtype_to_np_dtype(types[name]) for name in model.inputs if types[name]}
+    numeric = {name: dtype for name, dtype in numeric.items() if dtype.kind in "fiubV"}
+    for name in wanted.keys() - {EVERY_INPUT}:
+        if name not in numeric:
+            listed = ", ".join(numeric) or "none"
+            raise UsageError(f"--input-range: the model has no numeric input {name!r}; it has: {listed}.")
+    found: dict[str, tuple[float, float]] = {}
+    for name, dtype in numeric.items():
+        given = wanted.get(name, wanted.get(EVERY_INPUT))
+        if given is not None:
+            found[name] = (float(given[0]), float(given[1]))
+        elif dtype.kind in "iu" and dtype.itemsize <= 2:
+            found[name] = (float(np.iinfo(dtype).min), float(np.iinfo(dtype).max))
+        elif dtype.kind == "b":
+            found[name] = (0.0, 1.0)
+    return found
+
+
+def _bounded(known: Known, name: str, low: float, high: float) -> Facts | None:
+    """The range of an input, along the axis that is most likely its channels, as constants behind it are."""
+    shape = known.shapes.get(name, ())
+    likely = sorted(
+        (size, axis) for axis, size in enumerate(shape) if isinstance(size, int) and axis in (1, len(shape) - 1)
+    )
+    for axis in [axis for _, axis in likely] or range(len(shape)):
+        found = known.bounded(name, axis, low, high)
+        if found is not None:
+            return found
+    return None
+
+
+def _site(channels: Channels, site: Site, known: Known) -> _Seen:
+    """The site's features as evidence, and what ties them to each other."""
+    layout = features(site.columns)
+    index = layout.index + site.first_column
+    size = len(index)
+    first = index[:, 0]
+    found: list[Facts | None] = [known.of(reader.tensor, reader.axis) for reader in site.readers]
+    facts = found[0] if len(site.readers) == 1 else None
+    low, high, scale = np.full(size, -np.inf), np.full(size, np.inf), np.ones(size)
+    keys = [b"" for _ in range(size)]
+    forms: list[Form | None] = [None] * size
+    if facts is not None:
+        every = facts.low[index], facts.high[index]
+        low, high, scale = every[0].min(axis=1), every[1].max(axis=1), facts.scale[first]
+        ratios = facts.scale[index] / np.where(scale > 0, scale, 1.0)[:, None]
+        same = (np.abs(ratios - 1) < 1e-9).all(axis=1) | (scale == 0)
+        # Behind a Flatten a channel is known by all of its positions.
+        keys = [b"".join(facts.key[place] for place in row) if ok else b"" for row, ok in zip(index, same, strict=True)]
+        forms = [_common([facts.form[place] for place in row]) for row in index]
+    constant = np.isfinite(low) & (low == high)
+    mean = np.where(constant, low, 0.0) if site.affine else np.zeros(size)
+    if not site.affine:
+        constant = constant & (low == 0)
+    empty = np.zeros((0, 0))
+    evidence = SiteEvidence(
+        site=site, index=layout.index, unit=channels.unit[layout.atoms], mean=mean, gram=empty, holdout=None,
+        offset=np.zeros(size), constant=constant, active=np.zeros(size, dtype=np.int64), joint=False,
+    )  # fmt: skip
+    return _Seen(evidence, keys, scale, forms)
+
+
+def _common(forms: list[Form | None]) -> Form | None:
+    """One form for all positions of a channel, if they are the same function of what is read there."""
+    first = forms[0]
+    if first is None or len(forms) == 1:
+        return first
+    for form in forms[1:]:
+        if form is None or form.product is not first.product:
+            return None
+        if (form.row, form.factor, form.shift) != (first.row, first.factor, first.shift):
+            return None
+    return Form(b"".join(form.base for form in forms if form), first.product, first.row, first.factor, first.shift)
+
+
+def _multiples(channels: Channels, seen: list[_Seen], kind: NDArray[np.int8]) -> list[tuple[int, int]]:
+    """(unit, the unit it is a multiple of) at every site it is read at."""
+    found = []
+    for group in channels.groups:
+        signature: dict[int, list[object]] = {int(unit): [] for unit in group.units if not kind[unit]}
+        for index in group.sites:
+            own = seen[index]
+            for feature, unit in enumerate(own.evidence.unit.tolist()):
+                if unit in signature:
+                    usable = bool(own.keys[feature]) and own.scale[feature] > 0
+                    signature[unit].append((index, own.keys[feature] if usable else unit))
+        first: dict[tuple[object, ...], int] = {}
+        for unit in sorted(signature):
+            other = first.setdefault(tuple(signature[unit]), unit)
+            if other != unit and signature[unit]:
+                found.append((unit, other))
+    return found[::-1]
+
+
+def _combinations(
+    channels: Channels, group: Group, seen: list[_Seen], kind: NDArray[np.int8], bounds: Bounds
+) -> Iterator[_Combination]:
+    """Units that are the same combination of others at every site of the group that reads them.
+
+    A unit's vector holds the coefficients of its form at every site, end to end. A dependence between vectors is one
+    between the channels themselves, at every position and for every input.
+    """
+    forms: dict[int, list[tuple[int, Form]] | None] = {int(unit): [] for unit in group.units if not kind[unit]}
+    for index in group.sites:
+        counted: set[int] = set()
+        for unit, form in zip(seen[index].evidence.unit.tolist(), seen[index].forms, strict=True):
+            own = forms.get(unit)
+            if own is None:
+                continue
+            if form is None or unit in counted:  # two features of one unit at a site: not looked into
+                forms[unit] = None
+            else:
+                counted.add(unit)
+                own.append((index, form))
+    alike: dict[tuple[tuple[int, bytes], ...], list[int]] = {}
+    for unit, own in forms.items():
+        if own:
+            alike.setdefault(tuple((index, form.base) for index, form in own), []).append(unit)
+    for units in alike.values():
+        width = sum(form.product.rows.shape[1] + 1 for _, form in forms[units[0]] or ())
+        if len(units) > 1 and float(len(units)) ** 2 * width <= MOST_WORK:
+            vectors = np.stack([np.concatenate([form.vector() for _, form in forms[unit] or ()]) for unit in units])
+            found = _dependent(np.array(units), vectors, bounds)
+            if found is not None:
+                yield found
+
+
+def _dependent(units: NDArray[np.int64], vectors: NDArray[np.float64], bounds: Bounds) -> _Combination | None:
+    """Which of the units are combinations of the others; `vectors` is (units, coefficients)."""
+    length = np.linalg.norm(vectors, axis=1)
+    if not np.isfinite(length).all() or not (length > 0).all():
+        return None
+    triangle, order = scipy.linalg.qr((vectors / length[:, None]).T, mode="r", pivoting=True)
+    diagonal = np.zeros(len(units))
+    rank_at_most = min(triangle.shape)
+    diagonal[:rank_at_most] = np.abs(np.diagonal(triangle))
+    rank = int((diagonal > SMALL_REST).sum())
+    if rank == len(units) or not rank:
+        return None
+    factors = scipy.linalg.solve_triangular(triangle[:rank, :rank], triangle[:rank, rank:])
+    rest = np.linalg.norm(triangle[rank:, rank:], axis=0)
+    good = [
+        place
+        for place in range(len(units) - rank)
+        if rest[place] <= ROUNDED * (1 + np.abs(factors[:, place]).sum())
+        and np.abs(factors[:, place]).max() <= LARGEST_FACTOR
+        and bounds.take(int(units[order[rank + place]]))
+    ]
+    if not good:
+        return None
+    kept, removed = order[:rank], order[rank:][good]
+    return _Combination(units[kept], units[removed], factors[:, good] * length[removed] / length[kept][:, None])
+
+
+def _folds(
+    seen: list[_Seen], kind: NDArray[np.int8], partner: NDArray[np.int64], combinations: list[_Combination]
+) -> dict[int, Fold]:
+    folds = {}
+    for index, own in enumerate(seen):
+        unit_of, scale = own.evidence.unit, own.scale
+        gone = np.append(kind > 0, False)[unit_of]
+        if not gone.any():
+            continue
+        places = {int(unit): np.flatnonzero(unit_of == unit) for unit in np.unique(unit_of) if unit >= 0}
+        full = np.eye(len(gone))
+        full[:, gone] = 0
+        for combination in combinations:
+            if int(combination.removed[0]) in places:
+                kept = np.concatenate([places[int(unit)] for unit in combination.kept])
+                removed = np.concatenate([places[int(unit)] for unit in combination.removed])
+                full[np.ix_(kept, removed)] = combination.matrix
+                back = removed[~gone[removed]]  # what has to stay for another reason
+                full[:, back] = np.eye(len(gone))[:, back]
+        for unit, mine in places.items():
+            if kind[unit] == COLLINEAR_KIND:  # of a unit that may itself be a combination
+                others = places[int(partner[unit])]
+                full[:, mine] = full[:, others] * (scale[mine] / scale[others])
+        folds[index] = Fold(~gone, full[np.ix_(~gone, gone)])
+    return folds

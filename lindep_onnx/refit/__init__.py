@@ -1,0 +1,1 @@
+"""Least squares behind a compressed prefix."""

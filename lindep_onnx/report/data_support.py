@@ -1,0 +1,153 @@
+"""How well the data supports what was removed: numbers that a reader of the report can check."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lindep_onnx.calibration.statistics import JOINT_ROWS, Evidence, problem
+from lindep_onnx.linalg.elimination import removal_cost
+from lindep_onnx.moves.channels import KINDS, Fold
+from lindep_onnx.planning.path import folds_of
+from lindep_onnx.planning.strategies import Chosen
+from lindep_onnx.proofs.prove import Proof
+from lindep_onnx.structure.types import Channels
+
+__all__ = ["CONFIDENCE", "Support", "never_seen_bound", "sentences", "support"]
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Support:
+    """What the data of one group is worth.
+
+    Rows of one sample resemble each other, so that at most 16 of each count as effective. Rows and features are those
+    of the site that has the fewest effective rows for each feature.
+
+    Attributes:
+        samples: number of samples that decisions were made on, those that only verify left out.
+        rows: number of rows of activations that were fitted to.
+        effective_rows: how many independent ones they are worth at most.
+        features: how many channels a combination could be made of.
+        fit_error: RMS error of the folds relative to the centred RMS of the output, on the rows they were fitted to;
+            worst site. None if nothing was removed.
+        heldout_error: the same on rows that they were not fitted to; None if there are none.
+        silent: how many of the removed channels never changed in the data, without a proof.
+        silent_bound: with 95 % confidence each of them changes in no more than this share of samples like these.
+        samples_needed: samples that combinations of several channels could be looked for with; None if there are
+            enough.
+    """
+
+    samples: int
+    rows: int
+    effective_rows: float
+    features: int
+    fit_error: float | None
+    heldout_error: float | None
+    silent: int
+    silent_bound: float | None
+    samples_needed: int | None
+
+
+def never_seen_bound(samples: int) -> float:
+    """Upper confidence bound of the probability of what was not seen in `samples` samples (Clopper and Pearson).
+
+    About 3 / samples.
+    """
+    return 1.0 - (1.0 - CONFIDENCE) ** (1.0 / samples) if samples else 1.0
+
+
+def support(channels: Channels, evidence: Evidence, chosen: Chosen, proof: Proof) -> dict[int, Support]:
+    """The support of every group.
+
+    Args:
+        channels: the traced model.
+        evidence: what the data says.
+        chosen: the result.
+        proof: what needs no data.
+    """
+    folds = folds_of(channels, evidence, chosen.removed, chosen.folds)
+    silent = (chosen.kind == KINDS.index("constant")) & ~proof.plan.removed
+    bound = never_seen_bound(evidence.samples)
+    found = {}
+    for number, group in enumerate(channels.groups):
+        errors: list[tuple[float, float | None]] = []
+        for index in group.sites:
+            if index in folds and chosen.removed[group.units].any():
+                errors.append(_errors(channels, evidence, index, chosen.removed, folds))
+        sites = [evidence.sites[index] for index in group.sites]
+        least = min(sites, key=lambda seen: seen.effective_rows / max(1, len(seen.unit)))
+        needed = None
+        if not least.joint and least.effective_rows:
+            short = JOINT_ROWS * len(least.unit) / least.effective_rows
+            needed = math.ceil(evidence.samples * short)
+        own = int((silent & chosen.removed)[group.units].sum())
+        heldout = [error for _, error in errors if error is not None]
+        found[number] = Support(
+            samples=evidence.samples,
+            rows=least.rows,
+            effective_rows=least.effective_rows,
+            features=len(least.unit),
+            fit_error=max((error for error, _ in errors), default=None),
+            heldout_error=max(heldout, default=None),
+            silent=own,
+            silent_bound=bound if own else None,
+            samples_needed=needed,
+        )
+    return found
+
+
+def _errors(
+    channels: Channels,
+    evidence: Evidence,
+    index: int,
+    removed: NDArray[np.bool_],
+    folds: Mapping[int, Fold],
+) -> tuple[float, float | None]:
+    posed, fold = problem(channels, evidence.sites[index], removed), folds[index]
+    fit, held = (
+        None if gram is None else math.sqrt(removal_cost(gram, posed.outer, fold.kept, fold.matrix) / posed.energy)
+        for gram in (posed.gram, posed.holdout)
+    )
+    return fit or 0.0, held
+
+
+def sentences(found: Mapping[int, Support], doubtful: int, given: int) -> Iterator[str]:
+    """What the reader should know without looking at every group.
+
+    Args:
+        found: what `support` gave.
+        doubtful: number of channels that never changed but may well.
+        given: number of samples in all.
+    """
+    silent = sum(entry.silent for entry in found.values())
+    if silent:
+        samples, bound = next((entry.samples, entry.silent_bound) for entry in found.values() if entry.silent)
+        yield (
+            f"{silent:,} removed channel(s) never changed in {samples:,} samples: with 95 % confidence one like that "
+            f"changes in no more than {100 * (bound or 0.0):.2g} % of samples like these."
+        )
+    samples = next((entry.samples for entry in found.values()), 0)
+    short = [entry.samples_needed for entry in found.values() if entry.samples_needed is not None]
+    if short:
+        times = given / max(1, samples)
+        least, most = (f"{math.ceil(count * times):,}" for count in (min(short), max(short)))
+        yield (
+            f"Too little data to look for combinations of several channels in {len(short)} of {len(found)} groups: "
+            + (
+                f"about {most} samples"
+                if least == most
+                else f"about {least} samples for one of them and {most} for all"
+            )
+            + f" would be needed; there are {given:,}."
+        )
+    if doubtful:
+        yield (
+            f"{doubtful:,} channel(s) never changed in {samples:,} samples but may well: they stay. After four times "
+            "as many samples half the distance from changing is enough."
+        )

@@ -1,0 +1,261 @@
+"""What a layer costs in time, by its width: the currency of a budget on latency.
+
+MACs promise what kernels do not keep: a layer of half the width may take three quarters of the time, or half of it only
+at widths that suit the kernel. So every distinct layer shape is run alone, at a few widths, and what lies between is
+interpolated. The table prices units and predicts the latency of a plan. Whether the result is as fast as asked for is
+measured on the whole model, original and result in turns.
+
+Timings differ from run to run, and so may the plan. A table that is kept in a file makes the plan a function of the
+inputs again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from lindep_onnx.errors import LindepError, OutputError, UsageError
+from lindep_onnx.files import replacing
+from lindep_onnx.model.ir import Model, Node
+from lindep_onnx.model.shapes import Resolved, Shape, resolve
+from lindep_onnx.runtime.backend import open_session
+
+__all__ = ["LatencyTable", "Layer", "layers", "measure_table"]
+
+Widths: TypeAlias = "tuple[int, int]"
+
+#: Shares of the channels at which layers are timed, and what widths are rounded up to there.
+SHARES, MULTIPLE = (0.25, 0.5, 0.75, 1.0), 8
+#: Seconds that one width is timed for, and runs at least; the fastest counts.
+TIMED, LEAST_RUNS = 0.015, 5
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weighted node at the widths that it has.
+
+    Attributes:
+        kind: everything that its time depends on but the widths: operator, attributes, kernel, positions.
+        widths: input and output channels.
+        shape: of its input; the channel axis is `axis`.
+        kernel: sizes of the weight behind the two channel axes.
+        group: of a convolution.
+        axis: channel axis of the input.
+        node: the node itself.
+    """
+
+    kind: str
+    widths: Widths
+    shape: tuple[int, ...]
+    kernel: tuple[int, ...]
+    group: int
+    axis: int
+    node: Node
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether every channel is a group of its own."""
+        return self.group > 1 and self.group == self.widths[0]
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Seconds of layers, by kind and widths.
+
+    Attributes:
+        seconds: by kind, a grid of input widths, of output widths, and the seconds at each pair.
+    """
+
+    seconds: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], NDArray[np.float64]]]
+
+    def predict(self, layer: Layer) -> float:
+        """Seconds of a layer, interpolated between the widths that were measured; 0 for unknown kinds."""
+        if layer.kind not in self.seconds:
+            return 0.0
+        inputs, outputs, grid = self.seconds[layer.kind]
+        along = [float(np.interp(layer.widths[1], outputs, row)) for row in grid]
+        return float(np.interp(layer.widths[0], inputs, along))
+
+    def total(self, found: Sequence[Layer]) -> float:
+        """Seconds of several layers."""
+        return sum(self.predict(layer) for layer in found)
+
+    def rate(self, layer: Layer) -> float:
+        """Seconds that a multiply-accumulate is worth when the layer gets narrower."""
+        half = max(1, layer.widths[0] // 2), max(1, layer.widths[1] // 2)
+        smaller = Layer(layer.kind, half, layer.shape, layer.kernel, layer.group, layer.axis, layer.node)
+        share = 0.5 if layer.depthwise else 0.75
+        gained = max(0.0, self.predict(layer) - self.predict(smaller)) / share
+        return gained / max(1.0, _macs(layer))
+
+    def save(self, path: Path) -> None:
+        """Write the table as JSON, in one step.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        values = {kind: [list(i), list(o), grid.tolist()] for kind, (i, o, grid) in sorted(self.seconds.items())}
+        try:
+            with replacing(path) as staged:
+                staged.write_text(json.dumps({"version": VERSION, "seconds": values}, indent=1), encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written ({error.strerror or error}).") from error
+
+    @staticmethod
+    def load(path: Path) -> LatencyTable:
+        """Read what `save` wrote.
+
+        Raises:
+            UsageError: it is no such table.
+        """
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values["version"] != VERSION:
+                raise ValueError("another version")
+            found = {}
+            for kind, (inputs, outputs, grid) in values["seconds"].items():
+                numbers = np.array(grid, dtype=np.float64)
+                if numbers.shape != (len(inputs), len(outputs)) or not (np.isfinite(numbers) & (numbers >= 0)).all():
+                    raise ValueError("sizes or times that cannot be")
+                found[str(kind)] = tuple(map(int, inputs)), tuple(map(int, outputs)), numbers
+            return LatencyTable(found)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(
+                f"--latency-table: {path} is no table of latencies ({error}); name a file that does not exist to have "
+                "one measured."
+            ) from error
+
+
+def layers(model: Model, inputs: Mapping[str, Shape]) -> list[Layer]:
+    """The weighted nodes of a model whose shapes are known.
+
+    Args:
+        model: the model.
+        inputs: shapes of its inputs in the run that counts.
+    """
+    resolved = resolve(model, inputs)
+    return [layer for node in model.nodes if (layer := _layer(node, resolved)) is not None]
+
+
+def _layer(node: Node, resolved: Resolved) -> Layer | None:
+    weight = resolved.constants.get(node.input(1))
+    shape = resolved.shapes.get(node.input(0))
+    if node.op not in ("Conv", "ConvTranspose", "Gemm", "MatMul") or weight is None or not shape:
+        return None
+    if not all(isinstance(size, int) for size in shape) or weight.ndim < 2:
+        return None
+    fixed = tuple(int(size) for size in shape)
+    group = int(node.attributes.get("group", 1))
+    kernel = weight.shape[2:]
+    if node.op == "Conv":
+        widths, axis = (weight.shape[1] * group, weight.shape[0]), 1
+    elif node.op == "ConvTranspose":
+        widths, axis = (weight.shape[0], weight.shape[1] * group), 1
+    elif node.op == "Gemm":
+        widths, axis = (weight.shape[::-1] if node.attributes.get("transB", 0) else weight.shape), 1
+        if node.attributes.get("transA", 0):
+            return None
+    else:
+        widths, axis, kernel = weight.shape[-2:], len(fixed) - 1, ()
+        if weight.ndim > 2:
+            return None
+    depthwise = group > 1 and group == widths[0]
+    others = tuple(size for place, size in enumerate(fixed) if place != axis)
+    attributes = {key: value for key, value in sorted(node.attributes.items()) if key not in ("group", "alpha", "beta")}
+    groups = "depthwise" if depthwise else group
+    kind = f"{node.op} {others} {kernel} {groups} {weight.dtype} {attributes}"
+    return Layer(kind, (int(widths[0]), int(widths[1])), fixed, tuple(map(int, kernel)), group, axis, node)
+
+
+def _macs(layer: Layer) -> float:
+    positions = math.prod(size for place, size in enumerate(layer.shape) if place != layer.axis)
+    strides = math.prod(layer.node.attributes.get("strides", ())) if layer.node.op == "Conv" else 1
+    pairs = layer.widths[0] * layer.widths[1] / layer.group
+    return positions * pairs * math.prod(layer.kernel) / max(1, strides)
+
+
+def measure_table(found: Sequence[Layer], opset: int, *, providers: Sequence[str], threads: int) -> LatencyTable:
+    """Time every kind of layer at a few widths.
+
+    Args:
+        found: the layers of a model.
+        opset: its operator set.
+        providers: execution providers of ONNX Runtime.
+        threads: intra-op threads, 0 for its own choice.
+    """
+    widest: dict[str, Layer] = {}
+    for layer in found:
+        known = widest.setdefault(layer.kind, layer)
+        if math.prod(layer.widths) > math.prod(known.widths):
+            widest[layer.kind] = layer
+    seconds = {}
+    for kind, layer in widest.items():
+        inputs, outputs = (_grid(width, layer.group) for width in layer.widths)
+        grid = np.zeros((len(inputs), len(outputs)))
+        for i, before in enumerate(inputs):
+            for o, after in enumerate(outputs):
+                if layer.depthwise and i != min(o, len(inputs) - 1):
+                    continue
+                try:
+                    grid[i, o] = _time(layer, (before, after), opset, providers, threads)
+                except LindepError:  # a width that the operator does not take: as slow as the whole
+                    grid[i, o] = np.nan
+        if layer.depthwise:  # the two widths are one
+            grid[:] = np.diagonal(grid)[:, None] if grid.shape[0] == grid.shape[1] else grid.max(axis=0)
+        grid = np.where(np.isnan(grid), np.nanmax(grid) if not np.isnan(grid).all() else 0.0, grid)
+        seconds[kind] = inputs, outputs, grid
+    return LatencyTable(seconds)
+
+
+def _grid(width: int, group: int) -> tuple[int, ...]:
+    step = MULTIPLE * (group if 1 < group < width else 1)
+    return tuple(sorted({min(width, -(-round(share * width) // step) * step) for share in SHARES}))
+
+
+def _time(layer: Layer, widths: Widths, opset: int, providers: Sequence[str], threads: int) -> float:
+    """Seconds of one layer alone, the fastest of several runs."""
+    before, after = widths
+    group = before if layer.depthwise else layer.group
+    node = layer.node
+    if node.op == "Conv":
+        weight: tuple[int, ...] = (after, before // group, *layer.kernel)
+    elif node.op == "ConvTranspose":
+        weight = (before, after // group, *layer.kernel)
+    elif node.op == "Gemm" and node.attributes.get("transB", 0):
+        weight = (after, before)
+    else:
+        weight = (before, after)
+    shape = tuple(before if place == layer.axis else size for place, size in enumerate(layer.shape))
+    rng = np.random.default_rng(0)
+    values = onnx.numpy_helper.from_array(rng.standard_normal(weight, dtype=np.float32), "w")
+    attributes: dict[str, Any] = {key: value for key, value in node.attributes.items() if key != "group"}
+    if node.op in ("Conv", "ConvTranspose"):
+        attributes["group"] = group
+    made = onnx.helper.make_node(node.op, ["x", "w"], ["y"], **attributes)
+    if node.op == "Gemm" and opset < 11:
+        made.input.append("c")
+    given = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shape)
+    graph = onnx.helper.make_graph([made], "layer", [given], [onnx.helper.make_empty_tensor_value_info("y")], [values])
+    if node.op == "Gemm" and opset < 11:
+        graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(after, np.float32), "c"))
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=8)
+    session = open_session(model, providers=providers, threads=threads, timed=True)
+    feeds = {"x": rng.standard_normal(shape, dtype=np.float32)}
+    session.run(None, feeds)
+    best, runs, stop = math.inf, 0, time.perf_counter() + TIMED
+    while runs < LEAST_RUNS or time.perf_counter() < stop:
+        start = time.perf_counter()
+        session.run(None, feeds)
+        best = min(best, time.perf_counter() - start)
+        runs += 1
+    return best

@@ -1,0 +1,1 @@
+"""Which channels belong together, and how to cut them out."""

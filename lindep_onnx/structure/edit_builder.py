@@ -1,0 +1,131 @@
+"""Edits in the making: what the rewriting rules of the operators read and write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lindep_onnx.model.edit import Edits, Insertion
+from lindep_onnx.model.ir import Node
+from lindep_onnx.structure.placement import Placement
+from lindep_onnx.structure.types import Channels
+
+__all__ = ["Draft"]
+
+Array: TypeAlias = NDArray[Any]
+
+
+class Draft:
+    """Collects the changes that removing units asks of the nodes. It lives inside `lindep_onnx.structure.rewrite` only.
+
+    Attributes:
+        channels: the traced model.
+        placement: what goes, and where the others sit then.
+    """
+
+    def __init__(self, channels: Channels, removed: NDArray[np.bool_]) -> None:
+        self.channels = channels
+        self.placement = Placement(channels, removed)
+        self._constants: dict[str, Array] = {}
+        self._inputs: dict[tuple[int, int], str | Array] = {}
+        self._attributes: dict[tuple[int, str], Any] = {}
+        self._ops: dict[int, str] = {}
+        self._dropped: dict[int, int] = {}
+        self._before: dict[int, list[Insertion]] = {}
+        self._after: dict[str, Insertion] = {}
+        self._elements: dict[tuple[int, int], dict[int, int]] = {}
+        self._dims: dict[tuple[str, int], int] = {}
+
+    def kept(self, tensor: str) -> dict[int, NDArray[np.bool_]]:
+        """Masks of what survives, for the axes of a tensor that lose something."""
+        return self.placement.kept(tensor)
+
+    def constant(self, name: str) -> Array | None:
+        """Original value of a constant tensor, None for others."""
+        return self.channels.resolved.constants.get(name)
+
+    def shape(self, name: str) -> tuple[int | str, ...]:
+        """Original shape."""
+        return self.channels.resolved.shapes[name]
+
+    def new_shape(self, name: str) -> tuple[int | str, ...]:
+        """Shape once the units are gone."""
+        kept = self.kept(name)
+        return tuple(int(kept[axis].sum()) if axis in kept else size for axis, size in enumerate(self.shape(name)))
+
+    def set_constant(self, name: str, value: Array) -> None:
+        """Replace a constant for all of its readers."""
+        self._constants[name] = value
+
+    def set_input(self, node: Node, position: int, value: str | Array) -> None:
+        """Let one input read another tensor, or a constant of its own."""
+        self._inputs[node.index, position] = value
+
+    def set_attribute(self, node: Node, name: str, value: Any) -> None:
+        """Set an attribute; None takes it away."""
+        self._attributes[node.index, name] = value
+
+    def set_op(self, node: Node, op: str, inputs: int) -> None:
+        """Turn a node into another operator that has only the first `inputs` inputs."""
+        self._ops[node.index] = op
+        self._dropped[node.index] = inputs
+
+    def set_dim(self, tensor: str, axis: int, size: int) -> None:
+        """Record the new size of one axis."""
+        self._dims[tensor, axis] = size
+
+    def insert_before(self, node: Node, insertion: Insertion) -> None:
+        """Put a node right before another."""
+        self._before.setdefault(node.index, []).append(insertion)
+
+    def insert_after(self, tensor: str, insertion: Insertion) -> None:
+        """Put a node between a tensor and all of its readers."""
+        self._after[tensor] = insertion
+
+    def set_elements(self, node: Node, position: int, elements: Mapping[int, int]) -> None:
+        """Change some elements of an integer vector that a node reads as a shape; later calls win.
+
+        A constant vector is replaced. One that is computed at run time keeps its other elements: two inserted nodes
+        mask out the old numbers and add the new ones.
+        """
+        if elements:
+            self._elements.setdefault((node.index, position), {}).update(elements)
+
+    def _apply_elements(self) -> None:
+        for (index, position), elements in self._elements.items():
+            node = self.channels.model.nodes[index]
+            name = node.input(position)
+            value = self.constant(name)
+            if value is not None:
+                changed = value.copy()
+                for place, element in elements.items():
+                    changed[place] = element
+                if (changed != value).any():
+                    self.set_input(node, position, changed)
+                continue
+            (size,) = self.shape(name)
+            mask, new = np.ones(int(size), np.int64), np.zeros(int(size), np.int64)
+            for place, element in elements.items():
+                mask[place], new[place] = 0, element
+            base = f"{name}_for_{node.outputs[0]}"
+            self.insert_before(node, Insertion("Mul", (name, mask), base + "_masked"))
+            self.insert_before(node, Insertion("Add", (base + "_masked", new), base))
+            self.set_input(node, position, base)
+        self._elements.clear()
+
+    def edits(self) -> Edits:
+        """Everything collected so far."""
+        self._apply_elements()
+        return Edits(
+            constants=self._constants,
+            inputs=self._inputs,
+            attributes=self._attributes,
+            ops=self._ops,
+            dropped_inputs=self._dropped,
+            before=self._before,
+            after=self._after,
+            dims=self._dims,
+        )

@@ -1,0 +1,94 @@
+"""Operators that work on every element alone, with NumPy broadcasting."""
+
+from __future__ import annotations
+
+from lindep_onnx.model.ir import Node
+from lindep_onnx.structure.rules.registry import traces
+from lindep_onnx.structure.rules.saturation import may_flatten
+from lindep_onnx.structure.types import Labelling, Reason, Tracer
+
+__all__ = ["broadcast"]
+
+MISMATCH = Reason("unlabelled_operand", "they are combined with a tensor whose channels cannot shrink")
+UNKNOWN_RANK = Reason("unknown_rank", "the number of axes of a tensor they are combined with is not known")
+TRAINING = Reason("training_mode", "a node in training mode reads them; export the model for inference")
+
+UNARY = (
+    *("Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "BitwiseNot", "Cast", "Ceil", "Celu", "Cos", "Cosh"),
+    *("Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity", "IsInf", "IsNaN", "LeakyRelu"),
+    *("Log", "Mish", "Neg", "Not", "Reciprocal", "Relu", "Round", "Selu", "Shrink", "Sigmoid", "Sign", "Sin", "Sinh"),
+    *("Softplus", "Softsign", "Sqrt", "Swish", "Tan", "Tanh", "ThresholdedRelu"),
+)
+BROADCAST = (
+    *("Add", "And", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Div", "Equal", "Greater", "GreaterOrEqual", "Less"),
+    *("LessOrEqual", "Max", "Mean", "Min", "Mod", "Mul", "Or", "PRelu", "Pow", "Sub", "Sum", "Where", "Xor"),
+)
+
+
+@traces(*UNARY, *BROADCAST, "Clip")
+def elementwise(node: Node, tracer: Tracer) -> None:
+    """One output; all inputs broadcast to its shape."""
+    tracer.label(node.outputs[0], broadcast(node, tracer))
+
+
+@traces("Dropout")
+def dropout(node: Node, tracer: Tracer) -> None:
+    """The identity at inference; the mask has the shape of the data."""
+    training = tracer.constant(node.input(2))
+    if node.input(2) and (training is None or bool(training)):
+        tracer.refuse(node, TRAINING)
+        return
+    for name in node.outputs:
+        tracer.label(name, tracer.labels.get(node.inputs[0], ()))
+
+
+def broadcast(node: Node, tracer: Tracer) -> list[Labelling]:
+    """Link the labellings of all inputs place by place, label constants alike, and return those of the result."""
+    ranks = [tracer.rank(name) for name in node.inputs if name]
+    rank = max((known for known in ranks if known is not None), default=0)
+    if None in ranks and len(ranks) > 1:
+        tracer.refuse(node, UNKNOWN_RANK)
+        return []
+    operands = [position for position, name in enumerate(node.inputs) if name and tracer.constant(name) is None]
+    labels = [label for position in operands for label in _aligned(tracer, node.inputs[position], rank)]
+    result: list[Labelling] = []
+    for cut in sorted({label.cut for label in labels}):
+        found = _linked([label for label in labels if label.cut == cut], tracer)
+        if may_flatten(node) and len(found.axes) > 1:  # whether channels stay silent is watched along one axis only
+            found = Labelling((cut,), tracer.flat(found), cut)
+        result.append(found)
+    for position, name in enumerate(node.inputs):
+        shape = tracer.shape(name) if name else None
+        offset = rank - len(shape) if shape is not None else 0
+        if position in operands:
+            own = {label.cut for label in _aligned(tracer, name, rank)}
+            for label in result:
+                size = shape[label.cut - offset] if shape is not None and label.cut >= offset else 1
+                if label.cut not in own and (shape is None or size != 1):
+                    tracer.freeze(label.atoms.ravel(), MISMATCH, node)
+        elif name and shape is not None:
+            wanted = {
+                label.cut - offset: tracer.flat(label)
+                for label in result
+                if label.cut >= offset and shape[label.cut - offset] != 1
+            }
+            tracer.claim(node, position, wanted)
+    return result
+
+
+def _aligned(tracer: Tracer, name: str, rank: int) -> list[Labelling]:
+    """Labellings of an input, counted in the axes of the result."""
+    offset = rank - (tracer.rank(name) or 0)
+    labels = tracer.labels.get(name, ())
+    return [Labelling(tuple(axis + offset for axis in label.axes), label.atoms, label.cut + offset) for label in labels]
+
+
+def _linked(labels: list[Labelling], tracer: Tracer) -> Labelling:
+    first = labels[0]
+    if all(label.axes == first.axes and label.atoms.shape == first.atoms.shape for label in labels):
+        for label in labels[1:]:
+            tracer.link(first.atoms, label.atoms)
+        return first
+    for label in labels[1:]:
+        tracer.link(tracer.flat(first), tracer.flat(label))
+    return Labelling((first.cut,), tracer.flat(first), first.cut)

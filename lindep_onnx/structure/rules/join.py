@@ -1,0 +1,341 @@
+"""Operators that put channels together or take them apart: concatenation, splitting, padding, picking."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lindep_onnx.model.edit import Insertion
+from lindep_onnx.model.ir import Node
+from lindep_onnx.structure.edit_builder import Draft
+from lindep_onnx.structure.rules.registry import rewrites, traces
+from lindep_onnx.structure.types import Atoms, Reason, Tracer
+
+__all__: list[str] = []
+
+FROZEN_OPERAND = Reason("unlabelled_operand", "they are combined with a tensor whose channels cannot shrink")
+RUNTIME_INDICES = Reason("runtime_indices", "which of them are picked is computed at run time")
+OUTSIDE = Reason("outside", "an index that picks them lies outside their axis; ONNX Runtime will not run this")
+PICKED = Reason("picked", "a single one of them is picked out")
+BORDER = Reason("pad_mode", "a Pad that crops, repeats or reflects them")
+ENORMOUS = Reason("enormous", "a Pad makes more than a million of them")
+
+#: Channels that a Pad may add: arrays over more would take longer than all else.
+MOST_PADDED = 1 << 20
+END = np.iinfo(np.int64).max
+
+
+@traces("Concat")
+def concat(node: Node, tracer: Tracer) -> None:
+    """Along the axis the operands follow each other; along the others they are linked."""
+    rank = tracer.rank(node.outputs[0])
+    if rank is None:
+        tracer.refuse(node, FROZEN_OPERAND)
+        return
+    joined = node.attributes["axis"] % rank
+    across = _linked_across(node, tracer, joined)
+    labels = dict(across)
+    if any(joined in tracer.axes(name) for name in node.inputs):
+        parts = [_part(node, tracer, position, joined) for position in range(len(node.inputs))]
+        if all(part is not None for part in parts):
+            labels[joined] = tracer.distinct(np.concatenate([part for part in parts if part is not None]))
+            for position, part in enumerate(parts):
+                if tracer.constant(node.inputs[position]) is not None and part is not None:
+                    tracer.claim(node, position, {**across, joined: part})
+        else:
+            for name in node.inputs:
+                tracer.freeze_tensor(name, FROZEN_OPERAND, node, [joined])
+    else:
+        for position, name in enumerate(node.inputs):
+            if tracer.constant(name) is not None:
+                tracer.claim(node, position, across)
+    tracer.label_axes(node.outputs[0], labels)
+
+
+def _linked_across(node: Node, tracer: Tracer, joined: int) -> dict[int, Atoms]:
+    data = [name for name in node.inputs if tracer.constant(name) is None]
+    result: dict[int, Atoms] = {}
+    for name in data:
+        for axis, atoms in tracer.axes(name).items():
+            if axis == joined:
+                continue
+            if axis in result:
+                tracer.link(result[axis], atoms)
+            else:
+                result[axis] = atoms
+    for axis, atoms in result.items():
+        if any(axis not in tracer.axes(name) for name in data):
+            tracer.freeze(atoms, FROZEN_OPERAND, node)
+    return result
+
+
+def _part(node: Node, tracer: Tracer, position: int, axis: int) -> Atoms | None:
+    """Atoms of one operand along the joined axis; new ones for constants and for channels that stay."""
+    name = node.inputs[position]
+    atoms = tracer.axes(name).get(axis)
+    shape = tracer.shape(name)
+    if atoms is not None and tracer.constant(name) is None:
+        return atoms
+    if shape is None or not isinstance(shape[axis], int):
+        return None
+    made = tracer.fresh(int(shape[axis]))
+    if tracer.constant(name) is None or len(made) == 1:
+        tracer.freeze(made, FROZEN_OPERAND, node)
+    return made
+
+
+@traces("Split")
+def split(node: Node, tracer: Tracer) -> None:
+    """Each output takes its part of the axis."""
+    data = node.inputs[0]
+    rank = tracer.rank(data)
+    axes = tracer.axes(data)
+    if not axes or rank is None:
+        return
+    axis = node.attributes.get("axis", 0) % rank
+    passing = {other: atoms for other, atoms in axes.items() if other != axis}
+    sizes = [(tracer.shape(name) or {axis: None})[axis] if name else None for name in node.outputs]
+    fixed = [size for size in sizes if isinstance(size, int)]
+    if axis in axes and (len(fixed) != len(sizes) or sum(fixed) != len(axes[axis])):
+        tracer.freeze_tensor(data, RUNTIME_INDICES, node, [axis])
+        axes = passing
+    start = 0
+    for name, size in zip(node.outputs, sizes, strict=True):
+        labels = dict(passing)
+        if axis in axes and isinstance(size, int):
+            labels[axis] = axes[axis][start : start + size]
+            start += size
+            if size == 1:  # a part of one channel carries no label: it stays
+                tracer.freeze(labels[axis], FROZEN_OPERAND, node)
+        tracer.label_axes(name, labels)
+
+
+@rewrites("Split")
+def split_sizes(node: Node, draft: Draft) -> None:
+    """Explicit sizes, in the form of the operator set."""
+    rank = len(draft.shape(node.inputs[0]))
+    axis = node.attributes.get("axis", 0) % rank
+    if axis not in draft.kept(node.inputs[0]):
+        return
+    sizes = [int(draft.new_shape(name)[axis]) for name in node.outputs]
+    if draft.channels.model.opset >= 13:
+        draft.set_input(node, 1, np.array(sizes, dtype=np.int64))
+        if "num_outputs" in node.attributes:
+            draft.set_attribute(node, "num_outputs", None)
+    else:
+        draft.set_attribute(node, "split", sizes)
+
+
+@traces("Gather")
+def gather(node: Node, tracer: Tracer) -> None:
+    """Picks places of one axis; looking rows up in a constant table starts channels."""
+    data, result = node.inputs[0], node.outputs[0]
+    rank = tracer.rank(data)
+    indices, index_rank = tracer.constant(node.inputs[1]), tracer.rank(node.inputs[1])
+    if rank is None or index_rank is None:
+        tracer.refuse(node, RUNTIME_INDICES)
+        return
+    axis = node.attributes.get("axis", 0) % rank
+    table = tracer.constant(data)
+    if indices is None:
+        tracer.freeze_tensor(node.inputs[1], RUNTIME_INDICES, node)
+    else:
+        tracer.claim(node, 1, {})
+    if table is not None:
+        axes = {other: tracer.fresh(size) for other, size in enumerate(table.shape) if other == rank - 1 != axis}
+        tracer.claim(node, 0, axes)
+    else:
+        axes = tracer.axes(data)
+    labels = {other + (index_rank - 1 if other > axis else 0): atoms for other, atoms in axes.items() if other != axis}
+    if axis in axes:
+        size = len(axes[axis])
+        if indices is None or index_rank > 1:
+            tracer.freeze_tensor(data, RUNTIME_INDICES, node, [axis])
+        elif ((indices < -size) | (indices >= size)).any():
+            tracer.freeze_tensor(data, OUTSIDE, node, [axis])
+        elif index_rank == 0 or indices.size == 1:
+            tracer.freeze(axes[axis][np.ravel(indices)], PICKED, node)
+        else:
+            labels[axis] = tracer.distinct(axes[axis][indices])
+    tracer.label_axes(result, labels)
+
+
+@rewrites("Gather")
+def gather_indices(node: Node, draft: Draft) -> None:
+    """The picked places, counted among the survivors."""
+    rank = len(draft.shape(node.inputs[0]))
+    axis = node.attributes.get("axis", 0) % rank
+    kept = draft.kept(node.inputs[0]).get(axis)
+    indices = draft.constant(node.inputs[1])
+    if kept is None or indices is None:
+        return
+    survivors = draft.kept(node.outputs[0]).get(axis, slice(None)) if indices.ndim else ...
+    place = np.cumsum(kept) - 1
+    draft.set_input(node, 1, np.asarray(place[indices % len(kept)][survivors], dtype=indices.dtype))
+
+
+@traces("Slice")
+def slice_(node: Node, tracer: Tracer) -> None:
+    """Takes a range of some axes."""
+    data, result = node.inputs[0], node.outputs[0]
+    axes = tracer.axes(data)
+    if not axes:
+        return
+    shape = tracer.shape(data) or ()
+    ranges = _ranges(node, tracer.constant, tracer.model.opset, len(shape))
+    if ranges is None:
+        tracer.freeze_tensor(data, RUNTIME_INDICES, node)
+        return
+    for position in range(1, len(node.inputs)):
+        tracer.claim(node, position, {})
+    labels = {}
+    for axis, atoms in axes.items():
+        taken = atoms[ranges[axis]] if axis in ranges else atoms
+        labels[axis] = taken
+        if len(taken) == 1:
+            tracer.freeze(taken, PICKED, node)
+    tracer.label_axes(result, labels)
+
+
+def _ranges(node: Node, constant: object, opset: int, rank: int) -> dict[int, slice] | None:
+    """The slice of each axis, None if something is only known at run time."""
+    names = ("starts", "ends", "axes", "steps")
+    given: list[list[int] | None] = []
+    for position, name in enumerate(names, start=1):
+        if opset < 10:
+            given.append(node.attributes.get(name))
+            continue
+        value = constant(node.input(position))  # type: ignore[operator]
+        if value is None and node.input(position):
+            return None
+        given.append(None if value is None else [int(element) for element in value.ravel()])
+    starts, ends, axes, steps = given
+    if starts is None or ends is None:
+        return None
+    axes = list(range(len(starts))) if axes is None else [axis % rank for axis in axes]
+    steps = [1] * len(starts) if steps is None else steps
+    ranges = {}
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        # A backward slice that ends before the first element has no end in Python's counting.
+        ranges[axis] = slice(start, None if step < 0 and end < -END // 2 else end, step)
+    return ranges
+
+
+@rewrites("Slice")
+def slice_ranges(node: Node, draft: Draft) -> None:
+    """A range stays a range of the survivors; a range with a step becomes a Gather."""
+    opset = draft.channels.model.opset
+    shape = draft.shape(node.inputs[0])
+    ranges = _ranges(node, draft.constant, opset, len(shape))
+    kept = draft.kept(node.inputs[0])
+    if ranges is None or not kept.keys() & ranges.keys():
+        return
+    stepped = [axis for axis in kept if axis in ranges and ranges[axis].step != 1]
+    starts, ends, source = {}, {}, node.inputs[0]
+    for axis in kept:
+        if axis not in ranges:
+            continue
+        places = np.arange(len(kept[axis]))[ranges[axis]]
+        places = places[kept[axis][places]]
+        chosen = (np.cumsum(kept[axis]) - 1)[places].astype(np.int64)
+        if axis in stepped:
+            if len(ranges) == 1:
+                draft.set_op(node, "Gather", 2)
+                for name in ("starts", "ends", "axes", "steps"):
+                    draft.set_attribute(node, name, None)
+                draft.set_attribute(node, "axis", axis)
+                draft.set_input(node, 1, chosen)
+                return
+            picked = f"{node.outputs[0]}_picked_{axis}"
+            draft.insert_before(node, Insertion("Gather", (source, chosen), picked, {"axis": axis}))
+            source = picked
+            starts[axis], ends[axis] = 0, END
+        else:
+            starts[axis], ends[axis] = int(chosen[0]), int(chosen[-1]) + 1
+    if source != node.inputs[0]:
+        draft.set_input(node, 0, source)
+    order = list(ranges)
+    new = {
+        "starts": [starts.get(axis, ranges[axis].start) for axis in order],
+        "ends": [ends.get(axis, _end(ranges[axis])) for axis in order],
+        "axes": order,
+        "steps": [1 if axis in stepped else ranges[axis].step for axis in order],
+    }
+    for position, name in enumerate(("starts", "ends", "axes", "steps"), start=1):
+        if opset >= 10:
+            draft.set_input(node, position, np.array(new[name], dtype=np.int64))
+        elif name != "steps":
+            draft.set_attribute(node, name, new[name])
+
+
+def _end(taken: slice) -> int:
+    return -END if taken.stop is None else int(taken.stop)
+
+
+@traces("Pad")
+def pad(node: Node, tracer: Tracer) -> None:
+    """Zeros (or another constant) before and behind: new channels that need not stay."""
+    data, result = node.inputs[0], node.outputs[0]
+    axes = tracer.axes(data)
+    rank = tracer.rank(data)
+    if not axes or rank is None:
+        return
+    pads = _pad_sizes(node, tracer.constant, tracer.resolved.integers(node.input(1)), rank, tracer.model.opset)
+    constant_mode = node.attributes.get("mode", "constant") == "constant"
+    labels = {}
+    for axis, atoms in axes.items():
+        before, after = (None, None) if pads is None else pads[axis]
+        if not isinstance(before, int) or not isinstance(after, int):
+            tracer.freeze_tensor(data, RUNTIME_INDICES, node, [axis])
+        elif (before or after) and (not constant_mode or min(before, after) < 0):
+            tracer.freeze_tensor(data, BORDER, node, [axis])
+        elif before + after > MOST_PADDED:
+            tracer.freeze_tensor(data, ENORMOUS, node, [axis])
+        else:
+            labels[axis] = np.concatenate([tracer.fresh(before), atoms, tracer.fresh(after)])
+    tracer.label_axes(result, labels)
+
+
+def _pad_sizes(
+    node: Node, constant: object, known: list[int | str] | None, rank: int, opset: int
+) -> dict[int, tuple[int | str, int | str]] | None:
+    flat = node.attributes.get("pads") if opset < 11 else known
+    if flat is None:
+        return None
+    axes = constant(node.input(3))  # type: ignore[operator]
+    if node.input(3) and axes is None:
+        return None
+    order = range(rank) if axes is None else [int(axis) % rank for axis in axes]
+    result: dict[int, tuple[int | str, int | str]] = dict.fromkeys(range(rank), (0, 0))
+    for place, axis in enumerate(order):
+        result[axis] = flat[place], flat[place + len(flat) // 2]
+    return result
+
+
+@rewrites("Pad")
+def pad_sizes(node: Node, draft: Draft) -> None:
+    """As much padding on each side as survives of it."""
+    kept = draft.kept(node.outputs[0])
+    rank = len(draft.shape(node.inputs[0]))
+    opset = draft.channels.model.opset
+    integers = draft.channels.resolved.integers(node.input(1))
+    pads = _pad_sizes(node, draft.constant, integers, rank, opset)
+    if pads is None:
+        return
+    changed = {}
+    axes = draft.constant(node.input(3))
+    order = list(range(rank)) if axes is None else [int(axis) % rank for axis in axes]
+    for axis, mask in kept.items():
+        before, after = pads[axis]
+        if axis in order and isinstance(before, int) and isinstance(after, int) and (before or after):
+            place = order.index(axis)
+            changed[place] = int(mask[:before].sum())
+            changed[place + len(order)] = int(mask[len(mask) - after :].sum()) if after else 0
+    if not changed:
+        return
+    if opset < 11:
+        flat = list(node.attributes["pads"])
+        for place, size in changed.items():
+            flat[place] = size
+        draft.set_attribute(node, "pads", flat)
+    else:
+        draft.set_elements(node, 1, changed)

@@ -1,0 +1,33 @@
+"""Recurrent layers: what they read can shrink, what they keep in their state cannot."""
+
+from __future__ import annotations
+
+from lindep_onnx.model.ir import Node
+from lindep_onnx.structure.rules.registry import traces
+from lindep_onnx.structure.types import Reader, Reason, Tracer
+
+__all__: list[str] = []
+
+STEPS = Reason("recurrent_steps", "a recurrent layer moves along them step by step")
+RUNTIME = Reason("runtime_weight", "the weight is computed at run time")
+
+
+@traces("LSTM", "GRU", "RNN")
+def recurrent(node: Node, tracer: Tracer) -> None:
+    """X (steps, batch, C) meets W (directions, gates, C); nothing of the state is labelled."""
+    data, weight = node.inputs[0], node.inputs[1]
+    made = next(filter(None, node.outputs), "")
+    rank = tracer.rank(made)
+    if tracer.constant(weight) is None or not made or rank is None:
+        tracer.refuse(node, RUNTIME)
+        return
+    columns = tracer.axes(data).get(2)
+    tracer.freeze_tensor(data, STEPS, node, [0, 1])
+    for name in node.inputs[3:]:
+        if name:
+            tracer.freeze_tensor(name, STEPS, node)
+    for position in range(2, len(node.inputs)):
+        tracer.claim(node, position, {})
+    tracer.claim(node, 1, {} if columns is None else {2: columns})
+    if columns is not None:
+        tracer.site(weight, 2, 1, Reader(node.index, data, 2, made, rank - 1), affine=False)

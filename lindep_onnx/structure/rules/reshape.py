@@ -1,0 +1,325 @@
+"""Operators that move or regroup elements without computing anything, and the ones that handle shapes as numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from lindep_onnx.model.ir import Node
+from lindep_onnx.structure.edit_builder import Draft
+from lindep_onnx.structure.rules.registry import rewrites, traces
+from lindep_onnx.structure.types import Atoms, Labelling, Reason, Tracer
+
+__all__: list[str] = []
+
+REGROUPED = Reason("reshape", "a Reshape regroups them with axes of unknown size or other channels")
+COUNTED = Reason("counted", "their number is an output of the model, or a Size operator counts them")
+MOVED = Reason("spatial_axis", "they lie along an axis whose positions become channels, or the other way round")
+REPEATED = Reason("repeated", "a Tile repeats them as often as is known at run time only")
+RUNTIME_SHAPE = Reason("runtime_shape", "the shape they are given is computed at run time")
+
+#: Channels that an Expand, Tile or ConstantOfShape may make.
+MOST_MADE = 1 << 20
+
+
+@traces("Transpose")
+def transpose(node: Node, tracer: Tracer) -> None:
+    """Axes change places."""
+    data = node.inputs[0]
+    rank = tracer.rank(data)
+    if rank is None:
+        return
+    order = list(node.attributes.get("perm", range(rank)[::-1]))
+    labels = []
+    for label in tracer.labels.get(data, ()):
+        places = [order.index(axis) for axis in label.axes]
+        atoms = np.transpose(label.atoms, np.argsort(places))
+        labels.append(Labelling(tuple(sorted(places)), atoms, order.index(label.cut)))
+    tracer.label(node.outputs[0], labels)
+
+
+@traces("Reshape", "Flatten", "Squeeze", "Unsqueeze")
+def regroup(node: Node, tracer: Tracer) -> None:
+    """Elements keep their order; axes are merged and split."""
+    data, result = node.inputs[0], node.outputs[0]
+    if not tracer.labels.get(data):
+        return
+    before, after = tracer.shape(data), tracer.shape(result)
+    if before is None or after is None:
+        tracer.refuse(node, REGROUPED)
+        return
+    labels: list[Labelling] = []
+    done: set[int] = set()
+    blocks = _blocks(before, after)
+    renamed = {ins[0]: outs[0] for ins, outs in blocks if len(ins) == len(outs) == 1}
+    for ins, outs in blocks:
+        inside = [label for label in tracer.labels[data] if label.cut in ins]
+        done.update(label.cut for label in inside)
+        if len(inside) > 1 and len(outs) != len(ins):
+            for label in inside:
+                tracer.freeze(label.atoms.ravel(), REGROUPED, node)
+        elif len(inside) == 1 and all(axis in renamed for axis in inside[0].axes):
+            label = inside[0]
+            labels.append(Labelling(tuple(renamed[axis] for axis in label.axes), label.atoms, renamed[label.cut]))
+        elif len(inside) == 1:
+            labels.extend(_regrouped(inside[0], ins, outs, before, after, tracer))
+    for label in tracer.labels[data]:
+        if label.cut not in done:
+            tracer.freeze(label.atoms.ravel(), REGROUPED, node)
+    tracer.label(result, labels)
+
+
+def _blocks(before: tuple[int | str, ...], after: tuple[int | str, ...]) -> list[tuple[list[int], list[int]]]:
+    """Smallest runs of axes that hold the same elements on both sides, matched from both ends.
+
+    Runs that cannot be matched, because of sizes that are not known, are left out.
+    """
+    ins = [axis for axis, size in enumerate(before) if size != 1]
+    outs = [axis for axis, size in enumerate(after) if size != 1]
+    front = _runs(before, after, ins, outs)
+    used_in, used_out = sum(len(run[0]) for run in front), sum(len(run[1]) for run in front)
+    back = _runs(before, after, ins[used_in:][::-1], outs[used_out:][::-1])
+    return front + [(run[0][::-1], run[1][::-1]) for run in back]
+
+
+def _runs(
+    before: tuple[int | str, ...], after: tuple[int | str, ...], ins: list[int], outs: list[int]
+) -> list[tuple[list[int], list[int]]]:
+    runs = []
+    i = j = 0
+    while i < len(ins) and j < len(outs):
+        if before[ins[i]] == after[outs[j]]:
+            runs.append(([ins[i]], [outs[j]]))
+            i, j = i + 1, j + 1
+            continue
+        left, right = [ins[i]], [outs[j]]
+        i, j = i + 1, j + 1
+        while True:
+            sizes = [before[axis] for axis in left], [after[axis] for axis in right]
+            if any(isinstance(size, str) for size in (*sizes[0], *sizes[1])):
+                return runs
+            have, want = math.prod(map(int, sizes[0])), math.prod(map(int, sizes[1]))
+            if have == want:
+                break
+            if have < want and i < len(ins):
+                left.append(ins[i])
+                i += 1
+            elif want < have and j < len(outs):
+                right.append(outs[j])
+                j += 1
+            else:
+                return runs
+        runs.append((left, right))
+    return runs
+
+
+def _regrouped(
+    label: Labelling,
+    ins: list[int],
+    outs: list[int],
+    before: tuple[int | str, ...],
+    after: tuple[int | str, ...],
+    tracer: Tracer,
+) -> list[Labelling]:
+    if any(axis not in ins for axis in label.axes):
+        label = Labelling((label.cut,), tracer.flat(label), label.cut)
+    full = np.broadcast_to(_spread(label, ins), [int(before[axis]) for axis in ins])
+    atoms = full.reshape([int(after[axis]) for axis in outs])
+    varying = [place for place in range(len(outs)) if (np.diff(atoms, axis=place) != 0).any()]
+    if not varying:
+        # One unit all along: nothing can be cut here.
+        return []
+    index = tuple(slice(None) if place in varying else 0 for place in range(len(outs)))
+    atoms = atoms[index]
+    axes = [outs[place] for place in varying]
+    cut = max(range(len(axes)), key=lambda place: (atoms.shape[place], place))
+    made = Labelling(tuple(axes), atoms, axes[cut])
+    tracer.align(made.rows())  # what survives has to be a box again
+    return [made]
+
+
+def _spread(label: Labelling, ins: list[int]) -> Atoms:
+    shape = [label.atoms.shape[label.axes.index(axis)] if axis in label.axes else 1 for axis in ins]
+    return label.atoms.reshape(shape)
+
+
+@rewrites("Reshape")
+def reshape_target(node: Node, draft: Draft) -> None:
+    """New sizes where the target names them; -1 and 0 stay where they still say the right thing."""
+    result = node.outputs[0]
+    kept = draft.kept(result)
+    data_kept = draft.kept(node.inputs[0])
+    if not kept and not data_kept:
+        return
+    target = draft.channels.resolved.integers(node.inputs[1])
+    new = draft.new_shape(result)
+    old_data, new_data = draft.shape(node.inputs[0]), draft.new_shape(node.inputs[0])
+    zero_copies = not node.attributes.get("allowzero", 0)
+    elements = {}
+    for axis, size in enumerate(new):
+        given = target[axis] if target is not None else None
+        if given == -1:
+            continue
+        if given == 0 and zero_copies:
+            if new_data[axis] != size and old_data[axis] != new_data[axis]:
+                elements[axis] = size
+            continue
+        if axis in kept:
+            elements[axis] = size
+    draft.set_elements(node, 1, {axis: int(size) for axis, size in elements.items()})
+
+
+@rewrites("Squeeze")
+def squeeze_axes(node: Node, draft: Draft) -> None:
+    """Axes are named, so that a channel axis that shrinks to 1 is not squeezed too."""
+    named = node.attributes.get("axes") is not None or node.input(1)
+    if named or not draft.kept(node.inputs[0]):
+        return
+    axes = [axis for axis, size in enumerate(draft.shape(node.inputs[0])) if size == 1]
+    if draft.channels.model.opset >= 13:
+        draft.set_input(node, 1, np.array(axes, dtype=np.int64))
+    else:
+        draft.set_attribute(node, "axes", axes)
+
+
+@traces("DepthToSpace")
+def depth_to_space(node: Node, tracer: Tracer) -> None:
+    """The channels that become one channel, block by block of positions, go together."""
+    data = node.inputs[0]
+    axes = tracer.axes(data)
+    tracer.freeze_tensor(data, MOVED, node, [2, 3])
+    if 1 in axes:
+        squares = int(node.attributes["blocksize"]) ** 2
+        last = node.attributes.get("mode", "DCR") == "CRD"
+        parts = axes[1].reshape(-1, squares).T if last else axes[1].reshape(squares, -1)
+        tracer.link(parts, parts[:1])
+        axes[1] = parts[0]
+    tracer.label_axes(node.outputs[0], {axis: atoms for axis, atoms in axes.items() if axis < 2})
+
+
+@traces("SpaceToDepth")
+def space_to_depth(node: Node, tracer: Tracer) -> None:
+    """Each channel becomes one for each place in a block; they go together."""
+    data = node.inputs[0]
+    axes = tracer.axes(data)
+    tracer.freeze_tensor(data, MOVED, node, [2, 3])
+    if 1 in axes:
+        axes[1] = tracer.distinct(np.tile(axes[1], int(node.attributes["blocksize"]) ** 2))
+    tracer.label_axes(node.outputs[0], {axis: atoms for axis, atoms in axes.items() if axis < 2})
+
+
+@traces("Expand")
+def expand(node: Node, tracer: Tracer) -> None:
+    """Axes that keep their size pass; one value over a new or wider axis goes wherever its readers can spare it.
+
+    The sizes of both kinds are rewritten in the target vector.
+    """
+    data, result = node.inputs[0], node.outputs[0]
+    before, after = tracer.shape(data), tracer.shape(result)
+    if before is None or after is None or tracer.rank(node.inputs[1]) is None:
+        tracer.refuse(node, RUNTIME_SHAPE)
+        return
+    offset = len(after) - len(before)
+    if tracer.constant(data) is None:
+        axes = tracer.axes(data)
+    else:
+        axes = _made(tracer, {axis: size for axis, size in enumerate(before) if axis + offset > 0})
+        tracer.claim(node, 0, axes)
+    new = {axis: size for axis, size in enumerate(after) if axis > 0 and (axis < offset or before[axis - offset] == 1)}
+    tracer.label_axes(result, {**_made(tracer, new), **{axis + offset: atoms for axis, atoms in axes.items()}})
+
+
+def _made(tracer: Tracer, sizes: Mapping[int, int | str]) -> dict[int, Atoms]:
+    """New atoms along the axes whose size is fixed; beyond a million they are positions, or somebody means harm."""
+    fixed = {axis: size for axis, size in sizes.items() if isinstance(size, int) and 1 < size <= MOST_MADE}
+    return {axis: tracer.fresh(size) for axis, size in fixed.items()}
+
+
+@rewrites("Expand")
+def expand_target(node: Node, draft: Draft) -> None:
+    """The number of channels, where the target names it."""
+    target = draft.channels.resolved.integers(node.inputs[1])
+    shape = draft.shape(node.inputs[1])
+    offset = len(draft.shape(node.outputs[0])) - int(shape[0])
+    elements = {}
+    for axis, mask in draft.kept(node.outputs[0]).items():
+        if axis >= offset and (target is None or target[axis - offset] != 1):
+            elements[axis - offset] = int(mask.sum())
+    draft.set_elements(node, 1, elements)
+
+
+@traces("Tile")
+def tile(node: Node, tracer: Tracer) -> None:
+    """Each channel comes as often as its axis is repeated; all of them go together."""
+    data = node.inputs[0]
+    repeats = tracer.resolved.integers(node.inputs[1])
+    labels = {}
+    for axis, atoms in tracer.axes(data).items():
+        times = None if repeats is None else repeats[axis]
+        if not isinstance(times, int) or not 0 < times * len(atoms) <= MOST_MADE:
+            tracer.freeze_tensor(data, REPEATED, node, [axis])
+        else:
+            labels[axis] = tracer.distinct(np.tile(atoms, times)) if times > 1 else atoms
+    tracer.label_axes(node.outputs[0], labels)
+
+
+@traces("Shape")
+def shape(node: Node, tracer: Tracer) -> None:
+    """Reads sizes only; the numbers stay as they were, for whoever computes with them."""
+    result = node.outputs[0]
+    captured = any(result in reader.captures for reader in tracer.model.consumers.get(result, ()))
+    if result in tracer.model.outputs or captured:
+        tracer.freeze_tensor(node.inputs[0], COUNTED, node)
+
+
+@rewrites("Shape")
+def original_numbers(node: Node, draft: Draft) -> None:
+    """Whoever reads a size that changed gets the original number: removing a channel never changes a number.
+
+    The operators that need the new size of a shape set it themselves, after this.
+    """
+    result = node.outputs[0]
+    shape = draft.shape(node.inputs[0])
+    axes = range(len(shape))[slice(node.attributes.get("start", 0), node.attributes.get("end"))]
+    kept = draft.kept(node.inputs[0])
+    changed = {axes.index(axis): int(shape[axis]) for axis in kept if axis in axes}
+    for reader in draft.channels.model.consumers.get(result, ()) if changed else ():
+        for position, name in enumerate(reader.inputs):
+            if name == result and not _picks_others(reader, position, len(axes), changed, draft):
+                draft.set_elements(reader, position, changed)
+
+
+def _picks_others(reader: Node, position: int, size: int, changed: dict[int, int], draft: Draft) -> bool:
+    """Whether a node reads none of the changed elements."""
+    indices = draft.constant(reader.input(1))
+    if reader.op != "Gather" or position != 0 or indices is None:
+        return False
+    return not {int(index) % size for index in indices.ravel()} & changed.keys()
+
+
+@traces("Size")
+def size(node: Node, tracer: Tracer) -> None:
+    """Counts all elements, and somebody may compute with the number."""
+    tracer.freeze_tensor(node.inputs[0], COUNTED, node)
+
+
+@traces("ConstantOfShape")
+def filled(node: Node, tracer: Tracer) -> None:
+    """One value everywhere: as many places may go as its readers want, where their number is fixed."""
+    shape = tracer.shape(node.outputs[0]) or ()
+    tracer.label_axes(node.outputs[0], _made(tracer, {axis: size for axis, size in enumerate(shape) if axis > 0}))
+
+
+@rewrites("ConstantOfShape")
+def filled_sizes(node: Node, draft: Draft) -> None:
+    """The sizes that are left."""
+    kept = draft.kept(node.outputs[0])
+    draft.set_elements(node, 0, {axis: int(mask.sum()) for axis, mask in kept.items()})
+
+
+@traces("Range", "RandomNormal", "RandomUniform", "EyeLike", "NonZero")
+def made(node: Node, tracer: Tracer) -> None:
+    """Makes elements out of sizes: no channels come in or go out."""
+    tracer.refuse(node, RUNTIME_SHAPE)

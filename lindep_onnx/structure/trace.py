@@ -1,0 +1,377 @@
+"""The walk over the graph that finds units, sites, groups and refusals (see `structure.types` for the words)."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from lindep_onnx.model.ir import Model, Node
+from lindep_onnx.model.shapes import Resolved
+from lindep_onnx.structure.rules import UNKNOWN, tracing_rule
+from lindep_onnx.structure.types import (
+    FROZEN,
+    Atoms,
+    Channels,
+    Group,
+    Labelling,
+    Multiplied,
+    Reason,
+    Refusal,
+    Site,
+    Tracer,
+)
+
+__all__ = ["trace"]
+
+GRAPH_OUTPUT = Reason("graph_output", "they are an output of the model, whose shape is kept")
+TWO_WAYS = Reason("shared_weight", "a weight is used in two ways that would need different slices")
+COMPUTED_WEIGHT = Reason(
+    "computed_weight", "a weight is computed in the graph from other tensors; fold constants first"
+)
+OVERRIDABLE = Reason("overridable", "a weight is a graph input as well, so that a caller may replace it")
+EXCLUDED = Reason("excluded", "the options --include and --exclude leave these nodes alone")
+QUANTISED = Reason(
+    "quantised", "the model is quantised; compress the floating-point model first, and quantise what comes out"
+)
+_QUANTISED = re.compile(
+    r"(^|::)(QLinear\w+|QAttention|QGemm|(De|Dynamic)?[Qq]uantizeLinear|\w+Integer\w*|MatMulNBits)$"
+)
+#: Which input of an operator is the weight, and which of its axes counts output channels.
+_QUANTISED_WEIGHT = {
+    "Conv": (1, 0),
+    "ConvInteger": (1, 0),
+    "QLinearConv": (3, 0),
+    "ConvTranspose": (1, 1),
+    "MatMul": (1, -1),
+    "MatMulInteger": (1, -1),
+    "DynamicQuantizeMatMul": (1, -1),
+    "QLinearMatMul": (3, -1),
+    "Gemm": (1, -1),
+    "QGemm": (3, -1),
+}
+SUBGRAPH = Reason("subgraph", "a node with sub-graphs (If, Loop, Scan) reads them")
+
+
+def trace(
+    model: Model,
+    resolved: Resolved,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    min_channels: int = 1,
+) -> Channels:
+    """Find units, sites, groups and refusals of a model.
+
+    Args:
+        model: the model.
+        resolved: its constants and shapes.
+        include: globs on node names; when given, only channels that a matching node produces or reads are touched.
+        exclude: globs on node names whose input and output channels are left alone.
+        min_channels: no axis is cut below this.
+    """
+    tracer = Tracer(model, resolved)
+    quantised = _quantised(model, resolved)
+    for node in model.nodes if quantised is None else ():
+        if all(name in resolved.constants for name in node.outputs if name) and not node.captures:
+            continue
+        rule = tracing_rule(node.op)
+        if rule is None or node.captures:
+            tracer.refuse(node, SUBGRAPH if node.captures else UNKNOWN)
+        else:
+            rule(node, tracer)
+        _leave_alone(tracer, node, include, exclude)
+    for name in model.outputs:
+        tracer.freeze_tensor(name, GRAPH_OUTPUT, model.producer.get(name))
+    _check_claims(tracer)
+    channels = _components(tracer, min_channels)
+    return channels if quantised is None else dataclasses.replace(channels, refusals=(quantised,))
+
+
+def _quantised(model: Model, resolved: Resolved) -> Refusal | None:
+    """One refusal for a whole quantised model: its weights are integers, and its scales belong to all that is there."""
+    nodes = [node for node in model.nodes if _QUANTISED.search(node.op)]
+    if not nodes:
+        return None
+    channels = 0
+    for node in model.nodes:
+        position, axis = _QUANTISED_WEIGHT.get(node.op.rpartition("::")[2], (None, 0))
+        shape = resolved.shapes.get(node.input(position)) if position is not None else None
+        size = shape[axis] if shape and len(shape) > 1 else 0
+        channels += size if isinstance(size, int) else 0
+    return Refusal(QUANTISED, (nodes[0].name,), channels)
+
+
+def _leave_alone(tracer: Tracer, node: Node, include: Sequence[str], exclude: Sequence[str]) -> None:
+    def matches(globs: Sequence[str]) -> bool:
+        return any(fnmatch.fnmatchcase(node.name, glob) for glob in globs)
+
+    weighted = bool(tracer.producers) and tracer.producers[-1].node == node.index
+    if weighted and (matches(exclude) or (include and not matches(include))):
+        for name in (*node.inputs, *node.outputs) if matches(exclude) else node.outputs:
+            if name and name not in tracer.resolved.constants:
+                tracer.freeze_tensor(name, EXCLUDED, node)
+
+
+def _check_claims(tracer: Tracer) -> None:
+    """Link the readers of each constant, and freeze what some reader needs whole or nothing can replace.
+
+    A vector is cheap and may end up different for each of its readers: exporters share one vector of zeros between
+    layers that have nothing else in common. A matrix stays one matrix.
+    """
+    model = tracer.model
+    multiplied = _by_weight(tracer)
+    for name, claims in tracer.claims.items():
+        first = model.nodes[min(claims)[0]]
+        labelled = [atoms for axes in claims.values() for atoms in axes.values()]
+        if name in model.overridable:
+            for atoms in labelled:
+                tracer.freeze(atoms, OVERRIDABLE, first)
+        if sum(size > 1 for size in tracer.resolved.constants[name].shape) <= 1 or not labelled:
+            continue
+        readers = {(node.index, place) for node in model.consumers[name] for place in _places(node, name)}
+        partial = readers != set(claims) or name in model.outputs
+        for axis in {axis for axes in claims.values() for axis in axes}:
+            asked = [axes[axis] for axes in claims.values() if axis in axes]
+            if len({atoms.shape for atoms in asked}) > 1:
+                for atoms in asked:
+                    tracer.freeze(atoms, TWO_WAYS, first)
+                continue
+            for atoms in asked:
+                tracer.link(atoms, asked[0])
+            if partial or len(asked) < len(claims):
+                blame = next((model.nodes[index] for index, _ in sorted(readers - set(claims))), first)
+                tracer.freeze(asked[0], TWO_WAYS, blame)
+        layouts = multiplied.get(name, [])
+        ways = {(entry.inputs, entry.outputs, entry.blocks) for entry in layouts}
+        if layouts and (len(ways) > 1 or len(layouts) != len(claims)):
+            # A fold changes the weight for every reader, so all must multiply it in the same way.
+            for atoms in labelled:
+                tracer.freeze(atoms, TWO_WAYS, first)
+        reason = None if name in model.stored else _replaceable(tracer, name)
+        if reason is not None:
+            for atoms in labelled:
+                tracer.freeze(atoms, reason, model.producer[name])
+
+
+def _places(node: Node, name: str) -> list[int]:
+    places = [place for place, read in enumerate(node.inputs) if read == name]
+    return places if places else [-1]  # a capture
+
+
+def _replaceable(tracer: Tracer, name: str) -> Reason | None:
+    """Why a constant that nodes compute from stored ones must stay as it is; None if a stored one may take its place.
+
+    It may not where the model would grow: where what it is computed from is smaller, or stays for other readers.
+    """
+    model = tracer.model
+    behind: set[int] = set()
+    waiting = [name]
+    while waiting:
+        node = model.producer.get(waiting.pop())
+        if node is not None and node.index not in behind:
+            behind.add(node.index)
+            waiting.extend(filter(None, node.inputs))
+    gone: set[int] = set()
+
+    def vanishes(tensor: str) -> bool:
+        return tensor not in model.outputs and all(node.index in gone for node in model.consumers.get(tensor, ()))
+
+    for index in sorted(behind, reverse=True):
+        if all(made == name or vanishes(made) for made in model.nodes[index].outputs if made):
+            gone.add(index)
+    stored = {read for index in behind for read in model.nodes[index].inputs if read in model.stored}
+    sizes = {read: model.stored[read].size for read in stored}
+    needed = tracer.resolved.constants[name].size
+    if sum(size for read, size in sizes.items() if vanishes(read)) >= needed:
+        return None
+    return TWO_WAYS if sum(sizes.values()) >= needed else COMPUTED_WEIGHT
+
+
+def _components(tracer: Tracer, min_channels: int) -> Channels:
+    sites = _sites(tracer)
+    count = tracer.atoms
+    component = _connected(tracer.links, count)
+    together = _connected(tracer.links + tracer.aligned, count)
+    bundle = np.zeros(component.max(initial=-1) + 1, dtype=np.int64)  # of each component
+    bundle[component] = together
+    cause = np.full(together.max(initial=-1) + 1, -1, dtype=np.int64)
+    for index in reversed(range(len(tracer.frozen))):  # the first cause in graph order is the one to tell
+        cause[together[tracer.frozen[index][0]]] = index
+
+    read = np.zeros(len(bundle), dtype=bool)
+    for site in sites:
+        read[component[site.columns]] = True
+    whole = np.ones(len(cause), dtype=bool)  # a bundle of which a part cannot go stays
+    whole[bundle[~read]] = False
+    free = whole[bundle] & (cause[bundle] < 0)
+    number = np.where(free, np.cumsum(free) - 1, FROZEN)
+    unit = number[component] if count else np.empty(0, np.int64)
+    units = int(free.sum())
+    sites = [site for site in sites if (unit[site.columns] != FROZEN).any()]
+    labels = MappingProxyType(dict(tracer.labels))
+    return Channels(
+        model=tracer.model,
+        resolved=tracer.resolved,
+        labels=labels,
+        reads=MappingProxyType(dict(tracer.claims)),
+        unit=unit,
+        units=units,
+        bundle=bundle[free],
+        cell=_cells(labels, tracer.claims, unit, bundle[free]),
+        sites=tuple(sites),
+        products=tuple(tracer.products),
+        producers=tuple(tracer.producers),
+        groups=_groups(tracer, sites, unit, units),
+        refusals=_refusals(tracer, together, cause),
+        least=_least(labels, tracer.claims, unit, min_channels),
+    )
+
+
+def _connected(links: Sequence[tuple[Atoms, Atoms]], count: int) -> Atoms:
+    """(count,) the connected component of each atom."""
+    left, right = (np.concatenate([pair[side].ravel() for pair in links] or [np.empty(0, np.int64)]) for side in (0, 1))
+    edges = coo_array((np.ones(len(left), dtype=np.int8), (left, right)), shape=(count, count))
+    return np.asarray(connected_components(edges, directed=False)[1], dtype=np.int64)
+
+
+def _by_weight(tracer: Tracer) -> dict[str, list[Multiplied]]:
+    found: dict[str, list[Multiplied]] = {}
+    for entry in tracer.sites:
+        found.setdefault(entry.weight, []).append(entry)
+    return found
+
+
+def _sites(tracer: Tracer) -> list[Site]:
+    sites = []
+    for name, entries in _by_weight(tracer).items():
+        first = entries[0]
+        blocks, inputs, outputs = first.blocks, first.inputs, first.outputs
+        axes = next(
+            axes for (node, _), axes in tracer.claims[name].items() if node == first.reader.node and inputs in axes
+        )
+        shape = tracer.resolved.constants[name].shape
+        size = shape[outputs] if outputs == 0 else shape[outputs] * blocks
+        rows = axes[outputs] if outputs in axes else tracer.fresh(size)  # a single output is never labelled
+        readers = tuple(entry.reader for entry in entries)
+        affine = first.affine and len(readers) == 1
+        parts = zip(axes[inputs].reshape(blocks, -1), rows.reshape(blocks, -1), strict=True)
+        for block, (own_columns, own_rows) in enumerate(parts):
+            sites.append(Site(name, inputs, outputs, readers, own_columns, own_rows, affine, block, blocks))
+    return sites
+
+
+def _cells(
+    labels: Mapping[str, tuple[Labelling, ...]],
+    reads: Mapping[str, Mapping[tuple[int, int], Mapping[int, Atoms]]],
+    unit: Atoms,
+    bundle: Atoms,
+) -> Atoms:
+    """(units,) which units can trade places: those whose atoms occur along the very same axes equally often.
+
+    What reads an axis without telling its places apart does not notice the trade, and what tells them apart (a Slice,
+    one group of a convolution, one head) has an axis of its own. Only bundles of several units have use for it.
+    """
+    cell = np.arange(len(bundle))
+    several = np.bincount(bundle, minlength=1)[bundle] > 1 if len(bundle) else np.zeros(0, dtype=bool)
+    if not several.any():
+        return cell
+    lines = list(_lines(labels, reads))
+    atoms = np.concatenate(lines)
+    line = np.repeat(np.arange(len(lines)), [len(one) for one in lines])
+    wanted = np.append(several, False)[unit[atoms]]
+    atoms, line = atoms[wanted], line[wanted]
+    order = np.lexsort((line, atoms, unit[atoms]))
+    atoms, line = atoms[order], line[order]
+    first = np.diff(atoms, prepend=-1) != 0  # where a new atom begins
+    marks = np.stack([first, line], axis=1)
+    starts = np.flatnonzero(np.diff(unit[atoms], prepend=-1))
+    found: dict[bytes, int] = {}
+    for begin, end in zip(starts, [*starts[1:], len(atoms)], strict=True):
+        own = int(unit[atoms[begin]])
+        cell[own] = found.setdefault(marks[begin:end].tobytes(), own)
+    return cell
+
+
+def _lines(
+    labels: Mapping[str, tuple[Labelling, ...]],
+    reads: Mapping[str, Mapping[tuple[int, int], Mapping[int, Atoms]]],
+) -> Iterator[Atoms]:
+    """The atoms along every axis of every tensor and constant, one line for each index along the other axes."""
+    for tensor in sorted(labels):
+        for label in labels[tensor]:
+            yield from label.rows()
+    for name in sorted(reads):
+        for axes in reads[name].values():
+            for atoms in axes.values():
+                yield from np.atleast_2d(atoms)
+
+
+def _groups(tracer: Tracer, sites: Sequence[Site], unit: Atoms, units: int) -> tuple[Group, ...]:
+    left, right = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for index, site in enumerate(sites):
+        met = np.unique(unit[site.columns])
+        met = met[met != FROZEN]
+        left.append(met)
+        right.append(np.full(len(met), units + index))
+    rows, columns = np.concatenate(left), np.concatenate(right)
+    size = units + len(sites)
+    member = connected_components(coo_array((np.ones(len(rows)), (rows, columns)), shape=(size, size)), directed=False)[
+        1
+    ]
+    owner: dict[int, str] = {}
+    for producer in tracer.producers:
+        made = unit[producer.atoms]
+        for group in np.unique(member[made[made != FROZEN]]):
+            owner.setdefault(int(group), tracer.model.nodes[producer.node].name)
+    order = np.argsort(member, kind="stable")
+    parts = np.split(order, np.flatnonzero(np.diff(member[order])) + 1)
+    met_at = [(part[part < units], part[part >= units] - units) for part in parts if len(part)]
+    groups = []
+    for own, indices in sorted(met_at, key=lambda pair: int(pair[1][0])):
+        first = tracer.model.nodes[sites[indices[0]].readers[0].node]
+        groups.append(Group(owner.get(int(member[own[0]]), first.name), own, tuple(indices.tolist())))
+    return tuple(groups)
+
+
+def _refusals(tracer: Tracer, component: Atoms, cause: Atoms) -> tuple[Refusal, ...]:
+    channels: dict[int, int] = {}
+    for producer in tracer.producers:
+        causes = cause[component[producer.atoms]]
+        for index, count in zip(*np.unique(causes[causes >= 0], return_counts=True), strict=True):
+            channels[int(index)] = channels.get(int(index), 0) + int(count)
+    merged: dict[tuple[str, str], tuple[Reason, int]] = {}
+    for index, count in channels.items():
+        _, reason, node = tracer.frozen[index]
+        key = (reason.code, node.name if node is not None else "")
+        merged[key] = (reason, merged.get(key, (reason, 0))[1] + count)
+    refusals = [Refusal(reason, (name,) if name else (), count) for (_, name), (reason, count) in merged.items()]
+    return tuple(sorted(refusals, key=lambda refusal: (-refusal.channels, refusal.reason.code, refusal.nodes)))
+
+
+def _least(
+    labels: Mapping[str, tuple[Labelling, ...]],
+    reads: Mapping[str, Mapping[tuple[int, int], Mapping[int, Atoms]]],
+    unit: Atoms,
+    min_channels: int,
+) -> tuple[tuple[NDArray[np.int64], int], ...]:
+    """Sets of units that make up a whole axis: something of it has to stay."""
+    found: dict[bytes, tuple[NDArray[np.int64], int]] = {}
+    for atoms in _lines(labels, reads):
+        on_axis = unit[atoms]
+        members = np.unique(on_axis[on_axis != FROZEN])
+        # An axis of n places made of fewer units cannot promise more places than each unit brings at least.
+        wanted = min(min_channels, len(on_axis)) - int((on_axis == FROZEN).sum())
+        if len(members) and wanted > 0:
+            bound = min(wanted, len(members))
+            key = members.tobytes()
+            if key not in found or found[key][1] < bound:
+                found[key] = (members, bound)
+    return tuple(found.values())

@@ -1,0 +1,136 @@
+"""What a model alone says, before any data: its channels, and what the weights prove about them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from lindep_onnx.data.samples import InputSpec
+from lindep_onnx.errors import LindepError, ModelError
+from lindep_onnx.model import ir as graph
+from lindep_onnx.model.precision import resolution, widened
+from lindep_onnx.model.shapes import Resolved, resolve
+from lindep_onnx.options import Config
+from lindep_onnx.proofs.prove import Proof, prove, ranges_of
+from lindep_onnx.structure.trace import trace as walk
+from lindep_onnx.structure.types import Channels
+from lindep_onnx.verify import compare as verify
+
+__all__ = ["Understood", "following", "inputs_of", "samples_per_run", "understand"]
+
+#: Bytes that the activations of one run may take, were all of them kept, and the most samples in a run.
+ACTIVATION_BYTES, MOST_BATCH = 1 << 27, 32
+
+
+@dataclass(frozen=True)
+class Understood:
+    """What the model alone says.
+
+    Attributes:
+        name: of the file, or of the graph of a model in memory.
+        channels: the traced model.
+        ranges: lowest and highest value of inputs, where they are known.
+        proof: what follows from the weights.
+        half: the model as it is stored, where that is in half precision: all else is about a copy in single precision.
+        config: the options so far.
+    """
+
+    name: str
+    channels: Channels
+    ranges: Mapping[str, tuple[float, float]]
+    proof: Proof
+    half: graph.Model | None
+    config: Config
+
+
+def understand(
+    source: str | Path | onnx.ModelProto, config: Config, stage: Callable[[str], Any] = nullcontext
+) -> Understood:
+    """Everything that needs no data.
+
+    Raises:
+        ModelError: the model cannot be read, or is not well formed.
+        UsageError: an input range names no input.
+    """
+    with stage("load"):
+        model = graph.load(source)
+        half = model if resolution(model.proto) else None
+    with following(model.proto, source):
+        with stage("load"):
+            if half is not None:
+                model = widened(half)
+            resolved = resolve(model)
+        with stage("trace"):
+            channels = walk(
+                model, resolved, include=config.include, exclude=config.exclude, min_channels=config.min_channels
+            )
+        with stage("prove"):
+            ranges = ranges_of(model, config.input_range)
+            proof = prove(channels, ranges, half=half is not None)
+    name = Path(source).name if isinstance(source, (str, Path)) else model.proto.graph.name
+    return Understood(name, channels, ranges, proof, half, config)
+
+
+@contextmanager
+def following(proto: onnx.ModelProto, source: object = None) -> Iterator[None]:
+    """Blame what goes wrong inside on the model: rules rely on what the ONNX standard says, and nothing has run it yet.
+
+    Args:
+        proto: the model.
+        source: its path, for the message.
+
+    Raises:
+        ModelError: instead of any other exception.
+    """
+    try:
+        yield
+    except LindepError:
+        raise
+    except Exception as error:
+        name = source if isinstance(source, (str, Path)) else proto.graph.name or "the model"
+        fault = verify.full_check_passes(proto)
+        if fault is not None:
+            raise ModelError(f"{name}: is not a valid ONNX model, and cannot be followed: {fault}") from error
+        raise ModelError(
+            f"{name}: cannot be followed ({type(error).__name__}: {str(error)[:200]}).\n"
+            "If ONNX Runtime runs it, run again with --debug and report it."
+        ) from error
+
+
+def inputs_of(understood: Understood) -> list[InputSpec]:
+    """What the model declares about its inputs.
+
+    Args:
+        understood: the model.
+
+    Raises:
+        ModelError: an input is no tensor.
+    """
+    model, resolved, ranges = understood.channels.model, understood.channels.resolved, understood.ranges
+    specs = []
+    for value in model.proto.graph.input:
+        if value.name in model.inputs:
+            if not value.type.HasField("tensor_type"):
+                kind = (value.type.WhichOneof("value") or "unknown type").removesuffix("_type")
+                raise ModelError(
+                    f"Input {value.name!r} is a {kind}, and calibration data holds tensors: use --proven-only, which "
+                    "needs no data, or export the model with tensor inputs."
+                )
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+            shape = resolved.shapes.get(value.name, ())
+            specs.append(InputSpec(value.name, dtype, shape, ranges.get(value.name)))
+    return specs
+
+
+def samples_per_run(resolved: Resolved) -> int:
+    """As many samples as keep the activations of one run within `ACTIVATION_BYTES`, unknown sizes counted as 1.
+
+    Args:
+        resolved: the shapes of the model.
+    """
+    return max(1, min(MOST_BATCH, ACTIVATION_BYTES // max(1, resolved.activation_bytes)))

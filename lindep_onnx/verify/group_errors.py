@@ -1,0 +1,93 @@
+"""What a result costs each group, measured where its weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lindep_onnx.data.samples import Part, Samples
+from lindep_onnx.model.shapes import resolve
+from lindep_onnx.planning.strategies import Chosen
+from lindep_onnx.runtime.rows import Place, RowSampler
+from lindep_onnx.structure.placement import Placement
+from lindep_onnx.structure.types import Channels, Reader
+
+__all__ = ["measure_groups"]
+
+#: Positions of one sample, and samples, that are compared.
+POSITIONS, SAMPLES = 64, 12
+
+
+def measure_groups(
+    channels: Channels, chosen: Chosen, samples: Samples, *, seed: int, providers: Sequence[str], threads: int
+) -> dict[int, float]:
+    """RMS error of what the readers of each changed group compute, relative to its centred RMS, worst reader.
+
+    Both models run on samples that nothing was fitted to, so that errors from further up are included.
+
+    Args:
+        channels: the original model, traced.
+        chosen: the result.
+        samples: the data; VERIFY samples are run.
+        seed: of the positions that are compared.
+        providers: execution providers of ONNX Runtime.
+        threads: intra-op threads, 0 for its own choice.
+    """
+    runtime: dict[str, Any] = {"providers": providers, "threads": threads}
+    wanted: dict[int, list[Place]] = {}
+    for number, group in enumerate(channels.groups):
+        if chosen.removed[group.units].any():
+            wanted[number] = [
+                _place(channels, reader) for site in group.sites for reader in channels.sites[site].readers
+            ]
+    most = {place: POSITIONS for places in wanted.values() for place in places}
+    smaller = chosen.model
+    resolved = resolve(smaller)
+    most = {place: limit for place, limit in most.items() if place.tensor in smaller.producer}
+    if not most or not len(samples.parts[Part.VERIFY]):
+        return {}
+    before = RowSampler(channels.model, channels.resolved, most, **runtime)
+    after = RowSampler(smaller, resolved, most, **runtime)
+    sums = {place: [0, 0.0, 0.0, 0.0] for place in most}
+    placement = Placement(channels, chosen.removed)
+    kept = {place: placement.chosen_along(place.tensor, place.axis) for place in most}
+
+    for batch in samples.batches(Part.VERIFY, limit=SAMPLES):
+        drawn = seed, int(batch.samples[0])
+        original, result = (sampler.rows(batch, np.random.default_rng(drawn)) for sampler in (before, after))
+        for place in most:
+            _add(sums[place], original[place].values, result[place].values, kept[place])
+    errors = {}
+    for place, (count, total, square, difference) in sums.items():
+        spread = square - total * total / max(1, count)
+        errors[place] = float(np.sqrt(difference / max(spread, 1e-30))) if difference else 0.0
+    return {
+        number: max(errors[place] for place in places if place in errors)
+        for number, places in wanted.items()
+        if any(place in errors for place in places)
+    }
+
+
+def _place(channels: Channels, reader: Reader) -> Place:
+    """Behind the bias: what a refit shifts there is no error."""
+    bias = reader.bias
+    moved = bias is not None and bias.node is not None and bias.node != reader.node
+    tensor = (
+        channels.model.nodes[bias.node].outputs[0] if bias is not None and moved and bias.node is not None else None
+    )
+    return Place(tensor or reader.output, reader.output_axis)
+
+
+def _add(sums: list[Any], original: NDArray[Any], result: NDArray[Any], kept: NDArray[np.int64] | None) -> None:
+    y = original.astype(np.float64)
+    if kept is not None:
+        y = y[:, :, kept]
+    if y.shape != result.shape:
+        return
+    sums[0] += y.size
+    sums[1] += float(y.sum())
+    sums[2] += float(np.square(y).sum())
+    sums[3] += float(np.square(result - y).sum())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lindep_onnx._version import __version__
-from lindep_onnx.api import Calibrated, Result, Understood, apply, calibrate, compress, plan, trace
+from lindep_onnx.api import Result, apply, calibrate, compress, plan, trace
 from lindep_onnx.errors import (
     BudgetError,
     CalibrationError,
@@ -14,7 +14,12 @@ from lindep_onnx.errors import (
     VerificationError,
 )
 from lindep_onnx.options import Config
+from lindep_onnx.pipeline import Calibrated
 from lindep_onnx.planning.plan_file import Plan
+from lindep_onnx.structure.traced import TracedModel
+
+#: Its name up to version 0.1.
+Understood = TracedModel
 
 __all__ = [
     "BudgetError",
@@ -26,6 +31,7 @@ __all__ = [
     "OutputError",
     "Plan",
     "Result",
+    "TracedModel",
     "Understood",
     "UsageError",
     "VerificationError",

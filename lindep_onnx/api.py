@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import onnx
 
 from lindep_onnx.errors import UsageError
-from lindep_onnx.model.weights import whole
+from lindep_onnx.model.weights import embedded
 from lindep_onnx.options import Config
 from lindep_onnx.pipeline import (
     Calibrated,
@@ -27,11 +27,9 @@ from lindep_onnx.pipeline import (
     run,
     silent,
 )
-from lindep_onnx.planning.plan_file import Plan, named, options_of
+from lindep_onnx.planning.plan_file import Plan, options_of, to_plan
 from lindep_onnx.report.values import Report
-from lindep_onnx.structure.traced import Understood, understand
-
-__all__ = ["Calibrated", "Result", "Understood", "apply", "calibrate", "compress", "plan", "trace"]
+from lindep_onnx.structure.traced import TracedModel, load_and_trace
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 
@@ -121,7 +119,7 @@ def apply(
     return _result(outcome, config)
 
 
-def trace(model: str | Path | onnx.ModelProto, **options: Any) -> Understood:
+def trace(model: str | Path | onnx.ModelProto, **options: Any) -> TracedModel:
     """Find out which channels of a model may go at all, and what goes with what. Nothing is run.
 
     Args:
@@ -132,11 +130,11 @@ def trace(model: str | Path | onnx.ModelProto, **options: Any) -> Understood:
         UsageError: an option has no meaning.
         ModelError: the model cannot be read.
     """
-    return understand(model, _config(options))
+    return load_and_trace(model, _config(options))
 
 
 def calibrate(
-    traced: Understood,
+    traced: TracedModel,
     calib: Any,
     *,
     client: Any = None,
@@ -197,7 +195,7 @@ def plan(calibrated: Calibrated, *, progress: Progress | None = None, **options:
         chosen = first_round(calibrated, config, Clock(), progress or silent).choose()
     if chosen.failure is not None and not config.force:
         raise chosen.failure
-    return named(calibrated.understood.channels, chosen, config.described())
+    return to_plan(calibrated.understood.channels, chosen, config.described())
 
 
 #: Options that the first stages have used already.
@@ -231,4 +229,4 @@ def _path(path: str | Path | None) -> Path | None:
 def _result(outcome: Outcome, config: Config) -> Result:
     if outcome.failure is not None and not config.force:
         raise outcome.failure
-    return Result(whole(outcome.model.proto, outcome.model.folder), outcome.report, outcome.plan)
+    return Result(embedded(outcome.model.proto, outcome.model.folder), outcome.report, outcome.plan)

@@ -20,8 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lindep_onnx import pipeline
 from lindep_onnx._version import __version__
-from lindep_onnx.data.samples import load_function
-from lindep_onnx.data.sources import RANDOM
+from lindep_onnx.data.sources import RANDOM, load_function
 from lindep_onnx.errors import LindepError, UsageError
 from lindep_onnx.integrations.dask import connected
 from lindep_onnx.options import Config
@@ -29,13 +28,11 @@ from lindep_onnx.planning.plan_file import Plan, options_of
 from lindep_onnx.proofs.prove import EVERY_INPUT
 from lindep_onnx.report import values as report
 
-__all__ = ["main"]
-
 OK, FAILURE = 0, 1
 #: Names that nobody gives a model: whoever writes one in its place means data.
 NO_MODELS = (".npz", ".npy", ".py", ".json", ".html", ".csv", ".jpg", ".jpeg", ".png")
 #: A message is never longer.
-MOST_LINES = 3
+MAX_LINES = 3
 #: Blocks of memory from this size on go back to the system when they are freed, and the numbers of glibc's options.
 GIVEN_BACK, TRIM_THRESHOLD, MMAP_THRESHOLD = 4 << 20, -1, -3
 
@@ -213,7 +210,7 @@ def _message(error: BaseException) -> str:
 def _shortened(message: str) -> str:
     """At most three lines, the last one among them: it says what to do."""
     lines = [line for line in message.splitlines() if line.strip()]
-    return "\n".join(lines if len(lines) <= MOST_LINES else [*lines[: MOST_LINES - 1], lines[-1]])
+    return "\n".join(lines if len(lines) <= MAX_LINES else [*lines[: MAX_LINES - 1], lines[-1]])
 
 
 def _run(options: argparse.Namespace, errors: Console) -> int:
@@ -279,10 +276,10 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
             client=client,
             progress=progress,
             repeated=repeated,
-            outlook=options.dry_run,
+            preview=options.dry_run,
         )
     if not options.quiet:
-        report.render(result.report, Console(highlight=False), verbose=options.verbose, outlook=options.dry_run)
+        report.render(result.report, Console(highlight=False), verbose=options.verbose, preview=options.dry_run)
     if report_path is not None:
         report.write_report(result.report, report_path)
     if result.failure is not None:

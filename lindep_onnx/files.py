@@ -22,12 +22,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["KEEP", "Folder", "Scratch", "abandoned", "flush", "meant", "replacing"]
-
 #: A folder with a file of this name is left to whoever wrote it: there is more to clean up than the folder.
 KEEP = "keep"
 #: Names that are compared with one that is not there, and how much alike they must be, from 0 to 1.
-MOST_BESIDE, LIKENESS = 1000, 0.75
+MAX_BESIDE, LIKENESS = 1000, 0.75
 #: Not the name of the machine itself: it may hold any character.
 _PREFIX = f".lindep_onnx.{hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()}."
 
@@ -45,7 +43,7 @@ class Scratch:
     """
 
     def __init__(self, parent: Path | None = None) -> None:
-        for folder in abandoned(Path(tempfile.gettempdir()) if parent is None else parent):
+        for folder in stale_scratch(Path(tempfile.gettempdir()) if parent is None else parent):
             if not (folder / KEEP).exists():
                 shutil.rmtree(folder, ignore_errors=True)
         self.name = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}.", dir=parent)
@@ -68,7 +66,7 @@ def _removed(name: str, process: int) -> None:
 
 
 @dataclass(frozen=True)
-class Folder:
+class WeightsDir:
     """A folder with files that somebody needs.
 
     Attributes:
@@ -106,7 +104,7 @@ class Folder:
         return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
     @classmethod
-    def temporary(cls) -> Folder:
+    def temporary(cls) -> WeightsDir:
         """A folder that is there as long as this value, and what is found in it stays for whoever has mapped it."""
         scratch = Scratch()
         folder = cls(Path(scratch.name))
@@ -114,7 +112,7 @@ class Folder:
         return folder
 
 
-def abandoned(parent: Path) -> Iterator[Path]:
+def stale_scratch(parent: Path) -> Iterator[Path]:
     """Temporary folders in `parent` that processes of this machine made which are gone."""
     if os.name != "posix":  # elsewhere one cannot ask whether a process is there
         return
@@ -148,10 +146,10 @@ def replacing(path: Path) -> Iterator[Path]:
         staged.replace(path)
 
 
-def meant(path: Path) -> str:
+def suggestion(path: Path) -> str:
     """A question to put behind "no such file": the name beside it that is most like this one; empty if none is."""
     try:
-        beside = [entry.name for entry in itertools.islice(path.parent.iterdir(), MOST_BESIDE)]
+        beside = [entry.name for entry in itertools.islice(path.parent.iterdir(), MAX_BESIDE)]
     except (OSError, ValueError):
         return ""
     close = difflib.get_close_matches(path.name, sorted(beside), 1, LIKENESS)

@@ -13,23 +13,21 @@ from typing import Any, Literal, get_args
 from lindep_onnx.data.images import Color, Layout, Preprocessing
 from lindep_onnx.errors import UsageError
 
-__all__ = ["LOSSLESS_SITE_ERROR", "LOSSLESS_VERIFIED_ERROR", "Config", "Effort", "Refit"]
-
 #: An hour.
-MOST_SECONDS = 3600
+MAX_SECONDS = 3600
 
 Refit = Literal["auto", "fold", "kernel", "sequential"]
 
 #: RMS relative error that one site may gain in lossless mode, on samples that were not fitted.
 LOSSLESS_SITE_ERROR = 1e-5
 #: More random samples teach nothing.
-MOST_RANDOM = 100_000
+MAX_RANDOM = 100_000
 #: Output error at which a lossless result is verified.
 LOSSLESS_VERIFIED_ERROR = 1e-3
 
 
 @dataclass(frozen=True)
-class Effort:
+class TrainingBudget:
     """How long to train: so many steps, or so many seconds.
 
     Attributes:
@@ -184,8 +182,8 @@ class Config:
             raise UsageError("--latency-table belongs to --latency: give both or neither.")
         if self.seed < 0:
             raise UsageError(f"--seed must be at least 0, not {self.seed}.")
-        if self.benchmark is not None and not 0 < self.benchmark <= MOST_SECONDS:
-            raise UsageError(f"--benchmark is a number of seconds, above 0 and at most {MOST_SECONDS:,}.")
+        if self.benchmark is not None and not 0 < self.benchmark <= MAX_SECONDS:
+            raise UsageError(f"--benchmark is a number of seconds, above 0 and at most {MAX_SECONDS:,}.")
         if self.threads < 0:
             raise UsageError(f"--threads must be at least 0, not {self.threads}.")
         if (self.rounds > 1 or self.effort is not None) and not self.budgeted:
@@ -209,8 +207,8 @@ class Config:
             raise UsageError(f"--color is rgb, bgr or gray, not {self.color!r}.")
 
     def _check_random(self) -> None:
-        if self.random_calib is not None and self.random_calib > MOST_RANDOM:
-            raise UsageError(f"--random-calib must be at most {MOST_RANDOM:,}, not {self.random_calib}.")
+        if self.random_calib is not None and self.random_calib > MAX_RANDOM:
+            raise UsageError(f"--random-calib must be at most {MAX_RANDOM:,}, not {self.random_calib}.")
         if self.proven_only:
             raise UsageError("--proven-only needs no data: drop --random-calib.")
         for name in ("max_error", "min_agreement"):
@@ -244,7 +242,7 @@ class Config:
         return any(share is not None for share in (self.params, self.macs, self.size, self.channels, self.latency))
 
     @property
-    def effort(self) -> Effort | None:
+    def effort(self) -> TrainingBudget | None:
         """How long `recover` asks to train; None if it does not.
 
         Raises:
@@ -256,7 +254,7 @@ class Config:
         amount = float(found[1]) if found is not None else 0.0
         if found is None or amount <= 0 or (found[2] is None and "." in found[1]):
             raise UsageError(f"--recover is a number of steps (300) or minutes (5min), not {self.recover!r}.")
-        return Effort(seconds=60 * amount) if found[2] else Effort(steps=int(amount))
+        return TrainingBudget(seconds=60 * amount) if found[2] else TrainingBudget(steps=int(amount))
 
     def described(self) -> dict[str, Any]:
         """The options that differ from their defaults, as JSON values."""

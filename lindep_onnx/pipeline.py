@@ -22,41 +22,26 @@ from lindep_onnx.calibration import collect as learning
 from lindep_onnx.calibration import statistics as analysis
 from lindep_onnx.data.samples import Part, Samples, open_samples
 from lindep_onnx.data.sources import RandomInputs
-from lindep_onnx.distill.rounds import anneal
+from lindep_onnx.distill.rounds import contract_in_rounds
 from lindep_onnx.errors import LindepError, OutputError, UsageError, VerificationError
 from lindep_onnx.integrations import dask as cluster
 from lindep_onnx.model import ir as graph
 from lindep_onnx.model import weights as storage
-from lindep_onnx.model.edit import Edits, edit
+from lindep_onnx.model.edit import GraphEdits, apply_edits
 from lindep_onnx.options import Config
 from lindep_onnx.planning.path import Prices
-from lindep_onnx.planning.plan_file import Plan, Replay, named, replay
+from lindep_onnx.planning.plan_file import Plan, ResolvedPlan, resolve_plan, to_plan
 from lindep_onnx.planning.strategies import Workshop
 from lindep_onnx.proofs.prove import prove
 from lindep_onnx.report.build import group_reports, summarise, verification_of
 from lindep_onnx.report.data_support import Support, sentences, support
-from lindep_onnx.report.figures import Redundancy, redundancy
+from lindep_onnx.report.figures import Spectrum, spectra
 from lindep_onnx.report.values import Report, Verification
-from lindep_onnx.structure.traced import Understood, following, inputs_of, samples_per_run, understand
-from lindep_onnx.structure.types import Channels
+from lindep_onnx.structure.traced import TracedModel, as_model_error, inputs_of, load_and_trace, samples_per_run
+from lindep_onnx.structure.types import Structure
 from lindep_onnx.verify import compare as verify
 from lindep_onnx.verify.group_errors import measure_groups
 from lindep_onnx.verify.variants import Variant, compare_variants
-
-__all__ = [
-    "Calibrated",
-    "Clock",
-    "Files",
-    "Outcome",
-    "Repeated",
-    "elsewhere",
-    "first_round",
-    "half_the_cores",
-    "learn",
-    "opened",
-    "run",
-    "silent",
-]
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 
@@ -117,15 +102,15 @@ class Calibrated:
         understood: the traced model.
         samples: the data; None without any.
         learned: what was found by running it; None if that is too little, or random, to conclude anything.
-        evidence: the same as linear algebra.
+        statistics: the same as linear algebra.
         config: the options so far.
         opened: what to close.
     """
 
-    understood: Understood
+    understood: TracedModel
     samples: Samples | None
-    learned: archive.Learned | None
-    evidence: analysis.Evidence | None
+    learned: archive.SavedStatistics | None
+    statistics: analysis.Statistics | None
     config: Config
     opened: ExitStack | None = None
 
@@ -139,9 +124,9 @@ class Calibrated:
             self.opened.close()
 
     @property
-    def doubtful(self) -> NDArray[np.bool_]:
+    def uncertain(self) -> NDArray[np.bool_]:
         """(units,) bool, channels that never changed, but might."""
-        return np.zeros(self.understood.channels.units, dtype=bool) if self.learned is None else self.learned.doubtful
+        return np.zeros(self.understood.channels.units, dtype=bool) if self.learned is None else self.learned.uncertain
 
     def save_moments(self, path: str | Path, prices: Prices | None = None) -> None:
         """Keep what was found, so that `calibrate(..., load_moments=path)` need not run the data again.
@@ -170,7 +155,7 @@ def run(
     client: Any = None,
     progress: Progress = silent,
     repeated: Repeated | None = None,
-    outlook: bool = False,
+    preview: bool = False,
 ) -> Outcome:
     """`compress` or `apply`, but failed verification is a value, and files are written.
 
@@ -188,8 +173,8 @@ def run(
     for path in filter(None, (files.save_moments, files.save_plan)):
         _check_folder(path)
     clock = Clock()
-    understood = understand(source, config, clock.stage)
-    replayed = None if repeated is None else replay(repeated.plan, understood.channels, repeated.changed)
+    understood = load_and_trace(source, config, clock.stage)
+    replayed = None if repeated is None else resolve_plan(repeated.plan, understood.channels, repeated.changed)
     with ExitStack() as stack:
         stack.enter_context(half_the_cores())
         samples = opened(understood, calib, config, config.max_samples, clock, progress, stack)
@@ -198,7 +183,7 @@ def run(
         calibrated = learn(understood, samples, config, files, clock, progress, over)
         if files.save_moments is None and calibrated.learned is not None:  # as large as the evidence
             calibrated = replace(calibrated, learned=replace(calibrated.learned, calibration=None))
-        return _run(calibrated, stressing, config, clock, files, progress, replayed, outlook)
+        return _run(calibrated, stressing, config, clock, files, progress, replayed, preview)
 
 
 def _check_output(source: str | Path | onnx.ModelProto, output: Path) -> None:
@@ -227,7 +212,7 @@ def _for_stress(config: Config, source: Any) -> Config:
 
 
 def opened(
-    understood: Understood,
+    understood: TracedModel,
     source: Any,
     config: Config,
     max_samples: int | None,
@@ -247,19 +232,19 @@ def opened(
             seed=config.seed,
             holdout=config.holdout,
             max_samples=max_samples,
-            batch_size=config.batch_size or samples_per_run(understood.channels.resolved),
+            batch_size=config.batch_size or samples_per_run(understood.channels.shape_info),
             preprocessing=config.preprocessing,
             progress=progress,
         )
     return stack.enter_context(samples)
 
 
-def elsewhere(understood: Understood, calib: Any, config: Config, client: Any) -> learning.Over | None:
+def elsewhere(understood: TracedModel, calib: Any, config: Config, client: Any) -> learning.ShardRunner | None:
     """Who runs the calibration in the place of this process, if anyone does."""
     if client is None or calib is None:
         return None
     options = config.include, config.exclude, config.min_channels
-    batch_size = config.batch_size or samples_per_run(understood.channels.resolved)
+    batch_size = config.batch_size or samples_per_run(understood.channels.shape_info)
     return cluster.Workers(client, calib, inputs_of(understood), batch_size, options)
 
 
@@ -273,49 +258,49 @@ def half_the_cores() -> AbstractContextManager[Any]:
 
 
 def learn(
-    understood: Understood,
+    understood: TracedModel,
     samples: Samples | None,
     config: Config,
     files: Files,
     clock: Clock,
     progress: Progress,
-    over: learning.Over | None,
+    over: learning.ShardRunner | None,
 ) -> Calibrated:
     """Run the data, here or elsewhere, or read what an earlier run found."""
     random = config.random_calib is not None and not config.budgeted  # nothing that was merely observed may go
-    learned: archive.Learned | None = None
-    evidence: analysis.Evidence | None = None
+    learned: archive.SavedStatistics | None = None
+    statistics: analysis.Statistics | None = None
     if samples is not None and len(samples.parts[Part.FIT]) and not config.proven_only and not random:
         if files.load_moments is not None:
             with clock.stage("load moments"):
                 key = archive.key(understood.channels, samples, config)
                 learned = archive.load(files.load_moments, understood.channels, samples, key)
                 assert learned.calibration is not None
-                evidence = analysis.evidence(understood.channels, learned.calibration)
+                statistics = analysis.statistics(understood.channels, learned.calibration)
         else:
-            learned, evidence = _observed(understood.channels, samples, config, clock, progress, over)
+            learned, statistics = _observed(understood.channels, samples, config, clock, progress, over)
     if learned is None and (files.save_moments or files.load_moments):
         raise UsageError(
             "--save-moments and --load-moments are about calibration, and none runs here (--proven-only, random inputs "
             "without a budget, or fewer than 3 samples); drop them."
         )
-    return Calibrated(understood, samples, learned, evidence, config)
+    return Calibrated(understood, samples, learned, statistics, config)
 
 
 def _observed(
-    channels: Channels,
+    structure: Structure,
     samples: Samples,
     config: Config,
     clock: Clock,
     progress: Progress,
-    over: learning.Over | None = None,
-) -> tuple[archive.Learned, analysis.Evidence]:
+    over: learning.ShardRunner | None = None,
+) -> tuple[archive.SavedStatistics, analysis.Statistics]:
     runtime: dict[str, Any] = {"providers": config.providers, "threads": config.threads}
     with clock.stage("calibrate"):
-        seen, evidence, doubtful = learning.learn(
-            channels, samples, seed=config.seed, progress=progress, over=over, **runtime
+        seen, statistics, uncertain = learning.collect_statistics(
+            structure, samples, seed=config.seed, progress=progress, over=over, **runtime
         )
-    return archive.Learned(seen, doubtful, {}), evidence
+    return archive.SavedStatistics(seen, uncertain, {}), statistics
 
 
 def first_round(
@@ -323,7 +308,7 @@ def first_round(
     config: Config,
     clock: Clock,
     progress: Progress,
-    replayed: Replay | None = None,
+    replayed: ResolvedPlan | None = None,
 ) -> Workshop:
     """Where the first round decides.
 
@@ -337,8 +322,8 @@ def first_round(
     understood, learned = calibrated.understood, calibrated.learned
     return Workshop(
         understood.channels,
-        calibrated.evidence,
-        calibrated.doubtful,
+        calibrated.statistics,
+        calibrated.uncertain,
         understood.proof,
         calibrated.samples,
         config,
@@ -357,39 +342,39 @@ def _run(
     clock: Clock,
     files: Files,
     progress: Progress,
-    replayed: Replay | None,
-    outlook: bool,
+    replayed: ResolvedPlan | None,
+    preview: bool,
 ) -> Outcome:
-    understood, samples, evidence = calibrated.understood, calibrated.samples, calibrated.evidence
-    channels, proof, half, doubtful = understood.channels, understood.proof, understood.half, calibrated.doubtful
+    understood, samples, statistics = calibrated.understood, calibrated.samples, calibrated.statistics
+    channels, proof, half, uncertain = understood.channels, understood.proof, understood.half, calibrated.uncertain
     runtime: dict[str, Any] = {"providers": config.providers, "threads": config.threads}
     original_passed = verify.full_check_passes((half or channels.model).proto) is None
 
-    def open_round(current: Channels, options: Config) -> Workshop:
+    def open_round(current: Structure, options: Config) -> Workshop:
         if current is channels:
             return first_round(calibrated, options, clock, progress, replayed)
         assert samples is not None
         learned, found_out = _observed(current, samples, config, clock, progress)
         known = prove(current, understood.ranges, half=half is not None)
         return Workshop(
-            current, found_out, learned.doubtful, known, samples, options,
+            current, found_out, learned.uncertain, known, samples, options,
             clock.stage, progress, half=half, reference=channels.model,
         )  # fmt: skip
 
-    with following(channels.model.proto) if samples is None else nullcontext():
+    with as_model_error(channels.model.proto) if samples is None else nullcontext():
         if samples is not None and (config.rounds > 1 or config.recover is not None):
-            workshop, chosen = anneal(channels, samples, config, open_round, clock.stage, progress)
+            workshop, chosen = contract_in_rounds(channels, samples, config, open_round, clock.stage, progress)
         else:
             workshop = open_round(channels, config)
             chosen = workshop.choose()
-    if outlook and not chosen.frontier and replayed is None and config.random_calib is None:
-        chosen = replace(chosen, frontier=workshop.outlook())
+    if preview and not chosen.frontier and replayed is None and config.random_calib is None:
+        chosen = replace(chosen, frontier=workshop.preview())
     if files.save_moments is not None:
         calibrated.save_moments(files.save_moments, chosen.prices)
     with clock.stage("verify"):
         result = workshop.stored(chosen.model)
         if half is not None and not chosen.removed.any():
-            result = edit(half, Edits(), workshop.metadata)
+            result = apply_edits(half, GraphEdits(), workshop.metadata)
         verify.check_model(result.proto, original_passed=original_passed)
         errors = measure_groups(channels, chosen, samples, seed=config.seed, **runtime) if samples is not None else {}
         variants: tuple[Variant, ...] = ()
@@ -410,17 +395,17 @@ def _run(
             stressed = verification_of(compared, stress_failure is None, where)
             failure = failure or stress_failure
     found: dict[int, Support] = {}
-    curves: dict[int, Redundancy] = {}
-    if samples is not None and evidence is not None:
+    curves: dict[int, Spectrum] = {}
+    if samples is not None and statistics is not None:
         with clock.stage("statistics"):
-            found = support(channels, evidence, chosen, proof)
-            curves = redundancy(channels, evidence)
-            kept = int((doubtful & evidence.silent & ~chosen.removed).sum())
+            found = support(channels, statistics, chosen, proof)
+            curves = spectra(channels, statistics)
+            kept = int((uncertain & statistics.inactive & ~chosen.removed).sum())
             notes = (*chosen.notes, *sentences(found, kept, len(samples)))
             chosen = replace(chosen, notes=notes)
     groups = tuple(group_reports(understood, chosen, errors, found, curves))
     report = summarise(understood, workshop, chosen, groups, variants, stressed, samples, config, clock.seconds)
-    saved = named(channels, chosen, workshop.options) if config.rounds == 1 else None
+    saved = to_plan(channels, chosen, workshop.options) if config.rounds == 1 else None
     storage.check_unchanged((half or channels.model).folder)
     if failure is None or config.force:
         if files.output is not None:

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from lindep_onnx.model.ir import load
 from lindep_onnx.model.shapes import resolve
 from lindep_onnx.structure.trace import trace
-from lindep_onnx.structure.types import Channels
+from lindep_onnx.structure.types import Structure
 
 Shape = tuple[int, ...]
 
@@ -55,7 +55,7 @@ def as_array(name: str, value: Shape | np.ndarray | np.generic) -> np.ndarray:
     return (rng.normal(size=value) * np.sqrt(2 / fan)).astype(np.float32)
 
 
-def traced(model: onnx.ModelProto, **options: Any) -> Channels:
+def traced(model: onnx.ModelProto, **options: Any) -> Structure:
     loaded = load(model)
     return trace(loaded, resolve(loaded), **options)
 
@@ -91,19 +91,19 @@ def with_initializer(model: onnx.ModelProto, name: str, value: np.ndarray) -> on
     return copy
 
 
-def ignoring(channels: Channels, removed: np.ndarray) -> onnx.ModelProto:
+def ignoring(structure: Structure, removed: np.ndarray) -> onnx.ModelProto:
     """The original model with zeros where a site multiplies a removed unit: what removal must be equal to."""
-    model = channels.model.proto
-    for site in channels.sites:
-        gone = np.flatnonzero(~channels.mask(site.columns, removed))
-        name = site.weight
-        while name not in channels.model.stored:  # behind a Transpose and the like: go on with the stored one
-            name = channels.model.producer[name].input(0)
-        value = initializer(model, name) if name == site.weight else None
+    model = structure.model.proto
+    for consumer in structure.consumers:
+        gone = np.flatnonzero(~structure.mask(consumer.columns, removed))
+        name = consumer.weight
+        while name not in structure.model.stored:  # behind a Transpose and the like: go on with the stored one
+            name = structure.model.producer[name].input(0)
+        value = initializer(model, name) if name == consumer.weight else None
         if value is None:
             raise AssertionError("plain weights only")
         index = [slice(None)] * value.ndim
-        index[site.inputs] = gone
-        site.part(value)[tuple(index)] = 0
+        index[consumer.inputs] = gone
+        consumer.part(value)[tuple(index)] = 0
         model = with_initializer(model, name, value)
     return model

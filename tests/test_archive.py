@@ -16,9 +16,9 @@ import lindep_onnx
 from lindep_onnx.calibration import collect as learning
 from lindep_onnx.errors import CalibrationError, LindepError, UsageError
 from lindep_onnx.model import ir as graph
-from lindep_onnx.model.edit import Edits, edit
+from lindep_onnx.model.edit import GraphEdits, apply_edits
 from lindep_onnx.model.weights import fingerprint
-from lindep_onnx.moves import sensitivity as influence
+from lindep_onnx.moves import sensitivity as sensitivity
 
 DATA = np.random.default_rng(0).normal(size=(80, 3, 6, 6)).astype(np.float32)
 
@@ -51,7 +51,7 @@ def test_budgets_are_swept_without_calibration_and_come_to_the_same_bytes(
 
     monkeypatch.setattr(learning, "calibrate", never)
     if "macs" not in options:  # another currency has other prices
-        monkeypatch.setattr(influence.Disturbances, "error", never)
+        monkeypatch.setattr(sensitivity.PerturbationRunner, "error", never)
     found = lindep_onnx.compress(net(), DATA, load_moments=saved, **options)
     assert found.model.SerializeToString() == expected
     with pytest.raises(AssertionError, match="run again"):  # the negative control
@@ -150,8 +150,8 @@ def test_a_fingerprint_is_of_what_is_computed_and_stays_while_results_are_made()
     model = graph.load(build("c = Constant<value = float[1] {2.0}>()\nh = Conv(x, w)\nm = Mul(h, c)\ny = Conv(m, v)",
                              {"w": (6, 3, 1, 1), "v": (4, 6, 1, 1)}, x=("N", 3, 6, 6)))  # fmt: skip
     before, mark = model.proto.SerializeToString(), fingerprint(model.proto, None)
-    made = edit(model, Edits(constants={"w": 2 * model.stored["w"]}), "").proto
+    made = apply_edits(model, GraphEdits(constants={"w": 2 * model.stored["w"]}), "").proto
     assert model.proto.SerializeToString() == before and fingerprint(model.proto, None) == mark
     assert fingerprint(made, None) != mark
-    made = edit(model, Edits(), "a note").proto
+    made = apply_edits(model, GraphEdits(), "a note").proto
     assert fingerprint(made, None) == mark

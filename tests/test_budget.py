@@ -15,7 +15,7 @@ import lindep_onnx
 from lindep_onnx.errors import BudgetError, UsageError
 from lindep_onnx.planning.path import Curve, _hull, build_ladder, savings
 from lindep_onnx.planning.strategies import rounded
-from lindep_onnx.structure.rewrite import Reconstruction, rewrite
+from lindep_onnx.structure.rewrite import Removal, rewrite
 
 MODELS = Path(__file__).parents[1] / "models"
 BODY = """
@@ -230,7 +230,7 @@ def test_savings_are_what_a_unit_takes_along(model) -> None:
     for unit in (0, int(channels.units - 1)):
         removed = np.zeros(channels.units, dtype=bool)
         removed[unit] = True
-        smaller = rewrite(channels, Reconstruction(removed), "").proto
+        smaller = rewrite(channels, Removal(removed), "").proto
         assert parameters(model) - parameters(smaller) == expected[unit]
     macs = savings(channels, "macs")
     assert macs[0] > expected[0]  # every weight is used at 36 positions

@@ -22,7 +22,8 @@ from build import build, run
 
 from lindep_onnx import files, pipeline
 from lindep_onnx.cli import main
-from lindep_onnx.data.samples import InputSpec, Part, open_samples
+from lindep_onnx.data.inputs import InputSpec
+from lindep_onnx.data.samples import Part, open_samples
 from lindep_onnx.model import ir as graph
 from lindep_onnx.model.edit import METADATA_KEY
 from lindep_onnx.planning import strategies as budget

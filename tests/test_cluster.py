@@ -12,7 +12,8 @@ from build import as_array, build, traced
 
 import lindep_onnx
 from lindep_onnx.calibration import collect as learning
-from lindep_onnx.data.samples import InputSpec, open_samples
+from lindep_onnx.data.inputs import InputSpec
+from lindep_onnx.data.samples import open_samples
 from lindep_onnx.errors import UsageError
 from lindep_onnx.integrations.dask import Workers, check_source, connected
 from lindep_onnx.model import weights as storage
@@ -64,14 +65,14 @@ def test_two_workers_give_the_moments_and_the_plan_of_one_process(
         connected("2") as client,
         open_samples(str(path), SPECS, seed=0, holdout=0.3, max_samples=None, batch_size=8) as samples,
     ):
-        silent = {"progress": lambda *_: None, **RUNTIME}
+        inactive = {"progress": lambda *_: None, **RUNTIME}
         over = Workers(wrap(client), str(path), SPECS, 8, ((), (), 1))
-        (_, here, doubtful), (_, there, other) = (
-            learning.learn(channels, samples, **silent, over=over) for over in (None, over)
+        (_, here, uncertain), (_, there, other) = (
+            learning.collect_statistics(channels, samples, **inactive, over=over) for over in (None, over)
         )
-        assert here.samples == there.samples and here.silent.any()
-        assert (doubtful == other).all()
-        for one, two in zip(here.sites, there.sites, strict=True):
+        assert here.samples == there.samples and here.inactive.any()
+        assert (uncertain == other).all()
+        for one, two in zip(here.consumers, there.consumers, strict=True):
             assert (one.rows, one.effective_rows) == (two.rows, two.effective_rows)
             np.testing.assert_allclose(two.gram, one.gram, rtol=1e-12, atol=1e-12 * np.abs(one.gram).max())
             np.testing.assert_allclose(two.mean, one.mean, rtol=1e-12, atol=1e-12 * np.abs(one.mean).max())

@@ -17,7 +17,9 @@ import onnx
 import pytest
 
 from lindep_onnx.data import sources
-from lindep_onnx.data.samples import InputSpec, Part, Samples, load_function, open_samples
+from lindep_onnx.data.inputs import InputSpec
+from lindep_onnx.data.samples import Part, Samples, open_samples
+from lindep_onnx.data.sources import load_function
 from lindep_onnx.errors import CalibrationError, UsageError
 
 X = InputSpec("x", np.dtype(np.float32), ("N", 3))
@@ -76,7 +78,7 @@ def npy_bytes(shape: tuple[int, ...], content: bytes = b"", descr: str = "<f4") 
     return file.getvalue() + content
 
 
-class Reader:
+class ConsumerNode:
     """What ONNX Runtime calls a calibration data reader."""
 
     def __init__(self, items: list[dict[str, np.ndarray]]) -> None:
@@ -153,7 +155,7 @@ SOURCES: dict[str, Callable[[Path, np.ndarray], Any]] = {
     "dict of lists": lambda folder, values: {"x": values.tolist()},
     "list of dicts": lambda folder, values: [{"x": values[:4]}, {"x": values[4:]}],
     "generator": lambda folder, values: ({"x": row[None]} for row in values),
-    "get_next": lambda folder, values: Reader([{"x": row[None]} for row in values]),
+    "get_next": lambda folder, values: ConsumerNode([{"x": row[None]} for row in values]),
 }
 
 
@@ -393,7 +395,7 @@ def test_strings_are_fed_as_objects_and_their_copies_are_found() -> None:
         ({"x": np.array([[object()] * 3] * 4)}, "'x' holds Python objects"),
         ([], "yields nothing"),
         (iter(()), "yields nothing"),
-        (Reader([]), "yields nothing"),
+        (ConsumerNode([]), "yields nothing"),
         ([(rows(4), 1)], "item 0 is a tuple, not a dict of arrays by input name; make it yield {'x': array}"),
         ([{"x": rows(2)}, {"x": rows(2, 4)}], r"item 1: input 'x' wants arrays of shape \[samples, 3\]"),
         ([{"x": rows(2)}, {"y": rows(2)}], "item 1: no array for the model input 'x'"),

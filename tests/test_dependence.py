@@ -10,9 +10,9 @@ import pytest
 import scipy.linalg
 
 from lindep_onnx.linalg.elimination import (
+    ConsumerProblem,
     Elimination,
     LosslessRemoval,
-    SiteProblem,
     choose_ridge,
     collinear_classes,
     eliminate,
@@ -24,7 +24,7 @@ from lindep_onnx.linalg.elimination import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Site:
+class Consumer:
     """Raw rows and weights, and the problem that they pose."""
 
     z: np.ndarray  # (rows, features)
@@ -34,11 +34,13 @@ class Site:
     joint: bool = True
 
     @property
-    def problem(self) -> SiteProblem:
+    def problem(self) -> ConsumerProblem:
         centred = (self.z - self.z.mean(0)) @ self.w.T
         holdout = None if self.unseen is None else self.unseen.T @ self.unseen / len(self.unseen)
         energy = float((centred**2).sum() / len(self.z))
-        return SiteProblem(self.z.T @ self.z / len(self.z), holdout, self.w.T @ self.w, self.unit, energy, self.joint)
+        return ConsumerProblem(
+            self.z.T @ self.z / len(self.z), holdout, self.w.T @ self.w, self.unit, energy, self.joint
+        )
 
     def kept(self, removed: Sequence[int]) -> np.ndarray:
         return ~np.isin(self.unit, list(removed))
@@ -50,27 +52,27 @@ class Site:
         return float((residual**2).sum() / len(self.z) / self.problem.energy)
 
 
-def site(
+def consumer(
     rng: np.random.Generator, unit: Sequence[int], *, rows: int = 300, outputs: int = 5, unseen: bool = False
-) -> Site:
+) -> Consumer:
     """Correlated features of very different sizes, as a ReLU puts them out."""
     count = len(unit)
     mixing, scale = rng.normal(size=(count, count)), 10.0 ** rng.uniform(-2, 2, count)
     make = lambda: np.maximum(rng.normal(size=(rows, count)) @ mixing + 0.3, 0) * scale  # noqa: E731
-    return Site(make(), rng.normal(size=(outputs, count)) / scale, np.array(unit), make() if unseen else None)
+    return Consumer(make(), rng.normal(size=(outputs, count)) / scale, np.array(unit), make() if unseen else None)
 
 
-def problems(sites: Sequence[Site]) -> list[SiteProblem]:
-    return [one.problem for one in sites]
+def problems(consumers: Sequence[Consumer]) -> list[ConsumerProblem]:
+    return [one.problem for one in consumers]
 
 
-def brute_force(sites: Sequence[Site], units: int, gain: np.ndarray, steps: int) -> Elimination:
+def brute_force(consumers: Sequence[Consumer], units: int, gain: np.ndarray, steps: int) -> Elimination:
     order: list[int] = []
     cost: list[float] = []
     for _ in range(steps):
         spent = cost[-1] if cost else 0.0
         left = [unit for unit in range(units) if unit not in order]
-        totals = [sum(one.cost([*order, unit]) for one in sites) for unit in left]
+        totals = [sum(one.cost([*order, unit]) for one in consumers) for unit in left]
         best = int(np.argmin([(total - spent) / gain[unit] for total, unit in zip(totals, left, strict=True)]))
         order.append(left[best])
         cost.append(totals[best])
@@ -109,32 +111,35 @@ def everything(layout: list[list[int]]) -> int:
 @pytest.mark.parametrize("seed", range(3))
 def test_order_and_costs_are_those_of_trying_everything(layout: list[list[int]], seed: int) -> None:
     rng = np.random.default_rng(seed)
-    sites = [site(rng, unit) for unit in layout]
+    consumers = [consumer(rng, unit) for unit in layout]
     units = everything(layout)
     steps = units - 1
-    found = eliminate(problems(sites), units, candidates=np.ones(units, bool), limit=steps)
-    assert_same(found, brute_force(sites, units, np.ones(units), steps))
+    found = eliminate(problems(consumers), units, candidates=np.ones(units, bool), limit=steps)
+    assert_same(found, brute_force(consumers, units, np.ones(units), steps))
     assert (np.diff(found.cost) >= 0).all() and found.cost[-1] > 0
 
 
 @each_layout
 def test_costs_are_weighed_by_the_gain(layout: list[list[int]], rng: np.random.Generator) -> None:
-    sites = [site(rng, unit) for unit in layout]
+    consumers = [consumer(rng, unit) for unit in layout]
     units = everything(layout)
     gain = rng.uniform(0.1, 10, units)
     ones = np.ones(units, bool)
-    found = eliminate(problems(sites), units, candidates=ones, gain=gain, limit=units - 2)
-    assert_same(found, brute_force(sites, units, gain, units - 2))
-    assert found.order.tolist() != eliminate(problems(sites), units, candidates=ones, limit=units - 2).order.tolist()
+    found = eliminate(problems(consumers), units, candidates=ones, gain=gain, limit=units - 2)
+    assert_same(found, brute_force(consumers, units, gain, units - 2))
+    assert (
+        found.order.tolist() != eliminate(problems(consumers), units, candidates=ones, limit=units - 2).order.tolist()
+    )
 
 
 @each_layout
 def test_delayed_updates_change_nothing(layout: list[list[int]], rng: np.random.Generator) -> None:
     wide = [[unit + turn * everything(layout) for turn in range(6) for unit in part] for part in layout]
-    sites = [site(rng, unit, rows=500) for unit in wide]
+    consumers = [consumer(rng, unit, rows=500) for unit in wide]
     units = everything(wide)
     runs = [
-        eliminate(problems(sites), units, candidates=np.ones(units, bool), block=block) for block in (1, 5, 64, 1000)
+        eliminate(problems(consumers), units, candidates=np.ones(units, bool), block=block)
+        for block in (1, 5, 64, 1000)
     ]
     for other in runs[1:]:
         assert_same(other, runs[0], rtol=1e-7)
@@ -142,7 +147,7 @@ def test_delayed_updates_change_nothing(layout: list[list[int]], rng: np.random.
 
 
 def test_the_sum_of_the_costs_is_the_error_of_the_whole_removal(rng: np.random.Generator) -> None:
-    one = site(rng, list(range(120)), rows=400, outputs=30)
+    one = consumer(rng, list(range(120)), rows=400, outputs=30)
     found = eliminate([one.problem], 120, candidates=np.ones(120, bool), limit=100)
     for count in (1, 10, 50, 100):
         expected = one.cost(found.order[:count].tolist())
@@ -151,7 +156,7 @@ def test_the_sum_of_the_costs_is_the_error_of_the_whole_removal(rng: np.random.G
 
 
 def test_weights_decide_and_not_only_the_inputs(rng: np.random.Generator) -> None:
-    one = site(rng, list(range(8)))
+    one = consumer(rng, list(range(8)))
     first = eliminate([one.problem], 8, candidates=np.ones(8, bool), limit=1).order[0]
     loud = dataclasses.replace(one, w=one.w * np.where(np.arange(8) == first, 1e3, 1.0))
     assert eliminate([loud.problem], 8, candidates=np.ones(8, bool), limit=1).order[0] != first
@@ -159,14 +164,14 @@ def test_weights_decide_and_not_only_the_inputs(rng: np.random.Generator) -> Non
 
 @pytest.mark.parametrize("outputs", [1, 2, 50])
 def test_few_or_many_outputs_are_alike(outputs: int, rng: np.random.Generator) -> None:
-    one = site(rng, list(range(8)), outputs=outputs)
+    one = consumer(rng, list(range(8)), outputs=outputs)
     found = eliminate([one.problem], 8, candidates=np.ones(8, bool), limit=6)
     # With fewer outputs than features some removals cost nothing: the order is then up to rounding, the costs are not.
     np.testing.assert_allclose(found.cost[-1], one.cost(found.order.tolist()), rtol=1e-5, atol=1e-9)
 
 
 def test_only_candidates_go_and_the_cheapest_of_them_first(rng: np.random.Generator) -> None:
-    one = site(rng, list(range(8)))
+    one = consumer(rng, list(range(8)))
     free = eliminate([one.problem], 8, candidates=np.ones(8, bool)).order
     candidates = np.ones(8, bool)
     candidates[free[0]] = False
@@ -176,7 +181,7 @@ def test_only_candidates_go_and_the_cheapest_of_them_first(rng: np.random.Genera
 
 
 def test_it_stops_before_the_cost_or_the_count_is_passed(rng: np.random.Generator) -> None:
-    one = site(rng, list(range(8)))
+    one = consumer(rng, list(range(8)))
     whole = eliminate([one.problem], 8, candidates=np.ones(8, bool))
     for count in range(8):
         between = whole.cost[count] - 1e-9 * whole.cost[count]
@@ -185,32 +190,30 @@ def test_it_stops_before_the_cost_or_the_count_is_passed(rng: np.random.Generato
 
 
 def test_so_many_of_every_set_survive(rng: np.random.Generator) -> None:
-    one = site(rng, list(range(12)))
+    one = consumer(rng, list(range(12)))
     free = eliminate([one.problem], 12, candidates=np.ones(12, bool))
     sets = [(np.sort(free.order[:6]), 4), (np.arange(12), 3), (free.order[6:7], 1)]
-    found = eliminate([one.problem], 12, candidates=np.ones(12, bool), minimum_kept=sets)
+    found = eliminate([one.problem], 12, candidates=np.ones(12, bool), minimums=sets)
     left = [np.setdiff1d(members, found.order).size for members, _ in sets]
     assert left == [4, 5, 1] and len(free.order) == 12
-    assert (
-        eliminate([one.problem], 12, candidates=np.ones(12, bool), minimum_kept=[(np.arange(12), 20)]).order.size == 0
-    )
+    assert eliminate([one.problem], 12, candidates=np.ones(12, bool), minimums=[(np.arange(12), 20)]).order.size == 0
 
 
 def test_a_feature_that_is_always_zero_costs_nothing_and_goes_first(rng: np.random.Generator) -> None:
-    one = site(rng, list(range(6)))
+    one = consumer(rng, list(range(6)))
     one.z[:, 4] = 0
     found = eliminate([one.problem], 6, candidates=np.ones(6, bool))
     assert found.order[0] == 4 and found.cost[0] == 0 < found.cost[1]
 
 
 def test_a_unit_without_features_costs_nothing(rng: np.random.Generator) -> None:
-    found = eliminate([site(rng, [0, 1, 3, 4]).problem], 5, candidates=np.ones(5, bool))
+    found = eliminate([consumer(rng, [0, 1, 3, 4]).problem], 5, candidates=np.ones(5, bool))
     assert found.order[0] == 2 and found.cost[0] == 0
 
 
 def test_exactly_dependent_features_leave_the_costs_finite(rng: np.random.Generator) -> None:
     base = rng.normal(size=(400, 5))
-    one = Site(base @ rng.normal(size=(5, 12)), rng.normal(size=(6, 12)), np.arange(12))
+    one = Consumer(base @ rng.normal(size=(5, 12)), rng.normal(size=(6, 12)), np.arange(12))
     found = eliminate([one.problem], 12, candidates=np.ones(12, bool))
     assert np.isfinite(found.cost).all() and len(found.order) == 12
     assert found.cost[6] < 1e-8 < 1e-4 < found.cost[7]  # seven of twelve are superfluous, and no more
@@ -220,21 +223,21 @@ def test_exactly_dependent_features_leave_the_costs_finite(rng: np.random.Genera
 def test_moments_that_are_no_numbers_are_refused_instead_of_going_on_for_ever(
     bad: float, rng: np.random.Generator
 ) -> None:
-    posed = site(rng, [0, 1, 2]).problem
+    posed = consumer(rng, [0, 1, 2]).problem
     posed.gram[0, 1] = posed.gram[1, 0] = bad
     with pytest.raises(ValueError, match="finite"):
         eliminate([posed], 3, candidates=np.ones(3, bool))
 
 
 def test_the_order_of_the_features_does_not_matter(rng: np.random.Generator) -> None:
-    one = site(rng, [0, 1, 2, 3, 3, 4])
+    one = consumer(rng, [0, 1, 2, 3, 3, 4])
     turn = rng.permutation(6)
-    turned = Site(one.z[:, turn], one.w[:, turn], one.unit[turn])
+    turned = Consumer(one.z[:, turn], one.w[:, turn], one.unit[turn])
     assert_same(*(eliminate([s.problem], 5, candidates=np.ones(5, bool), limit=4) for s in (turned, one)), rtol=1e-8)
 
 
 def test_the_scale_of_the_features_does_not_matter(rng: np.random.Generator) -> None:
-    one = site(rng, [0, 1, 2, 3, 3, 4])
+    one = consumer(rng, [0, 1, 2, 3, 3, 4])
     scale = 10.0 ** rng.uniform(-4, 4, 6)
     scaled = dataclasses.replace(one, z=one.z * scale, w=one.w / scale)
     assert_same(*(eliminate([s.problem], 5, candidates=np.ones(5, bool), limit=4) for s in (scaled, one)), rtol=1e-8)
@@ -249,7 +252,7 @@ def kept(rng: np.random.Generator) -> np.ndarray:
 
 
 def test_a_fold_is_the_least_squares_solution(rng: np.random.Generator, kept: np.ndarray) -> None:
-    z = site(rng, list(range(10))).z
+    z = consumer(rng, list(range(10))).z
     expected = scipy.linalg.lstsq(z[:, kept], z[:, ~kept])[0]
     found = fold(z.T @ z, kept)
     np.testing.assert_allclose(found, expected, rtol=1e-7, atol=1e-10 * np.abs(expected).max())
@@ -258,7 +261,7 @@ def test_a_fold_is_the_least_squares_solution(rng: np.random.Generator, kept: np
 
 
 def test_a_fold_with_a_ridge_solves_the_regular_system(rng: np.random.Generator, kept: np.ndarray) -> None:
-    z = site(rng, list(range(10))).z
+    z = consumer(rng, list(range(10))).z
     scaled = z / np.sqrt((z**2).mean(0))
     rows = np.vstack([scaled[:, kept] / np.sqrt(len(z)), np.sqrt(0.1) * np.eye(6)])
     right = np.vstack([scaled[:, ~kept] / np.sqrt(len(z)), np.zeros((6, 4))])
@@ -281,7 +284,7 @@ def test_survivors_that_depend_on_each_other_still_give_the_best_fit(rng: np.ran
 
 @pytest.mark.parametrize("zero", [0, 9])
 def test_a_zero_feature_has_a_zero_fold(zero: int, rng: np.random.Generator) -> None:
-    z = site(rng, list(range(10))).z
+    z = consumer(rng, list(range(10))).z
     z[:, zero] = 0
     keep = np.arange(10) < 6
     found = fold(z.T @ z, keep)
@@ -291,14 +294,14 @@ def test_a_zero_feature_has_a_zero_fold(zero: int, rng: np.random.Generator) -> 
 
 
 def test_nothing_kept_and_nothing_removed_are_empty_folds(rng: np.random.Generator) -> None:
-    gram = site(rng, list(range(5))).problem.gram
+    gram = consumer(rng, list(range(5))).problem.gram
     assert fold(gram, np.zeros(5, bool)).shape == (0, 5)
     assert fold(gram, np.ones(5, bool)).shape == (5, 0)
 
 
 @pytest.mark.parametrize("rows", ["the fitted", "others"])
 def test_cost_and_residual_are_measured_on_the_rows(rows: str, rng: np.random.Generator, kept: np.ndarray) -> None:
-    one = site(rng, list(range(10)), unseen=True)
+    one = consumer(rng, list(range(10)), unseen=True)
     matrix = fold(one.problem.gram, kept)
     z, gram = (one.z, one.problem.gram) if rows == "the fitted" else (one.unseen, one.problem.holdout)
     residual = z[:, ~kept] - z[:, kept] @ matrix
@@ -309,14 +312,14 @@ def test_cost_and_residual_are_measured_on_the_rows(rows: str, rng: np.random.Ge
 
 
 def test_the_least_cost_is_the_schur_complement(rng: np.random.Generator, kept: np.ndarray) -> None:
-    posed = site(rng, list(range(10))).problem
+    posed = consumer(rng, list(range(10))).problem
     inverse = np.linalg.inv(posed.gram)
     expected = np.trace(posed.outer[np.ix_(~kept, ~kept)] @ np.linalg.inv(inverse[np.ix_(~kept, ~kept)]))
     np.testing.assert_allclose(removal_cost(posed.gram, posed.outer, kept, fold(posed.gram, kept)), expected, rtol=1e-7)
 
 
 def test_the_ridge_is_the_one_that_costs_least_on_unseen_rows(rng: np.random.Generator) -> None:
-    few = site(rng, list(range(30)), rows=32, unseen=True)
+    few = consumer(rng, list(range(30)), rows=32, unseen=True)
     keep = np.arange(30) < 20
     posed = few.problem
     grid = (0.0, 1e-4, 1e-2, 1e-1, 1.0)
@@ -328,7 +331,7 @@ def test_the_ridge_is_the_one_that_costs_least_on_unseen_rows(rng: np.random.Gen
 
 
 def test_without_unseen_rows_there_is_no_ridge(rng: np.random.Generator, kept: np.ndarray) -> None:
-    posed = site(rng, list(range(10))).problem
+    posed = consumer(rng, list(range(10))).problem
     ridge, matrix = choose_ridge(posed, kept)
     assert ridge == 0.0
     np.testing.assert_array_equal(matrix, fold(posed.gram, kept))
@@ -381,14 +384,14 @@ def test_small_differences_do_not_add_up_along_a_chain(rng: np.random.Generator)
 # ------------------------------------------------------------------------------------------------------ exact removals
 
 
-def lossless(sites: Sequence[Site], units: int, **options: object) -> LosslessRemoval:
-    return lossless_removals(problems(sites), units, **{"candidates": np.ones(units, bool), **options})
+def lossless(consumers: Sequence[Consumer], units: int, **options: object) -> LosslessRemoval:
+    return lossless_removals(problems(consumers), units, **{"candidates": np.ones(units, bool), **options})
 
 
-def assert_exact(sites: Sequence[Site], result: LosslessRemoval, tolerance: float = 1e-5) -> None:
+def assert_exact(consumers: Sequence[Consumer], result: LosslessRemoval, tolerance: float = 1e-5) -> None:
     """The folded weights compute the same from what is left, on fitted and on unseen rows."""
     removed = np.flatnonzero(result.removed).tolist()
-    for one, matrix in zip(sites, result.folds, strict=True):
+    for one, matrix in zip(consumers, result.folds, strict=True):
         kept = one.kept(removed)
         weight = one.w[:, kept] + one.w[:, ~kept] @ matrix.T
         for z in (one.z, one.unseen):
@@ -397,12 +400,12 @@ def assert_exact(sites: Sequence[Site], result: LosslessRemoval, tolerance: floa
                 assert error <= tolerance, error
 
 
-def planted(rng: np.random.Generator, *, seen: int = 300, unseen: int = 80) -> Site:
+def planted(rng: np.random.Generator, *, seen: int = 300, unseen: int = 80) -> Consumer:
     """Ten features: 2 = -3 x 0, 5 is zero, 7 = 0 + 2 x 1 - 4, 8 = 6 x 4, the other six are free."""
     z = rng.normal(size=(seen + unseen, 10))
     z[:, 2], z[:, 5] = -3 * z[:, 0], 0
     z[:, 7], z[:, 8] = z[:, 0] + 2 * z[:, 1] - z[:, 4], 6 * z[:, 4]
-    return Site(z[:seen], rng.normal(size=(5, 10)), np.arange(10), z[seen:] if unseen else None)
+    return Consumer(z[:seen], rng.normal(size=(5, 10)), np.arange(10), z[seen:] if unseen else None)
 
 
 @pytest.mark.parametrize("unseen", [0, 80])
@@ -419,8 +422,8 @@ def test_exactly_what_is_planted_goes_and_is_made_up_for(unseen: int, rng: np.ra
 
 @each_layout
 def test_where_nothing_is_planted_nothing_goes(layout: list[list[int]], rng: np.random.Generator) -> None:
-    sites = [site(rng, unit, unseen=True) for unit in layout]
-    result = lossless(sites, everything(layout))
+    consumers = [consumer(rng, unit, unseen=True) for unit in layout]
+    result = lossless(consumers, everything(layout))
     assert not result.removed.any() and not result.kind.any()
     assert all(matrix.shape == (len(unit), 0) for matrix, unit in zip(result.folds, layout, strict=True))
 
@@ -430,7 +433,7 @@ def test_what_is_left_holds_nothing_more_to_remove(rng: np.random.Generator) -> 
     first = lossless([one], 10)
     left = ~first.removed
     weight = one.w[:, left] + one.w[:, ~left] @ first.folds[0].T
-    again = Site(one.z[:, left], weight, np.arange(6), one.unseen[:, left])
+    again = Consumer(one.z[:, left], weight, np.arange(6), one.unseen[:, left])
     assert not lossless([again], 6).removed.any()
 
 
@@ -438,7 +441,7 @@ def test_many_planted_combinations_are_all_found(rng: np.random.Generator) -> No
     z = rng.normal(size=(1500, 40))
     z = np.maximum(z, 0) @ np.hstack([np.eye(40), rng.normal(size=(40, 35))])
     turn = rng.permutation(75)
-    one = Site(z[:1000, turn], rng.normal(size=(30, 75)), np.arange(75), z[1000:, turn])
+    one = Consumer(z[:1000, turn], rng.normal(size=(30, 75)), np.arange(75), z[1000:, turn])
     result = lossless([one], 75)
     assert result.removed.sum() == 35 and (result.kind[result.removed] == 3).all()
     assert_exact([one], result, tolerance=1e-6)
@@ -451,7 +454,7 @@ def test_without_rows_enough_only_single_partners_are_believed(rng: np.random.Ge
 
 def test_too_few_rows_make_everything_look_dependent_and_unseen_rows_say_no(rng: np.random.Generator) -> None:
     z = rng.normal(size=(80, 30))
-    blind = Site(z[:20], rng.normal(size=(5, 30)), np.arange(30))
+    blind = Consumer(z[:20], rng.normal(size=(5, 30)), np.arange(30))
     assert lossless([blind], 30).removed.sum() >= 10
     assert not lossless([dataclasses.replace(blind, unseen=z[20:])], 30).removed.any()
 
@@ -464,10 +467,10 @@ def test_a_feature_that_is_zero_only_so_far_stays(rng: np.random.Generator) -> N
 
 
 def test_a_unit_has_to_be_superfluous_at_all_its_sites(rng: np.random.Generator) -> None:
-    dependent, free = planted(rng), site(rng, list(range(10)), unseen=True)
+    dependent, free = planted(rng), consumer(rng, list(range(10)), unseen=True)
     assert lossless([dependent, dependent], 10).removed.sum() == 4
     assert not lossless([dependent, free], 10).removed.any()
-    partly = Site(free.z[:, :3], free.w[:, :3], np.array([2, 5, 6]), free.unseen[:, :3])
+    partly = Consumer(free.z[:, :3], free.w[:, :3], np.array([2, 5, 6]), free.unseen[:, :3])
     result = lossless([dependent, partly], 10)
     assert result.removed.sum() == 3 and not result.removed[[2, 5]].any()
     assert_exact([dependent, partly], result)
@@ -495,10 +498,10 @@ def test_features_that_stay_can_make_up_for_others(rng: np.random.Generator) -> 
 def test_so_many_survive_as_are_asked_for(rng: np.random.Generator) -> None:
     one = planted(rng)
     for bound in (6, 7, 8, 9, 10):
-        result = lossless([one], 10, minimum_kept=[(np.arange(10), bound)])
+        result = lossless([one], 10, minimums=[(np.arange(10), bound)])
         assert result.removed.sum() == 10 - bound
         assert_exact([one], result)
-    ends = lossless([one], 10, minimum_kept=[(np.array([5]), 1), (np.array([4, 8]), 2)])
+    ends = lossless([one], 10, minimums=[(np.array([5]), 1), (np.array([4, 8]), 2)])
     assert not ends.removed[[4, 5, 8]].any() and ends.removed.sum() == 2
 
 
@@ -511,7 +514,7 @@ def test_only_candidates_go(rng: np.random.Generator) -> None:
 def test_the_error_of_all_removals_together_is_bounded(rng: np.random.Generator) -> None:
     base = rng.normal(size=(2000, 10))
     near = np.repeat(base, 5, axis=1) + 4e-6 * rng.normal(size=(2000, 50))  # 40 removals of 4e-6 each
-    one = Site(near[:1500], rng.normal(size=(5, 50)), np.arange(50), near[1500:])
+    one = Consumer(near[:1500], rng.normal(size=(5, 50)), np.arange(50), near[1500:])
     result = lossless([one], 50)
     assert_exact([one], result, tolerance=1e-5)
     assert 0 < result.removed.sum() <= 40
@@ -555,7 +558,7 @@ def test_random_plantings_are_made_up_for_and_no_rank_is_lost(seed: int) -> None
     """Several sites, units of several features, copies, combinations and zeros at random."""
     rng = np.random.default_rng(seed)
     units = int(rng.integers(4, 12))
-    sites = []
+    consumers = []
     rank = 0
     free = rng.random(units) < 0.5
     free[0] = True
@@ -570,13 +573,13 @@ def test_random_plantings_are_made_up_for_and_no_rank_is_lost(seed: int) -> None
         unit = np.tile(np.arange(units), width)
         turn = rng.permutation(len(unit))
         flat = z.reshape(600, -1)[:, turn]
-        sites.append(Site(flat[:400], rng.normal(size=(4, len(unit))), unit[turn], flat[400:]))
+        consumers.append(Consumer(flat[:400], rng.normal(size=(4, len(unit))), unit[turn], flat[400:]))
         rank += np.linalg.matrix_rank(flat)
-    result = lossless(sites, units)
+    result = lossless(consumers, units)
     assert result.removed.sum() == (~free).sum()
-    assert_exact(sites, result, tolerance=1e-6)
+    assert_exact(consumers, result, tolerance=1e-6)
     removed = np.flatnonzero(result.removed).tolist()
-    assert sum(np.linalg.matrix_rank(one.z[:, one.kept(removed)]) for one in sites) == rank
+    assert sum(np.linalg.matrix_rank(one.z[:, one.kept(removed)]) for one in consumers) == rank
 
 
 # ------------------------------------------------------------------------------------------------------------ contracts
@@ -587,8 +590,8 @@ def test_inputs_are_never_changed(rng: np.random.Generator) -> None:
     candidates, gain, least = np.ones(10, bool), np.ones(10), [(np.arange(10), 2)]
     given = [posed.gram, posed.holdout, posed.outer, posed.unit, candidates, gain, least[0][0]]
     before = [array.copy() for array in given]
-    eliminate([posed], 10, candidates=candidates, gain=gain, minimum_kept=least, block=2)
-    lossless_removals([posed], 10, candidates=candidates, constant=candidates, minimum_kept=least)
+    eliminate([posed], 10, candidates=candidates, gain=gain, minimums=least, block=2)
+    lossless_removals([posed], 10, candidates=candidates, constant=candidates, minimums=least)
     fold(posed.gram, candidates)
     choose_ridge(posed, np.arange(10) < 6)
     collinear_classes(posed.gram, posed.holdout)
@@ -607,7 +610,7 @@ def test_two_runs_give_the_same_bits(rng: np.random.Generator) -> None:
 
 
 def test_wide_sites_lose_features_in_the_order_of_the_plain_formula(rng: np.random.Generator) -> None:
-    one = site(rng, list(range(300)), rows=2000, outputs=30).problem
+    one = consumer(rng, list(range(300)), rows=2000, outputs=30).problem
     scale = np.sqrt(np.diagonal(one.gram))
     inverse = np.linalg.inv(one.gram / np.outer(scale, scale) + 1e-10 * np.eye(300))
     outer = one.outer * np.outer(scale, scale)

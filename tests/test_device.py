@@ -9,12 +9,13 @@ import pytest
 from build import build, run, traced
 
 import lindep_onnx
-from lindep_onnx.calibration.measure import Calibration, Sums, Tap, calibrate
+from lindep_onnx.calibration.measure import Calibration, MeasuringPoint, StatisticsAccumulator, calibrate
 from lindep_onnx.calibration.moments import Moments
-from lindep_onnx.data.samples import InputSpec, open_samples
+from lindep_onnx.data.inputs import InputSpec
+from lindep_onnx.data.samples import open_samples
 from lindep_onnx.errors import CalibrationError
 from lindep_onnx.runtime import backend as sessions
-from lindep_onnx.runtime.rows import Place, summable
+from lindep_onnx.runtime.rows import ChannelAxis, summable
 
 GPU = ("CUDAExecutionProvider", "CPUExecutionProvider")
 CPU = ("CPUExecutionProvider",)
@@ -36,13 +37,13 @@ def moments(
     model: onnx.ModelProto, x: np.ndarray, monkeypatch: pytest.MonkeyPatch, *, device: bool, batch: int = 16
 ) -> Calibration:
     channels = traced(model)
-    spec = InputSpec("x", np.dtype(np.float32), channels.resolved.shapes["x"])
+    spec = InputSpec("x", np.dtype(np.float32), channels.shape_info.shapes["x"])
     with (
         monkeypatch.context() as patch,
         open_samples({"x": x}, [spec], seed=0, holdout=0.3, max_samples=None, batch_size=batch) as samples,
     ):
         patch.setattr(sessions, "on_processor", lambda providers: not device)
-        sums = Sums(channels)
+        sums = StatisticsAccumulator(channels)
         calibrate(channels, samples, sums, providers=CPU, threads=1, seed=3, progress=lambda *_: None)
         return sums.result()
 
@@ -51,7 +52,7 @@ def data(count: int = 90) -> np.ndarray:
     return np.random.default_rng(1).normal(size=(count, 3, 6, 6)).astype(np.float32)
 
 
-def pairs(one: Calibration, other: Calibration) -> list[tuple[Tap, Moments, Moments]]:
+def pairs(one: Calibration, other: Calibration) -> list[tuple[MeasuringPoint, Moments, Moments]]:
     assert one.select is not None and other.select is not None and one.samples == other.samples
     return [
         (at, own[at], theirs[at]) for own, theirs in ((one.fit, other.fit), (one.select, other.select)) for at in own
@@ -75,10 +76,10 @@ def test_sums_of_the_graph_are_those_of_rows(net: str, leading: str | int, monke
 def test_places_are_summed_only_where_samples_lead(monkeypatch: pytest.MonkeyPatch) -> None:
     body, weights = NETS["convolutions"]
     channels = traced(build(body, weights, x=("N", 3, 6, 6)))
-    assert summable(channels.model, channels.resolved, Place("r", 1))
-    assert not summable(channels.model, channels.resolved, Place("r", 2))
+    assert summable(channels.model, channels.shape_info, ChannelAxis("r", 1))
+    assert not summable(channels.model, channels.shape_info, ChannelAxis("r", 2))
     turned = traced(build("t = Transpose<perm=[1,0,2,3]>(x)\ny = Conv(t, w)", {"w": (4, 7, 1, 1)}, x=(7, 3, 6, 6)))
-    assert not summable(turned.model, turned.resolved, Place("t", 1))
+    assert not summable(turned.model, turned.shape_info, ChannelAxis("t", 1))
 
 
 def test_nearly_dependent_channels_keep_their_rank_as_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:

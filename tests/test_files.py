@@ -57,8 +57,8 @@ def test_what_a_dead_run_left_goes_and_what_others_use_stays(tmp_path: Path) -> 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_process_leaves_the_folder_of_its_parent(tmp_path: Path) -> None:
     code = (
-        "import os, sys; from pathlib import Path; from lindep_onnx.files import Folder, Scratch\n"
-        "made, scratch = Folder.temporary(), Scratch(Path(sys.argv[1]))\n"
+        "import os, sys; from pathlib import Path; from lindep_onnx.files import WeightsDir, Scratch\n"
+        "made, scratch = WeightsDir.temporary(), Scratch(Path(sys.argv[1]))\n"
         "folder, child = made.path, os.fork()\n"
         "if not child:\n"
         "    del made, scratch\n"

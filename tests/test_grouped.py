@@ -8,7 +8,7 @@ import pytest
 from build import as_array, build, feed, initializer, run, traced
 
 from lindep_onnx.api import compress
-from lindep_onnx.structure.placement import Placement, balanced
+from lindep_onnx.structure.placement import Placement, equalized
 
 SHUFFLED = """
     a = Conv<group=2, pads=[1,1,1,1]>(x, w1, b1)
@@ -91,9 +91,9 @@ def test_a_budget_is_met_with_equal_groups_and_refitted_targets_follow_their_cha
 def test_an_unbalanced_removal_is_reduced_to_what_all_groups_can_give() -> None:
     channels = traced(net({}))
     removed = np.zeros(channels.units, dtype=bool)
-    first = channels.unit[next(site for site in channels.sites if site.weight == "w3").columns]
+    first = channels.unit[next(consumer for consumer in channels.consumers if consumer.weight == "w3").columns]
     removed[first[:3]] = True
-    assert not balanced(channels, removed).any()
+    assert not equalized(channels, removed).any()
     with pytest.raises(ValueError, match="equal counts"):
         Placement(channels, removed)
 
@@ -108,11 +108,11 @@ def test_what_is_put_back_went_last() -> None:
     removed = np.zeros(channels.units, dtype=bool)
     order = np.array([2, 6, 0, 1])
     removed[order] = True
-    assert set(np.flatnonzero(balanced(channels, removed, order))) == {2, 6}
+    assert set(np.flatnonzero(equalized(channels, removed, order))) == {2, 6}
 
 
 def test_channels_of_different_groups_never_trade_places() -> None:
     channels = traced(net({}))
-    sites = [site for site in channels.sites if site.weight == "w3"]
-    cells = [set(channels.cell[channels.unit[site.columns]]) for site in sites]
-    assert len(cells) == 2 and not cells[0] & cells[1]
+    consumers = [consumer for consumer in channels.consumers if consumer.weight == "w3"]
+    interchangeable_sets = [set(channels.interchangeable[channels.unit[consumer.columns]]) for consumer in consumers]
+    assert len(interchangeable_sets) == 2 and not interchangeable_sets[0] & interchangeable_sets[1]

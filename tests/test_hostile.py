@@ -241,14 +241,14 @@ def test_a_batch_that_nobody_could_fill_is_refused() -> None:
 @pytest.mark.parametrize("name", ["a" * 5000, "a\0b"])
 def test_names_that_no_file_can_have_are_refused(name: str) -> None:
     with pytest.raises(ModelError, match=r"cannot be looked up|no such model file"):
-        understanding.understand(name, PROVEN)
+        understanding.load_and_trace(name, PROVEN)
     with pytest.raises(CalibrationError, match=r"cannot be looked up|no such calibration data"):
         lindep_onnx.compress(model(), name)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tests" / "corpus").glob("*.onnx")), ids=lambda path: path.stem)
 def test_the_undamaged_corpus_is_understood(path: Path) -> None:
-    assert len(understanding.understand(path, PROVEN).channels.model.nodes) > 1
+    assert len(understanding.load_and_trace(path, PROVEN).channels.model.nodes) > 1
 
 
 @pytest.mark.parametrize("target", ["loader", "tracer", "calibration", "records", "options"])

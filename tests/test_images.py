@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from lindep_onnx.data.images import Preprocessing
-from lindep_onnx.data.samples import InputSpec, open_samples
+from lindep_onnx.data.inputs import InputSpec
+from lindep_onnx.data.samples import open_samples
 from lindep_onnx.errors import CalibrationError, UsageError
 
 Image = pytest.importorskip("PIL.Image")

@@ -7,7 +7,7 @@ import onnx
 from build import build, feed, ignoring, initializer, run, traced
 
 from lindep_onnx.api import compress
-from lindep_onnx.structure.rewrite import Reconstruction, rewrite
+from lindep_onnx.structure.rewrite import Removal, rewrite
 
 
 def _as_version_3(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -27,9 +27,9 @@ def test_before_version_4_every_initializer_stays_declared_at_its_new_size_and_n
     body = "h = MatMul(x, w)\nr = Relu(h)\ny = MatMul(r, v)"
     model = _as_version_3(build(body, {"w": (6, 8), "v": (8, 4)}, x=("N", 6), opset=9))
     channels = traced(model)
-    (reader,) = channels.sites[0].readers
+    (reader,) = channels.consumers[0].readers
     shift = np.arange(4.0)
-    smaller = rewrite(channels, Reconstruction(_removed(8), shifts={reader: shift}), "").proto
+    smaller = rewrite(channels, Removal(_removed(8), shifts={reader: shift}), "").proto
     onnx.checker.check_model(smaller, full_check=True)
     declared = {value.name: value.type.tensor_type.shape.dim for value in smaller.graph.input}
     sizes = {tensor.name: list(tensor.dims) for tensor in smaller.graph.initializer}

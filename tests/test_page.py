@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from lindep_onnx.report.data_support import Support
-from lindep_onnx.report.figures import FrontierPoint, Layer, Redundancy
+from lindep_onnx.report.figures import FrontierPoint, Layer, Spectrum
 from lindep_onnx.report.html import page
 from lindep_onnx.report.values import BudgetReport, GroupReport, RefusalReport, Report, Size, Verification, write_report
 from lindep_onnx.verify.compare import OutputComparison
@@ -28,8 +28,8 @@ VERIFIED = Verification(
 )  # fmt: skip
 
 
-def redundancy() -> Redundancy:
-    return Redundancy(3, (1, 2, 3, 4), (1.0, 0.5, 0.1, 0.0), (1, 2, 3), (0.0, 0.02, 0.4))
+def redundancy() -> Spectrum:
+    return Spectrum(3, (1, 2, 3, 4), (1.0, 0.5, 0.1, 0.0), (1, 2, 3), (0.0, 0.02, 0.4))
 
 
 def group(name: str = "conv1", before: int = 64, after: int = 48, fit: float = 1e-3, held: float = 2e-3) -> GroupReport:

@@ -13,8 +13,8 @@ from lindep_onnx.model.cost import cost
 from lindep_onnx.options import Config
 from lindep_onnx.report import figures as portrait
 from lindep_onnx.report.figures import kept_parameters, layers
-from lindep_onnx.structure.rewrite import Reconstruction, rewrite
-from lindep_onnx.structure.traced import understand
+from lindep_onnx.structure.rewrite import Removal, rewrite
+from lindep_onnx.structure.traced import load_and_trace
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "models" / "demo.onnx"
@@ -44,11 +44,11 @@ def test_layers_have_the_widths_of_the_two_models(result: lindep_onnx.Result) ->
 
 
 def test_parameters_that_stay_are_counted_without_rewriting() -> None:
-    channels = understand(MODEL, Config(proven_only=True)).channels
+    channels = load_and_trace(MODEL, Config(proven_only=True)).channels
     rng = np.random.default_rng(0)
     for share in (0.0, 0.3, 0.6):
         removed = rng.random(channels.units) < share
-        smaller = cost(rewrite(channels, Reconstruction(removed), ""), {})
+        smaller = cost(rewrite(channels, Removal(removed), ""), {})
         assert kept_parameters(channels, removed) == smaller.parameters
         assert sum(layer.channels_after for layer in layers(channels, removed)) == smaller.channels
 
@@ -77,7 +77,7 @@ def test_singular_values_end_where_the_rank_does(result: lindep_onnx.Result) -> 
 
 
 def test_a_group_that_is_too_wide_is_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(portrait, "MOST_UNITS", 40)
+    monkeypatch.setattr(portrait, "MAX_UNITS", 40)
     data = dict(np.load(ROOT / "models" / "calib.npz"))
     found = lindep_onnx.compress(MODEL, {name: value[:60] for name, value in data.items()}).report
     assert {g.name for g in found.groups if g.redundancy is None} == {

@@ -11,7 +11,7 @@ from test_planted import _images, _net, _widths
 
 from lindep_onnx.api import compress
 from lindep_onnx.model.ir import load
-from lindep_onnx.model.precision import narrowed, neighbour, resolution, widened
+from lindep_onnx.model.precision import epsilon, perturbed_one_ulp, to_float32, to_stored_dtype
 
 HALF = [TensorProto.FLOAT16, TensorProto.BFLOAT16]
 
@@ -63,8 +63,8 @@ def test_types_are_kept_where_single_and_half_precision_meet() -> None:
 @pytest.mark.parametrize("kind", HALF)
 def test_there_and_back_changes_nothing(kind: int) -> None:
     model = rounded(_net(planted=True), kind)
-    assert resolution(model) > 0 and resolution(widened(load(model)).proto) == 0
-    back = narrowed(widened(load(model)), load(model)).proto
+    assert epsilon(model) > 0 and epsilon(to_float32(load(model)).proto) == 0
+    back = to_stored_dtype(to_float32(load(model)), load(model)).proto
     for before, after in zip(model.graph.initializer, back.graph.initializer, strict=True):
         np.testing.assert_array_equal(onnx.numpy_helper.to_array(before), onnx.numpy_helper.to_array(after))
 
@@ -73,7 +73,7 @@ def test_a_neighbour_is_one_spacing_away_at_most() -> None:
     value = np.random.default_rng(0).normal(size=(16, 10)).astype(np.float16)
     value[0] = 0
     model = build("y = MatMul(x, w)", {"w": value.astype(np.float32).T}, x=("N", 10))
-    moved = initializer(neighbour(load(rounded(model, TensorProto.FLOAT16)), 0).proto, "w").T
+    moved = initializer(perturbed_one_ulp(load(rounded(model, TensorProto.FLOAT16)), 0).proto, "w").T
     steps = np.abs(moved.astype(np.float32) - value) / np.spacing(np.abs(value)).astype(np.float32)
     assert (moved[0] == 0).all() and steps[1:].max() == 1 and (steps[1:] == 0).any()
 

@@ -10,7 +10,7 @@ import pytest
 from build import as_array, build, run, traced
 
 import lindep_onnx
-from lindep_onnx.proofs.bounds import Known, output_facts
+from lindep_onnx.proofs.bounds import BoundsContext, output_bounds
 from lindep_onnx.proofs.prove import prove
 
 
@@ -141,9 +141,9 @@ def test_bounds_hold_on_random_nets() -> None:
         given = weights({"k": rng.normal(size=(8, 8, 3, 3)).astype(np.float32), "c": rng.normal(size=8).astype(np.float32), "lo": np.float32(-1), "hi": np.float32(2)})  # fmt: skip
         model = build(body, given, x=("N", 3, 6, 6))
         channels = traced(model)
-        known = Known(channels.resolved.constants, channels.resolved.shapes, facts := {})
+        known = BoundsContext(channels.shape_info.constants, channels.shape_info.shapes, facts := {})
         for node in channels.model.nodes:
-            found = output_facts(node, known)
+            found = output_bounds(node, known)
             if found is not None:
                 facts[node.outputs[0]] = found
         x = (np.random.default_rng(seed).normal(size=(8, 3, 6, 6)) * 100).astype(np.float32)
@@ -333,10 +333,10 @@ def test_bounds_in_a_box_hold_for_what_is_computed(seed: int) -> None:
     given = {**weights({"v1": (4, 8, 1, 1)}), **BN, "k": rng.normal(size=(8, 8, 3, 3)).astype(np.float32)}
     del given["v"]
     channels = traced(build(body, given, x=("N", 3, 6, 6)))
-    known = Known(channels.resolved.constants, channels.resolved.shapes, facts := {})
+    known = BoundsContext(channels.shape_info.constants, channels.shape_info.shapes, facts := {})
     facts["x"] = known.bounded("x", 1, -1.0, 1.0)
     for node in channels.model.nodes:
-        facts[node.outputs[0]] = output_facts(node, known)
+        facts[node.outputs[0]] = output_bounds(node, known)
     x = np.concatenate([rng.uniform(-1, 1, (32, 3, 6, 6)), np.sign(rng.normal(size=(64, 3, 6, 6)))]).astype(np.float32)
     for name in ("h", "n", "r", "a", "s1", "p", "u", "z", "g", "e"):
         (value,) = run(build(body, given, x=("N", 3, 6, 6), outputs=name), {"x": x})

@@ -8,8 +8,8 @@ from build import build, feed, ignoring, run, traced
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from lindep_onnx.structure.placement import balanced
-from lindep_onnx.structure.rewrite import Reconstruction, rewrite
+from lindep_onnx.structure.placement import equalized
+from lindep_onnx.structure.rewrite import Removal, rewrite
 
 SIZE = 4  # positions along each spatial axis
 
@@ -146,12 +146,12 @@ def test_any_removal_from_any_graph_is_exact(data: st.DataObject) -> None:
     onnx.checker.check_model(model, full_check=True)
     channels = traced(model)
     removed = np.array([data.draw(st.booleans()) for _ in range(channels.units)], dtype=bool)
-    for members, least in channels.least:
+    for members, least in channels.minimums:
         short = least - int((~removed[members]).sum())
         if short > 0:
             removed[members[removed[members]][:short]] = False
-    removed = balanced(channels, removed)
-    smaller = rewrite(channels, Reconstruction(removed), "test").proto
+    removed = equalized(channels, removed)
+    smaller = rewrite(channels, Removal(removed), "test").proto
     onnx.checker.check_model(smaller, full_check=True)
     feeds = feed(model)
     (got,), (want,) = run(smaller, feeds), run(ignoring(channels, removed), feeds)

@@ -14,16 +14,17 @@ from scipy.special import softmax
 
 import lindep_onnx
 from lindep_onnx.cli import main
-from lindep_onnx.data.samples import InputSpec, Part, Samples, open_samples
+from lindep_onnx.data.inputs import InputSpec
+from lindep_onnx.data.samples import Part, Samples, open_samples
 from lindep_onnx.distill import rounds as anneal
 from lindep_onnx.distill.augment import checked, mix
-from lindep_onnx.distill.checkpoint import Checkpoint, State
-from lindep_onnx.distill.train import RATE, Recovered, _judged, recover, trainable
+from lindep_onnx.distill.checkpoint import Checkpoint, TrainingState
+from lindep_onnx.distill.train import RATE, Recovered, _judged, distill, trainable
 from lindep_onnx.errors import BudgetError, UsageError
 from lindep_onnx.model import ir as graph
-from lindep_onnx.model.edit import Edits, edit
-from lindep_onnx.options import Config, Effort
-from lindep_onnx.structure.rewrite import Reconstruction, rewrite
+from lindep_onnx.model.edit import GraphEdits, apply_edits
+from lindep_onnx.options import Config, TrainingBudget
+from lindep_onnx.structure.rewrite import Removal, rewrite
 
 BODY = """
 a = Conv<pads=[1,1,1,1]>(x, w0, b0)
@@ -59,8 +60,8 @@ def worn(model: onnx.ModelProto, name: str = "w1", seed: int = 7) -> onnx.ModelP
 def recovered(teacher: onnx.ModelProto, student: onnx.ModelProto, steps: int = 60, **options) -> Recovered:
     data = options.pop("data", None) or samples()
     with data:
-        return recover(
-            graph.load(teacher), graph.load(student), data, Effort(steps=steps),
+        return distill(
+            graph.load(teacher), graph.load(student), data, TrainingBudget(steps=steps),
             providers=["CPUExecutionProvider"], threads=1, seed=options.pop("seed", 0), progress=lambda *_: None, **options,
         )  # fmt: skip
 
@@ -80,7 +81,7 @@ def test_training_brings_a_worn_model_back_towards_the_original(teacher: onnx.Mo
     student = worn(teacher)
     found = recovered(teacher, student)
     assert set(found.weights) == TRAINED and not found.notes
-    result = edit(graph.load(student), Edits(constants=found.weights), "").proto
+    result = apply_edits(graph.load(student), GraphEdits(constants=found.weights), "").proto
     assert error(teacher, result) < 0.4 * error(teacher, student)
     assert found.after < 0.2 * found.before and found.steps == 60
 
@@ -181,9 +182,10 @@ def test_a_fixed_batch_and_an_old_operator_set() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "effort"), [("300", Effort(steps=300)), (20, Effort(steps=20)), ("1.5min", Effort(seconds=90))]
+    ("text", "effort"),
+    [("300", TrainingBudget(steps=300)), (20, TrainingBudget(steps=20)), ("1.5min", TrainingBudget(seconds=90))],
 )
-def test_steps_or_minutes(text: str | int, effort: Effort) -> None:
+def test_steps_or_minutes(text: str | int, effort: TrainingBudget) -> None:
     assert Config(params=0.5, recover=text).effort == effort
 
 
@@ -207,13 +209,11 @@ def test_removals_of_two_rounds_add_up_in_units_of_the_original(teacher: onnx.Mo
     channels = traced(teacher)
     rng = np.random.default_rng(0)
     removed = rng.random(channels.units) < 0.3
-    smaller = traced(rewrite(channels, Reconstruction(removed), "").proto)
+    smaller = traced(rewrite(channels, Removal(removed), "").proto)
     gone = rng.random(smaller.units) < 0.3
-    both = anneal.lifted(channels, removed, smaller, gone)
+    both = anneal.to_original_units(channels, removed, smaller, gone)
     assert both.sum() == removed.sum() + gone.sum() and both[removed].all()
-    twice, once = (
-        rewrite(*pair, "").proto for pair in ((smaller, Reconstruction(gone)), (channels, Reconstruction(both)))
-    )
+    twice, once = (rewrite(*pair, "").proto for pair in ((smaller, Removal(gone)), (channels, Removal(both))))
     x = {"x": np.ones((2, 3, 6, 6), np.float32)}
     np.testing.assert_allclose(run(twice, x)[0], run(once, x)[0], rtol=1e-5)
 
@@ -352,14 +352,14 @@ def test_an_interrupted_training_ends_where_it_would_have_ended(teacher: onnx.Mo
             raise StoppedError
 
     with samples() as data, pytest.raises(StoppedError):
-        recover(
-            graph.load(teacher), graph.load(student), data, Effort(steps=60), providers=["CPUExecutionProvider"], threads=1, seed=0,
+        distill(
+            graph.load(teacher), graph.load(student), data, TrainingBudget(steps=60), providers=["CPUExecutionProvider"], threads=1, seed=0,
             progress=stop, augment=mix, checkpoint=Checkpoint(path),
         )  # fmt: skip
     seen = []
     with samples() as data:
-        rest = recover(
-            graph.load(teacher), graph.load(student), data, Effort(steps=60), providers=["CPUExecutionProvider"], threads=1, seed=0,
+        rest = distill(
+            graph.load(teacher), graph.load(student), data, TrainingBudget(steps=60), providers=["CPUExecutionProvider"], threads=1, seed=0,
             progress=lambda stage, done, total: seen.append(done), augment=mix, checkpoint=Checkpoint(path),
         )  # fmt: skip
     assert seen[0] == 31 and rest.history[1:] == whole.history[1:]
@@ -390,7 +390,7 @@ def test_a_file_that_is_no_checkpoint_is_refused_and_kept(
 
 def test_steps_that_are_too_long_are_taken_back() -> None:
     old, new = {"w": np.zeros(2, np.float32)}, {"w": np.ones(2, np.float32)}
-    state = State(new, old, new, new, averaged=5, norm=1.0, steps=10, history=((0, np.nan, 1.0),))
+    state = TrainingState(new, old, new, new, averaged=5, norm=1.0, steps=10, history=((0, np.nan, 1.0),))
     assert _judged(state, 0.0, 0.5).best is new
     assert _judged(state, 0.0, 1.4).weights is new and _judged(state, 0.0, 1.4).rate == 1.0
     back = _judged(state, 0.0, 1.6)

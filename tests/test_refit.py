@@ -7,10 +7,11 @@ import onnx
 import pytest
 from build import as_array, build, initializer, run, traced
 
-from lindep_onnx.data.samples import InputSpec, Samples, open_samples
-from lindep_onnx.model.edit import edit
+from lindep_onnx.data.inputs import InputSpec
+from lindep_onnx.data.samples import Samples, open_samples
+from lindep_onnx.model.edit import apply_edits
 from lindep_onnx.refit import sequential as refit
-from lindep_onnx.structure.rewrite import Reconstruction, rewrite
+from lindep_onnx.structure.rewrite import Removal, rewrite
 
 RUNTIME = {"providers": ["CPUExecutionProvider"], "threads": 1}
 
@@ -28,13 +29,13 @@ def refitted(
     channels = traced(model)
     gone = np.zeros(channels.units, dtype=bool)
     gone[removed] = True
-    cut = rewrite(channels, Reconstruction(gone), "")
+    cut = rewrite(channels, Removal(gone), "")
     shape = tuple(d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim[1:])
     with samples(shape) as data:
         found = refit.refit(
             channels, gone, traced(cut.proto), data, mode=mode, seed=0, progress=lambda *_: None, **RUNTIME
         )  # fmt: skip
-    result = edit(cut, found.edits, "").proto
+    result = apply_edits(cut, found.edits, "").proto
     onnx.checker.check_model(result, full_check=True)
     return cut.proto, result, found
 

@@ -286,7 +286,7 @@ def test_wins_are_those_of_most_parameters_and_nodes_are_counted() -> None:
 def test_an_outlook_is_a_table_of_budgets() -> None:
     points = (FrontierPoint(0.913, 0.01, 0.99, 12, 0.004), FrontierPoint(0.5, 0.31, 0.75, 340, 0.2))
     stream = StringIO()
-    render(a_report(frontier=points), Console(file=stream, width=80, highlight=False), verbose=False, outlook=True)
+    render(a_report(frontier=points), Console(file=stream, width=80, highlight=False), verbose=False, preview=True)
     text = stream.getvalue()
     assert "0.913 -12 0.004 0.01 99 %" in " ".join(text.split()) and max(map(len, text.splitlines())) <= 80
     assert "--params" not in shown(a_report(frontier=points))

@@ -15,8 +15,8 @@ from build import build, feed, ignoring, run, traced
 from onnx import helper
 
 from lindep_onnx.api import compress
-from lindep_onnx.structure.placement import balanced
-from lindep_onnx.structure.rewrite import Reconstruction, rewrite
+from lindep_onnx.structure.placement import equalized
+from lindep_onnx.structure.rewrite import Removal, rewrite
 from lindep_onnx.structure.rules import supported
 
 
@@ -186,11 +186,11 @@ CASES = [
 def removal(channels, share: float, seed: int) -> np.ndarray:
     removed = np.random.default_rng(seed).random(channels.units) < share
     removed[0] = True
-    for members, least in channels.least:
+    for members, least in channels.minimums:
         short = least - int((~removed[members]).sum())
         if short > 0:
             removed[members[removed[members]][:short]] = False
-    return balanced(channels, removed)
+    return equalized(channels, removed)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -202,7 +202,7 @@ def test_removing_units_equals_multiplying_them_by_zero(case: Case, share: float
     assert channels.units == case.units
     removed = removal(channels, share, seed=7)
     assert removed.any()
-    smaller = rewrite(channels, Reconstruction(removed), "test").proto
+    smaller = rewrite(channels, Removal(removed), "test").proto
     onnx.checker.check_model(smaller, full_check=True)
     data = feed(model)
     got, want, whole = run(smaller, data), run(ignoring(channels, removed), data), run(model, data)
@@ -216,7 +216,7 @@ def test_every_case_loses_parameters() -> None:
     for case in CASES:
         model = build(case.body, case.weights, x=case.x, outputs=case.outputs, opset=case.opset, inputs=case.inputs)
         channels = traced(model)
-        smaller = rewrite(channels, Reconstruction(removal(channels, 1.0, seed=1)), "test").proto
+        smaller = rewrite(channels, Removal(removal(channels, 1.0, seed=1)), "test").proto
         assert smaller.ByteSize() < model.ByteSize() + 200, case.name
 
 
@@ -267,7 +267,7 @@ def test_what_cannot_shrink_is_refused_with_its_reason(case: tuple) -> None:
     if name == "weight used in two ways":
         rank = (4, 4)
     channels = traced(build(body, weights, x=rank, opset=21 if name == "GroupNormalization" else 17))
-    assert not any(channels.units and site.columns.size for site in channels.sites) or channels.units < 8
+    assert not any(channels.units and consumer.columns.size for consumer in channels.consumers) or channels.units < 8
     if reason is not None:
         assert reason in [refusal.reason.code for refusal in channels.refusals]
         blamed = next(refusal for refusal in channels.refusals if refusal.reason.code == reason)
@@ -286,7 +286,7 @@ def test_a_net_of_scikit_learn_shrinks_behind_its_scaler() -> None:
     removed = removal(channels, 0.4, seed=7)
     got, want = (
         run(one, feed(model))[0]
-        for one in (rewrite(channels, Reconstruction(removed), "test").proto, ignoring(channels, removed))
+        for one in (rewrite(channels, Removal(removed), "test").proto, ignoring(channels, removed))
     )
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
     model.graph.node[0].op_type = "Imputer"  # the control: nothing is known of its output
@@ -296,13 +296,13 @@ def test_a_net_of_scikit_learn_shrinks_behind_its_scaler() -> None:
 def test_an_axis_never_becomes_empty() -> None:
     channels = traced(build(f"{FIRST}\nt = Relu(h)\n{LAST}", W))
     everything = np.ones(channels.units, dtype=bool)
-    assert all(bound >= 1 for _, bound in channels.least)
-    assert any(set(np.flatnonzero(everything)) == set(members) for members, _ in channels.least)
+    assert all(bound >= 1 for _, bound in channels.minimums)
+    assert any(set(np.flatnonzero(everything)) == set(members) for members, _ in channels.minimums)
 
 
 def test_min_channels_bounds_every_axis() -> None:
     channels = traced(build(f"{FIRST}\nt = Relu(h)\n{LAST}", W), min_channels=5)
-    assert {bound for _, bound in channels.least} == {5}
+    assert {bound for _, bound in channels.minimums} == {5}
 
 
 def test_excluded_nodes_keep_their_channels() -> None:
@@ -339,7 +339,7 @@ def test_a_weight_is_found_behind(name: str, chain: str, weights: dict) -> None:
     channels = traced(model)
     assert channels.units == 8
     removed = np.arange(8) < 3
-    smaller = rewrite(channels, Reconstruction(removed), "test").proto
+    smaller = rewrite(channels, Removal(removed), "test").proto
     data = feed(model)
     np.testing.assert_allclose(run(smaller, data)[0], run(ignoring(channels, removed), data)[0], rtol=1e-3, atol=1e-4)
     assert [node.op_type for node in smaller.graph.node] == ["Conv", "Relu", "Conv"]
@@ -386,9 +386,9 @@ def test_the_functions_of_a_model_are_looked_into() -> None:
     model.functions.append(swish)
     model.opset_import.append(helper.make_opsetid("local", 1))
     assert traced(model).units == 8
-    smaller = rewrite(traced(model), Reconstruction(np.arange(8) < 3), "test").proto
+    smaller = rewrite(traced(model), Removal(np.arange(8) < 3), "test").proto
     onnx.checker.check_model(smaller, full_check=True)
-    want = rewrite(traced(plain), Reconstruction(np.arange(8) < 3), "test").proto
+    want = rewrite(traced(plain), Removal(np.arange(8) < 3), "test").proto
     np.testing.assert_allclose(run(smaller, feed(model))[0], run(want, feed(model))[0], rtol=1e-5)
 
 
@@ -416,11 +416,11 @@ def test_what_only_a_subgraph_reads_is_kept() -> None:
     model.graph.output[0].CopyFrom(helper.make_empty_tensor_value_info("z"))
     channels = traced(model)
     assert channels.units == 8
-    smaller = rewrite(channels, Reconstruction(np.arange(8) < 3), "test").proto
+    smaller = rewrite(channels, Removal(np.arange(8) < 3), "test").proto
     result = run(smaller, feed(model))[0]
     del model.graph.node[-1], body.node[:]
     model.graph.output[0].CopyFrom(helper.make_empty_tensor_value_info("y"))
-    plain = rewrite(traced(model), Reconstruction(np.arange(8) < 3), "test").proto
+    plain = rewrite(traced(model), Removal(np.arange(8) < 3), "test").proto
     np.testing.assert_allclose(result, 3 * run(plain, feed(model))[0], atol=1e-5)
 
 
@@ -438,7 +438,7 @@ def test_recorded_shapes_of_constant_nodes_follow_their_values() -> None:
     model.graph.node.insert(0, helper.make_node("Constant", [], ["w"], value=value))
     model.graph.initializer.remove(value)
     model.graph.value_info.append(helper.make_tensor_value_info("w", onnx.TensorProto.FLOAT, (8, 3, 1, 1)))
-    smaller = rewrite(traced(model), Reconstruction(np.arange(8) < 3), "test").proto
+    smaller = rewrite(traced(model), Removal(np.arange(8) < 3), "test").proto
     onnx.checker.check_model(smaller, full_check=True)
     assert [dim.dim_value for dim in smaller.graph.value_info[0].type.tensor_type.shape.dim] == [5, 3, 1, 1]
 

@@ -12,8 +12,8 @@ from onnx import TensorProto, helper
 from lindep_onnx.model.ir import load
 from lindep_onnx.model.shapes import resolve
 from lindep_onnx.proofs.prove import prove
-from lindep_onnx.structure.placement import balanced
-from lindep_onnx.structure.rewrite import Reconstruction, rewrite
+from lindep_onnx.structure.placement import equalized
+from lindep_onnx.structure.rewrite import Removal, rewrite
 from lindep_onnx.structure.trace import trace
 
 BLOCKS, WIDTH = 1250, 40  # each block has eight nodes and two new axes
@@ -58,8 +58,8 @@ def test_ten_thousand_nodes_take_half_a_minute(grouped: bool) -> None:
     loaded = load(model)
     channels = trace(loaded, resolve(loaded))
     prove(channels)
-    removed = balanced(channels, np.arange(channels.units) % 3 == 0)
-    smaller = rewrite(channels, Reconstruction(removed), "test").proto
+    removed = equalized(channels, np.arange(channels.units) % 3 == 0)
+    smaller = rewrite(channels, Removal(removed), "test").proto
     seconds = time.perf_counter() - start
     produced = sum(len(producer.atoms) for producer in channels.producers)
     assert produced > 100_000 and removed.sum() > 10_000

@@ -69,7 +69,7 @@ def test_what_is_no_report_does_not(spoil: Any, reports: list[dict[str, Any]]) -
 
 def test_every_key_has_a_description() -> None:
     definitions = report_schema()["$defs"]
-    assert {"Report", "Size", "GroupReport", "Redundancy", "Support", "OutputComparison"} <= definitions.keys()
+    assert {"Report", "Size", "GroupReport", "Spectrum", "Support", "OutputComparison"} <= definitions.keys()
     for name, schema in definitions.items():
         assert all(entry["description"] for entry in schema["properties"].values()), name
 

@@ -11,7 +11,8 @@ from lindep_onnx.calibration import collect as learning
 from lindep_onnx.calibration import inactive as silence
 from lindep_onnx.calibration import measure as calibration
 from lindep_onnx.calibration import statistics as analysis
-from lindep_onnx.data.samples import Batch, InputSpec, Part, open_samples
+from lindep_onnx.data.inputs import InputSpec
+from lindep_onnx.data.samples import Batch, Part, open_samples
 from lindep_onnx.runtime.rows import RowSampler
 
 NET = "h = Conv(x, w, b)\nr = Relu(h)\ny = Conv(r, v)"
@@ -34,17 +35,19 @@ def seen(model, data: np.ndarray):
     channels = traced(model)
     specs = [InputSpec("x", np.dtype(np.float32), ("N", 3, 16, 16))]
     with open_samples({"x": data}, specs, seed=0, holdout=0.3, max_samples=None, batch_size=8) as samples:
-        sums = calibration.Sums(channels)
+        sums = calibration.StatisticsAccumulator(channels)
         calibration.calibrate(channels, samples, sums, seed=0, progress=lambda *_: None, **RUNTIME)
         found = sums.result()
-        constant = [analysis.constant_features(site, found.fit, found.select or {}) for site in channels.sites]
+        constant = [
+            analysis.constant_features(consumer, found.fit, found.select or {}) for consumer in channels.consumers
+        ]
         watched = silence.flats(channels, constant)
-        watch = silence.Watch(channels, watched)
-        sampler = RowSampler(channels.model, channels.resolved, {}, probe=watch, **RUNTIME)
+        watch = silence.RangeProbe(channels, watched)
+        sampler = RowSampler(channels.model, channels.shape_info, {}, probe=watch, **RUNTIME)
         for batch in samples.batches(Part.FIT, Part.SELECT):
             watch.update(sampler.run(batch, np.random.default_rng(0)).probed, batch)
         ranges = watch.ranges()
-        return analysis.evidence(channels, found), watched, [ranges[silence.key(flat)][1] for flat in watched]
+        return analysis.statistics(channels, found), watched, [ranges[silence.key(flat)][1] for flat in watched]
 
 
 def removed(model, data: np.ndarray, **options: object) -> int:
@@ -78,7 +81,7 @@ def speaking_in(part: Part) -> np.ndarray:
 def test_a_channel_that_speaks_at_one_position_of_one_sample_stays(part: Part) -> None:
     model, data = net(np.r_[-60.0, np.zeros(7)]), speaking_in(part)
     # Few of the 256 positions are sampled: the moments alone see a constant.
-    assert seen(model, data)[0].silent[0]
+    assert seen(model, data)[0].inactive[0]
     assert removed(model, data) == 0
 
 
@@ -86,12 +89,12 @@ def test_channels_that_woke_show_how_far_is_not_far_enough() -> None:
     w = np.tile(as_array("w", (1, 3, 1, 1)), (8, 1, 1, 1)).astype(np.float32)
     model = net(-np.geomspace(400, 25, 8), w)
     calm, wild = images(120), images(120, tails=1.5)
-    (_, _, tame), (evidence, watched, ranges) = seen(model, calm), seen(model, wild)
+    (_, _, tame), (statistics, watched, ranges) = seen(model, calm), seen(model, wild)
     assert silence.broken_margin(tame) == 0.0  # nothing woke
     assert silence.broken_margin(ranges) > 0.0
-    doubtful = silence.unexplained(8, watched, ranges, 120)
-    assert doubtful.tolist() == [False, False, False, True, True, False, False, False]  # the last three are awake
-    assert evidence.silent.tolist() == [True] * 5 + [False] * 3
+    uncertain = silence.unexplained(8, watched, ranges, 120)
+    assert uncertain.tolist() == [False, False, False, True, True, False, False, False]  # the last three are awake
+    assert statistics.inactive.tolist() == [True] * 5 + [False] * 3
     assert (removed(model, calm), removed(model, wild)) == (7, 3)
 
 
@@ -109,7 +112,7 @@ def test_the_statistics_of_batches_add_up(pieces: int) -> None:
     rng = np.random.default_rng(1)
     low = rng.normal(size=(40, 6)) - 1.0
     high = low + rng.random((40, 6))
-    flat = silence.Flat("x", 1, ((-np.inf, 0.0), (2.0, np.inf)), np.arange(6), np.arange(6))
+    flat = silence.WatchedTensor("x", 1, ((-np.inf, 0.0), (2.0, np.inf)), np.arange(6), np.arange(6))
     parts = [
         silence._range(flat, [{"low": a, "high": b, "sum": a + b, "square": a * a + b * b}], 2)
         for a, b in zip(np.array_split(low, pieces), np.array_split(high, pieces), strict=True)
@@ -126,24 +129,24 @@ def test_the_statistics_of_batches_add_up(pieces: int) -> None:
 
 
 def test_a_part_without_an_end_counts_nobody_and_warns_of_nothing() -> None:
-    flat = silence.Flat("x", 1, ((-np.inf, np.inf),), np.arange(2), np.arange(2))
+    flat = silence.WatchedTensor("x", 1, ((-np.inf, np.inf),), np.arange(2), np.arange(2))
     values = np.ones((3, 2))
     found = silence._range(flat, [dict.fromkeys(("low", "high", "sum", "square"), values)], 1)
     assert found.quiet[0].count.tolist() == [0, 0] and np.isinf(found.quiet[0].margin).all()
 
 
 def test_after_four_times_as_many_samples_half_the_margin_is_enough() -> None:
-    flat = silence.Flat("x", 1, ((-np.inf, 0.0),), np.arange(1), np.arange(1))
+    flat = silence.WatchedTensor("x", 1, ((-np.inf, 0.0),), np.arange(1), np.arange(1))
 
-    def doubtful(samples: int, distance: float) -> bool:
+    def uncertain(samples: int, distance: float) -> bool:
         values = -distance + np.resize([-1.0, 1.0], (samples, 1))  # deviation 1, nearest to 0 by distance - 1
         seen = silence._range(flat, [{"low": values, "high": values, "sum": values, "square": values**2}], 1)
         return bool(silence.unexplained(1, [flat], [seen], samples)[0])
 
     assert silence.margin(64) == 2 * silence.margin(256) == 4.0
-    assert (doubtful(64, 4.9), doubtful(64, 5.1)) == (True, False)
-    assert (doubtful(256, 2.9), doubtful(256, 3.1)) == (True, False)
-    assert doubtful(silence.LEAST_SAMPLES - 1, 1e6)
+    assert (uncertain(64, 4.9), uncertain(64, 5.1)) == (True, False)
+    assert (uncertain(256, 2.9), uncertain(256, 3.1)) == (True, False)
+    assert uncertain(silence.MIN_SAMPLES - 1, 1e6)
 
 
 PADDED = "p = Pad(x, pads, zero)\n"
@@ -171,9 +174,9 @@ def test_a_few_channels_are_measured_apart_as_they_are_in_the_whole(body, w, cha
     data = np.random.default_rng(0).normal(size=(6, channels, 9, 9)).astype(np.float32)
     channels = traced(model)
     places = np.array([3, 11])
-    flat = silence.Flat("h", 1, ((-np.inf, 0.0),), places[:1], places[:1], np.isin(np.arange(16), places))
-    watch = silence.Watch(channels, [flat])
-    sampler = RowSampler(channels.model, channels.resolved, {}, probe=watch, **RUNTIME)
+    flat = silence.WatchedTensor("h", 1, ((-np.inf, 0.0),), places[:1], places[:1], np.isin(np.arange(16), places))
+    watch = silence.RangeProbe(channels, [flat])
+    sampler = RowSampler(channels.model, channels.shape_info, {}, probe=watch, **RUNTIME)
     batch = Batch({"x": data}, np.arange(5), 6)  # the last sample is filler
     watch.update(sampler.run(batch, np.random.default_rng(0)).probed, batch)
     _, found = watch.ranges()[silence.key(flat)]
@@ -189,7 +192,7 @@ def test_a_few_channels_are_measured_apart_as_they_are_in_the_whole(body, w, cha
 
 
 def test_a_channel_whose_extremes_are_no_numbers_is_doubted() -> None:
-    flat = silence.Flat("x", 1, ((-np.inf, 0.0),), np.arange(1), np.arange(1))
+    flat = silence.WatchedTensor("x", 1, ((-np.inf, 0.0),), np.arange(1), np.arange(1))
     for value, doubted in ((np.nan, True), (np.inf, True), (-5.0, False)):
         values = np.full((64, 1), value)
         seen = silence._range(flat, [dict.fromkeys(("low", "high", "sum", "square"), values)], 1)
@@ -226,15 +229,17 @@ def test_one_pass_concludes_what_two_would(seed: int) -> None:
     model = build(
         NET, {"w": w, "b": -np.geomspace(3000, 0.1, 24).astype(np.float32), "v": (4, 24, 1, 1)}, x=("N", 3, 16, 16)
     )
-    evidence, watched, ranges = seen(model, data)
+    statistics, watched, ranges = seen(model, data)
     specs = [InputSpec("x", np.dtype(np.float32), ("N", 3, 16, 16))]
     with open_samples({"x": data}, specs, seed=0, holdout=0.3, max_samples=None, batch_size=8) as samples:
-        _, found, doubtful = learning.learn(traced(model), samples, seed=0, progress=lambda *_: None, **RUNTIME)
-    expected = silence.unexplained(24, watched, ranges, evidence.samples)
-    assert (found.silent == evidence.silent).all()
-    assert (doubtful == expected)[found.silent].all()
-    assert 0 < expected[found.silent].sum() <= found.silent.sum() < 24
-    for one, other in zip(found.sites, evidence.sites, strict=True):
+        _, found, uncertain = learning.collect_statistics(
+            traced(model), samples, seed=0, progress=lambda *_: None, **RUNTIME
+        )
+    expected = silence.unexplained(24, watched, ranges, statistics.samples)
+    assert (found.inactive == statistics.inactive).all()
+    assert (uncertain == expected)[found.inactive].all()
+    assert 0 < expected[found.inactive].sum() <= found.inactive.sum() < 24
+    for one, other in zip(found.consumers, statistics.consumers, strict=True):
         np.testing.assert_allclose(one.gram, other.gram, rtol=1e-12, atol=1e-12 * other.gram.max())
 
 

@@ -13,7 +13,8 @@ from onnxruntime.quantization import CalibrationDataReader
 
 import lindep_onnx
 from lindep_onnx import cli
-from lindep_onnx.data.samples import InputSpec, open_samples
+from lindep_onnx.data.inputs import InputSpec
+from lindep_onnx.data.samples import open_samples
 from lindep_onnx.data.sources import RandomInputs
 from lindep_onnx.errors import CalibrationError, UsageError
 from lindep_onnx.options import Config
@@ -32,7 +33,7 @@ def fed(source: Any, *inputs: InputSpec, **options: Any) -> dict[str, np.ndarray
     }
 
 
-class Reader(CalibrationDataReader):
+class ConsumerNode(CalibrationDataReader):
     """What `onnxruntime.quantization` calls a data reader."""
 
     def __init__(self, rows: np.ndarray = VALUES) -> None:
@@ -46,7 +47,7 @@ class Reader(CalibrationDataReader):
 @pytest.mark.parametrize(
     "source",
     [
-        Reader(),
+        ConsumerNode(),
         VALUES,
         {"x": VALUES},
         [VALUES[:5], VALUES[5:]],
@@ -111,7 +112,7 @@ def test_what_cannot_be_called_is_refused_by_name(name: str, kind: type, match: 
 
 
 def test_a_reader_that_was_read_is_told_to_be_rewound() -> None:
-    reader = Reader()
+    reader = ConsumerNode()
     fed(reader)
     with pytest.raises(CalibrationError, match="rewound"):
         fed(reader)

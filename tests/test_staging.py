@@ -9,7 +9,7 @@ from build import build, feed, initializer, run, with_initializer
 from lindep_onnx.data.samples import Batch
 from lindep_onnx.model.ir import load
 from lindep_onnx.model.shapes import resolve
-from lindep_onnx.runtime.rows import Place, RowSampler, rows_at
+from lindep_onnx.runtime.rows import ChannelAxis, RowSampler, rows_at
 from lindep_onnx.runtime.stages import Stages
 
 RUNTIME = {"providers": ["CPUExecutionProvider"], "threads": 1}
@@ -79,7 +79,7 @@ def test_a_weight_that_changes_on_the_way_takes_effect_from_there_on() -> None:
 # ---- rows ---------------------------------------------------------------------------------------------------------
 
 
-def sampled(model, place: Place, most: int, filler: int = 0):
+def sampled(model, place: ChannelAxis, most: int, filler: int = 0):
     loaded = load(model)
     sampler = RowSampler(loaded, resolve(loaded), {place: most}, **RUNTIME)
     data = batches(model, 1, filler)[0]
@@ -91,7 +91,7 @@ def test_rows_are_those_of_the_tensor_at_the_positions(x: tuple) -> None:
     model = build("a = Conv(x, w)\ny = Relu(a)", {"w": (5, 3, 1, 1)}, x=x)
     data = Batch({"x": np.random.default_rng(0).normal(size=(6, 3, 8, 8)).astype(np.float32)}, np.arange(4), 6)
     loaded = load(model)
-    place = Place("a", 1, (2, 1))
+    place = ChannelAxis("a", 1, (2, 1))
     rows = RowSampler(loaded, resolve(loaded), {place: 7}, **RUNTIME).rows(data, np.random.default_rng(1))[place]
     (whole,) = run(build("a = Conv(x, w)\ny = Relu(a)", {"w": (5, 3, 1, 1)}, x=x, outputs="a"), data.feeds)
     assert rows.values.shape == (4, 7, 5)
@@ -103,7 +103,7 @@ def test_rows_are_those_of_the_tensor_at_the_positions(x: tuple) -> None:
 
 def test_rows_of_a_last_axis() -> None:
     model = build("a = MatMul(x, w)\ny = Relu(a)", {"w": (6, 5)}, x=("N", 9, 6))
-    rows, data = sampled(model, Place("a", 2), 4)
+    rows, data = sampled(model, ChannelAxis("a", 2), 4)
     (whole,) = run(build("a = MatMul(x, w)\ny = Relu(a)", {"w": (6, 5)}, x=("N", 9, 6), outputs="a"), data.feeds)
     np.testing.assert_allclose(rows.values, whole[:, rows.positions], rtol=1e-5, atol=1e-6)
 
@@ -116,11 +116,11 @@ def test_all_positions_are_rows_in_order() -> None:
 
 def test_a_tensor_without_a_sample_axis_is_one_sample() -> None:
     model = build("a = ReduceMean<axes=[0], keepdims=0>(x)\nb = Conv(x, w)\ny = Add(b, a)", {"w": (3, 3, 1, 1)})
-    rows, _ = sampled(model, Place("a", 0), 100)
+    rows, _ = sampled(model, ChannelAxis("a", 0), 100)
     assert rows.values.shape == (1, 64, 3)
 
 
 def test_positions_are_the_same_for_the_same_seed() -> None:
     model = build("a = Conv(x, w)\ny = Relu(a)", {"w": (5, 3, 1, 1)})
-    first, second = (sampled(model, Place("a", 1), 5)[0] for _ in range(2))
+    first, second = (sampled(model, ChannelAxis("a", 1), 5)[0] for _ in range(2))
     np.testing.assert_array_equal(first.positions, second.positions)

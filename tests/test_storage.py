@@ -14,7 +14,7 @@ from onnx import TensorProto, numpy_helper
 
 import lindep_onnx
 from lindep_onnx.errors import ModelError, OutputError
-from lindep_onnx.files import Folder
+from lindep_onnx.files import WeightsDir
 from lindep_onnx.model import weights as storage
 from lindep_onnx.model.ir import load
 from lindep_onnx.runtime.backend import open_session
@@ -180,7 +180,7 @@ def test_a_tensor_that_does_not_begin_at_a_number_is_copied(tmp_path: Path) -> N
     tensor = TensorProto(name="w", dims=[300], data_type=TensorProto.FLOAT, data_location=TensorProto.EXTERNAL)
     for key, value in (("location", "weights"), ("offset", "1")):
         tensor.external_data.add(key=key, value=value)
-    found = storage.array_of(tensor, Folder(tmp_path))
+    found = storage.array_of(tensor, WeightsDir(tmp_path))
     assert found.flags.aligned
     np.testing.assert_array_equal(found, want)
     with pytest.raises(ValueError, match="path of the model"):
@@ -223,7 +223,7 @@ def test_weights_that_change_during_a_run_are_noticed(change: str, tmp_path: Pat
     with pytest.raises(ModelError, match="weights: has changed since it was read"):
         storage.save(loaded.proto, loaded.folder, tmp_path / "second.onnx")
     with pytest.raises(ModelError, match="weights: has changed since it was read"):
-        storage.whole(loaded.proto, loaded.folder)
+        storage.embedded(loaded.proto, loaded.folder)
     assert (tmp_path / "first.onnx").exists() and not (tmp_path / "second.onnx").exists()
 
 

@@ -9,7 +9,8 @@ from build import build
 
 import lindep_onnx
 from lindep_onnx import pipeline
-from lindep_onnx.data.samples import InputSpec, open_samples
+from lindep_onnx.data.inputs import InputSpec
+from lindep_onnx.data.samples import open_samples
 from lindep_onnx.model.ir import load
 from lindep_onnx.runtime.backend import open_session
 from lindep_onnx.verify.variants import SAMPLES, Variant, compare_variants

@@ -127,7 +127,7 @@ def test_axes_that_are_long_or_vary_are_skipped(rng: np.random.Generator) -> Non
     expected = np.linalg.norm(column) / (np.linalg.norm(column - column.mean()) + 1e-6 * largest)
     np.testing.assert_allclose(errors.result().relative_error, expected)
 
-    y = rng.normal(size=(2, verify.MOST_SLICES + 1))
+    y = rng.normal(size=(2, verify.MAX_SLICES + 1))
     other = y.copy()
     other[:, 0] = 0  # one of many positions
     assert compared(y, other).relative_error < 0.1
@@ -410,7 +410,7 @@ def test_a_model_too_large_for_one_string_goes_by_way_of_the_disk(
             np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
     assert verify.full_check_passes(model) is None
     with pytest.raises(ModelError):
-        open_session(storage.light(model), **CPU)  # without its weights
+        open_session(storage.without_weights(model), **CPU)  # without its weights
     del loaded
     assert model.SerializeToString() == before and not list(tmp_path.iterdir())
 

@@ -49,7 +49,7 @@ from lindep_onnx.model.shapes import resolve
 from lindep_onnx.planning import strategies as budget
 from lindep_onnx.structure.rules import supported
 from lindep_onnx.structure.trace import trace
-from lindep_onnx.structure.types import FROZEN, Channels
+from lindep_onnx.structure.types import FROZEN, Structure
 
 __all__ = ["Outcome", "coverage", "sweep"]
 
@@ -101,45 +101,45 @@ class Coverage:
     messages: tuple[tuple[str, str], ...] = ()
 
 
-def coverage(channels: Channels) -> Coverage:
+def coverage(structure: Structure) -> Coverage:
     """Count what may go.
 
     Args:
-        channels: the traced model.
+        structure: the traced model.
     """
-    produced = np.concatenate([np.empty(0, np.int64), *(producer.atoms for producer in channels.producers)])
-    matrices = {name: value for name, value in channels.resolved.constants.items() if _is_weight(channels, name)}
+    produced = np.concatenate([np.empty(0, np.int64), *(producer.atoms for producer in structure.producers)])
+    matrices = {name: value for name, value in structure.shape_info.constants.items() if _is_weight(structure, name)}
     total = sum(value.size for value in matrices.values())
-    touched = sum(value.size * _touched(channels, name) for name, value in matrices.items())
+    touched = sum(value.size * _touched(structure, name) for name, value in matrices.items())
     refused: Counter[str] = Counter()
-    for refusal in channels.refusals:
+    for refusal in structure.refusals:
         refused[refusal.reason.code] += refusal.channels
     return Coverage(
         channels=len(produced),
-        eligible=int((channels.unit[produced] != FROZEN).sum()),
+        eligible=int((structure.unit[produced] != FROZEN).sum()),
         parameters=touched / total if total else 0.0,
         refused=tuple(refused.most_common()),
-        messages=tuple(sorted({(refusal.reason.code, refusal.reason.message) for refusal in channels.refusals})),
+        messages=tuple(sorted({(refusal.reason.code, refusal.reason.message) for refusal in structure.refusals})),
     )
 
 
-def _is_weight(channels: Channels, name: str) -> bool:
-    value = channels.resolved.constants[name]
+def _is_weight(structure: Structure, name: str) -> bool:
+    value = structure.shape_info.constants[name]
     if value.dtype.kind not in "fV" or sum(size > 1 for size in value.shape) < 2:
         return False
-    return any(name in node.inputs for node in channels.model.consumers.get(name, ())) and not any(
-        output in channels.resolved.constants
-        for node in channels.model.consumers.get(name, ())
+    return any(name in node.inputs for node in structure.model.consumers.get(name, ())) and not any(
+        output in structure.shape_info.constants
+        for node in structure.model.consumers.get(name, ())
         for output in node.outputs
     )
 
 
-def _touched(channels: Channels, name: str) -> float:
+def _touched(structure: Structure, name: str) -> float:
     """Share of the elements that lie on an eligible row or column."""
-    for axes in channels.reads.get(name, {}).values():
+    for axes in structure.reads.get(name, {}).values():
         left = 1.0
         for atoms in axes.values():
-            left *= float((channels.unit[atoms] == FROZEN).mean())
+            left *= float((structure.unit[atoms] == FROZEN).mean())
         return 1.0 - left
     return 0.0
 

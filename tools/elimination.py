@@ -16,12 +16,10 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from lindep_onnx.linalg.elimination import SiteProblem, eliminate
-
-__all__ = ["site"]
+from lindep_onnx.linalg.elimination import ConsumerProblem, eliminate
 
 
-def site(features: int, outputs: int, seed: int = 0) -> SiteProblem:
+def site(features: int, outputs: int, seed: int = 0) -> ConsumerProblem:
     """Correlated features, each of its own size, as a calibrated ReLU layer has them."""
     rng = np.random.default_rng(seed)
     rows = rng.normal(size=(3 * features, features // 2)) @ rng.normal(size=(features // 2, features))
@@ -29,7 +27,7 @@ def site(features: int, outputs: int, seed: int = 0) -> SiteProblem:
     weight = rng.normal(size=(features, outputs))
     outer = weight @ weight.T
     gram = rows.T @ rows / len(rows)
-    return SiteProblem(gram, None, outer, np.arange(features), float(np.vdot(gram, outer)), True)
+    return ConsumerProblem(gram, None, outer, np.arange(features), float(np.vdot(gram, outer)), True)
 
 
 def _timed(call: Callable[[], Any]) -> tuple[float, float, Any]:

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _row(given: argparse.Namespace, workers: int) -> str:
-    understood = understanding.understand(given.model, Config())
+    understood = understanding.load_and_trace(given.model, Config())
     specs = tuple(understanding.inputs_of(understood))
     with open_samples(given.calib, specs, seed=0, holdout=0.3, max_samples=given.samples, batch_size=1) as samples:
         shards = cluster._shards(samples, SHARDS)

@@ -41,11 +41,12 @@ from onnx import helper, numpy_helper
 
 from lindep_onnx import cli
 from lindep_onnx.calibration.moments import MomentsAccumulator, load_moments, save_moments
-from lindep_onnx.data.samples import InputSpec, open_samples
+from lindep_onnx.data.inputs import InputSpec
+from lindep_onnx.data.samples import open_samples
 from lindep_onnx.errors import LindepError
-from lindep_onnx.moves.fold_weights import fold_sites
+from lindep_onnx.moves.fold_weights import fold_weights
 from lindep_onnx.options import Config
-from lindep_onnx.planning.plan_file import Plan, options_of, replay
+from lindep_onnx.planning.plan_file import Plan, options_of, resolve_plan
 from lindep_onnx.report.values import Report, Size
 from lindep_onnx.structure import traced as understanding
 from lindep_onnx.structure.rewrite import rewrite
@@ -420,7 +421,7 @@ class Corpus:
         self.tensor = (CORPUS / "input_0.pb").read_bytes()
         self.moments = (CORPUS / "moments.npz").read_bytes()
         self.report = (CORPUS / "report.json").read_text()
-        self.planned = understanding.understand(CORPUS / "mlp.onnx", Config()).channels
+        self.planned = understanding.load_and_trace(CORPUS / "mlp.onnx", Config()).channels
         self.plan = Plan(
             {"h": [1, 4]}, {"h": 6}, options={"params": 0.5, "include": ["*"], "image_size": [2, 3]}
         ).to_json()
@@ -435,21 +436,21 @@ def loader(rng: random.Random, corpus: Corpus) -> None:
     path = corpus.folder / "case.onnx"
     data = rng.choice(corpus.models) if rng.random() < 0.5 else some_model(rng, corpus).SerializeToString()
     path.write_bytes(damaged(rng, data) if rng.random() < 0.7 else data)
-    understanding.understand(path, Config(proven_only=True))
+    understanding.load_and_trace(path, Config(proven_only=True))
 
 
 def tracer(rng: random.Random, corpus: Corpus) -> None:
     """A model in memory, up to the rewritten one."""
     exclude = ("*Gemm*",) if rng.random() < 0.1 else ()
     ranges = {"*": (-1.0, 1.0)} if rng.random() < 0.5 else {}
-    found = understanding.understand(
+    found = understanding.load_and_trace(
         some_model(rng, corpus), Config(proven_only=True, exclude=exclude, input_range=ranges)
     )
     if full_check_passes(found.channels.model.proto) is not None:
         return  # ONNX Runtime does not load it, so that nothing is ever rewritten
     plan = found.proof.plan
-    with understanding.following(found.channels.model.proto):
-        rewrite(found.channels, fold_sites(found.channels, plan.folds, found.proof.evidence, plan.removed), "fuzz")
+    with understanding.as_model_error(found.channels.model.proto):
+        rewrite(found.channels, fold_weights(found.channels, plan.folds, found.proof.statistics, plan.removed), "fuzz")
 
 
 def _npy(rng: random.Random) -> bytes:
@@ -543,7 +544,7 @@ def records(rng: random.Random, corpus: Corpus) -> None:
     if is_plan:
         plan = Plan.from_json(text)
         options_of(plan, {})
-        replay(plan, corpus.planned, {})
+        resolve_plan(plan, corpus.planned, {})
     else:
         Report.from_json(text)
 
@@ -619,7 +620,7 @@ def options(rng: random.Random, corpus: Corpus) -> None:
     if (
         code not in (0, 1, 2, 3)
         or "unexpected" in errors.getvalue()
-        or len(lines) > cli.MOST_LINES
+        or len(lines) > cli.MAX_LINES
         or (code and not lines)
     ):
         raise AssertionError(f"{given} gives {code} and says {errors.getvalue()!r}")
@@ -648,7 +649,7 @@ def execute(target: str, seed: int, number: int, corpus: Corpus) -> str | None:
     try:
         TARGETS[target](rng, corpus)
     except LindepError as error:
-        if not str(error).strip() or len(str(error).splitlines()) > cli.MOST_LINES:
+        if not str(error).strip() or len(str(error).splitlines()) > cli.MAX_LINES:
             return f"message of {len(str(error).splitlines())} lines: {error}"
     except HangError:
         return f"hang over {SECONDS:g} s\n{traceback.format_exc(limit=-6)}"

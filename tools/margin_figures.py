@@ -34,12 +34,13 @@ from numpy.typing import NDArray
 
 from lindep_onnx.calibration import inactive as silence
 from lindep_onnx.calibration.measure import features
-from lindep_onnx.data.samples import InputSpec, Part, Samples, open_samples
+from lindep_onnx.data.inputs import InputSpec
+from lindep_onnx.data.samples import Part, Samples, open_samples
 from lindep_onnx.model import ir as graph
 from lindep_onnx.model.shapes import resolve
 from lindep_onnx.runtime.rows import RowSampler
 from lindep_onnx.structure.trace import trace
-from lindep_onnx.structure.types import Channels
+from lindep_onnx.structure.types import Structure
 
 __all__ = ["Drawn", "Observed", "draw", "observe"]
 
@@ -53,7 +54,7 @@ MODELS = (
 SIZES = (32, 54, 108, 216, 432, 850)
 CERTAINTIES = (0.0, 16.0, 24.0, 32.0, 48.0)
 WHAT = ("trusted", "woke", "touched")
-RATE, FRAME, TONES, LEAST_UNSEEN = 16_000, 1024, 2000, 100
+RATE, FRAME, TONES, MIN_UNSEEN = 16_000, 1024, 2000, 100
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,10 @@ class Observed:
     """
 
     units: int
-    watched: tuple[silence.Flat, ...]
-    samples: tuple[silence.Range, ...]
+    watched: tuple[silence.WatchedTensor, ...]
+    samples: tuple[silence.RangeStats, ...]
 
-    def over(self, chosen: Sequence[int]) -> tuple[silence.Range, ...]:
+    def over(self, chosen: Sequence[int]) -> tuple[silence.RangeStats, ...]:
         """What was seen in some of the samples."""
         return tuple(_reduced(seen, np.asarray(chosen)) for seen in self.samples)
 
@@ -79,7 +80,7 @@ class Observed:
 class Drawn:
     """What came of one draw; see the module for the meaning of the fields."""
 
-    silent: int
+    inactive: int
     trusted: int
     woke: int
     touched: float
@@ -94,7 +95,7 @@ def observe(model: Path, images: Floats) -> Observed:
     """
     loaded = graph.load(model)
     channels = trace(loaded, resolve(loaded))
-    everything = [np.ones(len(features(site.columns).atoms), dtype=bool) for site in channels.sites]
+    everything = [np.ones(len(features(consumer.columns).atoms), dtype=bool) for consumer in channels.consumers]
     watched = silence.flats(channels, everything)
     watched = tuple(flat for flat in watched if flat.parts)
     name = loaded.proto.graph.input[0].name
@@ -105,44 +106,46 @@ def observe(model: Path, images: Floats) -> Observed:
     return Observed(channels.units, watched, tuple(_stacked([sample[place] for sample in found]) for place in places))
 
 
-def _each(channels: Channels, watched: Sequence[silence.Flat], samples: Samples) -> Iterator[tuple[silence.Range, ...]]:
+def _each(
+    structure: Structure, watched: Sequence[silence.WatchedTensor], samples: Samples
+) -> Iterator[tuple[silence.RangeStats, ...]]:
     """What is seen in each sample alone."""
-    whole = silence.Watch(channels, watched)
+    whole = silence.RangeProbe(structure, watched)
     sampler = RowSampler(
-        channels.model, channels.resolved, {}, probe=whole, providers=("CPUExecutionProvider",), threads=0
+        structure.model, structure.shape_info, {}, probe=whole, providers=("CPUExecutionProvider",), threads=0
     )
     for batch in samples.batches(Part.FIT, Part.SELECT):
-        alone = silence.Watch(channels, watched)
+        alone = silence.RangeProbe(structure, watched)
         alone.update(sampler.run(batch, np.random.default_rng(0))[1], batch)
         ranges = alone.ranges()
         yield tuple(ranges[silence.key(flat)][1] for flat in watched)
 
 
-def _stacked(samples: Sequence[silence.Range]) -> silence.Range:
+def _stacked(samples: Sequence[silence.RangeStats]) -> silence.RangeStats:
     def stack(what: str, of: Sequence[object]) -> NDArray[Any]:
         return np.stack([getattr(one, what) for one in of])
 
     quiet = []
     for part in zip(*(seen.quiet for seen in samples), strict=True):
         arrays = {what: stack(what, part) for what in ("count", "sum", "square", "least", "most")}
-        quiet.append(silence.Quiet(**arrays, end=part[0].end))
+        quiet.append(silence.MarginStats(**arrays, end=part[0].end))
     arrays = {what: stack(what, samples) for what in ("low", "high", "sum", "square")}
-    return silence.Range(**arrays, rows=samples[0].rows, samples=1, quiet=tuple(quiet))
+    return silence.RangeStats(**arrays, rows=samples[0].rows, samples=1, quiet=tuple(quiet))
 
 
-def _reduced(seen: silence.Range, chosen: NDArray[np.int64]) -> silence.Range:
+def _reduced(seen: silence.RangeStats, chosen: NDArray[np.int64]) -> silence.RangeStats:
     quiet = [
-        silence.Quiet(
+        silence.MarginStats(
             part.count[chosen].sum(axis=0),
             part.sum[chosen].sum(axis=0),
             part.square[chosen].sum(axis=0),
-            part.least[chosen].min(axis=0),
+            part.minimums[chosen].min(axis=0),
             part.most[chosen].max(axis=0),
             part.end,
         )
         for part in seen.quiet
     ]
-    return silence.Range(
+    return silence.RangeStats(
         low=seen.low[chosen].min(axis=0),
         high=seen.high[chosen].max(axis=0),
         sum=seen.sum[chosen].sum(axis=0),
@@ -165,23 +168,23 @@ def draw(model: Observed, chosen: Sequence[int], others: Sequence[int], certaint
     known = model.over(chosen)
     found = []
     for certainty in certainties:
-        doubtful = silence.unexplained(model.units, model.watched, known, len(chosen), certainty)
-        silent = trusted = woke = 0
+        uncertain = silence.unexplained(model.units, model.watched, known, len(chosen), certainty)
+        inactive = trusted = woke = 0
         touched = np.zeros(len(others), dtype=bool)
         for flat, seen, all_seen in zip(model.watched, known, model.samples, strict=True):
             for now, ever in zip(seen.quiet, all_seen.quiet, strict=True):
-                quiet = now.count[flat.silent] == len(chosen)
-                goes = quiet & ~doubtful[flat.units]
-                awake = ever.count[np.ix_(others, flat.silent[goes])] == 0
-                silent, trusted, woke = silent + quiet.sum(), trusted + goes.sum(), woke + awake.any(axis=0).sum()
+                quiet = now.count[flat.inactive] == len(chosen)
+                goes = quiet & ~uncertain[flat.units]
+                awake = ever.count[np.ix_(others, flat.inactive[goes])] == 0
+                inactive, trusted, woke = inactive + quiet.sum(), trusted + goes.sum(), woke + awake.any(axis=0).sum()
                 touched |= awake.any(axis=1)
-        found.append(Drawn(int(silent), int(trusted), int(woke), float(touched.mean())))
+        found.append(Drawn(int(inactive), int(trusted), int(woke), float(touched.mean())))
     return found
 
 
 def _rows(model: Observed, count: int, draws: int) -> Iterator[str]:
     rng = np.random.default_rng(0)
-    for size in (size for size in SIZES if size + LEAST_UNSEEN <= count):
+    for size in (size for size in SIZES if size + MIN_UNSEEN <= count):
         orders = [rng.permutation(count).tolist() for _ in range(draws)]
         tried = [draw(model, order[:size], order[size:], CERTAINTIES) for order in orders]
         cells = [f"{size}", f"{np.mean([found[0].silent for found in tried]):.1f}"]

@@ -40,7 +40,7 @@ from lindep_onnx.model.ir import load
 from lindep_onnx.model.shapes import resolve
 from lindep_onnx.runtime.backend import open_session
 from lindep_onnx.structure.trace import trace
-from lindep_onnx.structure.types import Channels
+from lindep_onnx.structure.types import Structure
 from lindep_onnx.verify.compare import OutputComparison, OutputErrors
 
 __all__ = ["Figures", "figures"]
@@ -152,14 +152,14 @@ def _compress(source: Path, calib: Path, result: Path) -> tuple[float, int]:
     return seconds, int(status[status.index("VmHWM:") + 1]) // 1000
 
 
-def _traced(path: Path) -> Channels:
+def _traced(path: Path) -> Structure:
     model = load(path)
     return trace(model, resolve(model))
 
 
-def _widths(channels: Channels) -> dict[str, int]:
+def _widths(structure: Structure) -> dict[str, int]:
     """Output channels of every Conv and Gemm."""
-    return {channels.model.nodes[producer.node].name: len(producer.atoms) for producer in channels.producers}
+    return {structure.model.nodes[producer.node].name: len(producer.atoms) for producer in structure.producers}
 
 
 def _compare(left: onnx.ModelProto, right: onnx.ModelProto, images: NDArray[np.float32]) -> OutputComparison:

@@ -43,7 +43,7 @@ from torch.nn import functional
 
 from lindep_onnx.api import compress
 from lindep_onnx.model.ir import load
-from lindep_onnx.model.precision import widened
+from lindep_onnx.model.precision import to_float32
 from lindep_onnx.planning import strategies as budget
 from lindep_onnx.runtime.backend import open_session
 
@@ -433,7 +433,7 @@ def figures(name: str, dependent: bool = True) -> Figures:
     fresh = data(net, 32, 2)
     outputs = []
     for model in (net.model, result.model):
-        session = open_session(widened(load(model)).proto, providers=["CPUExecutionProvider"], threads=0)
+        session = open_session(to_float32(load(model)).proto, providers=["CPUExecutionProvider"], threads=0)
         outputs.append(session.run(None, fresh)[0])
     error = float(np.abs(outputs[0] - outputs[1]).max() / np.abs(outputs[0]).max())
     return Figures(name, net.planted, removed, error)

@@ -31,7 +31,7 @@ from lindep_onnx.verify.compare import measure_latency
 QUANTISATION_SAMPLES = 256
 
 
-class Reader(CalibrationDataReader):  # type: ignore[misc]
+class ConsumerNode(CalibrationDataReader):  # type: ignore[misc]
     """The images, in batches, as ONNX Runtime's calibration asks for them."""
 
     def __init__(self, name: str, images: NDArray[np.float32], batch: int) -> None:
@@ -60,7 +60,7 @@ def quantise(source: Path, target: Path, name: str, images: NDArray[np.float32])
         quantize_static(
             str(ready),
             str(target),
-            Reader(name, images[:QUANTISATION_SAMPLES], fixed or 32),
+            ConsumerNode(name, images[:QUANTISATION_SAMPLES], fixed or 32),
             quant_format=QuantFormat.QDQ,
             per_channel=True,
             activation_type=QuantType.QInt8,

@@ -32,13 +32,15 @@ import onnx
 from tasks import TASKS, Task, open_task, outputs, score
 
 from lindep_onnx.api import compress
-from lindep_onnx.data.samples import InputSpec, Part, Samples, load_function, open_samples
+from lindep_onnx.data.inputs import InputSpec
+from lindep_onnx.data.samples import Part, Samples, open_samples
+from lindep_onnx.data.sources import load_function
 from lindep_onnx.distill.augment import Augment, mix
-from lindep_onnx.distill.train import recover
+from lindep_onnx.distill.train import distill
 from lindep_onnx.model import ir as graph
 from lindep_onnx.model.cost import cost
-from lindep_onnx.model.edit import Edits, edit
-from lindep_onnx.options import Effort
+from lindep_onnx.model.edit import GraphEdits, apply_edits
+from lindep_onnx.options import TrainingBudget
 
 __all__ = ["main", "row"]
 
@@ -101,17 +103,17 @@ def row(
     if rounds == 1:
         student = graph.load(refitted)
         with _samples(task, original, holdout, batch) as samples:
-            found = recover(
+            found = distill(
                 original,
                 student,
                 samples,
-                Effort(steps=steps),
+                TrainingBudget(steps=steps),
                 augment=mix if augment == "mix" else augment,
                 seed=0,
                 progress=lambda *_: None,
                 **RUNTIME,
             )
-        recovered = edit(student, Edits(constants=found.weights), "").proto
+        recovered = apply_edits(student, GraphEdits(constants=found.weights), "").proto
         best = min(found.history, key=lambda entry: entry[2])
         losses = [f"{found.before:.4f}", f"{found.after:.4f}", f"{found.history[-1][1]:.4f}", f"{best[0]} of {steps}"]
     else:
@@ -131,7 +133,7 @@ def row(
             )
         varied = mix if augment == "mix" else augment
         weights = distil(original, student, fit, held_out, steps=steps * rounds, augment=varied)
-        models["PyTorch"] = edit(student, Edits(constants=weights), "").proto
+        models["PyTorch"] = apply_edits(student, GraphEdits(constants=weights), "").proto
         seconds.append((time.perf_counter() - start) / len(RATES))
     reached = []
     for label, model in models.items():

@@ -58,7 +58,7 @@ def _run(name: str, path: Path, samples: NDArray[np.float32], target: Path) -> N
 
     feeds = _batches(model, samples)
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
+    class ConsumerNode(CalibrationDataReader):  # type: ignore[misc]
         """The samples, one run after the other."""
 
         def get_next(self) -> Mapping[str, Any] | None:
@@ -66,7 +66,7 @@ def _run(name: str, path: Path, samples: NDArray[np.float32], target: Path) -> N
             return next(feeds, None)
 
     method = CalibrationMethod.Entropy if name.endswith("entropy") else CalibrationMethod.MinMax
-    quantize_static(str(path), str(target), Reader(), per_channel=True, calibrate_method=method)
+    quantize_static(str(path), str(target), ConsumerNode(), per_channel=True, calibrate_method=method)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -35,17 +35,18 @@ import scipy.linalg
 from numpy.typing import NDArray
 
 from lindep_onnx.calibration import statistics as analysis
-from lindep_onnx.calibration.measure import Sums, calibrate
-from lindep_onnx.data.samples import InputSpec, Samples, open_samples
+from lindep_onnx.calibration.measure import StatisticsAccumulator, calibrate
+from lindep_onnx.data.inputs import InputSpec
+from lindep_onnx.data.samples import Samples, open_samples
 from lindep_onnx.model import ir as graph
 from lindep_onnx.model.cost import cost
 from lindep_onnx.model.shapes import resolve
 from lindep_onnx.moves.channels import Fold
-from lindep_onnx.moves.fold_weights import fold_sites
+from lindep_onnx.moves.fold_weights import fold_weights
 from lindep_onnx.planning.search import first_small_enough
-from lindep_onnx.structure.rewrite import Reconstruction, rewrite
+from lindep_onnx.structure.rewrite import Removal, rewrite
 from lindep_onnx.structure.trace import trace
-from lindep_onnx.structure.types import FROZEN, Channels, Group
+from lindep_onnx.structure.types import FROZEN, Group, Structure
 
 __all__ = ["RIVALS", "UnreachedError", "interpolative", "magnitude", "onnxsim", "parameters"]
 
@@ -87,7 +88,7 @@ def magnitude(
     if everywhere:
         order = order[np.argsort(norms[order], kind="stable")]
     removed = _cut(channels, order, target)
-    return rewrite(channels, Reconstruction(removed), "").proto
+    return rewrite(channels, Removal(removed), "").proto
 
 
 def interpolative(model: onnx.ModelProto, calib: Path, target: int, *, streams: bool = False) -> onnx.ModelProto:
@@ -101,24 +102,24 @@ def interpolative(model: onnx.ModelProto, calib: Path, target: int, *, streams: 
     """
     traced = _traced(model)
     # Without a constant term, as published.
-    sites = tuple(dataclasses.replace(site, affine=False) for site in traced.sites)
-    channels = dataclasses.replace(traced, sites=sites)
+    consumers = tuple(dataclasses.replace(consumer, affine=False) for consumer in traced.consumers)
+    channels = dataclasses.replace(traced, consumers=consumers)
     with _open(channels, calib) as samples:
-        sums = Sums(channels)
+        sums = StatisticsAccumulator(channels)
         calibrate(
             channels, samples, sums, providers=("CPUExecutionProvider",), threads=0, seed=0, progress=lambda *_: None
         )
-    evidence = analysis.evidence(channels, sums.result())
-    roots = [_root(site.gram) for site in evidence.sites]
-    order = _evenly([_pivots(group, evidence, roots)[::-1] for group in _groups(channels, streams)])
+    statistics = analysis.statistics(channels, sums.result())
+    roots = [_root(consumer.gram) for consumer in statistics.consumers]
+    order = _evenly([_pivots(group, statistics, roots)[::-1] for group in _groups(channels, streams)])
     removed = _cut(channels, order, target)
     folds = {}
-    for index, (site, root) in enumerate(zip(evidence.sites, roots, strict=True)):
-        kept = ~np.append(removed, False)[site.unit]
+    for index, (consumer, root) in enumerate(zip(statistics.consumers, roots, strict=True)):
+        kept = ~np.append(removed, False)[consumer.unit]
         if not kept.all():
             matrix = np.linalg.lstsq(root[:, kept], root[:, ~kept], rcond=1e-10)[0]
             folds[index] = Fold(kept, np.asarray(matrix, dtype=np.float64))
-    return rewrite(channels, fold_sites(channels, folds, evidence.sites, removed), "").proto
+    return rewrite(channels, fold_weights(channels, folds, statistics.consumers, removed), "").proto
 
 
 def onnxsim(
@@ -179,42 +180,42 @@ RIVALS: dict[str, Rival] = {
 # ---- which channels go -----------------------------------------------------------------------------------------
 
 
-def _traced(model: onnx.ModelProto) -> Channels:
+def _traced(model: onnx.ModelProto) -> Structure:
     loaded = graph.load(model)
     return trace(loaded, resolve(loaded))
 
 
-def _groups(channels: Channels, streams: bool) -> list[Group]:
+def _groups(structure: Structure, streams: bool) -> list[Group]:
     """All groups, or those whose channels are each made by one layer; a depthwise convolution makes none anew."""
-    depthwise = {product.reader.node for product in channels.products if product.group > 1}
-    makers = np.zeros(channels.units + 1, dtype=np.int64)  # the last entry takes what stays
-    for producer in channels.producers:
+    depthwise = {product.reader.node for product in structure.products if product.group > 1}
+    makers = np.zeros(structure.units + 1, dtype=np.int64)  # the last entry takes what stays
+    for producer in structure.producers:
         if producer.node not in depthwise:
-            makers[np.unique(channels.unit[producer.atoms])] += 1
-    return [group for group in channels.groups if streams or makers[group.units].max() < 2]
+            makers[np.unique(structure.unit[producer.atoms])] += 1
+    return [group for group in structure.groups if streams or makers[group.units].max() < 2]
 
 
-def _norms(channels: Channels) -> Matrix:
+def _norms(structure: Structure) -> Matrix:
     """(units,) L2 norm of all weights that make or read a unit; a shared weight counts once."""
-    squares = np.zeros(channels.units + 1)  # the last entry takes what stays
+    squares = np.zeros(structure.units + 1)  # the last entry takes what stays
     counted = set()
-    for product in channels.products:
-        axes = channels.reads.get(product.weight, {}).get((product.reader.node, product.position))
+    for product in structure.products:
+        axes = structure.reads.get(product.weight, {}).get((product.reader.node, product.position))
         if axes is None or product.weight in counted:
             continue
         counted.add(product.weight)
-        weight = np.square(channels.resolved.constants[product.weight].astype(np.float64))
+        weight = np.square(structure.shape_info.constants[product.weight].astype(np.float64))
         for axis, atoms in axes.items():
             others = tuple(other for other in range(weight.ndim) if other != axis)
-            np.add.at(squares, channels.unit[atoms], weight.sum(axis=others))
+            np.add.at(squares, structure.unit[atoms], weight.sum(axis=others))
     return np.sqrt(squares[:-1])
 
 
-def _pivots(group: Group, evidence: analysis.Evidence, roots: list[Matrix]) -> NDArray[np.int64]:
+def _pivots(group: Group, statistics: analysis.Statistics, roots: list[Matrix]) -> NDArray[np.int64]:
     """Units of a group in the order of the pivots; several sites are stacked, all of the same norm."""
     blocks = []
-    for index in group.sites:
-        unit, root = evidence.sites[index].unit, roots[index]
+    for index in group.consumers:
+        unit, root = statistics.consumers[index].unit, roots[index]
         live = unit != FROZEN
         scale = max(float(np.linalg.norm(root[:, live])), 1e-300)
         turns = _occurrence(unit)
@@ -249,11 +250,11 @@ def _evenly(orders: list[NDArray[np.int64]]) -> NDArray[np.int64]:
     return np.concatenate(orders)[np.argsort(shares, kind="stable")]
 
 
-def _cut(channels: Channels, order: NDArray[np.int64], target: int) -> NDArray[np.bool_]:
+def _cut(structure: Structure, order: NDArray[np.int64], target: int) -> NDArray[np.bool_]:
     """(units,) bool, as many of the first ones as may go; no axis loses all of its channels."""
-    spare = [len(members) - bound for members, bound in channels.least]
+    spare = [len(members) - bound for members, bound in structure.minimums]
     bounds: dict[int, list[int]] = {}
-    for number, (members, _) in enumerate(channels.least):
+    for number, (members, _) in enumerate(structure.minimums):
         for unit in members.tolist():
             bounds.setdefault(unit, []).append(number)
     going = []
@@ -264,12 +265,12 @@ def _cut(channels: Channels, order: NDArray[np.int64], target: int) -> NDArray[n
                 spare[number] -= 1
 
     def removed(count: int) -> NDArray[np.bool_]:
-        mask = np.zeros(channels.units, dtype=bool)
+        mask = np.zeros(structure.units, dtype=bool)
         mask[going[:count]] = True
         return mask
 
     def left(count: int) -> int:
-        return cost(rewrite(channels, Reconstruction(removed(count)), ""), {}).parameters
+        return cost(rewrite(structure, Removal(removed(count)), ""), {}).parameters
 
     count = first_small_enough(len(going), lambda count: left(count) <= target)
     if count is None:
@@ -305,9 +306,11 @@ def _largest_ratio(prune: Callable[[float], onnx.ModelProto], target: int, befor
 # ---- data ------------------------------------------------------------------------------------------------------
 
 
-def _open(channels: Channels, calib: Path) -> Samples:
+def _open(structure: Structure, calib: Path) -> Samples:
     """All of the images to fit by, but the two that a split cannot do without."""
-    specs = [InputSpec(name, np.dtype(np.float32), channels.resolved.shapes[name]) for name in channels.model.inputs]
+    specs = [
+        InputSpec(name, np.dtype(np.float32), structure.shape_info.shapes[name]) for name in structure.model.inputs
+    ]
     return open_samples(str(calib), specs, seed=0, holdout=1e-9, max_samples=None, batch_size=BATCH)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from lindep_onnx.distill.augment import Augment
 from lindep_onnx.distill.train import trainable
 from lindep_onnx.model.ir import Model, Node
-from lindep_onnx.model.shapes import Resolved, resolve
+from lindep_onnx.model.shapes import ShapeInfo, resolve
 
 __all__ = ["distil", "evaluate"]
 
@@ -26,7 +26,7 @@ Array: TypeAlias = NDArray[Any]
 
 RATES, BATCH = (3e-4, 1e-4), 32
 #: Shapes of a model for the sizes it was run with; the model is held so that its id stays its own.
-_RESOLVED: dict[Any, tuple[Model, Resolved]] = {}
+_RESOLVED: dict[Any, tuple[Model, ShapeInfo]] = {}
 
 
 def evaluate(model: Model, feeds: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[Tensor]:
@@ -44,13 +44,13 @@ def evaluate(model: Model, feeds: Mapping[str, Tensor], weights: Mapping[str, Te
     key = id(model), *shapes.items()
     if key not in _RESOLVED:
         _RESOLVED[key] = model, resolve(model, shapes)
-    resolved = _RESOLVED[key][1]
+    shape_info = _RESOLVED[key][1]
     values: dict[str, Tensor] = {**feeds, **weights}
     for node in model.nodes:
-        if any(name in resolved.constants for name in node.outputs):
+        if any(name in shape_info.constants for name in node.outputs):
             continue
-        inputs = [_input(name, values, resolved) for name in node.inputs]
-        values[node.outputs[0]] = _output(node, inputs, resolved)
+        inputs = [_input(name, values, shape_info) for name in node.inputs]
+        values[node.outputs[0]] = _output(node, inputs, shape_info)
     return [values[name] for name in model.outputs]
 
 
@@ -122,13 +122,13 @@ def _outputs(model: Model, name: str, images: NDArray[np.float32], weights: Mapp
         return torch.cat([evaluate(model, {name: torch.from_numpy(part)}, weights)[0] for part in parts])
 
 
-def _input(name: str, values: Mapping[str, Tensor], resolved: Resolved) -> Any:
+def _input(name: str, values: Mapping[str, Tensor], shape_info: ShapeInfo) -> Any:
     if not name or name in values:
         return values.get(name)
-    return torch.from_numpy(np.array(resolved.constants[name]))
+    return torch.from_numpy(np.array(shape_info.constants[name]))
 
 
-def _output(node: Node, inputs: list[Any], resolved: Resolved) -> Tensor:
+def _output(node: Node, inputs: list[Any], shape_info: ShapeInfo) -> Tensor:
     x, a = inputs[0], node.attributes
     if node.op == "Conv":
         pads = list(a.get("pads", [0] * 4))
@@ -153,7 +153,7 @@ def _output(node: Node, inputs: list[Any], resolved: Resolved) -> Tensor:
         pads, rank = inputs[1].tolist(), x.ndim
         return functional.pad(x, [pads[side * rank + axis] for axis in reversed(range(rank)) for side in (0, 1)])
     if node.op in ("Flatten", "Reshape"):
-        return x.reshape([int(size) for size in resolved.shapes[node.outputs[0]]])
+        return x.reshape([int(size) for size in shape_info.shapes[node.outputs[0]]])
     plain = {
         "Relu": lambda: torch.relu(x),
         "Clip": lambda: torch.clamp(x, *(None if bound is None else float(bound) for bound in inputs[1:])),

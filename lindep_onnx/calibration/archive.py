@@ -17,33 +17,31 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from lindep_onnx.calibration.measure import Calibration, Tap, taps
+from lindep_onnx.calibration.measure import Calibration, MeasuringPoint, measuring_points
 from lindep_onnx.calibration.moments import Moments, load_moments_and_beside, save_moments
 from lindep_onnx.data.samples import Part, Samples
 from lindep_onnx.errors import CalibrationError
 from lindep_onnx.model.weights import fingerprint
 from lindep_onnx.options import Config
 from lindep_onnx.planning.path import Curve, Prices, Saving
-from lindep_onnx.structure.types import Channels
-
-__all__ = ["Key", "Learned", "key", "load", "save"]
+from lindep_onnx.structure.types import Structure
 
 #: Changes whenever older files must not be read any more.
 FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Learned:
+class SavedStatistics:
     """What data says about a model, as far as running it is what takes time.
 
     Attributes:
         calibration: moments of all site inputs; None where nobody will ask for them any more.
-        doubtful: (units,) bool, constant so far but without a margin.
+        uncertain: (units,) bool, constant so far but without a margin.
         prices: the curves that budgets were priced with so far.
     """
 
     calibration: Calibration | None
-    doubtful: NDArray[np.bool_]
+    uncertain: NDArray[np.bool_]
     prices: Prices
 
 
@@ -62,15 +60,15 @@ class Key:
     options: str
 
 
-def key(channels: Channels, samples: Samples, config: Config) -> Key:
+def key(structure: Structure, samples: Samples, config: Config) -> Key:
     """The fingerprints of one run."""
     options = [config.include, config.exclude, config.min_channels, config.seed, sorted(config.input_range.items())]
     text = json.dumps(options).encode()
     digest = hashlib.blake2b(text, digest_size=16).hexdigest()
-    return Key(fingerprint(channels.model.proto, channels.model.folder), samples.fingerprint, digest)
+    return Key(fingerprint(structure.model.proto, structure.model.folder), samples.fingerprint, digest)
 
 
-def save(path: Path, learned: Learned, made_with: Key) -> None:
+def save(path: Path, learned: SavedStatistics, made_with: Key) -> None:
     """Write a file that `load` reads.
 
     Raises:
@@ -83,7 +81,7 @@ def save(path: Path, learned: Learned, made_with: Key) -> None:
     beside: dict[str, NDArray[Any]] = {
         "format": np.array(FORMAT),
         "key": np.array([made_with.model, made_with.data, made_with.options]),
-        "doubtful": learned.doubtful,
+        "doubtful": learned.uncertain,
         "currencies": np.array(list(learned.prices), dtype=np.str_),
     }
     for currency, curves in learned.prices.items():
@@ -93,7 +91,7 @@ def save(path: Path, learned: Learned, made_with: Key) -> None:
     save_moments(path, named, beside)
 
 
-def load(path: Path, channels: Channels, samples: Samples, wanted: Key) -> Learned:
+def load(path: Path, structure: Structure, samples: Samples, wanted: Key) -> SavedStatistics:
     """Read what `save` wrote, for the same model, data and options.
 
     Raises:
@@ -109,7 +107,7 @@ def load(path: Path, channels: Channels, samples: Samples, wanted: Key) -> Learn
                 f"{path}: was made with {what}; make it anew with --save-moments, or drop --load-moments."
             )
     try:
-        return _checked(channels, samples, named, beside)
+        return _checked(structure, samples, named, beside)
     except (KeyError, ValueError, TypeError) as error:
         raise CalibrationError(f"{path}: its contents do not agree with each other; write it anew.") from error
 
@@ -122,28 +120,28 @@ _ABOUT = {
 
 
 def _checked(
-    channels: Channels, samples: Samples, named: Mapping[str, Moments], beside: Mapping[str, NDArray[Any]]
-) -> Learned:
+    structure: Structure, samples: Samples, named: Mapping[str, Moments], beside: Mapping[str, NDArray[Any]]
+) -> SavedStatistics:
     counts = (len(samples.parts[Part.FIT]), len(samples.parts[Part.SELECT]))
-    wanted = taps(channels)
-    parts: list[dict[Tap, Moments]] = []
+    wanted = measuring_points(structure)
+    parts: list[dict[MeasuringPoint, Moments]] = []
     for part in ("fit", "select") if counts[1] else ("fit",):
         parts.append({place: named[f"{part}|{place.key}"] for place in wanted})
         for place, moments in parts[-1].items():
             _require(moments.sum.shape == (len(wanted[place]),) and moments.rows >= 0 and moments.samples >= 0)
             _require(all(np.isfinite(values).all() for values in (moments.sum, moments.gram)))
             _require(not any(np.isnan(values).any() for values in (moments.low, moments.high)))
-    doubtful = beside["doubtful"]
-    _require(doubtful.shape == (channels.units,) and doubtful.dtype == np.bool_)
+    uncertain = beside["doubtful"]
+    _require(uncertain.shape == (structure.units,) and uncertain.dtype == np.bool_)
     known: tuple[Saving, ...] = get_args(Saving)
-    prices = {name: _curves(channels, beside, name) for name in known if name in beside["currencies"].tolist()}
+    prices = {name: _curves(structure, beside, name) for name in known if name in beside["currencies"].tolist()}
     calibration = Calibration(parts[0], parts[1] if counts[1] else None, counts)
-    return Learned(calibration, doubtful, prices)
+    return SavedStatistics(calibration, uncertain, prices)
 
 
-def _curves(channels: Channels, beside: Mapping[str, NDArray[Any]], currency: str) -> tuple[Curve, ...]:
+def _curves(structure: Structure, beside: Mapping[str, NDArray[Any]], currency: str) -> tuple[Curve, ...]:
     found = []
-    for place, group in enumerate(channels.groups):
+    for place, group in enumerate(structure.groups):
         values = {name: beside[f"{currency}.{place}.{name}"] for name in ("group", "units", "cost", "saving")}
         units, cost, saving = values["units"], values["cost"], values["saving"]
         _require(int(values["group"]) == place and units.dtype == np.int64 and units.ndim == 1)

@@ -17,35 +17,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lindep_onnx.calibration import inactive as silence
-from lindep_onnx.calibration.measure import Calibration, Sums, Tap, calibrate, features
-from lindep_onnx.calibration.statistics import Evidence, Extremes, constant_features, evidence
+from lindep_onnx.calibration.measure import Calibration, MeasuringPoint, StatisticsAccumulator, calibrate, features
+from lindep_onnx.calibration.statistics import Extremes, Statistics, constant_features, statistics
 from lindep_onnx.data.samples import Part, Samples
-from lindep_onnx.structure.types import Channels
-
-__all__ = ["Over", "Progress", "Ranges", "here", "learn", "some_of"]
+from lindep_onnx.structure.types import Structure
 
 Progress: TypeAlias = Callable[[str, int, int], None]
-Ranges: TypeAlias = "dict[silence.Key, tuple[silence.Flat, silence.Range]]"
+Ranges: TypeAlias = "dict[silence.Key, tuple[silence.WatchedTensor, silence.RangeStats]]"
 
 #: Samples that show what may be silent, and how much of the data is through when it is asked again what to watch: a
 #: little more than the share of samples in which a seldom channel may be awake.
 FIRST, SECOND = 32, 0.32
 
 
-def learn(
-    channels: Channels,
+def collect_statistics(
+    structure: Structure,
     samples: Samples,
     *,
     seed: int,
     progress: Progress,
     providers: Sequence[str],
     threads: int,
-    over: Over | None = None,
-) -> tuple[Calibration, Evidence, NDArray[np.bool_]]:
+    over: ShardRunner | None = None,
+) -> tuple[Calibration, Statistics, NDArray[np.bool_]]:
     """Run the FIT and SELECT samples, and say what they say.
 
     Args:
-        channels: the traced model.
+        structure: the traced model.
         samples: the data.
         seed: of the positions that are sampled.
         progress: called with (stage, samples done, samples in all).
@@ -65,51 +63,51 @@ def learn(
     first, second = (
         min(len(fit), -(-count // samples.batch) * samples.batch) for count in (FIRST, int(SECOND * total))
     )
-    stretches = [fit[:first], fit[first : max(first, second)], fit[max(first, second) :]]
+    phases = [fit[:first], fit[first : max(first, second)], fit[max(first, second) :]]
     done = 0
-    sums = Sums(channels)
+    sums = StatisticsAccumulator(structure)
     ranges: Ranges = {}
-    everything = [np.ones(len(features(site.columns).atoms), dtype=bool) for site in channels.sites]
-    watched = silence.flats(channels, everything)
-    for number, stretch in enumerate(stretches):
-        last = number == len(stretches) - 1
-        part = some_of(samples, {Part.FIT: stretch, Part.SELECT: select if last else select[:0]})
-        if not len(stretch) and not (last and len(select)) and number:
+    everything = [np.ones(len(features(consumer.columns).atoms), dtype=bool) for consumer in structure.consumers]
+    watched = silence.flats(structure, everything)
+    for number, phase in enumerate(phases):
+        last = number == len(phases) - 1
+        part = some_of(samples, {Part.FIT: phase, Part.SELECT: select if last else select[:0]})
+        if not len(phase) and not (last and len(select)) and number:
             continue
         options: dict[str, Any] = {
             "fitted": len(fit), "seed": seed, "progress": _from(progress, done, total),
             "providers": providers, "threads": threads,
         }  # fmt: skip
         if over is None or number == 0:
-            more = here(channels, part, watched, sums, **options)
+            more = collect_local(structure, part, watched, sums, **options)
         else:
-            found, more = over(channels, part, watched, **options)
+            found, more = over(structure, part, watched, **options)
             sums.absorb(found)
         done = sum(sums.samples.values())
         ranges = _merged(ranges, more) if ranges else more
         if done < total:
-            watched = silence.flats(channels, _constant(channels, sums.parts.values()))
-            watched = silence.narrowed(watched, ranges, total) if number else watched
+            watched = silence.flats(structure, _constant(structure, sums.parts.values()))
+            watched = silence.still_watched(watched, ranges, total) if number else watched
     seen = sums.result()
-    found_out = evidence(channels, seen)
-    final = silence.flats(channels, _constant(channels, (seen.fit, seen.select or {})))
+    found_out = statistics(structure, seen)
+    final = silence.flats(structure, _constant(structure, (seen.fit, seen.select or {})))
     pairs = [(flat, ranges[silence.key(flat)]) for flat in final if silence.key(flat) in ranges]
     measured = [seen_of.of(own, flat) for flat, (own, seen_of) in pairs]
-    doubtful = silence.unexplained(channels.units, [flat for flat, _ in pairs], measured, found_out.samples)
+    uncertain = silence.unexplained(structure.units, [flat for flat, _ in pairs], measured, found_out.samples)
     for flat in final:
         if silence.key(flat) not in ranges:  # nobody looked
-            doubtful[flat.units] = True
-    return seen, found_out, doubtful
+            uncertain[flat.units] = True
+    return seen, found_out, uncertain
 
 
-class Over(Protocol):
+class ShardRunner(Protocol):
     """Takes moments and ranges of some samples."""
 
     def __call__(
         self,
-        channels: Channels,
+        structure: Structure,
         samples: Samples,
-        watched: tuple[silence.Flat, ...],
+        watched: tuple[silence.WatchedTensor, ...],
         /,
         *,
         fitted: int,
@@ -118,13 +116,19 @@ class Over(Protocol):
         providers: Sequence[str],
         threads: int,
     ) -> tuple[Calibration, Ranges]:
-        """Run the FIT and SELECT parts; the arguments are those of `calibrate` and `silence.Watch`."""
+        """Run the FIT and SELECT parts; the arguments are those of `calibrate` and `silence.RangeProbe`."""
 
 
-def here(channels: Channels, samples: Samples, watched: tuple[silence.Flat, ...], sums: Sums, **options: Any) -> Ranges:
-    """Run the FIT and SELECT parts in this process, and add them up; see `Over` for the other arguments."""
-    watch = silence.Watch(channels, watched) if watched else None
-    calibrate(channels, samples, sums, probe=watch, **options)
+def collect_local(
+    structure: Structure,
+    samples: Samples,
+    watched: tuple[silence.WatchedTensor, ...],
+    sums: StatisticsAccumulator,
+    **options: Any,
+) -> Ranges:
+    """Run the FIT and SELECT parts in this process, and add them up; see `ShardRunner` for the other arguments."""
+    watch = silence.RangeProbe(structure, watched) if watched else None
+    calibrate(structure, samples, sums, probe=watch, **options)
     return watch.ranges() if watch is not None else {}
 
 
@@ -135,10 +139,10 @@ def some_of(samples: Samples, parts: Mapping[Part, NDArray[np.int64]]) -> Sample
     return some
 
 
-def _constant(channels: Channels, parts: Iterable[Mapping[Tap, Extremes]]) -> list[NDArray[np.bool_]]:
+def _constant(structure: Structure, parts: Iterable[Mapping[MeasuringPoint, Extremes]]) -> list[NDArray[np.bool_]]:
     """(F,) bool for every site."""
     known = tuple(parts)
-    return [constant_features(site, *known) for site in channels.sites]
+    return [constant_features(consumer, *known) for consumer in structure.consumers]
 
 
 def _merged(ranges: Ranges, more: Ranges) -> Ranges:

@@ -32,28 +32,13 @@ from lindep_onnx.data.samples import Batch
 from lindep_onnx.model.ir import Node
 from lindep_onnx.runtime.rows import reduction
 from lindep_onnx.structure.rules.saturation import Interval, flat_parts, may_flatten
-from lindep_onnx.structure.types import FROZEN, Channels
-
-__all__ = [
-    "CERTAINTY",
-    "Flat",
-    "Key",
-    "Quiet",
-    "Range",
-    "Watch",
-    "broken_margin",
-    "flats",
-    "key",
-    "margin",
-    "narrowed",
-    "unexplained",
-]
+from lindep_onnx.structure.types import FROZEN, Structure
 
 Floats: TypeAlias = NDArray[np.float64]
 Key: TypeAlias = tuple[str, int, int]
 
 #: Of fewer samples nothing is concluded: what never changed in n of them may change in a share of 3 / n of all others.
-LEAST_SAMPLES = 32
+MIN_SAMPLES = 32
 #: Margins, in standard deviations, times the root of the number of samples: the more was seen, the nearer to it lies
 #: what may still come. Chosen by tools/margin_figures.py, whose table is in docs/architecture.md: with less, more
 #: channels go, and more of them wake; with more, fewer go and as few wake.
@@ -72,14 +57,14 @@ SELDOM = 0.25
 
 
 @dataclass(frozen=True)
-class Flat:
+class WatchedTensor:
     """A tensor whose reader is constant on parts of its range; a weight, on none.
 
     Attributes:
         tensor: its name.
         axis: its channel axis.
         parts: intervals on which what the reader puts out does not change.
-        silent: (W,) places on that axis of channels that never changed behind it.
+        inactive: (W,) places on that axis of channels that never changed behind it.
         units: (W,) the unit of each.
         watched: (C,) bool, channels whose extremes are measured; None for all.
         reader: who reads it: the index of the node, or below 0 for a site.
@@ -88,14 +73,14 @@ class Flat:
     tensor: str
     axis: int
     parts: tuple[Interval, ...]
-    silent: NDArray[np.int64]
+    inactive: NDArray[np.int64]
     units: NDArray[np.int64]
     watched: NDArray[np.bool_] | None = None
     reader: int = 0
 
 
 @dataclass(frozen=True)
-class Quiet:
+class MarginStats:
     """Distances d from the end of one flat part, over the samples in which a channel lies wholly inside.
 
     Attributes:
@@ -112,9 +97,9 @@ class Quiet:
     most: Floats
     end: float
 
-    def merge(self, other: Quiet) -> Quiet:
+    def merge(self, other: MarginStats) -> MarginStats:
         """Over the samples of both."""
-        return Quiet(
+        return MarginStats(
             self.count + other.count,
             self.sum + other.sum,
             self.square + other.square,
@@ -140,7 +125,7 @@ class Quiet:
 
 
 @dataclass(frozen=True)
-class Range:
+class RangeStats:
     """Where the input of a node lies, over all positions of all samples.
 
     Attributes:
@@ -157,27 +142,27 @@ class Range:
     square: Floats
     rows: int
     samples: int
-    quiet: tuple[Quiet, ...]
+    quiet: tuple[MarginStats, ...]
 
     @property
     def deviation(self) -> Floats:
         """(W,) standard deviation of the silent channels."""
         return np.sqrt(np.maximum(self.square / self.rows - (self.sum / self.rows) ** 2, 0.0))
 
-    def of(self, own: Flat, other: Flat) -> Range:
+    def of(self, own: WatchedTensor, other: WatchedTensor) -> RangeStats:
         """The same for the silent channels of another flat of the same tensor, which are some of its own.
 
         Args:
             own: what was watched.
             other: what is asked for.
         """
-        order = np.argsort(own.silent)
-        at = order[np.searchsorted(own.silent, other.silent, sorter=order)]
+        order = np.argsort(own.inactive)
+        at = order[np.searchsorted(own.inactive, other.inactive, sorter=order)]
         return replace(self, sum=self.sum[at], square=self.square[at])
 
-    def merge(self, other: Range) -> Range:
+    def merge(self, other: RangeStats) -> RangeStats:
         """The range over the positions of both."""
-        return Range(
+        return RangeStats(
             low=np.minimum(self.low, other.low),
             high=np.maximum(self.high, other.high),
             sum=self.sum + other.sum,
@@ -188,57 +173,57 @@ class Range:
         )
 
 
-def flats(channels: Channels, constant: Sequence[NDArray[np.bool_]]) -> tuple[Flat, ...]:
+def flats(structure: Structure, constant: Sequence[NDArray[np.bool_]]) -> tuple[WatchedTensor, ...]:
     """What has to be looked at before silent channels may go; nothing if there are none.
 
     Args:
-        channels: the traced model.
+        structure: the traced model.
         constant: for each site (F,) bool, the features that never changed at the positions that were looked at.
     """
-    layouts = [features(site.columns) for site in channels.sites]
-    silent = np.zeros(channels.units + 1, dtype=bool)
+    layouts = [features(consumer.columns) for consumer in structure.consumers]
+    inactive = np.zeros(structure.units + 1, dtype=bool)
     for layout, own in zip(layouts, constant, strict=True):
-        silent[channels.unit[layout.atoms[own]]] = True
-    silent[FROZEN] = False
-    if not silent.any():
+        inactive[structure.unit[layout.atoms[own]]] = True
+    inactive[FROZEN] = False
+    if not inactive.any():
         return ()
     found = []
-    for node in channels.model.nodes:
+    for node in structure.model.nodes:
         if not may_flatten(node) or not node.inputs:
             continue
-        parts = flat_parts(node, channels.resolved.constants.get) or ()
-        for label in channels.labels.get(node.inputs[0], ()):
-            unit = channels.unit[label.along_cut()]
-            places = np.flatnonzero(silent[unit])
+        parts = flat_parts(node, structure.shape_info.constants.get) or ()
+        for label in structure.labels.get(node.inputs[0], ()):
+            unit = structure.unit[label.along_cut()]
+            places = np.flatnonzero(inactive[unit])
             # Without silent channels a node still shows how others wake, if it is known where it is flat.
             if label.cut != 0 and (len(places) or (parts and (unit != FROZEN).any())):
                 watched = None if parts else np.isin(np.arange(len(unit)), places)
-                found.append(Flat(node.inputs[0], label.cut, parts, places, unit[places], watched, node.index))
-    for number, (site, layout, own) in enumerate(zip(channels.sites, layouts, constant, strict=True)):
-        unit = channels.unit[layout.atoms]
+                found.append(WatchedTensor(node.inputs[0], label.cut, parts, places, unit[places], watched, node.index))
+    for number, (consumer, layout, own) in enumerate(zip(structure.consumers, layouts, constant, strict=True)):
+        unit = structure.unit[layout.atoms]
         chosen = own & (unit != FROZEN)
-        places = layout.index[chosen].ravel() + site.first_column
+        places = layout.index[chosen].ravel() + consumer.first_column
         units = np.repeat(unit[chosen], layout.index.shape[1])
         # A sample of the positions was constant; now all of them are asked.
-        for tensor, axis in sorted({(reader.tensor, reader.axis) for reader in site.readers if reader.axis != 0}):
-            width = channels.resolved.shapes[tensor][axis]
+        for tensor, axis in sorted({(reader.tensor, reader.axis) for reader in consumer.readers if reader.axis != 0}):
+            width = structure.shape_info.shapes[tensor][axis]
             watched = np.isin(np.arange(width), places) if isinstance(width, int) else None
             if len(places):
-                found.append(Flat(tensor, axis, (), places, units, watched, -1 - number))
+                found.append(WatchedTensor(tensor, axis, (), places, units, watched, -1 - number))
     return tuple(found)
 
 
-class Watch:
+class RangeProbe:
     """Measures the input range of nodes, channel by channel, inside the graph so that nothing large is fetched.
 
     Args:
-        channels: the traced model.
+        structure: the traced model.
         watched: what `flats` gave.
     """
 
-    def __init__(self, channels: Channels, watched: Sequence[Flat]) -> None:
-        self._channels, self._watched = channels, watched
-        self._ranges: list[Range | None] = [None] * len(watched)
+    def __init__(self, structure: Structure, watched: Sequence[WatchedTensor]) -> None:
+        self._structure, self._watched = structure, watched
+        self._ranges: list[RangeStats | None] = [None] * len(watched)
         self._fetched: list[dict[str, str]] = []
         self._waiting: list[list[NDArray[Any]]] = []
         self._waiting_samples = 0
@@ -248,8 +233,8 @@ class Watch:
         nodes: dict[str, list[onnx.NodeProto]] = {}
         for number, flat in enumerate(self._watched):
             prefix = f"lindep_onnx_{number}_"
-            behind, before, watched = _picked(proto, flat, prefix, self._channels)
-            added, names = _measuring(proto, flat, watched, prefix, self._channels)
+            behind, before, watched = _picked(proto, flat, prefix, self._structure)
+            added, names = _measuring(proto, flat, watched, prefix, self._structure)
             nodes.setdefault(behind, []).extend([*before, *added])
             self._fetched.append(names)
         return nodes, [name for names in self._fetched for name in names.values()]
@@ -271,12 +256,12 @@ class Watch:
             own = [dict(zip(names, values[first:], strict=False)) for values in self._waiting]
             first += len(names)
             with np.errstate(over="ignore", invalid="ignore"):  # what is no number is doubted
-                seen = _range(flat, own, _positions(self._channels, flat))
+                seen = _range(flat, own, _positions(self._structure, flat))
             known = self._ranges[number]
             self._ranges[number] = seen if known is None else known.merge(seen)
         self._waiting, self._waiting_samples = [], 0
 
-    def ranges(self) -> dict[Key, tuple[Flat, Range]]:
+    def ranges(self) -> dict[Key, tuple[WatchedTensor, RangeStats]]:
         """What was seen, by `key`."""
         self._add()
         pairs = zip(self._watched, self._ranges, strict=True)
@@ -284,12 +269,12 @@ class Watch:
 
 
 def _picked(
-    proto: onnx.ModelProto, flat: Flat, prefix: str, channels: Channels
+    proto: onnx.ModelProto, flat: WatchedTensor, prefix: str, structure: Structure
 ) -> tuple[str, list[onnx.NodeProto], str]:
     """The watched channels of a tensor: the tensor to stand behind, nodes, and the name of what they put out."""
     if flat.watched is None or flat.watched.all():
         return flat.tensor, [], flat.tensor
-    apart = _apart(proto, flat.tensor, np.flatnonzero(flat.watched), prefix, channels) if flat.axis == 1 else None
+    apart = _apart(proto, flat.tensor, np.flatnonzero(flat.watched), prefix, structure) if flat.axis == 1 else None
     if apart is not None:
         return apart
     places = onnx.numpy_helper.from_array(np.flatnonzero(flat.watched), prefix + "watched")
@@ -299,14 +284,14 @@ def _picked(
 
 
 def _apart(
-    proto: onnx.ModelProto, tensor: str, places: NDArray[np.int64], prefix: str, channels: Channels
+    proto: onnx.ModelProto, tensor: str, places: NDArray[np.int64], prefix: str, structure: Structure
 ) -> tuple[str, list[onnx.NodeProto], str] | None:
     """A few channels of a convolution, computed a second time; None where that is no option.
 
     Another reader of what a convolution puts out keeps ONNX Runtime from fusing the activation behind it, and makes it
     put the whole tensor into another order: on efficientnet_lite0 a run takes 12.4 ms instead of 6.8.
     """
-    node, constants = channels.model.producer.get(tensor), channels.resolved.constants
+    node, constants = structure.model.producer.get(tensor), structure.shape_info.constants
     if node is None or node.op != "Conv" or any(name and name not in constants for name in node.inputs[1:]):
         return None
     weight, group = constants[node.inputs[1]], int(node.attributes.get("group", 1))
@@ -315,7 +300,7 @@ def _apart(
         return None
     stored = {"weight": weight[places], **({"bias": constants[node.input(2)][places]} if node.input(2) else {})}
     nodes = []
-    padding = channels.model.producer.get(node.inputs[0])
+    padding = structure.model.producer.get(node.inputs[0])
     if padding is not None and padding.op != "Pad":
         padding = None
     behind = read = node.inputs[0] if padding is None else padding.inputs[0]
@@ -347,45 +332,45 @@ def _pads_channels(padding: Node, constants: Mapping[str, NDArray[Any]]) -> bool
     return bool(padding.input(3)) or pairs.shape[1] < 3 or bool(pairs[:, :2].any())
 
 
-def _positions(channels: Channels, flat: Flat) -> int | None:
+def _positions(structure: Structure, flat: WatchedTensor) -> int | None:
     """Positions of one entry of the leading axis; None where that differs from run to run."""
-    sizes = [size for axis, size in enumerate(channels.resolved.shapes[flat.tensor]) if axis not in (0, flat.axis)]
+    sizes = [size for axis, size in enumerate(structure.shape_info.shapes[flat.tensor]) if axis not in (0, flat.axis)]
     known = [size for size in sizes if isinstance(size, int)]
     return math.prod(known) if len(known) == len(sizes) else None
 
 
 def _measuring(
-    proto: onnx.ModelProto, flat: Flat, watched: str, prefix: str, channels: Channels
+    proto: onnx.ModelProto, flat: WatchedTensor, watched: str, prefix: str, structure: Structure
 ) -> tuple[list[onnx.NodeProto], dict[str, str]]:
     """Nodes, and names by what they give: the low and high of what is watched, sum and square of what is silent."""
     # The leading axis stays: it counts samples, filler among them.
-    rank, opset = len(channels.resolved.shapes[flat.tensor]), channels.model.opset
+    rank, opset = len(structure.shape_info.shapes[flat.tensor]), structure.model.opset
     others = [other for other in range(rank) if other not in (0, flat.axis)]
     nodes, names = [], {what: prefix + what for what in ("low", "high")}
-    silent, width = watched, channels.resolved.shapes[flat.tensor][flat.axis]
-    if len(flat.silent):
+    inactive, width = watched, structure.shape_info.shapes[flat.tensor][flat.axis]
+    if len(flat.inactive):
         names |= {what: prefix + what for what in ("sum", "square")}
         own = (
             np.arange(width if isinstance(width, int) else 0) if flat.watched is None else np.flatnonzero(flat.watched)
         )
-        if not np.array_equal(own, flat.silent):
-            silent, places = (
+        if not np.array_equal(own, flat.inactive):
+            inactive, places = (
                 prefix + "silent",
-                flat.silent if flat.watched is None else np.searchsorted(own, flat.silent),
+                flat.inactive if flat.watched is None else np.searchsorted(own, flat.inactive),
             )
             proto.graph.initializer.append(onnx.numpy_helper.from_array(places.astype(np.int64), prefix + "places"))
-            nodes.append(onnx.helper.make_node("Gather", [watched, prefix + "places"], [silent], axis=flat.axis))
-    sources = {"low": watched, "high": watched, "sum": silent, "square": silent}
+            nodes.append(onnx.helper.make_node("Gather", [watched, prefix + "places"], [inactive], axis=flat.axis))
+    sources = {"low": watched, "high": watched, "sum": inactive, "square": inactive}
     operators = {"low": "ReduceMin", "high": "ReduceMax", "sum": "ReduceSum", "square": "ReduceSumSquare"}
     for what, name in names.items():
         nodes.append(reduction(proto, operators[what], sources[what], name, others, opset))
-    if _positions(channels, flat) is None:
+    if _positions(structure, flat) is None:
         names["shape"] = prefix + "shape"
         nodes.append(onnx.helper.make_node("Shape", [watched], [names["shape"]]))
     return nodes, names
 
 
-def _range(flat: Flat, batches: Sequence[Mapping[str, NDArray[Any]]], positions: int | None) -> Range:
+def _range(flat: WatchedTensor, batches: Sequence[Mapping[str, NDArray[Any]]], positions: int | None) -> RangeStats:
     """The range over some batches; low and high are (samples, watched channels), sum and square (samples, W)."""
     low, high, *sums = (
         np.concatenate([batch[what] for batch in batches]).astype(np.float64)
@@ -407,7 +392,7 @@ def _range(flat: Flat, batches: Sequence[Mapping[str, NDArray[Any]]], positions:
         inside = (distance >= 0) & np.isfinite(distance) & (True if flat.watched is None else flat.watched)
         counted = np.where(inside, distance, 0.0)
         quiet.append(
-            Quiet(
+            MarginStats(
                 count=inside.sum(axis=0),
                 sum=counted.sum(axis=0),
                 square=np.square(counted).sum(axis=0),
@@ -416,7 +401,7 @@ def _range(flat: Flat, batches: Sequence[Mapping[str, NDArray[Any]]], positions:
                 end=next((bound for bound in (start, end) if np.isfinite(bound)), 0.0),
             )
         )
-    return Range(low.min(0), high.max(0), total, square, int(rows), len(low), tuple(quiet))
+    return RangeStats(low.min(0), high.max(0), total, square, int(rows), len(low), tuple(quiet))
 
 
 def _spread(values: NDArray[Any], watched: NDArray[np.bool_], filling: float) -> NDArray[Any]:
@@ -426,12 +411,14 @@ def _spread(values: NDArray[Any], watched: NDArray[np.bool_], filling: float) ->
     return whole
 
 
-def key(flat: Flat) -> Key:
+def key(flat: WatchedTensor) -> Key:
     """What tells the flats of a model apart, however many of their channels are still silent."""
     return flat.tensor, flat.axis, flat.reader
 
 
-def narrowed(watched: Sequence[Flat], ranges: Mapping[Any, tuple[Flat, Range]], samples: int) -> tuple[Flat, ...]:
+def still_watched(
+    watched: Sequence[WatchedTensor], ranges: Mapping[Any, tuple[WatchedTensor, RangeStats]], samples: int
+) -> tuple[WatchedTensor, ...]:
     """The same without the channels that are not silent and can teach nothing any more.
 
     That is, those too often awake to be among the seldom ones, and those whose quiet margin is below half of the
@@ -450,7 +437,7 @@ def narrowed(watched: Sequence[Flat], ranges: Mapping[Any, tuple[Flat, Range]], 
             continue
         _, seen = ranges[key(flat)]
         wanted = np.zeros(len(seen.low), dtype=bool)
-        wanted[flat.silent] = True
+        wanted[flat.inactive] = True
         for quiet in seen.quiet:
             wanted |= (seen.samples - quiet.count <= _most_awake(samples)) & (quiet.margin >= overtaking)
         if wanted.any():
@@ -468,7 +455,7 @@ def margin(samples: int, certainty: float = CERTAINTY) -> float:
     return certainty / math.sqrt(max(1, samples))
 
 
-def broken_margin(ranges: Sequence[Range]) -> float:
+def broken_margin(ranges: Sequence[RangeStats]) -> float:
     """The largest quiet margin that did not keep a channel quiet: of those that woke in a few samples."""
     largest = 0.0
     for seen in ranges:
@@ -481,7 +468,11 @@ def broken_margin(ranges: Sequence[Range]) -> float:
 
 
 def unexplained(
-    units: int, watched: Sequence[Flat], ranges: Sequence[Range], samples: int, certainty: float = CERTAINTY
+    units: int,
+    watched: Sequence[WatchedTensor],
+    ranges: Sequence[RangeStats],
+    samples: int,
+    certainty: float = CERTAINTY,
 ) -> NDArray[np.bool_]:
     """(units,) bool: constant so far, but not by a margin.
 
@@ -497,15 +488,15 @@ def unexplained(
     """
     deviations = margin(samples, certainty)
     required = QUIET_SHARE * deviations * broken_margin(ranges)
-    doubtful = np.full(units, samples < LEAST_SAMPLES)
+    uncertain = np.full(units, samples < MIN_SAMPLES)
     for flat, seen in zip(watched, ranges, strict=True):
-        doubtful[flat.units[_doubted(flat, seen, deviations, required)]] = True
-    return doubtful
+        uncertain[flat.units[_doubted(flat, seen, deviations, required)]] = True
+    return uncertain
 
 
-def _doubted(flat: Flat, seen: Range, deviations: float, required: float) -> NDArray[np.bool_]:
+def _doubted(flat: WatchedTensor, seen: RangeStats, deviations: float, required: float) -> NDArray[np.bool_]:
     """(W,) bool."""
-    low, high = seen.low[flat.silent], seen.high[flat.silent]
+    low, high = seen.low[flat.inactive], seen.high[flat.inactive]
     known = np.isfinite(low) & np.isfinite(high)
     with np.errstate(invalid="ignore"):  # of what is infinite
         varies = high - low > CONSTANT_TOLERANCE * np.maximum(np.abs(low), np.abs(high))
@@ -513,7 +504,7 @@ def _doubted(flat: Flat, seen: Range, deviations: float, required: float) -> NDA
     safe = np.zeros(len(low), dtype=bool)
     crossing = np.ones(len(low), dtype=bool)
     for (start, end), quiet in zip(flat.parts, seen.quiet, strict=True):
-        far = quiet.margin[flat.silent] >= required
+        far = quiet.margin[flat.inactive] >= required
         safe |= (low - spare >= start) & (high + spare <= end) & far
         crossing &= ~((low >= start) & (high <= end))
     # What is not inside a flat part still varies behind it, so that another node is the cause.

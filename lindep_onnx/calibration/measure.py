@@ -15,10 +15,8 @@ from lindep_onnx.calibration.moments import Moments, MomentsAccumulator, batch_m
 from lindep_onnx.data.samples import Batch, Part, Samples
 from lindep_onnx.errors import CalibrationError
 from lindep_onnx.runtime import backend as sessions
-from lindep_onnx.runtime.rows import Place, Probe, RowSampler, Summed, summable
-from lindep_onnx.structure.types import Atoms, Channels, Reader, Site
-
-__all__ = ["Calibration", "Features", "Sums", "Tap", "calibrate", "features", "tap", "taps"]
+from lindep_onnx.runtime.rows import ChannelAxis, DeviceMoments, Probe, RowSampler, summable
+from lindep_onnx.structure.types import Atoms, Consumer, ConsumerNode, Structure
 
 Array: TypeAlias = NDArray[Any]
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -26,8 +24,8 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 #: Rows collected for each feature of a site, at most. Three effective rows are the least that joint dependence needs.
 ROWS_PER_FEATURE = 8
 #: Positions of one sample that are looked at, whatever the number of features.
-LEAST_POSITIONS = 16
-MOST_POSITIONS = 4096
+MIN_POSITIONS = 16
+MAX_POSITIONS = 4096
 #: Taps of one sample that are looked at behind a Flatten.
 ROWS_OF_TAPS = 64
 
@@ -57,7 +55,7 @@ def features(columns: Atoms) -> Features:
 
 
 @dataclass(frozen=True)
-class Tap:
+class MeasuringPoint:
     """Where moments are taken: several readers may share one.
 
     Attributes:
@@ -78,19 +76,21 @@ class Tap:
         return "|".join((self.tensor, str(self.axis), "x".join(map(str, self.strides)), self.layout))
 
 
-def tap(site: Site, reader: Reader) -> Tap:
+def measuring_point(consumer: Consumer, reader: ConsumerNode) -> MeasuringPoint:
     """The tap of one reader of a site."""
-    index = features(site.columns).index + site.first_column
+    index = features(consumer.columns).index + consumer.first_column
     layout = hashlib.blake2b(index.astype("<i8").tobytes(), digest_size=8).hexdigest()
-    return Tap(reader.tensor, reader.axis, reader.strides, layout)
+    return MeasuringPoint(reader.tensor, reader.axis, reader.strides, layout)
 
 
-def taps(channels: Channels) -> dict[Tap, NDArray[np.int64]]:
+def measuring_points(structure: Structure) -> dict[MeasuringPoint, NDArray[np.int64]]:
     """Every tap of a model, and the (F, T) places of its features on the channel axis."""
-    found: dict[Tap, NDArray[np.int64]] = {}
-    for site in channels.sites:
-        for reader in site.readers:
-            found.setdefault(tap(site, reader), features(site.columns).index + site.first_column)
+    found: dict[MeasuringPoint, NDArray[np.int64]] = {}
+    for consumer in structure.consumers:
+        for reader in consumer.readers:
+            found.setdefault(
+                measuring_point(consumer, reader), features(consumer.columns).index + consumer.first_column
+            )
     return found
 
 
@@ -104,8 +104,8 @@ class Calibration:
         samples: number of samples in each of the two parts.
     """
 
-    fit: Mapping[Tap, Moments]
-    select: Mapping[Tap, Moments] | None
+    fit: Mapping[MeasuringPoint, Moments]
+    select: Mapping[MeasuringPoint, Moments] | None
     samples: tuple[int, int]
 
     def merge(self, other: Calibration) -> Calibration:
@@ -117,15 +117,17 @@ class Calibration:
         )
 
 
-def _merged(own: Mapping[Tap, Moments], other: Mapping[Tap, Moments]) -> Mapping[Tap, Moments]:
+def _merged(
+    own: Mapping[MeasuringPoint, Moments], other: Mapping[MeasuringPoint, Moments]
+) -> Mapping[MeasuringPoint, Moments]:
     return {place: own[place].merge(other[place]) if place in other else own[place] for place in own} or other
 
 
-class Sums:
+class StatisticsAccumulator:
     """Moments of every tap that still grow.
 
     Args:
-        channels: the traced model.
+        structure: the traced model.
 
     Attributes:
         taps: every tap, and the (F, T) places of its features on the channel axis.
@@ -133,8 +135,8 @@ class Sums:
         samples: how many were.
     """
 
-    def __init__(self, channels: Channels) -> None:
-        self.taps = taps(channels)
+    def __init__(self, structure: Structure) -> None:
+        self.taps = measuring_points(structure)
         self.parts = {
             part: {at: MomentsAccumulator(len(index)) for at, index in self.taps.items()}
             for part in (Part.FIT, Part.SELECT)
@@ -158,9 +160,9 @@ class Sums:
 
 
 def calibrate(
-    channels: Channels,
+    structure: Structure,
     samples: Samples,
-    sums: Sums,
+    sums: StatisticsAccumulator,
     *,
     providers: Sequence[str],
     threads: int,
@@ -175,7 +177,7 @@ def calibrate(
     of the others add up to those of all.
 
     Args:
-        channels: the traced model.
+        structure: the traced model.
         samples: the data; its FIT and SELECT parts are used.
         sums: what to add to.
         providers: execution providers of ONNX Runtime.
@@ -190,24 +192,30 @@ def calibrate(
         ModelError: ONNX Runtime cannot run the model.
     """
     counts = {part: len(samples.parts[part]) for part in sums.parts}
-    most: dict[Place, int] = {}
+    most: dict[ChannelAxis, int] = {}
     for place, index in sums.taps.items():
         share = ROWS_PER_FEATURE * len(index) // max(1, counts[Part.FIT] if fitted is None else fitted)
-        per_sample = int(np.clip(share, LEAST_POSITIONS, MOST_POSITIONS))
+        per_sample = int(np.clip(share, MIN_POSITIONS, MAX_POSITIONS))
         where = _place(place)
         # Positions behind a Flatten are taps: there the whole axis is one row.
-        most[where] = max(most.get(where, 0), per_sample if index.shape[1] == 1 else MOST_POSITIONS)
+        most[where] = max(most.get(where, 0), per_sample if index.shape[1] == 1 else MAX_POSITIONS)
     for part, count in counts.items():
         sums.samples[part] += count
     if not most:
         return
-    crew = sessions.crew(threads, providers, channels.resolved.activation_bytes * samples.batch)
-    summed = () if sessions.on_processor(providers) else _summed(channels, sums.taps)
+    crew = sessions.crew(threads, providers, structure.shape_info.activation_bytes * samples.batch)
+    summed = () if sessions.on_processor(providers) else _summed(structure, sums.taps)
     sampler = RowSampler(
-        channels.model, channels.resolved, most, providers=providers, threads=crew.threads, probe=probe, summed=summed
+        structure.model,
+        structure.shape_info,
+        most,
+        providers=providers,
+        threads=crew.threads,
+        probe=probe,
+        summed=summed,
     )
 
-    def sampled(batch: Batch) -> tuple[dict[Tap, Array], dict[Tap, Moments], Sequence[Array]]:
+    def sampled(batch: Batch) -> tuple[dict[MeasuringPoint, Array], dict[MeasuringPoint, Moments], Sequence[Array]]:
         positions, columns = np.random.default_rng((seed, int(batch.samples[0]))).spawn(2)
         seen = sampler.run(batch, positions)
         rows, moments = {}, {}
@@ -234,31 +242,31 @@ def calibrate(
             list(pool.map(_add_up, own, own.values()))
 
 
-def _place(at: Tap) -> Place:
-    return Place(at.tensor, at.axis, at.strides)
+def _place(at: MeasuringPoint) -> ChannelAxis:
+    return ChannelAxis(at.tensor, at.axis, at.strides)
 
 
-def _summed(channels: Channels, found: Mapping[Tap, NDArray[np.int64]]) -> set[Place]:
+def _summed(structure: Structure, found: Mapping[MeasuringPoint, NDArray[np.int64]]) -> set[ChannelAxis]:
     """Places whose moments are made on the device that holds the activations; taps behind a Flatten are rows."""
     flat = {_place(at) for at, index in found.items() if index.shape[1] > 1}
     places = {_place(at) for at in found} - flat
-    return {place for place in places if summable(channels.model, channels.resolved, place)}
+    return {place for place in places if summable(structure.model, structure.shape_info, place)}
 
 
-def _in_order(summed: Summed, places: NDArray[np.int64]) -> Moments:
+def _in_order(summed: DeviceMoments, places: NDArray[np.int64]) -> Moments:
     """Moments of features from sums over a channel axis."""
     whole = np.array_equal(places, np.arange(len(summed.sum)))
     gram = summed.gram if whole else summed.gram[np.ix_(places, places)]
     return batch_moments(gram, summed.sum[places], summed.low[:, places], summed.high[:, places], summed.positions)
 
 
-def _add_up(at: Tap, accumulator: MomentsAccumulator) -> None:
+def _add_up(at: MeasuringPoint, accumulator: MomentsAccumulator) -> None:
     with _named(at):
         accumulator.add_up()
 
 
 @contextmanager
-def _named(at: Tap) -> Iterator[None]:
+def _named(at: MeasuringPoint) -> Iterator[None]:
     try:
         yield
     except CalibrationError as error:

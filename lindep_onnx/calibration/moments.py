@@ -17,12 +17,10 @@ from lindep_onnx.errors import CalibrationError, OutputError
 from lindep_onnx.files import replacing
 from lindep_onnx.linalg.gram import add_gram
 
-__all__ = ["Moments", "MomentsAccumulator", "batch_moments", "load_moments", "load_moments_and_beside", "save_moments"]
-
 #: Rows of one sample are alike: so many of them count, at most, as evidence.
 ROWS_PER_SAMPLE = 16
 #: Rows that wait to be added up, or a quarter of the number of features if that is more.
-LEAST_BUFFERED = 128
+MIN_BUFFERED = 128
 
 
 @dataclass(frozen=True)
@@ -140,7 +138,7 @@ class MomentsAccumulator:
         self._effective = 0.0
         self._waiting: list[NDArray[Any]] = []
         self._waiting_rows = 0
-        self._most = max(LEAST_BUFFERED, features // 4)
+        self._most = max(MIN_BUFFERED, features // 4)
         self._sum = np.zeros(features)
         self._gram = np.zeros((features, features), order="F")  # its lower triangle, until the end
         self._low, self._high = np.full(features, np.inf), np.full(features, -np.inf)

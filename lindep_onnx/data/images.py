@@ -22,14 +22,12 @@ import numpy as np
 from lindep_onnx.data.inputs import Array, InputSpec, kind_of, listed
 from lindep_onnx.errors import CalibrationError, UsageError
 
-__all__ = ["Color", "Layout", "Preprocessing", "image_files", "images"]
-
 Layout = Literal["nchw", "nhwc"]
 Color = Literal["rgb", "bgr", "gray"]
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 #: Larger images mean harm: a small file can hold them.
-MOST_PIXELS = 1 << 27
+MAX_PIXELS = 1 << 27
 #: Divides pixels unless told otherwise: they go from 0 to 1.
 SCALE = 255.0
 
@@ -101,7 +99,7 @@ class _Input:
 
         try:
             with Image.open(path) as stored:
-                if stored.width * stored.height > MOST_PIXELS:
+                if stored.width * stored.height > MAX_PIXELS:
                     raise ValueError(f"{stored.width}x{stored.height} pixels are too many")
                 picture = ImageOps.exif_transpose(stored)
                 if picture.mode.startswith(("I", "F")):
@@ -112,7 +110,7 @@ class _Input:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CalibrationError(f"{path}: is not a readable image ({reason}); repair or remove it.") from error
         width, height = self._resized(*picture.size)
-        if width * height > MOST_PIXELS:
+        if width * height > MAX_PIXELS:
             raise CalibrationError(f"{path}: {picture.width}x{picture.height} is too long to be resized; remove it.")
         picture = picture.resize((width, height), Image.Resampling.BILINEAR)
         left, top = round((width - self.width) / 2), round((height - self.height) / 2)
@@ -213,8 +211,8 @@ def _input(folder: Path, specs: Sequence[InputSpec], wanted: Preprocessing) -> _
                 f"division by {scale:g}; give it in these units, or --scale 1 for pixels from 0 to 255."
             )
         values[flag] = np.array(numbers, dtype=np.float64)
-    if wanted.resize is not None and wanted.resize**2 > MOST_PIXELS:
-        raise UsageError(f"--resize {wanted.resize} makes images of too many pixels; the most is {MOST_PIXELS:,}.")
+    if wanted.resize is not None and wanted.resize**2 > MAX_PIXELS:
+        raise UsageError(f"--resize {wanted.resize} makes images of too many pixels; the most is {MAX_PIXELS:,}.")
     if wanted.resize is not None and wanted.resize < max(height, width):
         raise UsageError(f"--resize {wanted.resize} is smaller than the {height}x{width} that are cropped from it.")
     return _Input(spec, height, width, layout, color, wanted.resize, scale, values["mean"], values["std"])
@@ -240,8 +238,8 @@ def _size(where: str, shape: Sequence[int | str], axes: Sequence[int], wanted: P
         )
     height, width = (size if size is not None else other for size, other in zip(found, given, strict=True))
     assert height is not None and width is not None
-    if not 0 < height * width <= MOST_PIXELS:
-        raise UsageError(f"--image-size: {height}x{width} pixels are none, or too many; the most is {MOST_PIXELS:,}.")
+    if not 0 < height * width <= MAX_PIXELS:
+        raise UsageError(f"--image-size: {height}x{width} pixels are none, or too many; the most is {MAX_PIXELS:,}.")
     return height, width
 
 

@@ -17,33 +17,13 @@ from numpy.typing import NDArray
 from lindep_onnx.errors import CalibrationError
 from lindep_onnx.model.shapes import Shape
 
-__all__ = [
-    "UNNAMED",
-    "Array",
-    "Arrays",
-    "Feeding",
-    "Header",
-    "InputSpec",
-    "Shard",
-    "cast",
-    "check_arrays",
-    "check_lengths",
-    "feeding",
-    "kind_of",
-    "listed",
-    "not_finite",
-    "outside",
-    "source_of",
-    "without_samples",
-]
-
 Array: TypeAlias = NDArray[Any]
 Arrays: TypeAlias = "Mapping[str, Array]"
 
 #: The name under which an unnamed array arrives (`.npy`, `numpy.savez` without keywords).
 UNNAMED = "arr_0"
 #: A model with a larger fixed batch means harm: its last batch is filled up.
-MOST_BATCH = 1 << 16
+MAX_BATCH = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -135,9 +115,9 @@ def feeding(shards: Sequence[Shard], specs: Sequence[InputSpec], batch_size: int
             "clear what a sample is; export it with a free batch axis."
         )
     fixed_batch = int(fixed.pop()) if fixed else None
-    if fixed_batch is not None and not 0 < fixed_batch <= MOST_BATCH:
+    if fixed_batch is not None and not 0 < fixed_batch <= MAX_BATCH:
         raise CalibrationError(
-            f"The model declares a batch of {fixed_batch:,} samples; it must be from 1 to {MOST_BATCH:,}, or free."
+            f"The model declares a batch of {fixed_batch:,} samples; it must be from 1 to {MAX_BATCH:,}, or free."
         )
     return Feeding(specs, shared, fixed_batch or batch_size, fixed_batch, tuple(notes))
 

@@ -31,11 +31,9 @@ from lindep_onnx.data.inputs import (
     outside,
     source_of,
 )
-from lindep_onnx.data.sources import LEAST_SAMPLES, Progress, Reading, load_function, shards_of
+from lindep_onnx.data.sources import MIN_SAMPLES, Progress, Reading, shards_of
 from lindep_onnx.errors import CalibrationError
 from lindep_onnx.files import Scratch
-
-__all__ = ["Batch", "InputSpec", "Part", "Samples", "load_function", "open_samples"]
 
 EMPTY = np.empty(0, dtype=np.int64)
 
@@ -254,14 +252,14 @@ def open_samples(
     folder = Scratch()
     try:
         reading = Reading(
-            inputs, Path(folder.name), max_samples, seed, preprocessing or Preprocessing(), progress or _silent
+            inputs, Path(folder.name), max_samples, seed, preprocessing or Preprocessing(), progress or _inactive
         )
         found = shards_of(source, reading)
         plan = feeding(found.shards, inputs, batch_size)
         samples = Samples(found.shards, plan, folder)
         total = int(samples._starts[-1])
         if not total:
-            raise CalibrationError(f"{found.shards[0].where}: holds no samples; give at least {LEAST_SAMPLES}.")
+            raise CalibrationError(f"{found.shards[0].where}: holds no samples; give at least {MIN_SAMPLES}.")
         split_notes: tuple[str, ...] = ()
         if parts is None:
             digests = samples.digests()
@@ -286,7 +284,7 @@ def _fingerprint(digests: Sequence[bytes], samples: Samples) -> str:
     return total.hexdigest()
 
 
-def _silent(stage: str, done: int, total: int) -> None:
+def _inactive(stage: str, done: int, total: int) -> None:
     pass
 
 
@@ -306,10 +304,10 @@ def _split(
         # Not by the hash that decides the part: the lowest of it are all of one part.
         used = set(sorted(distinct, key=lambda index: _hash(seed, index, ":used"))[:max_samples])
         distinct = [index for index in distinct if index in used]
-    if len(distinct) < LEAST_SAMPLES:
+    if len(distinct) < MIN_SAMPLES:
         notes.append(
             f"{len(distinct)} different calibration sample(s) prove nothing about others: only what the weights "
-            f"imply can go. Give at least {LEAST_SAMPLES}, better some hundreds."
+            f"imply can go. Give at least {MIN_SAMPLES}, better some hundreds."
         )
         chosen: dict[Part, list[int]] = {Part.FIT: [], Part.SELECT: [], Part.VERIFY: list(distinct)}
     else:

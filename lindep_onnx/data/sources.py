@@ -35,9 +35,7 @@ from lindep_onnx.data.inputs import (
 )
 from lindep_onnx.data.npz import UNREADABLE, npy_header, npz_headers
 from lindep_onnx.errors import CalibrationError, UsageError
-from lindep_onnx.files import meant
-
-__all__ = ["LEAST_SAMPLES", "RANDOM", "RandomInputs", "Reading", "Sources", "load_function", "shards_of"]
+from lindep_onnx.files import suggestion
 
 #: What is said first where there is no real data.
 RANDOM = (
@@ -45,7 +43,7 @@ RANDOM = (
     "refits are about noise, and the accuracy on real data may be far below. Give --calib DATA before using the result."
 )
 #: Fewer different samples than this cannot be split into three parts.
-LEAST_SAMPLES = 3
+MIN_SAMPLES = 3
 #: What `FILE.py` alone names, as in polygraphy.
 DEFAULT_FUNCTION = "load_data"
 SUFFIXES = (".npz", ".npy")
@@ -242,7 +240,7 @@ def _from_path(path: Path, inputs: Sequence[str], folder: Path) -> list[Shard]:
             )
         return [_file(item, folder) for item in files]
     if not path.exists():
-        raise CalibrationError(f"{path}: no such calibration data.{meant(path)}")
+        raise CalibrationError(f"{path}: no such calibration data.{suggestion(path)}")
     if path.suffix not in SUFFIXES:
         image = " For images give their folder." if path.suffix.lower() in IMAGE_SUFFIXES else ""
         raise CalibrationError(
@@ -407,7 +405,7 @@ def _spooled(feeds: Iterator[Any], where: str, reading: Reading, total: int | No
             runs[-1].close()
     if not runs:
         raise CalibrationError(
-            f"{where}: yields nothing; give at least {LEAST_SAMPLES} samples (a reader that was read before has to be "
+            f"{where}: yields nothing; give at least {MIN_SAMPLES} samples (a reader that was read before has to be "
             "rewound)."
         )
     return [spool.shard(where) for spool in runs]

@@ -21,8 +21,6 @@ from lindep_onnx.data.npz import UNREADABLE
 from lindep_onnx.errors import OutputError, UsageError
 from lindep_onnx.files import replacing
 
-__all__ = ["Checkpoint", "State"]
-
 Array: TypeAlias = NDArray[Any]
 Weights: TypeAlias = Mapping[str, Array]
 Looks: TypeAlias = tuple[tuple[int, float, float], ...]
@@ -31,7 +29,7 @@ _PARTS = ("weights", "best", "mean", "square")
 
 
 @dataclass(frozen=True)
-class State:
+class TrainingState:
     """All that a training has to know to go on.
 
     Attributes:
@@ -67,9 +65,9 @@ class Checkpoint:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._written: dict[str, State] = {}
+        self._written: dict[str, TrainingState] = {}
 
-    def load(self, key: str, like: Weights) -> State | None:
+    def load(self, key: str, like: Weights) -> TrainingState | None:
         """The state of a training, None where the file is not there yet.
 
         Args:
@@ -99,7 +97,7 @@ class Checkpoint:
             )
         return self._written.get(key)
 
-    def save(self, key: str, state: State) -> None:
+    def save(self, key: str, state: TrainingState) -> None:
         """Write a state beside those of earlier rounds.
 
         Raises:
@@ -122,7 +120,7 @@ class Checkpoint:
             ) from error
 
 
-def _read(data: Mapping[str, Array], number: int, like: Weights) -> State:
+def _read(data: Mapping[str, Array], number: int, like: Weights) -> TrainingState:
     def weights(part: str) -> dict[str, Array]:
         found = {}
         for place, (name, value) in enumerate(like.items()):
@@ -136,6 +134,6 @@ def _read(data: Mapping[str, Array], number: int, like: Weights) -> State:
     if not history or not math.isfinite(rate):
         raise ValueError("it is incomplete")
     parts = {part: weights(part) for part in _PARTS}
-    return State(
+    return TrainingState(
         **parts, averaged=int(averaged), norm=norm, rate=rate, steps=int(steps), seconds=seconds, history=history
     )

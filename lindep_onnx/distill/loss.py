@@ -28,11 +28,9 @@ from lindep_onnx.data.samples import Part, Samples
 from lindep_onnx.distill.autodiff.differentiate import with_inputs
 from lindep_onnx.errors import LindepError, UsageError
 from lindep_onnx.model.ir import Model, load
-from lindep_onnx.model.weights import whole
+from lindep_onnx.model.weights import embedded
 from lindep_onnx.runtime.backend import open_session
 from lindep_onnx.verify.compare import decision
-
-__all__ = ["LOSS", "OPSET", "HeldOut", "Measure", "Teacher", "slice_axis", "with_loss"]
 
 Array: TypeAlias = NDArray[Any]
 
@@ -43,7 +41,7 @@ TARGET = "lindep_onnx_target_"
 #: Samples that the spread of the outputs is measured on, and that judge a state, at most.
 MEASURED, HELD_OUT = 512, 512
 #: Least V of a slice, relative to the mean of the output: a slice that hardly varies must not rule the others.
-LEAST_SPREAD = 1e-2
+MIN_SPREAD = 1e-2
 #: Standard deviation of the scores of a decision behind the factor s.
 CONTRAST = 4.0
 #: Bytes of teacher outputs that are remembered.
@@ -177,7 +175,7 @@ def _measure(parts: Sequence[_Seen], samples: int) -> Measure | None:
     varies = (squares - total**2 / count) / samples
     if not (np.isfinite(varies).all() and varies.mean() > 0):
         return None
-    spread = (varies + LEAST_SPREAD * varies.mean()).reshape(parts[0].aligned)
+    spread = (varies + MIN_SPREAD * varies.mean()).reshape(parts[0].aligned)
     decisions, within = sum(part.decisions for part in parts), sum(part.within for part in parts)
     if not decisions or within <= 0:
         return Measure(spread)
@@ -236,7 +234,7 @@ def with_loss(student: Model, measures: Mapping[str, Measure]) -> Model:
         LindepError: its operator set cannot be converted to one that can be trained.
     """
     proto = onnx.ModelProto()
-    proto.CopyFrom(whole(student.proto, student.folder))
+    proto.CopyFrom(embedded(student.proto, student.folder))
     if student.opset < OPSET:
         try:
             proto = onnx.version_converter.convert_version(proto, OPSET)

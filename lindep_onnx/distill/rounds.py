@@ -26,25 +26,23 @@ from numpy.typing import NDArray
 from lindep_onnx.data.samples import Samples
 from lindep_onnx.distill.augment import checked, mix
 from lindep_onnx.distill.checkpoint import Checkpoint
-from lindep_onnx.distill.train import Recovered, recover
+from lindep_onnx.distill.train import Recovered, distill
 from lindep_onnx.model import ir as graph
 from lindep_onnx.model.shapes import resolve
-from lindep_onnx.options import Config, Effort
+from lindep_onnx.options import Config, TrainingBudget
 from lindep_onnx.planning.strategies import SIZES, Chosen, Workshop
 from lindep_onnx.structure.trace import trace
-from lindep_onnx.structure.types import Channels
+from lindep_onnx.structure.types import Structure
 from lindep_onnx.verify.group_errors import measure_groups
-
-__all__ = ["anneal", "lifted", "schedule"]
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 Stage: TypeAlias = Callable[[str], AbstractContextManager[None]]
 #: Sets up one round: called with the model as the last round left it and the options of the round.
-Open: TypeAlias = Callable[[Channels, Config], Workshop]
+Open: TypeAlias = Callable[[Structure, Config], Workshop]
 
 
-def anneal(
-    original: Channels, samples: Samples, config: Config, open_round: Open, stage: Stage, progress: Progress
+def contract_in_rounds(
+    original: Structure, samples: Samples, config: Config, open_round: Open, stage: Stage, progress: Progress
 ) -> tuple[Workshop, Chosen]:
     """Compress a model in rounds.
 
@@ -66,7 +64,7 @@ def anneal(
     first: Workshop | None = None
     frozen: list[str] = []  # globs on the names of nodes whose groups broke a round
     told: list[str] = []  # of all rounds; what else a round has to say matters for the last one only
-    if config.rounds > 1 and len(np.unique(original.bundle)) < original.units:
+    if config.rounds > 1 and len(np.unique(original.aligned)) < original.units:
         told.append("Grouped convolutions or attention heads trade places of channels: all rounds were run as one.")
         config = dataclasses.replace(config, rounds=1)
     checkpoint = Checkpoint(Path(config.checkpoint)) if config.checkpoint is not None else None
@@ -77,7 +75,7 @@ def anneal(
         if best is not None and not chosen.removed.any():
             told.append(f"Round {number + 1} found nothing more to remove.")
             break
-        gone = lifted(original, removed, current, chosen.removed)
+        gone = to_original_units(original, removed, current, chosen.removed)
         if config.effort is not None and gone.any():
             with stage("recover"):
                 chosen, notes = _recovered(
@@ -103,12 +101,12 @@ def anneal(
     return first, dataclasses.replace(best, notes=(*best.notes, *told))
 
 
-def _traced(model: graph.Model, config: Config, frozen: Sequence[str]) -> Channels:
+def _traced(model: graph.Model, config: Config, frozen: Sequence[str]) -> Structure:
     exclude = (*config.exclude, *frozen)
     return trace(model, resolve(model), include=config.include, exclude=exclude, min_channels=config.min_channels)
 
 
-def _worst(current: Channels, chosen: Chosen, samples: Samples, config: Config) -> str:
+def _worst(current: Structure, chosen: Chosen, samples: Samples, config: Config) -> str:
     """The first producer of the group whose readers are furthest off."""
     errors = measure_groups(
         current, chosen, samples, seed=config.seed, providers=config.providers, threads=config.threads
@@ -130,8 +128,8 @@ def schedule(config: Config) -> Iterator[Config]:
         )
 
 
-def lifted(
-    original: Channels, removed: NDArray[np.bool_], smaller: Channels, gone: NDArray[np.bool_]
+def to_original_units(
+    original: Structure, removed: NDArray[np.bool_], smaller: Structure, gone: NDArray[np.bool_]
 ) -> NDArray[np.bool_]:
     """What is removed from the original once more goes from a smaller model made of it.
 
@@ -161,10 +159,10 @@ def lifted(
 def _recovered(
     workshop: Workshop,
     chosen: Chosen,
-    original: Channels,
+    original: Structure,
     samples: Samples,
     config: Config,
-    effort: Effort,
+    effort: TrainingBudget,
     checkpoint: Checkpoint | None,
     number: int,
     progress: Progress,
@@ -172,7 +170,7 @@ def _recovered(
     """The result with trained weights, or as it was if unseen samples turn those down, and what to tell the user."""
     student = chosen.model
     augment = mix if config.augment == "mix" else checked(config.augment) if config.augment is not None else None
-    found = recover(
+    found = distill(
         original.model,
         student,
         samples,

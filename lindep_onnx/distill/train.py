@@ -30,15 +30,13 @@ from numpy.typing import NDArray
 from lindep_onnx.data.samples import Part, Samples
 from lindep_onnx.distill.augment import Augment
 from lindep_onnx.distill.autodiff.differentiate import differentiate
-from lindep_onnx.distill.checkpoint import Checkpoint, State
+from lindep_onnx.distill.checkpoint import Checkpoint, TrainingState
 from lindep_onnx.distill.loss import LOSS, HeldOut, Teacher, with_loss
 from lindep_onnx.errors import LindepError
 from lindep_onnx.model.ir import Model
 from lindep_onnx.model.weights import fingerprint
-from lindep_onnx.options import Effort
+from lindep_onnx.options import TrainingBudget
 from lindep_onnx.runtime.backend import cores, open_session
-
-__all__ = ["Recovered", "recover", "trainable"]
 
 Array: TypeAlias = NDArray[Any]
 Weights: TypeAlias = Mapping[str, Array]
@@ -89,11 +87,11 @@ class Recovered:
         return min((entry[2] for entry in self.history), default=math.nan)
 
 
-def recover(
+def distill(
     teacher: Model,
     student: Model,
     samples: Samples,
-    effort: Effort,
+    effort: TrainingBudget,
     *,
     frozen: Collection[str] = (),
     agreement_output: str | None = None,
@@ -168,9 +166,9 @@ def recover(
     state = checkpoint.load(key, start) if checkpoint is not None else None
     if state is None:
         none = {name: np.zeros_like(value) for name, value in start.items()}
-        state = State(start, start, none, none, history=((0, math.nan, held_out.loss(start)),))
+        state = TrainingState(start, start, none, none, history=((0, math.nan, held_out.loss(start)),))
 
-    def keep(state: State) -> None:
+    def keep(state: TrainingState) -> None:
         if checkpoint is not None:
             checkpoint.save(key, state)
 
@@ -199,7 +197,7 @@ def _split(feeds: Mapping[str, Array], pieces: int) -> list[dict[str, Array]]:
 
 def _key(
     student: Model,
-    effort: Effort,
+    effort: TrainingBudget,
     seed: int,
     batch: int,
     fitted: NDArray[np.int64],
@@ -213,14 +211,14 @@ def _key(
 
 
 def _trained(
-    state: State,
-    effort: Effort,
+    state: TrainingState,
+    effort: TrainingBudget,
     slopes: Callable[[int, Weights], tuple[float, dict[str, Array]]],
     held_out: Callable[[Weights], float],
     sizes: Mapping[str, float],
-    keep: Callable[[State], None],
+    keep: Callable[[TrainingState], None],
     progress: Progress,
-) -> State:
+) -> TrainingState:
     """Train until the effort is spent.
 
     Args:
@@ -266,7 +264,7 @@ def _trained(
     return state
 
 
-def _judged(state: State, trained: float, found: float) -> State:
+def _judged(state: TrainingState, trained: float, found: float) -> TrainingState:
     """The state once held-out samples have had their say."""
     least = min(entry[2] for entry in state.history)
     state = replace(state, history=(*state.history, (state.steps, trained, found)))
@@ -328,7 +326,7 @@ def _sizes(weights: Weights) -> dict[str, float]:
     return {name: max(size, 1e-3 * typical) for name, size in sizes.items()}
 
 
-def _moved(state: State, gradients: Weights, rate: float, sizes: Mapping[str, float]) -> State:
+def _moved(state: TrainingState, gradients: Weights, rate: float, sizes: Mapping[str, float]) -> TrainingState:
     """One step of Adam, relative to the size of each tensor; the weights stay if a gradient is not finite."""
     state = replace(state, steps=state.steps + 1)
     norm = math.sqrt(sum(float(np.vdot(slope, slope)) for slope in gradients.values()))

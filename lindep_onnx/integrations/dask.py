@@ -24,17 +24,16 @@ from threadpoolctl import threadpool_limits
 
 from lindep_onnx import files
 from lindep_onnx.calibration import inactive as silence
-from lindep_onnx.calibration.collect import Progress, Ranges, here
-from lindep_onnx.calibration.measure import Calibration, Sums
-from lindep_onnx.data.samples import InputSpec, Part, Samples, open_samples
+from lindep_onnx.calibration.collect import Progress, Ranges, collect_local
+from lindep_onnx.calibration.measure import Calibration, StatisticsAccumulator
+from lindep_onnx.data.inputs import InputSpec
+from lindep_onnx.data.samples import Part, Samples, open_samples
 from lindep_onnx.errors import CalibrationError, LindepError, UsageError
 from lindep_onnx.model import ir as graph
 from lindep_onnx.model.shapes import resolve
 from lindep_onnx.runtime.backend import cores
 from lindep_onnx.structure.trace import trace
-from lindep_onnx.structure.types import Channels
-
-__all__ = ["Workers", "check_source", "connected"]
+from lindep_onnx.structure.types import Structure
 
 Numbers: TypeAlias = "Mapping[Part, NDArray[np.int64]]"
 
@@ -45,7 +44,7 @@ TRIES = 3
 #: Seconds to wait for the scheduler, and for a worker to come back.
 PATIENCE = 8
 #: More processes than this are a slip of the finger.
-MOST_PROCESSES = 256
+MAX_PROCESSES = 256
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class _Job:
     source: Any
     inputs: tuple[InputSpec, ...]
     batch_size: int
-    watched: tuple[silence.Flat, ...]
+    watched: tuple[silence.WatchedTensor, ...]
     fitted: int
     seed: int
     runtime: tuple[tuple[str, ...], int]
@@ -94,9 +93,9 @@ class Workers:
 
     def __call__(
         self,
-        channels: Channels,
+        structure: Structure,
         samples: Samples,
-        watched: tuple[silence.Flat, ...],
+        watched: tuple[silence.WatchedTensor, ...],
         *,
         fitted: int,
         seed: int,
@@ -105,7 +104,7 @@ class Workers:
         threads: int,
     ) -> tuple[Calibration, Ranges]:
         """Moments and ranges of the samples, as one process would take them; see `lindep_onnx.calibration.collect`."""
-        model, folder = channels.model.proto.SerializeToString(deterministic=True), channels.model.folder
+        model, folder = structure.model.proto.SerializeToString(deterministic=True), structure.model.folder
         beside = None if folder is None else str(folder.path)
         runtime = tuple(providers), threads
         workers = self._client.scheduler_info()["workers"].values()
@@ -180,8 +179,8 @@ def connected(address: str) -> Iterator[Any]:
     Raises:
         UsageError: Dask is not installed, nothing answers, or that is no number of processes for one machine.
     """
-    if address.isdecimal() and not 0 < int(address) <= MOST_PROCESSES:
-        raise UsageError(f"--cluster takes at most {MOST_PROCESSES} processes, and at least one, not {address}.")
+    if address.isdecimal() and not 0 < int(address) <= MAX_PROCESSES:
+        raise UsageError(f"--cluster takes at most {MAX_PROCESSES} processes, and at least one, not {address}.")
     try:
         import distributed
     except ImportError as error:
@@ -244,8 +243,8 @@ def _run_shard(job: _Job, numbers: Numbers) -> tuple[Calibration, Ranges]:
             batch_size=job.batch_size,
             parts=numbers,
         ) as samples:
-            sums = Sums(channels)
-            ranges = here(
+            sums = StatisticsAccumulator(channels)
+            ranges = collect_local(
                 channels,
                 samples,
                 job.watched,
@@ -260,8 +259,10 @@ def _run_shard(job: _Job, numbers: Numbers) -> tuple[Calibration, Ranges]:
 
 
 @functools.lru_cache(maxsize=1)
-def _traced(model: bytes, folder: str | None, options: tuple[tuple[str, ...], tuple[str, ...], int]) -> Channels:
+def _traced(model: bytes, folder: str | None, options: tuple[tuple[str, ...], tuple[str, ...], int]) -> Structure:
     """Traced once in every process."""
     include, exclude, least = options
-    loaded = graph.model_of(onnx.ModelProto.FromString(model), None if folder is None else files.Folder(Path(folder)))
+    loaded = graph.model_of(
+        onnx.ModelProto.FromString(model), None if folder is None else files.WeightsDir(Path(folder))
+    )
     return trace(loaded, resolve(loaded), include=include, exclude=exclude, min_channels=least)

@@ -20,21 +20,8 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
-__all__ = [
-    "Collinear",
-    "Elimination",
-    "LosslessRemoval",
-    "SiteProblem",
-    "choose_ridge",
-    "collinear_classes",
-    "eliminate",
-    "fold",
-    "lossless_removals",
-    "removal_cost",
-]
-
 Matrix = NDArray[np.float64]
-Least = Sequence[tuple[NDArray[np.int64], int]]
+Minimums = Sequence[tuple[NDArray[np.int64], int]]
 
 #: Ridge, relative to unit second moments, that keeps the inverse finite where features are exactly dependent. It adds
 #: `ridge` times a feature's own share to its cost: 1e-13 is an error of 3e-7, far below what counts as lossless.
@@ -56,7 +43,7 @@ NONE, CONSTANT, COLLINEAR_KIND, JOINT = range(4)
 
 
 @dataclass(frozen=True)
-class SiteProblem:
+class ConsumerProblem:
     """The least-squares problem of one site.
 
     Attributes:
@@ -94,7 +81,7 @@ class Elimination:
 
 
 def eliminate(
-    sites: Sequence[SiteProblem],
+    consumers: Sequence[ConsumerProblem],
     units: int,
     *,
     candidates: NDArray[np.bool_],
@@ -103,7 +90,7 @@ def eliminate(
     stop: float | None = None,
     ridge: float | Sequence[float] = 1e-10,
     block: int = 64,
-    minimum_kept: Least = (),
+    minimums: Minimums = (),
 ) -> Elimination:
     """Remove units one by one, always the one that costs least for its gain, with all survivors refitted each time.
 
@@ -116,7 +103,7 @@ def eliminate(
     `block` columns the whole is updated at once, matrix by matrix, in one triangle.
 
     Args:
-        sites: the problems, which share units.
+        consumers: the problems, which share units.
         units: number of units.
         candidates: (units,) bool, which may go.
         gain: (units,) what removing a unit saves; all alike by default.
@@ -124,16 +111,16 @@ def eliminate(
         stop: stop before the summed cost passes this.
         ridge: relative to unit second moments, one for all sites or one for each.
         block: delayed columns.
-        minimum_kept: sets of units of which so many must survive.
+        minimums: sets of units of which so many must survive.
     """
-    ridges = [ridge] * len(sites) if isinstance(ridge, float) else ridge
+    ridges = [ridge] * len(consumers) if isinstance(ridge, float) else ridge
     states = [
-        _State(site, own, block, candidates)
-        for site, own in zip(sites, ridges, strict=True)
-        if _meets(site, candidates)
+        _State(consumer, own, block, candidates)
+        for consumer, own in zip(consumers, ridges, strict=True)
+        if _meets(consumer, candidates)
     ]
     gain = np.ones(units) if gain is None else gain
-    guard = _Guard(units, minimum_kept)
+    guard = _Guard(units, minimums)
     allowed = candidates.copy()
     price = np.zeros(units)
     for state in states:
@@ -162,14 +149,14 @@ def eliminate(
     return Elimination(np.array(order, dtype=np.int64), np.array(cost))
 
 
-def _meets(site: SiteProblem, units: NDArray[np.bool_]) -> bool:
-    return bool(units[site.unit[site.unit >= 0]].any())
+def _meets(consumer: ConsumerProblem, units: NDArray[np.bool_]) -> bool:
+    return bool(units[consumer.unit[consumer.unit >= 0]].any())
 
 
 class _Guard:
     """Keeps count of how many units of each set survive."""
 
-    def __init__(self, units: int, least: Least) -> None:
+    def __init__(self, units: int, least: Minimums) -> None:
         self.free = np.ones(units, dtype=bool)
         self._sets = [(np.asarray(members), bound) for members, bound in least]
         self._left = [len(members) - bound for members, bound in self._sets]
@@ -199,27 +186,27 @@ class _State:
         cost: (U,) current cost of removing each, over energy.
     """
 
-    def __init__(self, site: SiteProblem, ridge: float, block: int, candidates: NDArray[np.bool_]) -> None:
-        if not np.isfinite(site.gram).all():
+    def __init__(self, consumer: ConsumerProblem, ridge: float, block: int, candidates: NDArray[np.bool_]) -> None:
+        if not np.isfinite(consumer.gram).all():
             raise ValueError("the moments of a site are not finite")
-        scale = np.sqrt(np.maximum(np.diagonal(site.gram), 0.0))
+        scale = np.sqrt(np.maximum(np.diagonal(consumer.gram), 0.0))
         live = scale > 0
         divisor = np.where(live, scale, 1.0)
-        gram = site.gram / divisor[:, None]
+        gram = consumer.gram / divisor[:, None]
         gram /= divisor
         gram[~live] = 0.0
         gram[:, ~live] = 0.0
         np.fill_diagonal(gram, 1.0)
-        chosen = np.append(candidates, False)[site.unit]
+        chosen = np.append(candidates, False)[consumer.unit]
         self._inverse = _regular_inverse(gram, chosen, ridge)
         del gram
-        outer = np.array(site.outer[np.ix_(chosen, chosen)], order="F")
-        outer *= scale[chosen] / site.energy
+        outer = np.array(consumer.outer[np.ix_(chosen, chosen)], order="F")
+        outer *= scale[chosen] / consumer.energy
         outer *= scale[chosen, None]
         self._outer = outer
-        self.units = np.unique(site.unit[chosen])
+        self.units = np.unique(consumer.unit[chosen])
         self.place = {unit: index for index, unit in enumerate(self.units.tolist())}
-        self._slots = _slots(site.unit[chosen], self.units)
+        self._slots = _slots(consumer.unit[chosen], self.units)
         self._block = block
         self._used = 0
         self._begin()
@@ -417,16 +404,16 @@ def removal_cost(gram: Matrix, outer: Matrix, kept: NDArray[np.bool_], matrix: M
 
 
 def choose_ridge(
-    site: SiteProblem,
+    consumer: ConsumerProblem,
     kept: NDArray[np.bool_],
     grid: Sequence[float] = (0.0, 1e-10, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1),
 ) -> tuple[float, Matrix]:
     """The ridge whose fold, fitted to the fit samples, costs least on unseen ones; the smaller one of equals."""
-    judge = site.gram if site.holdout is None else site.holdout
+    judge = consumer.gram if consumer.holdout is None else consumer.holdout
     best: tuple[float, float, Matrix] | None = None
-    for ridge in grid if site.holdout is not None else grid[:1]:
-        matrix = fold(site.gram, kept, ridge=ridge)
-        cost = removal_cost(judge, site.outer, kept, matrix)
+    for ridge in grid if consumer.holdout is not None else grid[:1]:
+        matrix = fold(consumer.gram, kept, ridge=ridge)
+        cost = removal_cost(judge, consumer.outer, kept, matrix)
         if best is None or cost < best[0] * (1 - 1e-9):
             best = cost, ridge, matrix
     if best is None:
@@ -484,16 +471,16 @@ def collinear_classes(gram: Matrix, holdout: Matrix | None, *, tolerance: float 
     return Collinear(label, scale)
 
 
-def _affordable(sites: Sequence[SiteProblem], candidates: NDArray[np.bool_], most: float) -> NDArray[np.bool_]:
+def _affordable(consumers: Sequence[ConsumerProblem], candidates: NDArray[np.bool_], most: float) -> NDArray[np.bool_]:
     """The candidates that cost at most so much at every site while all else is there.
 
     What is not dependent now will not become so when others go. The largest sites come first: where nothing is
     dependent, they leave little to ask the others.
     """
     left = candidates.copy()
-    for site in sorted(sites, key=lambda site: -len(site.unit)):
-        if _meets(site, left):
-            state = _State(site, EXACT_RIDGE, 1, left)
+    for consumer in sorted(consumers, key=lambda consumer: -len(consumer.unit)):
+        if _meets(consumer, left):
+            state = _State(consumer, EXACT_RIDGE, 1, left)
             left[state.units[state.cost > most]] = False
     return left
 
@@ -514,28 +501,29 @@ class LosslessRemoval:
 
 
 def lossless_removals(
-    sites: Sequence[SiteProblem],
+    consumers: Sequence[ConsumerProblem],
     units: int,
     *,
     candidates: NDArray[np.bool_],
     constant: NDArray[np.bool_] | None = None,
     tolerance: float = 1e-5,
-    minimum_kept: Least = (),
+    minimums: Minimums = (),
 ) -> LosslessRemoval:
     """Remove everything that is constant, a multiple of another feature, or a combination of several, in this order.
 
-    Dependence on one feature shows in few rows; dependence on several needs many (`SiteProblem.joint`), or a full solve
-    finds it everywhere. All removals together may add at most `tolerance` at any site, on fit and on unseen samples.
+    Dependence on one feature shows in few rows; dependence on several needs many (`ConsumerProblem.joint`), or a full
+    solve finds it everywhere. All removals together may add at most `tolerance` at any consumer, on fit and on unseen
+    samples.
 
     Args:
-        sites: the problems, which share units.
+        consumers: the problems, which share units.
         units: number of units.
         candidates: (units,) bool, which may go.
         constant: (units,) bool, which may go because they are zero; all candidates by default.
         tolerance: RMS relative error allowed at each site.
-        minimum_kept: sets of units of which so many must survive.
+        minimums: sets of units of which so many must survive.
     """
-    search = _Search(sites, units, tolerance, minimum_kept)
+    search = _Search(consumers, units, tolerance, minimums)
     search.remove_constant(candidates if constant is None else candidates & constant)
     search.remove_collinear(candidates)
     search.restore_offenders()
@@ -546,17 +534,19 @@ def lossless_removals(
 class _Search:
     """The state of `lossless_removals`: which units went, and as what."""
 
-    def __init__(self, sites: Sequence[SiteProblem], units: int, tolerance: float, least: Least) -> None:
-        self.sites = sites
+    def __init__(self, consumers: Sequence[ConsumerProblem], units: int, tolerance: float, least: Minimums) -> None:
+        self.consumers = consumers
         self.kind = np.zeros(units, dtype=np.int8)
         self._tolerance = tolerance
         self._least = least
         self._classes = [
-            collinear_classes(site.gram, site.holdout, tolerance=max(COLLINEAR, tolerance**2)) for site in sites
+            collinear_classes(consumer.gram, consumer.holdout, tolerance=max(COLLINEAR, tolerance**2))
+            for consumer in consumers
         ]
         self._zero = [
-            (np.diagonal(site.gram) == 0) & (True if site.holdout is None else np.diagonal(site.holdout) == 0)
-            for site in sites
+            (np.diagonal(consumer.gram) == 0)
+            & (True if consumer.holdout is None else np.diagonal(consumer.holdout) == 0)
+            for consumer in consumers
         ]
 
     def _bounded(self) -> _Guard:
@@ -566,11 +556,11 @@ class _Search:
         return guard
 
     def remove_constant(self, allowed: NDArray[np.bool_]) -> None:
-        silent = allowed.copy()
-        for site, zero in zip(self.sites, self._zero, strict=True):
-            silent[site.unit[(site.unit >= 0) & ~zero]] = False
+        inactive = allowed.copy()
+        for consumer, zero in zip(self.consumers, self._zero, strict=True):
+            inactive[consumer.unit[(consumer.unit >= 0) & ~zero]] = False
         guard = self._bounded()
-        for unit in np.flatnonzero(silent)[::-1]:
+        for unit in np.flatnonzero(inactive)[::-1]:
             if guard.free[unit]:
                 guard.remove(int(unit))
                 self.kind[unit] = CONSTANT
@@ -579,12 +569,12 @@ class _Search:
         guard = self._bounded()
         # How many features of each class are left, at each site, and which features a unit has there.
         left, owned = [], []
-        for site, classes in zip(self.sites, self._classes, strict=True):
-            gone = np.append(self.kind > 0, False)[site.unit]
+        for consumer, classes in zip(self.consumers, self._classes, strict=True):
+            gone = np.append(self.kind > 0, False)[consumer.unit]
             alive = (classes.label >= 0) & ~gone
-            left.append(np.bincount(classes.label[alive], minlength=len(site.unit)))
+            left.append(np.bincount(classes.label[alive], minlength=len(consumer.unit)))
             features: dict[int, list[int]] = {}
-            for feature, unit in enumerate(site.unit.tolist()):
+            for feature, unit in enumerate(consumer.unit.tolist()):
                 if unit >= 0:
                     features.setdefault(unit, []).append(feature)
             owned.append(features)
@@ -601,10 +591,10 @@ class _Search:
     def _has_partner(self, left: Sequence[NDArray[np.int64]]) -> NDArray[np.bool_]:
         """Units of which no feature at any site is alone in its class."""
         possible = np.ones(len(self.kind), dtype=bool)
-        for site, classes, zero, counts in zip(self.sites, self._classes, self._zero, left, strict=True):
+        for consumer, classes, zero, counts in zip(self.consumers, self._classes, self._zero, left, strict=True):
             single = (classes.label >= 0) & (counts[classes.label] < 2)
             single |= (classes.label < 0) & ~zero
-            possible[site.unit[single & (site.unit >= 0)]] = False
+            possible[consumer.unit[single & (consumer.unit >= 0)]] = False
         return possible
 
     def _replaceable(self, unit: int, left: Sequence[NDArray[np.int64]], owned: Sequence[dict[int, list[int]]]) -> bool:
@@ -617,42 +607,42 @@ class _Search:
     def restore_offenders(self) -> None:
         """Put back whatever adds too much error on fit or unseen samples, the worst first."""
         worst: dict[int, tuple[float, int]] = {}
-        changed = list(range(len(self.sites)))
+        changed = list(range(len(self.consumers)))
         while changed:
             worst.update((number, self._worst(number)) for number in changed)
             error, unit = max(worst.values())
             if error <= self._tolerance**2:
                 return
             self.kind[unit] = NONE
-            changed = [number for number, site in enumerate(self.sites) if (site.unit == unit).any()]
+            changed = [number for number, consumer in enumerate(self.consumers) if (consumer.unit == unit).any()]
 
     def _worst(self, number: int) -> tuple[float, int]:
         """The squared relative error that the removals add at a site, and the unit to blame for most of it."""
-        site, kept = self.sites[number], self._kept(number)
+        consumer, kept = self.consumers[number], self._kept(number)
         worst, blamed = 0.0, NONE
         if not kept.all():
-            matrix, outer = self._fold(number, kept), site.outer[np.ix_(~kept, ~kept)]
-            for gram in (site.gram, site.holdout):
+            matrix, outer = self._fold(number, kept), consumer.outer[np.ix_(~kept, ~kept)]
+            for gram in (consumer.gram, consumer.holdout):
                 if gram is not None:
                     residual = residual_moments(gram, kept, matrix) * outer
-                    if residual.sum() / site.energy > worst:
-                        worst = residual.sum() / site.energy
-                        blamed = int(site.unit[~kept][np.argmax(np.diagonal(residual))])
+                    if residual.sum() / consumer.energy > worst:
+                        worst = residual.sum() / consumer.energy
+                        blamed = int(consumer.unit[~kept][np.argmax(np.diagonal(residual))])
         return worst, blamed
 
     def remove_joint(self, candidates: NDArray[np.bool_]) -> None:
         allowed = candidates & (self.kind == 0)
-        for site in self.sites:
-            if not site.joint:
-                allowed[site.unit[site.unit >= 0]] = False
+        for consumer in self.consumers:
+            if not consumer.joint:
+                allowed[consumer.unit[consumer.unit >= 0]] = False
         if not allowed.any():
             return
-        reduced = [self._reduced(number) for number in range(len(self.sites))]
-        stop = len(self.sites) * self._tolerance**2
+        reduced = [self._reduced(number) for number in range(len(self.consumers))]
+        stop = len(self.consumers) * self._tolerance**2
         allowed = _affordable(reduced, allowed, stop)
         least = [(members[self.kind[members] == 0], bound) for members, bound in self._least if bound > 0]
         order = eliminate(
-            reduced, len(self.kind), candidates=allowed, stop=stop, ridge=EXACT_RIDGE, minimum_kept=least
+            reduced, len(self.kind), candidates=allowed, stop=stop, ridge=EXACT_RIDGE, minimums=least
         ).order
         for _ in range(TRIES):
             taken = self._remove_while_it_passes(order)
@@ -676,46 +666,48 @@ class _Search:
         self.kind[order[:low]] = JOINT
         return low
 
-    def _reduced(self, number: int) -> SiteProblem:
+    def _reduced(self, number: int) -> ConsumerProblem:
         """The problem of what is left of a site, with the weight of what went folded in."""
-        site, kept = self.sites[number], self._kept(number)
+        consumer, kept = self.consumers[number], self._kept(number)
         matrix = self._fold(number, kept)
-        cross = matrix @ site.outer[np.ix_(~kept, kept)]
-        outer = site.outer[np.ix_(kept, kept)] + cross + cross.T
-        outer += matrix @ site.outer[np.ix_(~kept, ~kept)] @ matrix.T
-        holdout = None if site.holdout is None else site.holdout[np.ix_(kept, kept)]
-        return SiteProblem(site.gram[np.ix_(kept, kept)], holdout, outer, site.unit[kept], site.energy, site.joint)
+        cross = matrix @ consumer.outer[np.ix_(~kept, kept)]
+        outer = consumer.outer[np.ix_(kept, kept)] + cross + cross.T
+        outer += matrix @ consumer.outer[np.ix_(~kept, ~kept)] @ matrix.T
+        holdout = None if consumer.holdout is None else consumer.holdout[np.ix_(kept, kept)]
+        return ConsumerProblem(
+            consumer.gram[np.ix_(kept, kept)], holdout, outer, consumer.unit[kept], consumer.energy, consumer.joint
+        )
 
     def _passes(self) -> bool:
-        for number, site in enumerate(self.sites):
+        for number, consumer in enumerate(self.consumers):
             kept = self._kept(number)
             if kept.all():
                 continue
             matrix = self._fold(number, kept)
-            for gram in (site.gram, site.holdout):
+            for gram in (consumer.gram, consumer.holdout):
                 if gram is not None:
-                    cost = removal_cost(gram, site.outer, kept, matrix)
-                    if cost > self._tolerance**2 * site.energy:
+                    cost = removal_cost(gram, consumer.outer, kept, matrix)
+                    if cost > self._tolerance**2 * consumer.energy:
                         return False
         return True
 
     def _kept(self, number: int) -> NDArray[np.bool_]:
-        return np.asarray(~np.append(self.kind > 0, False)[self.sites[number].unit])
+        return np.asarray(~np.append(self.kind > 0, False)[self.consumers[number].unit])
 
     def folds(self) -> list[Matrix]:
         """T of every site."""
-        return [self._fold(number, self._kept(number)) for number in range(len(self.sites))]
+        return [self._fold(number, self._kept(number)) for number in range(len(self.consumers))]
 
     def _fold(self, number: int, kept: NDArray[np.bool_]) -> Matrix:
         """Zero for constants, the partner alone for multiples, least squares for combinations."""
-        site, classes = self.sites[number], self._classes[number]
-        kinds = np.append(self.kind, 0)[site.unit]
+        consumer, classes = self.consumers[number], self._classes[number]
+        kinds = np.append(self.kind, 0)[consumer.unit]
         joint = kinds == JOINT
         column = np.cumsum(~kept) - 1
         matrix = np.zeros((len(kept), int((~kept).sum())))
         if joint.any():
             base = kept | joint
-            matrix[np.ix_(kept, joint[~kept])] = fold(site.gram[np.ix_(base, base)], kept[base])
+            matrix[np.ix_(kept, joint[~kept])] = fold(consumer.gram[np.ix_(base, base)], kept[base])
         # The first survivor of each class answers for the others; next best is one that is a combination itself.
         answers = np.full(len(kept), -1)
         for own in (joint, kept):  # the later one wins

@@ -15,11 +15,9 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
-from lindep_onnx.files import Folder
+from lindep_onnx.files import WeightsDir
 from lindep_onnx.model.ir import Model, first_name, model_of
-from lindep_onnx.model.weights import bodies, filled, light, stand_in
-
-__all__ = ["METADATA_KEY", "Edits", "Insertion", "edit"]
+from lindep_onnx.model.weights import bodies, stand_in, with_weights, without_weights
 
 # graphsurgeon reports on its own logger, straight to the terminal; what matters is raised by us.
 gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.CRITICAL
@@ -40,7 +38,7 @@ class Insertion:
 
 
 @dataclass(frozen=True)
-class Edits:
+class GraphEdits:
     """All changes to a graph, decided beforehand; `edit` carries them out.
 
     Attributes:
@@ -69,7 +67,7 @@ class Edits:
         return any(getattr(self, entry.name) for entry in fields(self))
 
 
-def edit(model: Model, edits: Edits, metadata: str) -> Model:
+def apply_edits(model: Model, edits: GraphEdits, metadata: str) -> Model:
     """Carry out `edits` on a copy of the model.
 
     graphsurgeon imports, rewires, cleans up and exports; what it does not carry (documentation strings, metadata,
@@ -92,8 +90,8 @@ def edit(model: Model, edits: Edits, metadata: str) -> Model:
     return model_of(proto, folder)
 
 
-def _edited(model: Model, edits: Edits) -> tuple[onnx.ModelProto, Folder | None]:
-    original = light(model.proto)
+def _edited(model: Model, edits: GraphEdits) -> tuple[onnx.ModelProto, WeightsDir | None]:
+    original = without_weights(model.proto)
     graph = gs.import_onnx(original)
     tensors: dict[str, Any] = graph.tensors(check_duplicates=False)
     by_output = {output.name: node for node in graph.nodes for output in node.outputs if output.name}
@@ -161,7 +159,7 @@ def _edited(model: Model, edits: Edits) -> tuple[onnx.ModelProto, Folder | None]
         tensor.ClearField("name")
     captured = {name for node in model.nodes for name in node.captures}
     result = _restored(original, exported, edits, captured)
-    return filled(result, lambda name: new[name] if name in new else model.stored[name])
+    return with_weights(result, lambda name: new[name] if name in new else model.stored[name])
 
 
 def _attribute_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
@@ -208,7 +206,7 @@ def _inserted_after(tensors: dict[str, Any], taken: set[str], name: str, inserti
 
 
 def _restored(
-    original: onnx.ModelProto, exported: onnx.ModelProto, edits: Edits, captured: Collection[str]
+    original: onnx.ModelProto, exported: onnx.ModelProto, edits: GraphEdits, captured: Collection[str]
 ) -> onnx.ModelProto:
     """The exported graph inside everything else of the original; bodies read what is `captured`."""
     result = onnx.ModelProto()
@@ -257,7 +255,7 @@ def _restored(
     return result
 
 
-def _declare(original: onnx.ModelProto, result: onnx.ModelProto, edits: Edits) -> None:
+def _declare(original: onnx.ModelProto, result: onnx.ModelProto, edits: GraphEdits) -> None:
     """Inputs and recorded shapes: those of the original that still exist, at their new sizes.
 
     Before IR version 4 every initializer is a graph input too.
@@ -284,7 +282,7 @@ def _declare(original: onnx.ModelProto, result: onnx.ModelProto, edits: Edits) -
                 dim.dim_value = size
 
 
-def _keep_attributes(source: onnx.NodeProto, node: onnx.NodeProto, edits: Edits) -> None:
+def _keep_attributes(source: onnx.NodeProto, node: onnx.NodeProto, edits: GraphEdits) -> None:
     """Take attributes bit by bit from the original where they were not edited (sub-graphs, types, order)."""
     edited = {key for _, key in edits.attributes}
     current = {attribute.name: attribute for attribute in node.attribute}

@@ -19,11 +19,9 @@ import onnx.inliner
 from numpy.typing import NDArray
 
 from lindep_onnx.errors import ModelError
-from lindep_onnx.files import Folder
+from lindep_onnx.files import WeightsDir
 from lindep_onnx.model import weights as storage
 from lindep_onnx.model.weights import array_of, bodies
-
-__all__ = ["MOST_DECLARED", "Model", "Node", "first_name", "impossible_sizes", "load", "model_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +29,9 @@ Array: TypeAlias = NDArray[Any]
 Dim: TypeAlias = "int | str"
 
 #: Longer vectors are of unknown length to inference, which makes a list of the elements of integer ones.
-MOST_DECLARED = 1 << 20
+MAX_DECLARED = 1 << 20
 #: More cannot be fed.
-MOST_FED = 1 << 40
+MAX_FED = 1 << 40
 INTEGERS = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
 
 
@@ -80,7 +78,7 @@ class Model:
     """
 
     proto: onnx.ModelProto
-    folder: Folder | None
+    folder: WeightsDir | None
     nodes: tuple[Node, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -114,7 +112,7 @@ def load(source: str | Path | onnx.ModelProto) -> Model:
     return model_of(*storage.read(source), where)
 
 
-def model_of(proto: onnx.ModelProto, folder: Folder | None, where: str = "") -> Model:
+def model_of(proto: onnx.ModelProto, folder: WeightsDir | None, where: str = "") -> Model:
     """A protobuf as a `Model`.
 
     Args:
@@ -235,7 +233,7 @@ def impossible_sizes(graph: onnx.GraphProto) -> Iterator[onnx.TensorShapeProto.D
     for value in (*graph.input, *graph.output, *graph.value_info):
         dims = value.type.tensor_type.shape.dim
         vector = len(dims) == 1 and value.type.tensor_type.elem_type in INTEGERS
-        yield from (dim for dim in dims if dim.dim_value < 0 or (vector and dim.dim_value > MOST_DECLARED))
+        yield from (dim for dim in dims if dim.dim_value < 0 or (vector and dim.dim_value > MAX_DECLARED))
     for node in graph.node:
         for body in bodies(node):
             yield from impossible_sizes(body)
@@ -256,7 +254,7 @@ def _check_sizes(where: str, graph: onnx.GraphProto) -> None:
     """Refuse vectors of integers that nobody can feed: some versions of ONNX Runtime make a list of the elements."""
     for value in graph.input:
         dims = value.type.tensor_type.shape.dim
-        if value.type.tensor_type.elem_type in INTEGERS and len(dims) == 1 and dims[0].dim_value > MOST_FED:
+        if value.type.tensor_type.elem_type in INTEGERS and len(dims) == 1 and dims[0].dim_value > MAX_FED:
             count = dims[0].dim_value
             raise ModelError(f"{where}: input {value.name!r} is declared with {count} values, which no machine holds.")
 

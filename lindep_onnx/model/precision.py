@@ -15,9 +15,7 @@ import onnx
 from numpy.typing import NDArray
 
 from lindep_onnx.model.ir import Model, impossible_sizes, model_of
-from lindep_onnx.model.weights import declared, filled, is_external, light
-
-__all__ = ["narrowed", "neighbour", "resolution", "widened"]
+from lindep_onnx.model.weights import is_external, weights_as_inputs, with_weights, without_weights
 
 Array: TypeAlias = NDArray[Any]
 
@@ -28,7 +26,7 @@ FLOATS = (*NARROW, onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE)
 TYPES = ("to", "dtype")
 
 
-def resolution(proto: onnx.ModelProto) -> float:
+def epsilon(proto: onnx.ModelProto) -> float:
     """Relative spacing of the coarsest floating-point type that stores a weight; 0 for single and double precision.
 
     Args:
@@ -37,13 +35,13 @@ def resolution(proto: onnx.ModelProto) -> float:
     return max((NARROW.get(tensor.data_type, 0.0) for tensor in _tensors(proto.graph)), default=0.0)
 
 
-def widened(model: Model) -> Model:
+def to_float32(model: Model) -> Model:
     """A copy of a model in which half precision has become single precision; names and nodes stay.
 
     Args:
         model: the model.
     """
-    copy = light(model.proto)
+    copy = without_weights(model.proto)
     for tensor in _tensors(copy.graph):
         if tensor.data_type in NARROW:
             _cast(tensor, onnx.TensorProto.FLOAT)
@@ -58,7 +56,7 @@ def widened(model: Model) -> Model:
     return _of_values(copy, model)
 
 
-def narrowed(result: Model, original: Model) -> Model:
+def to_stored_dtype(result: Model, original: Model) -> Model:
     """Give every tensor of a result the type that it has in the original.
 
     What the original does not have (a bias, a copy of a shared vector) gets the type of the node that reads it.
@@ -67,7 +65,7 @@ def narrowed(result: Model, original: Model) -> Model:
         result: made from `widened(original)`.
         original: in half precision.
     """
-    copy = light(result.proto)
+    copy = without_weights(result.proto)
     types = _types(original.proto)
     attributes = {node.output[0]: node.attribute for node in original.proto.graph.node if node.output}
     readers: dict[str, int] = {}
@@ -99,17 +97,17 @@ def narrowed(result: Model, original: Model) -> Model:
 def _of_values(proto: onnx.ModelProto, source: Model) -> Model:
     """A light copy of a model with its data, as the types of the copy."""
     types = {tensor.name: _numpy_type(tensor.data_type) for tensor in proto.graph.initializer}
-    return model_of(*filled(proto, lambda name: np.asarray(source.stored[name], dtype=types[name])))
+    return model_of(*with_weights(proto, lambda name: np.asarray(source.stored[name], dtype=types[name])))
 
 
-def neighbour(model: Model, seed: int) -> Model:
+def perturbed_one_ulp(model: Model, seed: int) -> Model:
     """A copy of a model in which every weight moved to the next number above or below, or stayed.
 
     Args:
         model: the model.
         seed: of the moves.
     """
-    copy = light(model.proto)
+    copy = without_weights(model.proto)
     rng = np.random.default_rng(seed)
 
     def moved(value: Array) -> Array:
@@ -121,12 +119,12 @@ def neighbour(model: Model, seed: int) -> Model:
     for tensor in _tensors(copy.graph):
         if tensor.data_type in FLOATS and not is_external(tensor):
             tensor.CopyFrom(onnx.numpy_helper.from_array(moved(onnx.numpy_helper.to_array(tensor)), tensor.name))
-    return model_of(*filled(copy, lambda name: moved(model.stored[name])))
+    return model_of(*with_weights(copy, lambda name: moved(model.stored[name])))
 
 
 def _types(proto: onnx.ModelProto) -> dict[str, int]:
     """Element type of every tensor of the graph that is known to be a floating-point number."""
-    skeleton = declared(proto)
+    skeleton = weights_as_inputs(proto)
     for dim in impossible_sizes(skeleton.graph):
         dim.Clear()
     inferred = onnx.shape_inference.infer_shapes(skeleton).graph

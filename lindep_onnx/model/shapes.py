@@ -22,9 +22,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
-from lindep_onnx.model.ir import MOST_DECLARED, Model, Node, impossible_sizes
-
-__all__ = ["Resolved", "Shape", "resolve"]
+from lindep_onnx.model.ir import MAX_DECLARED, Model, Node, impossible_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +92,7 @@ SCALING = frozenset(["ai.onnx.ml::Normalizer", "ai.onnx.ml::Scaler"])
 
 
 @dataclass(frozen=True)
-class Resolved:
+class ShapeInfo:
     """All that is known about tensors without running the model.
 
     Attributes:
@@ -122,7 +120,7 @@ class Resolved:
         return list(np.ravel(self.values[name])) if name in self.values else None
 
 
-def resolve(model: Model, inputs: Mapping[str, Shape] = MappingProxyType({})) -> Resolved:
+def resolve(model: Model, inputs: Mapping[str, Shape] = MappingProxyType({})) -> ShapeInfo:
     """Fold constants, infer shapes and follow shape arithmetic, until nothing new is found.
 
     Args:
@@ -144,7 +142,7 @@ def resolve(model: Model, inputs: Mapping[str, Shape] = MappingProxyType({})) ->
         _fold(model, constants)
         if known == (len(constants), len(values), sum(_fixed(shape) for shape in shapes.values())):
             break
-    return Resolved(
+    return ShapeInfo(
         constants=MappingProxyType(constants),
         shapes=MappingProxyType(shapes),
         values=MappingProxyType(values),
@@ -304,7 +302,7 @@ def _skeleton(
     for node in model.nodes:
         for name in node.outputs:
             if name and name in shapes and name not in constants and name in dtypes:
-                most = MOST_DECLARED if len(shapes[name]) == 1 else math.inf
+                most = MAX_DECLARED if len(shapes[name]) == 1 else math.inf
                 dims = [dim if isinstance(dim, int) and dim <= most else None for dim in shapes[name]]
                 graph.value_info.append(onnx.helper.make_tensor_value_info(name, dtypes[name], dims))
     # Before version 4 inference gives up on an initializer that is no graph input.
@@ -360,23 +358,23 @@ def _record(name: str, result: Array, constants: dict[str, Array], values: dict[
         values[name] = result
 
 
-Reader: TypeAlias = Callable[[str], Array]
+ConsumerNode: TypeAlias = Callable[[str], Array]
 
 
-def _shape(node: Node, read: Reader, shapes: Mapping[str, Shape], opset: int, symbols: Iterator[str]) -> Array:
+def _shape(node: Node, read: ConsumerNode, shapes: Mapping[str, Shape], opset: int, symbols: Iterator[str]) -> Array:
     dims = np.array(shapes[node.inputs[0]], dtype=object)
     return dims[slice(node.attributes.get("start", 0), node.attributes.get("end"))]
 
 
-def _gather(node: Node, read: Reader, shapes: Mapping[str, Shape], opset: int, symbols: Iterator[str]) -> Array:
+def _gather(node: Node, read: ConsumerNode, shapes: Mapping[str, Shape], opset: int, symbols: Iterator[str]) -> Array:
     return np.take(read(node.inputs[0]), read(node.inputs[1]).astype(np.int64), axis=node.attributes.get("axis", 0))
 
 
-def _concat(node: Node, read: Reader, shapes: Mapping[str, Shape], opset: int, symbols: Iterator[str]) -> Array:
+def _concat(node: Node, read: ConsumerNode, shapes: Mapping[str, Shape], opset: int, symbols: Iterator[str]) -> Array:
     return np.concatenate([read(name) for name in node.inputs], axis=node.attributes["axis"])
 
 
-def _slice(node: Node, read: Reader, shapes: Mapping[str, Shape], opset: int, symbols: Iterator[str]) -> Array:
+def _slice(node: Node, read: ConsumerNode, shapes: Mapping[str, Shape], opset: int, symbols: Iterator[str]) -> Array:
     data = read(node.inputs[0])
     names = ("starts", "ends", "axes", "steps")
     if opset < 10:
@@ -394,7 +392,7 @@ def _slice(node: Node, read: Reader, shapes: Mapping[str, Shape], opset: int, sy
     return np.asarray(data[tuple(index)])
 
 
-def _same(node: Node, read: Reader, shapes: Mapping[str, Shape], opset: int, symbols: Iterator[str]) -> Array:
+def _same(node: Node, read: ConsumerNode, shapes: Mapping[str, Shape], opset: int, symbols: Iterator[str]) -> Array:
     if node.op == "Cast" and node.attributes.get("to") not in (
         onnx.TensorProto.INT64,
         onnx.TensorProto.INT32,
@@ -403,7 +401,7 @@ def _same(node: Node, read: Reader, shapes: Mapping[str, Shape], opset: int, sym
     return read(node.inputs[0])
 
 
-def _reshaped(node: Node, read: Reader, shapes: Mapping[str, Shape], opset: int, symbols: Iterator[str]) -> Array:
+def _reshaped(node: Node, read: ConsumerNode, shapes: Mapping[str, Shape], opset: int, symbols: Iterator[str]) -> Array:
     data = read(node.inputs[0])
     if node.op == "Reshape":
         return data.reshape([int(size) for size in read(node.inputs[1])])
@@ -417,7 +415,9 @@ def _reshaped(node: Node, read: Reader, shapes: Mapping[str, Shape], opset: int,
     return np.expand_dims(data, tuple(axes))
 
 
-def _arithmetic(node: Node, read: Reader, shapes: Mapping[str, Shape], opset: int, symbols: Iterator[str]) -> Array:
+def _arithmetic(
+    node: Node, read: ConsumerNode, shapes: Mapping[str, Shape], opset: int, symbols: Iterator[str]
+) -> Array:
     left, right = np.broadcast_arrays(read(node.inputs[0]), read(node.inputs[1]))
 
     def one(a: Any, b: Any) -> Any:
@@ -453,7 +453,7 @@ PARTIAL: Mapping[str, Callable[..., Array]] = {
 }
 
 
-def _reshape_target(node: Node, read: Reader, shapes: Mapping[str, Shape], symbols: Iterator[str]) -> Shape:
+def _reshape_target(node: Node, read: ConsumerNode, shapes: Mapping[str, Shape], symbols: Iterator[str]) -> Shape:
     data = shapes[node.inputs[0]]
     target: list[int | str] = [
         element if isinstance(element, str) else int(element) for element in read(node.inputs[1])
@@ -481,7 +481,7 @@ def _inferred(data: list[int | str], others: list[int | str], symbols: Iterator[
     return free[0] if len(free) == 1 and count == fixed else next(symbols)
 
 
-def _expand_target(node: Node, read: Reader, shapes: Mapping[str, Shape], symbols: Iterator[str]) -> Shape:
+def _expand_target(node: Node, read: ConsumerNode, shapes: Mapping[str, Shape], symbols: Iterator[str]) -> Shape:
     data = list(shapes[node.inputs[0]])
     target: list[int | str] = [
         element if isinstance(element, str) else int(element) for element in read(node.inputs[1])
@@ -492,7 +492,7 @@ def _expand_target(node: Node, read: Reader, shapes: Mapping[str, Shape], symbol
     return tuple(wanted if size == 1 else size for size, wanted in zip(data, target, strict=True))
 
 
-def _constant_target(node: Node, read: Reader, shapes: Mapping[str, Shape], symbols: Iterator[str]) -> Shape:
+def _constant_target(node: Node, read: ConsumerNode, shapes: Mapping[str, Shape], symbols: Iterator[str]) -> Shape:
     return tuple(element if isinstance(element, str) else int(element) for element in read(node.inputs[0]))
 
 

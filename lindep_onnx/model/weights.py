@@ -1,7 +1,7 @@
 """Model files, and where the data of initializers is: inside the protobuf, or in files that are mapped into memory.
 
 A model of up to `IN_MEMORY` bytes is one protobuf, weights included. The weights of a larger one stay in files, those
-that the model came with or a temporary one: its large initializers are external data, `Folder` says beside which
+that the model came with or a temporary one: its large initializers are external data, `WeightsDir` says beside which
 model file, and their values are arrays over the mapped file. No copy of them is made in memory, and the operating
 system takes back what it needs. Everywhere in this package a `ModelProto` goes together with such a folder, or with
 None if it holds all of its data. Integers, tensors in attributes and in bodies, and types that do not fill whole bytes
@@ -31,26 +31,7 @@ from numpy.typing import NDArray
 
 from lindep_onnx import files
 from lindep_onnx.errors import ModelError, OutputError
-from lindep_onnx.files import Folder
-
-__all__ = [
-    "IN_MEMORY",
-    "PROTOBUF_LIMIT",
-    "array_of",
-    "bodies",
-    "check_unchanged",
-    "declared",
-    "filled",
-    "fingerprint",
-    "is_external",
-    "light",
-    "placeholder",
-    "read",
-    "save",
-    "size_of",
-    "stand_in",
-    "whole",
-]
+from lindep_onnx.files import WeightsDir
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +46,7 @@ EXTERNAL_BYTES = 1024
 #: Every tensor in a file of weights begins at a multiple of this.
 ALIGNMENT = 64
 #: A larger model is taken to use the file that is looked for.
-MOST_SEARCHED = 1 << 28
+MAX_SEARCHED = 1 << 28
 #: Bits of an element, of types that do not fill whole bytes.
 PACKED = {"INT2": 2, "UINT2": 2, "INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4}
 EXTERNAL = onnx.TensorProto.EXTERNAL
@@ -76,7 +57,7 @@ FLOATS = tuple(getattr(onnx.TensorProto, name) for name in ("FLOAT", "DOUBLE", "
 # ---- reading ------------------------------------------------------------------------------------------------------
 
 
-def read(source: str | Path | onnx.ModelProto) -> tuple[onnx.ModelProto, Folder | None]:
+def read(source: str | Path | onnx.ModelProto) -> tuple[onnx.ModelProto, WeightsDir | None]:
     """Read a model; where its weights are many, they stay on the disk.
 
     Args:
@@ -100,7 +81,7 @@ def read(source: str | Path | onnx.ModelProto) -> tuple[onnx.ModelProto, Folder 
             onnx.external_data_helper.load_external_data_for_tensor(tensor, str(path.parent))
             tensor.ClearField("data_location")
             tensor.ClearField("external_data")
-        folder = Folder(path.parent.absolute())
+        folder = WeightsDir(path.parent.absolute())
         mapped = [tensor for tensor in proto.graph.initializer if is_external(tensor)]
         for tensor in mapped:
             array_of(tensor, folder)
@@ -117,7 +98,7 @@ def _parsed(path: Path) -> onnx.ModelProto:
     except (OSError, ValueError) as error:  # no name for a file: too long, or with a NUL in it
         raise ModelError(f"{str(path)[:80]!r}: cannot be looked up ({error}).") from error
     if not is_file:
-        missing = f"no such model file.{files.meant(path)}"
+        missing = f"no such model file.{files.suggestion(path)}"
         raise ModelError(f"{path}: {missing if not path.exists() else 'is not a file.'}")
     proto = onnx.ModelProto()
     try:
@@ -138,15 +119,21 @@ def _parsed(path: Path) -> onnx.ModelProto:
     return proto
 
 
-def _spilled(proto: onnx.ModelProto, where: str, folder: Folder | None = None) -> tuple[onnx.ModelProto, Folder | None]:
+def _spilled(
+    proto: onnx.ModelProto, where: str, folder: WeightsDir | None = None
+) -> tuple[onnx.ModelProto, WeightsDir | None]:
     """The model as it is, or a copy whose large initializers are in one file."""
     try:
-        return (proto, folder) if size_of(proto) <= IN_MEMORY else filled(light(proto), _values(proto, folder))
+        return (
+            (proto, folder)
+            if size_of(proto) <= IN_MEMORY
+            else with_weights(without_weights(proto), _values(proto, folder))
+        )
     except (ValueError, KeyError, TypeError) as error:  # what onnx raises for unknown types
         raise ModelError(f"{where}: a tensor in it is damaged: {error}") from error
 
 
-def _values(proto: onnx.ModelProto, folder: Folder | None) -> Callable[[str], Array]:
+def _values(proto: onnx.ModelProto, folder: WeightsDir | None) -> Callable[[str], Array]:
     tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
     return lambda name: array_of(tensors[name], folder)
 
@@ -200,7 +187,7 @@ def is_external(tensor: onnx.TensorProto) -> bool:
     return bool(tensor.data_location == EXTERNAL)
 
 
-def array_of(tensor: onnx.TensorProto, folder: Folder | None) -> Array:
+def array_of(tensor: onnx.TensorProto, folder: WeightsDir | None) -> Array:
     """The values of a tensor, mapped where they are in a file.
 
     Args:
@@ -256,7 +243,7 @@ def size_of(proto: onnx.ModelProto) -> int:
     return sum(tensor_bytes(tensor) if is_external(tensor) else tensor.ByteSize() for tensor in proto.graph.initializer)
 
 
-def fingerprint(proto: onnx.ModelProto, folder: Folder | None) -> str:
+def fingerprint(proto: onnx.ModelProto, folder: WeightsDir | None) -> str:
     """A digest of what a model computes: nodes, weights, inputs and outputs, whatever its metadata say.
 
     Args:
@@ -284,7 +271,7 @@ def _lies_outside(part: Any) -> bool:
 # ---- models without their data, and with it -----------------------------------------------------------------------
 
 
-def light(proto: onnx.ModelProto) -> onnx.ModelProto:
+def without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
     """A copy without the data of large initializers: what a graph is changed in, so that no weight is copied.
 
     Such a tensor keeps its name, type and sizes, and says that its data is elsewhere, but not where. `filled` puts data
@@ -305,13 +292,13 @@ def light(proto: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
-def declared(proto: onnx.ModelProto) -> onnx.ModelProto:
+def weights_as_inputs(proto: onnx.ModelProto) -> onnx.ModelProto:
     """A copy in which large initializers are inputs: their types and sizes are all that shape inference needs of them.
 
     Args:
         proto: the model; not changed.
     """
-    copy = light(proto)
+    copy = without_weights(proto)
     graph = copy.graph
     present = {value.name for value in graph.input}
     outside = [tensor for tensor in graph.initializer if is_external(tensor)]
@@ -352,7 +339,7 @@ def stand_in(name: str, value: Array) -> onnx.TensorProto | None:
     return onnx.TensorProto(name=name, data_type=kind, dims=value.shape, data_location=EXTERNAL)
 
 
-def filled(proto: onnx.ModelProto, value_of: Callable[[str], Array]) -> tuple[onnx.ModelProto, Folder | None]:
+def with_weights(proto: onnx.ModelProto, value_of: Callable[[str], Array]) -> tuple[onnx.ModelProto, WeightsDir | None]:
     """Put the data that `light` left out in place: inside, or in a temporary file if it is much.
 
     Args:
@@ -368,7 +355,7 @@ def filled(proto: onnx.ModelProto, value_of: Callable[[str], Array]) -> tuple[on
                 tensor.CopyFrom(_inside(tensor, value_of(tensor.name)))
         return proto, None
     try:
-        folder = Folder.temporary()
+        folder = WeightsDir.temporary()
         _write(proto, value_of, folder.path / "weights")
     except OSError as error:
         what = f"{size_of(proto) / 1e6:.0f} MB of weights ({error.strerror or error})"
@@ -416,7 +403,7 @@ def _locate(proto: onnx.ModelProto, name: str) -> None:
             tensor.external_data.add(key="location", value=name)
 
 
-def whole(proto: onnx.ModelProto, folder: Folder | None) -> onnx.ModelProto:
+def embedded(proto: onnx.ModelProto, folder: WeightsDir | None) -> onnx.ModelProto:
     """The model with all of its data inside: itself if that is so already, else a copy.
 
     Args:
@@ -434,7 +421,7 @@ def whole(proto: onnx.ModelProto, folder: Folder | None) -> onnx.ModelProto:
     return copy
 
 
-def check_unchanged(folder: Folder | None) -> None:
+def check_unchanged(folder: WeightsDir | None) -> None:
     """Make sure that mapped weights are still those that everything was computed from.
 
     Args:
@@ -451,7 +438,7 @@ def check_unchanged(folder: Folder | None) -> None:
 # ---- writing ------------------------------------------------------------------------------------------------------
 
 
-def save(proto: onnx.ModelProto, folder: Folder | None, path: Path, *, external_data: bool = False) -> None:
+def save(proto: onnx.ModelProto, folder: WeightsDir | None, path: Path, *, external_data: bool = False) -> None:
     """Write a model so that `path` holds either its old content or the complete new one.
 
     Args:
@@ -467,7 +454,7 @@ def save(proto: onnx.ModelProto, folder: Folder | None, path: Path, *, external_
     """
     external = external_data or size_of(proto) > PROTOBUF_LIMIT - 2**20
     try:
-        for left in files.abandoned(path.parent):
+        for left in files.stale_scratch(path.parent):
             if (left / files.KEEP).is_file():
                 _settle(left)
                 shutil.rmtree(left, ignore_errors=True)
@@ -482,7 +469,7 @@ def save(proto: onnx.ModelProto, folder: Folder | None, path: Path, *, external_
         raise OutputError(f"{path}: cannot be written: {what}.") from error
 
 
-def _save(proto: onnx.ModelProto, folder: Folder | None, path: Path, scratch: Path, external: bool) -> None:
+def _save(proto: onnx.ModelProto, folder: WeightsDir | None, path: Path, scratch: Path, external: bool) -> None:
     """Write into `scratch` and move from there: first the weights, under a name that nothing uses, then the model.
 
     At any moment the model at `path` is the old one with its old weights, or the new one with its new weights. Weights
@@ -492,7 +479,7 @@ def _save(proto: onnx.ModelProto, folder: Folder | None, path: Path, scratch: Pa
     before = _own_data(path)
     after: set[str] = set()
     if external:
-        copy = light(proto)
+        copy = without_weights(proto)
         _write(copy, _values(proto, folder), data)
         if data.stat().st_size:
             files.flush(data)
@@ -514,7 +501,7 @@ def _save(proto: onnx.ModelProto, folder: Folder | None, path: Path, scratch: Pa
         _settle(scratch)
 
 
-def _serialise(proto: onnx.ModelProto, folder: Folder | None, file: BinaryIO) -> None:
+def _serialise(proto: onnx.ModelProto, folder: WeightsDir | None, file: BinaryIO) -> None:
     """Write the bytes of a model, the data of the tensors in a folder included.
 
     protobuf would need the whole model in memory, and its bytes beside it. So large tensors are framed here: a message
@@ -523,7 +510,7 @@ def _serialise(proto: onnx.ModelProto, folder: Folder | None, file: BinaryIO) ->
     if folder is None:
         file.write(proto.SerializeToString(deterministic=True))
         return
-    copy = light(proto)
+    copy = without_weights(proto)
     outside = [tensor for tensor in copy.graph.initializer if is_external(tensor)]
     inside = [tensor for tensor in copy.graph.initializer if not is_external(tensor)]
     heads = [_head(tensor).SerializeToString(deterministic=True) for tensor in outside]
@@ -575,7 +562,7 @@ def _settle(folder: Path) -> None:
 def _is_named(name: str, folder: Path, model: str) -> bool:
     """Whether another model in the folder may use that file: somebody may have made a copy of ours."""
     others = (path for path in folder.glob("*.onnx") if path.name != model and path.is_file())
-    return any(path.stat().st_size > MOST_SEARCHED or name.encode() in path.read_bytes() for path in others)
+    return any(path.stat().st_size > MAX_SEARCHED or name.encode() in path.read_bytes() for path in others)
 
 
 def _own_data(path: Path) -> set[str]:

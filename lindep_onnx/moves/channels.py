@@ -8,12 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from lindep_onnx.calibration.statistics import Evidence, SiteEvidence, problem
-from lindep_onnx.linalg.elimination import Least, SiteProblem, lossless_removals
-from lindep_onnx.structure.placement import balanced
-from lindep_onnx.structure.types import FROZEN, Channels, Group
-
-__all__ = ["Fold", "Plan", "local_least", "local_problem", "local_units", "part_of", "plan_lossless"]
+from lindep_onnx.calibration.statistics import ConsumerStatistics, Statistics, problem
+from lindep_onnx.linalg.elimination import ConsumerProblem, Minimums, lossless_removals
+from lindep_onnx.structure.placement import equalized
+from lindep_onnx.structure.types import FROZEN, Group, Structure
 
 #: Rounds over all groups: each can free weight for the groups before it. Two are enough unless paths cross.
 ROUNDS = 4
@@ -50,9 +48,9 @@ class Plan:
 
 
 def plan_lossless(
-    channels: Channels,
-    evidence: Evidence,
-    doubtful: NDArray[np.bool_],
+    structure: Structure,
+    statistics: Statistics,
+    uncertain: NDArray[np.bool_],
     *,
     tolerance: float,
     keep: NDArray[np.bool_] | None = None,
@@ -63,35 +61,35 @@ def plan_lossless(
     weights that are gone no longer have to be made up for.
 
     Args:
-        channels: the traced model.
-        evidence: what the data says.
-        doubtful: (units,) bool, constant so far but without a margin.
+        structure: the traced model.
+        statistics: what the data says.
+        uncertain: (units,) bool, constant so far but without a margin.
         tolerance: RMS relative error that one site may gain.
         keep: (units,) bool, units that stay in any case; None for none.
     """
     while True:
-        plan = _planned(channels, evidence, doubtful, keep, tolerance)
-        whole = balanced(channels, plan.removed)
+        plan = _planned(structure, statistics, uncertain, keep, tolerance)
+        whole = equalized(structure, plan.removed)
         if (whole == plan.removed).all():
             return plan
         keep = ~whole
 
 
-def part_of(plan: Plan, sites: Sequence[SiteEvidence], removed: NDArray[np.bool_]) -> Plan | None:
+def part_of(plan: Plan, consumers: Sequence[ConsumerStatistics], removed: NDArray[np.bool_]) -> Plan | None:
     """A plan of which some units stay after all; None if it does not remove all the others.
 
     What is removed is made up for feature by feature, from those that stayed anyway: the rest is as it was.
 
     Args:
         plan: the whole plan.
-        sites: of the model, for the unit of each feature.
+        consumers: of the model, for the unit of each feature.
         removed: (units,) bool, what still goes.
     """
     if (removed & ~plan.removed).any():
         return None
     folds = {}
     for index, fold in plan.folds.items():
-        kept = ~np.append(removed, False)[sites[index].unit]
+        kept = ~np.append(removed, False)[consumers[index].unit]
         if kept.all():
             continue
         matrix = np.zeros((int(kept.sum()), int((~kept).sum())))
@@ -101,29 +99,31 @@ def part_of(plan: Plan, sites: Sequence[SiteEvidence], removed: NDArray[np.bool_
 
 
 def _planned(
-    channels: Channels,
-    evidence: Evidence,
-    doubtful: NDArray[np.bool_],
+    structure: Structure,
+    statistics: Statistics,
+    uncertain: NDArray[np.bool_],
     keep: NDArray[np.bool_] | None,
     tolerance: float,
 ) -> Plan:
-    removed = np.zeros(channels.units, dtype=bool)
-    kind = np.zeros(channels.units, dtype=np.int8)
+    removed = np.zeros(structure.units, dtype=bool)
+    kind = np.zeros(structure.units, dtype=np.int8)
     folds: dict[int, Fold] = {}
     rows: dict[int, bytes] = {}
-    local = local_units(channels)
-    least = local_least(channels, local)
+    local = local_units(structure)
+    least = local_minimums(structure, local)
     for _ in range(ROUNDS):
         changed = False
-        for number in reversed(range(len(channels.groups))):
-            group = channels.groups[number]
-            current = b"".join(channels.mask(channels.sites[site].rows, removed).tobytes() for site in group.sites)
+        for number in reversed(range(len(structure.groups))):
+            group = structure.groups[number]
+            current = b"".join(
+                structure.mask(structure.consumers[consumer].rows, removed).tobytes() for consumer in group.consumers
+            )
             if rows.get(number) == current:
                 continue
             rows[number] = current
             before = removed[group.units].copy()
             _plan_group(
-                channels, evidence, doubtful, keep, group, local, least[number], removed, kind, folds, tolerance
+                structure, statistics, uncertain, keep, group, local, least[number], removed, kind, folds, tolerance
             )
             changed |= bool((removed[group.units] != before).any())
         if not changed:
@@ -132,13 +132,13 @@ def _planned(
 
 
 def _plan_group(
-    channels: Channels,
-    evidence: Evidence,
-    doubtful: NDArray[np.bool_],
+    structure: Structure,
+    statistics: Statistics,
+    uncertain: NDArray[np.bool_],
     keep: NDArray[np.bool_] | None,
     group: Group,
     local: NDArray[np.int64],
-    least: Least,
+    least: Minimums,
     removed: NDArray[np.bool_],
     kind: NDArray[np.int8],
     folds: dict[int, Fold],
@@ -151,56 +151,56 @@ def _plan_group(
     problems = []
     read = np.zeros(len(units) + 1, dtype=bool)  # the last entry answers for FROZEN
     varies = np.zeros(len(units) + 1, dtype=bool)
-    for index in group.sites:
-        seen = evidence.sites[index]
-        posed = local_problem(problem(channels, seen, removed), local)
+    for index in group.consumers:
+        seen = statistics.consumers[index]
+        posed = local_problem(problem(structure, seen, removed), local)
         multiplied = np.diagonal(posed.outer) != 0.0
         read[posed.unit[multiplied]] = True
         varies[posed.unit[multiplied & ~seen.constant]] = True
         problems.append(posed)
-    sure = ~(evidence.silent & doubtful)[units]
+    sure = ~(statistics.inactive & uncertain)[units]
     unread = ~read[:-1]
     constant = ~varies[:-1]
     free = np.ones(len(units), dtype=bool) if keep is None else ~keep[units]
-    silent = (unread | (constant & sure)) & free
+    inactive = (unread | (constant & sure)) & free
     result = lossless_removals(
         problems,
         len(units),
-        candidates=(sure & evidence.active[units] & free) | silent,
-        constant=silent,
+        candidates=(sure & statistics.active[units] & free) | inactive,
+        constant=inactive,
         tolerance=tolerance,
-        minimum_kept=least,
+        minimums=least,
     )
     removed[units] = result.removed
     kind[units] = result.kind
-    for index, matrix in zip(group.sites, result.folds, strict=True):
-        kept = ~np.append(removed, False)[evidence.sites[index].unit]
+    for index, matrix in zip(group.consumers, result.folds, strict=True):
+        kept = ~np.append(removed, False)[statistics.consumers[index].unit]
         if kept.all():
             folds.pop(index, None)
         else:
             folds[index] = Fold(kept, matrix)
 
 
-def local_units(channels: Channels) -> NDArray[np.int64]:
+def local_units(structure: Structure) -> NDArray[np.int64]:
     """(units + 1,) the number of each unit within its group; the last entry answers for FROZEN."""
-    local = np.full(channels.units + 1, FROZEN, dtype=np.int64)
-    for group in channels.groups:
+    local = np.full(structure.units + 1, FROZEN, dtype=np.int64)
+    for group in structure.groups:
         local[group.units] = np.arange(len(group.units))
     return local
 
 
-def local_problem(posed: SiteProblem, local: NDArray[np.int64]) -> SiteProblem:
+def local_problem(posed: ConsumerProblem, local: NDArray[np.int64]) -> ConsumerProblem:
     """The same problem in the unit numbers of its group."""
     return replace(posed, unit=local[posed.unit])
 
 
-def local_least(channels: Channels, local: NDArray[np.int64]) -> list[list[tuple[NDArray[np.int64], int]]]:
+def local_minimums(structure: Structure, local: NDArray[np.int64]) -> list[list[tuple[NDArray[np.int64], int]]]:
     """The constraints of each group in its own numbers. Members of other groups are not counted on."""
-    owner = np.zeros(channels.units, dtype=np.int64)
-    for number, group in enumerate(channels.groups):
+    owner = np.zeros(structure.units, dtype=np.int64)
+    for number, group in enumerate(structure.groups):
         owner[group.units] = number
-    found: list[list[tuple[NDArray[np.int64], int]]] = [[] for _ in channels.groups]
-    for members, bound in channels.least:
+    found: list[list[tuple[NDArray[np.int64], int]]] = [[] for _ in structure.groups]
+    for members, bound in structure.minimums:
         for number in np.unique(owner[members]).tolist():
             own = local[members[owner[members] == number]]
             found[number].append((own, min(bound, len(own))))

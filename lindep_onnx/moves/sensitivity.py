@@ -9,49 +9,47 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from lindep_onnx.calibration.statistics import Evidence, problem
+from lindep_onnx.calibration.statistics import Statistics, problem
 from lindep_onnx.data.samples import Part, Samples
-from lindep_onnx.linalg.elimination import SiteProblem, choose_ridge, eliminate, removal_cost
+from lindep_onnx.linalg.elimination import ConsumerProblem, choose_ridge, eliminate, removal_cost
 from lindep_onnx.model.ir import Model
 from lindep_onnx.moves.channels import Fold
-from lindep_onnx.moves.fold_weights import fold_sites
+from lindep_onnx.moves.fold_weights import fold_weights
 from lindep_onnx.planning.path import Curve, folds_of
 from lindep_onnx.runtime.backend import crew, open_session
-from lindep_onnx.structure.placement import balanced
+from lindep_onnx.structure.placement import equalized
 from lindep_onnx.structure.rewrite import rewrite
-from lindep_onnx.structure.types import Channels
-
-__all__ = ["Disturbances", "measured_curves", "site_influence"]
+from lindep_onnx.structure.types import Structure
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 
 #: Squared relative error that is made at a site: large enough to stand out, small enough to be linear.
-MADE_ERROR = 0.02
+PERTURBATION = 0.02
 #: Shares of a group that are removed to measure what it costs.
 DEPTHS = (0.2, 0.5)
 #: Samples that are run for each measurement.
 SAMPLES = 48
 
 
-class Disturbances:
+class PerturbationRunner:
     """Runs changed models on some samples and says how far their outputs move.
 
     Args:
-        channels: the traced model.
-        evidence: what the data says.
+        structure: the traced model.
+        statistics: what the data says.
         samples: the data; SELECT samples are run.
         providers: execution providers of ONNX Runtime.
         threads: intra-op threads, 0 for its own choice.
     """
 
     def __init__(
-        self, channels: Channels, evidence: Evidence, samples: Samples, *, providers: Sequence[str], threads: int
+        self, structure: Structure, statistics: Statistics, samples: Samples, *, providers: Sequence[str], threads: int
     ) -> None:
-        self._channels, self._evidence = channels, evidence
-        self._crew = crew(threads, providers, channels.resolved.activation_bytes * samples.batch)
+        self._structure, self._statistics = structure, statistics
+        self._crew = crew(threads, providers, structure.shape_info.activation_bytes * samples.batch)
         self._providers = providers
         self._batches = list(samples.batches(Part.SELECT, limit=SAMPLES))
-        self._reference = self._outputs(channels.model)
+        self._reference = self._outputs(structure.model)
         self._energy = {name: _energy(values) for name, values in self._reference.items()}
 
     def error(self, folds: Mapping[int, Fold], removed: NDArray[np.bool_]) -> float:
@@ -61,8 +59,8 @@ class Disturbances:
             folds: by site index.
             removed: (units,) bool; features that are folded away may stay in place.
         """
-        new = fold_sites(self._channels, folds, self._evidence.sites, removed)
-        outputs = self._outputs(rewrite(self._channels, new, ""))
+        new = fold_weights(self._structure, folds, self._statistics.consumers, removed)
+        outputs = self._outputs(rewrite(self._structure, new, ""))
         shares = [
             _difference(self._reference[name], outputs[name]) / energy
             for name, energy in self._energy.items()
@@ -79,8 +77,8 @@ class Disturbances:
         return {name: [np.asarray(run[place], dtype=np.float64) for run in runs] for place, name in enumerate(names)}
 
 
-def site_influence(
-    channels: Channels, evidence: Evidence, disturbances: Disturbances, progress: Progress
+def consumer_sensitivity(
+    structure: Structure, statistics: Statistics, perturbations: PerturbationRunner, progress: Progress
 ) -> list[float]:
     """Squared relative error of the outputs for a squared relative error of 1 at each site.
 
@@ -89,30 +87,34 @@ def site_influence(
     there is nothing to weigh, and it counts as 1.
 
     Args:
-        channels: the traced model.
-        evidence: what the data says.
-        disturbances: of this model.
+        structure: the traced model.
+        statistics: what the data says.
+        perturbations: of this model.
         progress: called with (stage, sites done, sites in all).
     """
-    nothing = np.zeros(channels.units, dtype=bool)
-    weighed = sorted(index for group in channels.groups if len(group.sites) > 1 for index in group.sites)
-    found = dict.fromkeys(range(len(channels.sites)), 1.0)
+    nothing = np.zeros(structure.units, dtype=bool)
+    weighed = sorted(index for group in structure.groups if len(group.consumers) > 1 for index in group.consumers)
+    found = dict.fromkeys(range(len(structure.consumers)), 1.0)
     measured: dict[int, float] = {}
     for done, index in enumerate(weighed):
-        folded = _disturbed(problem(channels, evidence.sites[index], nothing))
+        folded = _disturbed(problem(structure, statistics.consumers[index], nothing))
         if folded is not None:
             made, fold = folded
-            value = disturbances.error({index: fold}, nothing) / made
+            value = perturbations.error({index: fold}, nothing) / made
             if np.isfinite(value) and value > 0:
                 measured[index] = value
         progress("influence", done + 1, len(weighed))
     typical = float(np.median(list(measured.values()))) if measured else 1.0
     found.update({index: max(measured.get(index, typical), 1e-3 * typical) for index in weighed})
-    return [found[index] for index in range(len(channels.sites))]
+    return [found[index] for index in range(len(structure.consumers))]
 
 
 def measured_curves(
-    channels: Channels, evidence: Evidence, curves: Sequence[Curve], disturbances: Disturbances, progress: Progress
+    structure: Structure,
+    statistics: Statistics,
+    curves: Sequence[Curve],
+    perturbations: PerturbationRunner,
+    progress: Progress,
 ) -> list[Curve]:
     """Replace expected costs by measured ones: a group is removed in part, and the outputs tell what that does.
 
@@ -120,10 +122,10 @@ def measured_curves(
     sites add up coherently, which no sum over sites foresees.
 
     Args:
-        channels: the traced model.
-        evidence: what the data says.
+        structure: the traced model.
+        statistics: what the data says.
         curves: expected costs.
-        disturbances: of this model.
+        perturbations: of this model.
         progress: called with (stage, groups done, groups in all).
     """
     result = []
@@ -132,10 +134,10 @@ def measured_curves(
         for share in DEPTHS:
             depth = round(share * len(curve.units))
             if depth and curve.cost[depth - 1] > 0:
-                removed = np.zeros(channels.units, dtype=bool)
+                removed = np.zeros(structure.units, dtype=bool)
                 removed[curve.units[:depth]] = True
-                removed = balanced(channels, removed, curve.units[:depth])
-                error = disturbances.error(folds_of(channels, evidence, removed, {}), removed)
+                removed = equalized(structure, removed, curve.units[:depth])
+                error = perturbations.error(folds_of(structure, statistics, removed, {}), removed)
                 if np.isfinite(error) and error > 0:
                     depths.append(depth)
                     ratios.append(np.log(error / curve.cost[depth - 1]))
@@ -148,12 +150,12 @@ def measured_curves(
     return result
 
 
-def _disturbed(posed: SiteProblem) -> tuple[float, Fold] | None:
+def _disturbed(posed: ConsumerProblem) -> tuple[float, Fold] | None:
     """The squared relative error that a fold makes at a site, and the fold; None where hardly any can be made."""
     features = len(posed.unit)
-    single = SiteProblem(posed.gram, posed.holdout, posed.outer, np.arange(features), posed.energy, posed.joint)
+    single = ConsumerProblem(posed.gram, posed.holdout, posed.outer, np.arange(features), posed.energy, posed.joint)
     order = eliminate(
-        [single], features, candidates=posed.unit >= 0, limit=features - 1, stop=MADE_ERROR, ridge=1e-6
+        [single], features, candidates=posed.unit >= 0, limit=features - 1, stop=PERTURBATION, ridge=1e-6
     ).order
     kept = np.ones(features, dtype=bool)
     kept[order] = False

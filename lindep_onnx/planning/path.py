@@ -18,12 +18,10 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from lindep_onnx.calibration.statistics import Evidence, problem
-from lindep_onnx.linalg.elimination import SiteProblem, choose_ridge, eliminate
-from lindep_onnx.moves.channels import Fold, local_least, local_problem, local_units
-from lindep_onnx.structure.types import Bounds, Channels, Product
-
-__all__ = ["Curve", "Ladder", "Prices", "Saving", "build_ladder", "curves", "folds_of", "savings"]
+from lindep_onnx.calibration.statistics import Statistics, problem
+from lindep_onnx.linalg.elimination import ConsumerProblem, choose_ridge, eliminate
+from lindep_onnx.moves.channels import Fold, local_minimums, local_problem, local_units
+from lindep_onnx.structure.types import Bounds, Product, Structure
 
 Saving: TypeAlias = Literal["parameters", "macs", "channels"]
 
@@ -85,74 +83,78 @@ class Ladder:
         return sorted({round(len(self) * (1 - share)) for share in left.tolist()})
 
 
-def savings(channels: Channels, kind: Saving, rates: Mapping[int, float] = MappingProxyType({})) -> NDArray[np.float64]:
+def savings(
+    structure: Structure, kind: Saving, rates: Mapping[int, float] = MappingProxyType({})
+) -> NDArray[np.float64]:
     """(units,) parameters, MACs or output channels that go with each unit, all others kept.
 
     Args:
-        channels: the traced model.
+        structure: the traced model.
         kind: the currency.
         rates: by node, what a multiply-accumulate of it is worth; those of all others, or of all without, count as 1.
     """
     if kind == "channels":
-        return np.bincount(channels.unit[_produced(channels)] + 1, minlength=channels.units + 1)[1:].astype(np.float64)
-    total = np.zeros(channels.units + 1)  # the last entry takes what stays
+        return np.bincount(structure.unit[_produced(structure)] + 1, minlength=structure.units + 1)[1:].astype(
+            np.float64
+        )
+    total = np.zeros(structure.units + 1)  # the last entry takes what stays
     positions = {
-        (product.reader.node, product.position): _positions(channels, product) for product in channels.products
+        (product.reader.node, product.position): _positions(structure, product) for product in structure.products
     }
-    for name, readers in channels.reads.items():
-        shape = channels.resolved.constants[name].shape
+    for name, readers in structure.reads.items():
+        shape = structure.shape_info.constants[name].shape
         for key, axes in readers.items():
             times = 1.0 if kind == "parameters" else positions.get(key, 0.0) * rates.get(key[0], 1.0)
             for axis, atoms in axes.items():
                 blocks = len(atoms) if atoms.ndim == 2 and axis > 0 else 1
                 slice_size = math.prod(shape) / max(1, shape[axis]) / blocks
-                np.add.at(total, channels.unit[atoms], times * slice_size)
+                np.add.at(total, structure.unit[atoms], times * slice_size)
             if kind == "parameters":
                 break  # a shared weight is stored once
     return total[:-1]
 
 
-def _produced(channels: Channels) -> NDArray[np.int64]:
-    return np.concatenate([np.empty(0, np.int64), *(producer.atoms for producer in channels.producers)])
+def _produced(structure: Structure) -> NDArray[np.int64]:
+    return np.concatenate([np.empty(0, np.int64), *(producer.atoms for producer in structure.producers)])
 
 
-def _positions(channels: Channels, product: Product) -> float:
+def _positions(structure: Structure, product: Product) -> float:
     reader = product.reader
-    shape = channels.resolved.shapes.get(reader.output, ())
+    shape = structure.shape_info.shapes.get(reader.output, ())
     return float(
         math.prod(n for axis, n in enumerate(shape) if axis not in (0, reader.output_axis) and isinstance(n, int))
     )
 
 
 def curves(
-    channels: Channels,
-    evidence: Evidence,
-    influence: Sequence[float],
+    structure: Structure,
+    statistics: Statistics,
+    sensitivity: Sequence[float],
     saving: NDArray[np.float64],
     numbers: Sequence[int] | None = None,
 ) -> list[Curve]:
     """Order the units of every group, or of some.
 
     Args:
-        channels: the traced model.
-        evidence: what the data says.
-        influence: for each site, squared error of the outputs for a squared relative error of 1 at the site.
+        structure: the traced model.
+        statistics: what the data says.
+        sensitivity: for each site, squared error of the outputs for a squared relative error of 1 at the site.
         saving: (units,) what each unit saves.
         numbers: of the groups; None for all.
     """
-    nothing = np.zeros(channels.units, dtype=bool)
-    local = local_units(channels)
-    least = local_least(channels, local)
+    nothing = np.zeros(structure.units, dtype=bool)
+    local = local_units(structure)
+    least = local_minimums(structure, local)
     found = []
-    for number in range(len(channels.groups)) if numbers is None else numbers:
-        group = channels.groups[number]
+    for number in range(len(structure.groups)) if numbers is None else numbers:
+        group = structure.groups[number]
         problems, ridges = [], []
-        for index in group.sites:
-            posed = local_problem(problem(channels, evidence.sites[index], nothing), local)
-            weight = max(influence[index], 1e-12)
+        for index in group.consumers:
+            posed = local_problem(problem(structure, statistics.consumers[index], nothing), local)
+            weight = max(sensitivity[index], 1e-12)
             ridges.append(_ridge(posed, len(group.units)))
             problems.append(
-                SiteProblem(posed.gram, posed.holdout, posed.outer, posed.unit, posed.energy / weight, posed.joint)
+                ConsumerProblem(posed.gram, posed.holdout, posed.outer, posed.unit, posed.energy / weight, posed.joint)
             )
         gain = np.maximum(saving[group.units], 1e-9)
         order = eliminate(
@@ -161,13 +163,13 @@ def curves(
             candidates=np.ones(len(group.units), dtype=bool),
             gain=gain,
             ridge=ridges,
-            minimum_kept=least[number],
+            minimums=least[number],
         )
         found.append(Curve(number, group.units[order.order], order.cost, np.cumsum(gain[order.order])))
     return found
 
 
-def _ridge(posed: SiteProblem, units: int) -> float:
+def _ridge(posed: ConsumerProblem, units: int) -> float:
     """The ridge that predicts unseen samples best when half of the units are gone, spread evenly."""
     if posed.holdout is None:
         return 1e-10
@@ -177,11 +179,11 @@ def _ridge(posed: SiteProblem, units: int) -> float:
     return max(1e-10, choose_ridge(posed, kept)[0]) if 0 < kept.sum() < len(kept) else 1e-10
 
 
-def build_ladder(channels: Channels, found: Sequence[Curve], first: NDArray[np.bool_]) -> Ladder:
+def build_ladder(structure: Structure, found: Sequence[Curve], first: NDArray[np.bool_]) -> Ladder:
     """Merge the curves of all groups by price.
 
     Args:
-        channels: the traced model.
+        structure: the traced model.
         found: a curve for each group.
         first: (units,) bool, units that go for nothing before all others.
     """
@@ -200,9 +202,9 @@ def build_ladder(channels: Channels, found: Sequence[Curve], first: NDArray[np.b
     rest = ~np.isin(order, free)
     order, price = np.concatenate([free, order[rest]]), np.concatenate([np.zeros(len(free)), price[rest]])
     # A curve may end at a unit that goes for nothing: then another one of its axis stays in its place.
-    bounds = Bounds(channels)
+    bounds = Bounds(structure)
     possible = np.array([bounds.take(unit) for unit in order.tolist()], dtype=bool)
-    return Ladder(channels.units, order[possible], price[possible])
+    return Ladder(structure.units, order[possible], price[possible])
 
 
 def _hull(saving: NDArray[np.float64], cost: NDArray[np.float64]) -> list[int]:
@@ -222,23 +224,23 @@ def _hull(saving: NDArray[np.float64], cost: NDArray[np.float64]) -> list[int]:
 
 
 def folds_of(
-    channels: Channels, evidence: Evidence, removed: NDArray[np.bool_], base: Mapping[int, Fold]
+    structure: Structure, statistics: Statistics, removed: NDArray[np.bool_], base: Mapping[int, Fold]
 ) -> dict[int, Fold]:
     """The fold of every site that loses something, with the ridge that does best on unseen samples.
 
     Args:
-        channels: the traced model.
-        evidence: what the data says.
+        structure: the traced model.
+        statistics: what the data says.
         removed: (units,) bool.
         base: folds that are known already, used where they are for the same features.
     """
     found: dict[int, Fold] = {}
-    for index, seen in enumerate(evidence.sites):
+    for index, seen in enumerate(statistics.consumers):
         kept = ~np.append(removed, False)[seen.unit]
         if kept.all():
             continue
         if index in base and np.array_equal(base[index].kept, kept):
             found[index] = base[index]
             continue
-        found[index] = Fold(kept, choose_ridge(problem(channels, seen, removed), kept)[1])
+        found[index] = Fold(kept, choose_ridge(problem(structure, seen, removed), kept)[1])
     return found

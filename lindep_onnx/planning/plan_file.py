@@ -21,15 +21,13 @@ from lindep_onnx.errors import OutputError, UsageError
 from lindep_onnx.files import replacing
 from lindep_onnx.model.weights import fingerprint
 from lindep_onnx.options import Config
-from lindep_onnx.structure.placement import balanced
-from lindep_onnx.structure.types import FROZEN, Channels
-
-__all__ = ["Decided", "Plan", "Replay", "named", "options_of", "replay"]
+from lindep_onnx.structure.placement import equalized
+from lindep_onnx.structure.types import FROZEN, Structure
 
 #: Changes whenever older plans must not be read any more.
 FORMAT = 1
 #: A longer file is no plan.
-MOST_BYTES = 1 << 26
+MAX_BYTES = 1 << 26
 MODES = ("proven", "lossless", "budgeted")
 REFITS = ("fold", "kernel", "sequential")
 #: Options of the run that made a plan which say nothing about how it is carried out.
@@ -132,12 +130,12 @@ class Plan:
         """
         try:
             with Path(path).open("rb") as file:
-                content = file.read(MOST_BYTES + 1)
+                content = file.read(MAX_BYTES + 1)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise UsageError(f"{str(path)[:80]}: no plan can be read there ({reason}).") from error
-        if len(content) > MOST_BYTES:
-            raise UsageError(f"{path}: is larger than any plan ({MOST_BYTES >> 20} MB).")
+        if len(content) > MAX_BYTES:
+            raise UsageError(f"{path}: is larger than any plan ({MAX_BYTES >> 20} MB).")
         try:
             return cls.from_json(content.decode("utf-8", "replace"))
         except UsageError as error:
@@ -145,7 +143,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Replay:
+class ResolvedPlan:
     """A plan that fits a model.
 
     Attributes:
@@ -179,33 +177,33 @@ class Decided(Protocol):
         """See `Plan`."""
 
 
-def named(channels: Channels, decided: Decided, options: Mapping[str, Any]) -> Plan:
+def to_plan(structure: Structure, decided: Decided, options: Mapping[str, Any]) -> Plan:
     """What a result removed, as a plan.
 
     Args:
-        channels: the traced model.
+        structure: the traced model.
         decided: the result.
         options: that it was made with, those that differ from their defaults.
     """
     removed, mode, refit = decided.removed, decided.mode, decided.refit
-    places = _places(channels)
+    places = _places(structure)
     found: dict[str, list[int]] = {}
     counts: dict[str, int] = {}
     for name, units in places.items():
         gone = [number for number, unit in enumerate(units.tolist()) if unit != FROZEN and removed[unit]]
         if gone:
             found[name], counts[name] = gone, len(units)
-    return Plan(found, counts, mode, refit, dict(options), fingerprint(channels.model.proto, channels.model.folder))
+    return Plan(found, counts, mode, refit, dict(options), fingerprint(structure.model.proto, structure.model.folder))
 
 
-def _places(channels: Channels) -> dict[str, NDArray[np.int64]]:
+def _places(structure: Structure) -> dict[str, NDArray[np.int64]]:
     """Unit of each channel of the tensors that name units: of each unit, the first tensor that has it."""
     found: dict[str, NDArray[np.int64]] = {}
-    known = np.zeros(channels.units + 1, dtype=bool)
+    known = np.zeros(structure.units + 1, dtype=bool)
     known[FROZEN] = True
-    for tensor, labels in channels.labels.items():
+    for tensor, labels in structure.labels.items():
         for label in labels:
-            units = channels.unit[label.along_cut()]
+            units = structure.unit[label.along_cut()]
             new = ~known[units]
             if new.any():
                 name = tensor if tensor not in found else f"{tensor} (axis {label.cut})"
@@ -260,19 +258,19 @@ def _is_allowed(value: Any, annotation: str) -> bool:
     return ("float" if isinstance(value, float) else "int") in annotation or "float" in annotation
 
 
-def replay(plan: Plan, channels: Channels, changed: Mapping[str, Any]) -> Replay:
+def resolve_plan(plan: Plan, structure: Structure, changed: Mapping[str, Any]) -> ResolvedPlan:
     """Find the channels of a plan in a model.
 
     Args:
         plan: the plan.
-        channels: the traced model.
+        structure: the traced model.
         changed: options given now, beside those of the plan.
 
     Raises:
         UsageError: it does not fit.
     """
-    places = _places(channels)
-    removed = np.zeros(channels.units, dtype=bool)
+    places = _places(structure)
+    removed = np.zeros(structure.units, dtype=bool)
     for name, numbers in plan.removed.items():
         units = places.get(name)
         if units is None:
@@ -288,13 +286,13 @@ def replay(plan: Plan, channels: Channels, changed: Mapping[str, Any]) -> Replay
                     f"The plan does not fit: channel {number} of {name[:80]!r} has to stay, or is not there."
                 )
             removed[units[number]] = True
-    for members, least in channels.least:
+    for members, least in structure.minimums:
         if int((~removed[members]).sum()) < least:
             owner = next(name for name, units in places.items() if np.isin(units, members).any())
             raise UsageError(
                 f"The plan cannot be carried out: at least {least} channel(s) like those of {owner[:80]!r} stay."
             )
-    missing = removed & ~balanced(channels, removed)
+    missing = removed & ~equalized(structure, removed)
     if missing.any():
         owner = next(name for name, units in places.items() if np.isin(units, np.flatnonzero(missing)).any())
         raise UsageError(
@@ -302,8 +300,8 @@ def replay(plan: Plan, channels: Channels, changed: Mapping[str, Any]) -> Replay
             f"{int(missing.sum())} of the plan's have no counterpart."
         )
     notes = []
-    if plan.model and plan.model != fingerprint(channels.model.proto, channels.model.folder):
+    if plan.model and plan.model != fingerprint(structure.model.proto, structure.model.folder):
         notes.append("The plan was made for a model with other weights, or another graph around the same layers.")
     refit = changed.get("refit")
     refit = plan.refit if refit in (None, "auto") else str(refit)
-    return Replay(plan, removed, frozenset(changed), refit, tuple(notes))
+    return ResolvedPlan(plan, removed, frozenset(changed), refit, tuple(notes))

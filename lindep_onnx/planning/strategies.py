@@ -23,33 +23,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lindep_onnx._version import __version__
-from lindep_onnx.calibration.statistics import Evidence, SiteEvidence
+from lindep_onnx.calibration.statistics import ConsumerStatistics, Statistics
 from lindep_onnx.data.samples import Batch, Part, Samples
 from lindep_onnx.errors import BudgetError, LindepError, UsageError, VerificationError
 from lindep_onnx.model import ir as graph
 from lindep_onnx.model.cost import Cost, cost
-from lindep_onnx.model.edit import Edits, edit
-from lindep_onnx.model.precision import narrowed, neighbour, resolution, widened
+from lindep_onnx.model.edit import GraphEdits, apply_edits
+from lindep_onnx.model.precision import epsilon, perturbed_one_ulp, to_float32, to_stored_dtype
 from lindep_onnx.model.shapes import resolve
 from lindep_onnx.moves.channels import Fold, Plan, part_of, plan_lossless
-from lindep_onnx.moves.fold_weights import fold_sites
-from lindep_onnx.moves.sensitivity import Disturbances, measured_curves, site_influence
+from lindep_onnx.moves.fold_weights import fold_weights
+from lindep_onnx.moves.sensitivity import PerturbationRunner, consumer_sensitivity, measured_curves
 from lindep_onnx.options import LOSSLESS_SITE_ERROR, LOSSLESS_VERIFIED_ERROR, Config
 from lindep_onnx.planning.path import RUNGS, Curve, Ladder, Prices, Saving, build_ladder, curves, folds_of, savings
-from lindep_onnx.planning.plan_file import Replay
+from lindep_onnx.planning.plan_file import ResolvedPlan
 from lindep_onnx.planning.search import COARSE, first_small_enough, last_good_enough, on_grid
 from lindep_onnx.proofs.prove import Proof
 from lindep_onnx.refit.sequential import refit
 from lindep_onnx.report.figures import FrontierPoint, kept_parameters
 from lindep_onnx.runtime import layer_latency as latency
 from lindep_onnx.runtime.backend import Session, crew, open_session
-from lindep_onnx.structure.placement import balanced
-from lindep_onnx.structure.rewrite import Reconstruction, rewrite
+from lindep_onnx.structure.placement import equalized
+from lindep_onnx.structure.rewrite import Removal, rewrite
 from lindep_onnx.structure.trace import trace
-from lindep_onnx.structure.types import Channels
+from lindep_onnx.structure.types import Structure
 from lindep_onnx.verify import compare as verify
-
-__all__ = ["SIZES", "Chosen", "Workshop"]
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 Stage: TypeAlias = Callable[[str], AbstractContextManager[None]]
@@ -122,9 +120,9 @@ class Workshop:
     """Builds results for one model and one set of samples.
 
     Args:
-        channels: the traced model.
-        evidence: what the data says; None if it is too little to say anything.
-        doubtful: (units,) bool, constant so far but without a margin.
+        structure: the traced model.
+        statistics: what the data says; None if it is too little to say anything.
+        uncertain: (units,) bool, constant so far but without a margin.
         proof: what the weights alone prove.
         samples: the data; None if there are none.
         config: the options.
@@ -138,9 +136,9 @@ class Workshop:
 
     def __init__(
         self,
-        channels: Channels,
-        evidence: Evidence | None,
-        doubtful: NDArray[np.bool_],
+        structure: Structure,
+        statistics: Statistics | None,
+        uncertain: NDArray[np.bool_],
         proof: Proof,
         samples: Samples | None,
         config: Config,
@@ -149,19 +147,19 @@ class Workshop:
         half: graph.Model | None = None,
         reference: graph.Model | None = None,
         prices: Prices | None = None,
-        replayed: Replay | None = None,
+        replayed: ResolvedPlan | None = None,
     ) -> None:
         self._prices, self._replayed = prices or {}, replayed
-        self._reference = reference or channels.model
+        self._reference = reference or structure.model
         self._half = half
-        rounding = 0.0 if half is None else resolution(half.proto)
+        rounding = 0.0 if half is None else epsilon(half.proto)
         self._tolerance = max(LOSSLESS_SITE_ERROR, SITE_ROUNDINGS * rounding)
-        self._channels, self._proof, self._samples, self._config = channels, proof, samples, config
-        self._observed = evidence
-        self._doubtful = doubtful & ~proof.constant
+        self._structure, self._proof, self._samples, self._config = structure, proof, samples, config
+        self._observed = statistics
+        self._uncertain = uncertain & ~proof.constant
         self._stage, self._progress = stage, progress
         self._runtime: dict[str, Any] = {"providers": config.providers, "threads": config.threads}
-        activations = channels.resolved.activation_bytes * (1 if samples is None else samples.batch)
+        activations = structure.shape_info.activation_bytes * (1 if samples is None else samples.batch)
         self.crew = crew(config.threads, config.providers, activations)
         original = self._opened(self._reference)  # first of all, for damaged models do not load
         self._original = original if self._reference.folder is None else None
@@ -191,12 +189,12 @@ class Workshop:
         priced: Sequence[Curve] = ()
         frontier: tuple[FrontierPoint, ...] = ()
         with self._stage("plan"):
-            lossless = self._lossless_plan(self._doubtful)
+            lossless = self._lossless_plan(self._uncertain)
             if self._config.budgeted:
                 prices = self._priced() if self._by_size else {}
                 priced = prices[self._currency] if self._by_size else self._priced_by_time()
                 ladder = self._ladder(priced, lossless)
-        if ladder is not None and self._reference is self._channels.model:
+        if ladder is not None and self._reference is self._structure.model:
             frontier = self._frontier(ladder, priced)
         if ladder is not None and self._config.latency is not None:
             fast = self._in_time(ladder, lossless)
@@ -216,13 +214,13 @@ class Workshop:
             best = self._unchanged()
         return dataclasses.replace(best, notes=(*best.notes, *self._slower(best)), prices=prices, frontier=frontier)
 
-    def outlook(self) -> tuple[FrontierPoint, ...]:
+    def preview(self) -> tuple[FrontierPoint, ...]:
         """What budgets would cost, where none is asked for; empty without data."""
         if self._observed is None:
             return ()
         with self._stage("plan"):
             prices = self._priced()[self._currency]
-            ladder = self._ladder(prices, self._lossless_plan(self._doubtful))
+            ladder = self._ladder(prices, self._lossless_plan(self._uncertain))
         return self._frontier(ladder, prices)
 
     def judge(self, model: graph.Model, weights: Mapping[str, NDArray[Any]], chosen: Chosen) -> Chosen:
@@ -233,7 +231,7 @@ class Workshop:
             weights: new values of stored tensors.
             chosen: the result so far.
         """
-        model = edit(model, Edits(constants=weights), self.metadata)
+        model = apply_edits(model, GraphEdits(constants=weights), self.metadata)
         found = self._finished(model, chosen.removed, chosen.kind, chosen.notes)
         # Other values do not make the same widths slower.
         kept = {"latency": chosen.achieved["latency"]} if "latency" in chosen.achieved else {}
@@ -247,8 +245,8 @@ class Workshop:
         )
 
     def _unchanged(self) -> Chosen:
-        nothing = Plan(np.zeros(self._channels.units, dtype=bool), np.zeros(self._channels.units, dtype=np.int8), {})
-        chosen = self._carried_out(nothing, self._evidence.sites, "lossless")
+        nothing = Plan(np.zeros(self._structure.units, dtype=bool), np.zeros(self._structure.units, dtype=np.int8), {})
+        chosen = self._carried_out(nothing, self._statistics.consumers, "lossless")
         note = (
             "Nothing was removed: no width made the result as fast in ONNX Runtime here. Try without --round-to auto."
         )
@@ -266,7 +264,7 @@ class Workshop:
             )
 
     @property
-    def _evidence(self) -> Evidence:
+    def _statistics(self) -> Statistics:
         assert self._observed is not None
         return self._observed
 
@@ -276,24 +274,24 @@ class Workshop:
         return self._samples
 
     def _proven(self) -> Chosen:
-        chosen = self._carried_out(self._proof.plan, self._proof.evidence, "proven")
+        chosen = self._carried_out(self._proof.plan, self._proof.statistics, "proven")
         return dataclasses.replace(chosen, latency=self._latency(chosen.model))
 
-    def _lossless_plan(self, doubtful: NDArray[np.bool_], keep: NDArray[np.bool_] | None = None) -> Plan:
-        return plan_lossless(self._channels, self._evidence, doubtful, tolerance=self._tolerance, keep=keep)
+    def _lossless_plan(self, uncertain: NDArray[np.bool_], keep: NDArray[np.bool_] | None = None) -> Plan:
+        return plan_lossless(self._structure, self._statistics, uncertain, tolerance=self._tolerance, keep=keep)
 
     # ---- plans that were saved ---------------------------------------------------------------------------------
 
-    def _carried_out_again(self, wanted: Replay) -> Chosen:
+    def _carried_out_again(self, wanted: ResolvedPlan) -> Chosen:
         """The same steps that led from the plan to the result when it was made."""
         removed = wanted.removed
         if wanted.plan.mode == "proven":
-            plan = part_of(self._proof.plan, self._proof.evidence, removed)
+            plan = part_of(self._proof.plan, self._proof.statistics, removed)
             if plan is None:
                 raise UsageError(
                     "The plan removes channels that the weights do not prove redundant; drop them from it."
                 )
-            return self._carried_out(plan, self._proof.evidence, "proven")
+            return self._carried_out(plan, self._proof.statistics, "proven")
         if self._observed is None:
             raise UsageError(
                 f"A {wanted.plan.mode} plan is fitted to calibration data: give --calib, with more samples if you did."
@@ -309,16 +307,16 @@ class Workshop:
 
     def _lossless_again(self, removed: NDArray[np.bool_]) -> Plan:
         """Our own plan if it is the same, else as much of it as is asked for."""
-        whole = self._lossless_plan(self._doubtful)
+        whole = self._lossless_plan(self._uncertain)
         if (whole.removed == removed).all():
             return whole
-        wary = self._lossless_plan(self._evidence.silent & ~self._proof.constant)
-        if (wary.removed == removed).all():
-            return wary
-        part = self._lossless_plan(self._doubtful, ~removed)
+        conservative = self._lossless_plan(self._statistics.inactive & ~self._proof.constant)
+        if (conservative.removed == removed).all():
+            return conservative
+        part = self._lossless_plan(self._uncertain, ~removed)
         if (part.removed == removed).all():
             return part
-        rest = part_of(whole, self._evidence.sites, removed)
+        rest = part_of(whole, self._statistics.consumers, removed)
         if rest is None:
             raise UsageError(
                 f"The plan removes {int((removed & ~part.removed).sum())} channel(s) that are no combination of others "
@@ -326,10 +324,10 @@ class Workshop:
             )
         return rest
 
-    def _carried_out(self, plan: Plan, evidence: tuple[SiteEvidence, ...], mode: str) -> Chosen:
+    def _carried_out(self, plan: Plan, statistics: tuple[ConsumerStatistics, ...], mode: str) -> Chosen:
         with self._stage("rewrite"):
             model = rewrite(
-                self._channels, fold_sites(self._channels, plan.folds, evidence, plan.removed), self.metadata
+                self._structure, fold_weights(self._structure, plan.folds, statistics, plan.removed), self.metadata
             )
         return dataclasses.replace(self._finished(model, plan.removed, plan.kind, ()), mode=mode)
 
@@ -337,16 +335,16 @@ class Workshop:
 
     def _verified(self, plan: Plan, width: int) -> Chosen:
         """The whole plan, or as much of it as unseen samples confirm."""
-        first = chosen = self._lossless(plan, self._doubtful, width)
+        first = chosen = self._lossless(plan, self._uncertain, width)
         if chosen.failure is None or self._config.force:
             return chosen
-        silent = self._evidence.silent & ~self._proof.constant
-        if (plan.removed & silent).any():
+        inactive = self._statistics.inactive & ~self._proof.constant
+        if (plan.removed & inactive).any():
             with self._stage("plan"):
-                wary = self._lossless_plan(silent)
-            chosen = self._lossless(wary, silent, width)
+                conservative = self._lossless_plan(inactive)
+            chosen = self._lossless(conservative, inactive, width)
         if chosen.failure is not None:
-            chosen = self._carried_out(self._proof.plan, self._proof.evidence, "proven")
+            chosen = self._carried_out(self._proof.plan, self._proof.statistics, "proven")
         if chosen.failure is not None:
             return first
         error = float("nan") if first.comparison is None else first.comparison.relative_error
@@ -356,24 +354,24 @@ class Workshop:
         )
         return dataclasses.replace(chosen, notes=(*chosen.notes, note))
 
-    def _lossless(self, plan: Plan, doubtful: NDArray[np.bool_], width: int) -> Chosen:
+    def _lossless(self, plan: Plan, uncertain: NDArray[np.bool_], width: int) -> Chosen:
         asked: NDArray[np.bool_] | None = None
         while (
             True
         ):  # what stays for the sake of widths may keep others: until nothing moves, so that it can be repeated
             order = np.flatnonzero(plan.removed)
-            removed = balanced(self._channels, rounded(self._channels, plan.removed, order, width), order)
+            removed = equalized(self._structure, rounded(self._structure, plan.removed, order, width), order)
             if (removed == plan.removed).all() and (asked is None or (removed == asked).all()):
                 return self._built(plan, self._config.refit)
             asked = removed
             with self._stage("plan"):
-                plan = self._lossless_plan(doubtful, ~removed)
+                plan = self._lossless_plan(uncertain, ~removed)
 
     def _built(self, plan: Plan, refit: str) -> Chosen:
         with self._stage("reconstruct"):
-            new = fold_sites(self._channels, plan.folds, self._evidence.sites, plan.removed)
+            new = fold_weights(self._structure, plan.folds, self._statistics.consumers, plan.removed)
         with self._stage("rewrite"):
-            model = rewrite(self._channels, new, self.metadata)
+            model = rewrite(self._structure, new, self.metadata)
         notes: tuple[str, ...] = ()
         refit = refit if refit in ("kernel", "sequential") else "fold"
         if refit != "fold" and plan.removed.any():
@@ -401,31 +399,31 @@ class Workshop:
     def _priced_by_time(self) -> Sequence[Curve]:
         """Curves whose saving is multiply-accumulates times what one of them takes in its layer."""
         assert self._table is not None
-        found = latency.layers(self._channels.model, self._timed_shapes)
+        found = latency.layers(self._structure.model, self._timed_shapes)
         return self._curves("macs", {layer.node.index: self._table.rate(layer) for layer in found})
 
     def _curves(self, kind: Saving, rates: Mapping[int, float]) -> tuple[Curve, ...]:
-        disturbances = Disturbances(self._channels, self._evidence, self._data, **self._runtime)
-        influence = site_influence(self._channels, self._evidence, disturbances, self._progress)
-        expected = curves(self._channels, self._evidence, influence, savings(self._channels, kind, rates))
-        return tuple(measured_curves(self._channels, self._evidence, expected, disturbances, self._progress))
+        perturbations = PerturbationRunner(self._structure, self._statistics, self._data, **self._runtime)
+        sensitivity = consumer_sensitivity(self._structure, self._statistics, perturbations, self._progress)
+        expected = curves(self._structure, self._statistics, sensitivity, savings(self._structure, kind, rates))
+        return tuple(measured_curves(self._structure, self._statistics, expected, perturbations, self._progress))
 
     def _ladder(self, prices: Sequence[Curve], lossless: Plan) -> Ladder:
         # Random inputs prove nothing: what never changed on them is priced like the rest.
         free = self._proof.plan if self._config.random_calib is not None else lossless
-        return build_ladder(self._channels, prices, free.removed)
+        return build_ladder(self._structure, prices, free.removed)
 
     def _frontier(self, ladder: Ladder, priced: Sequence[Curve]) -> tuple[FrontierPoint, ...]:
         """Measured with folds, which are cheap: a refit does better."""
         points = []
         with self._stage("frontier"):
-            whole = kept_parameters(self._channels, ladder.removed(0))
+            whole = kept_parameters(self._structure, ladder.removed(0))
             for done, share in enumerate(FRONTIER):
                 order = ladder.order[: round(share * len(ladder))]
-                removed = balanced(self._channels, ladder.removed(len(order)), order)
+                removed = equalized(self._structure, ladder.removed(len(order)), order)
                 batches = self._data.batches(Part.SELECT, limit=FRONTIER_SAMPLES)
                 found = self._against(self._folded(removed), batches)
-                left = kept_parameters(self._channels, removed) / max(1, whole)
+                left = kept_parameters(self._structure, removed) / max(1, whole)
                 expected = sum(float(np.append(0.0, curve.cost)[int(removed[curve.units].sum())]) for curve in priced)
                 channels = int(removed.sum())
                 points.append(FrontierPoint(left, found.relative_error, found.agreement, channels, expected**0.5))
@@ -453,11 +451,11 @@ class Workshop:
 
     def _removed_at(self, ladder: Ladder, count: int, width: int) -> NDArray[np.bool_]:
         order = ladder.order[:count]
-        return balanced(self._channels, rounded(self._channels, ladder.removed(count), order, width), order)
+        return equalized(self._structure, rounded(self._structure, ladder.removed(count), order, width), order)
 
     def _bare(self, ladder: Ladder, count: int, width: int) -> graph.Model:
         """A rung without folds: its size and its speed are those of the result."""
-        return rewrite(self._channels, Reconstruction(self._removed_at(ladder, count, width)), "")
+        return rewrite(self._structure, Removal(self._removed_at(ladder, count, width)), "")
 
     def _rung_is_small(self, ladder: Ladder, width: int, count: int) -> bool:
         return self._is_small(self._cost(self._bare(ladder, count, width)))
@@ -574,8 +572,8 @@ class Workshop:
         if path is not None and path.exists():
             return latency.LatencyTable.load(path)
         with self._stage("latency table"):
-            found = latency.layers(self._channels.model, self._timed_shapes)
-            table = latency.measure_table(found, self._channels.model.opset, **self._runtime)
+            found = latency.layers(self._structure.model, self._timed_shapes)
+            table = latency.measure_table(found, self._structure.model.opset, **self._runtime)
         if path is not None:
             table.save(path)
         return table
@@ -630,8 +628,10 @@ class Workshop:
     # ---- building and judging ----------------------------------------------------------------------------------
 
     def _folded(self, removed: NDArray[np.bool_]) -> graph.Model:
-        folds = folds_of(self._channels, self._evidence, removed, {})
-        return rewrite(self._channels, fold_sites(self._channels, folds, self._evidence.sites, removed), self.metadata)
+        folds = folds_of(self._structure, self._statistics, removed, {})
+        return rewrite(
+            self._structure, fold_weights(self._structure, folds, self._statistics.consumers, removed), self.metadata
+        )
 
     @property
     def _refit_mode(self) -> str:
@@ -643,7 +643,7 @@ class Workshop:
         with self._stage("refit"):
             traced = trace(model, resolve(model))
             found = refit(
-                self._channels, removed, traced, self._data,
+                self._structure, removed, traced, self._data,
                 mode="kernel" if mode == "kernel" else "sequential",
                 seed=self._config.seed, progress=self._progress, **self._runtime,
             )  # fmt: skip
@@ -651,7 +651,7 @@ class Workshop:
             if found.skipped:
                 names = ", ".join(found.skipped[:3]) + (" and others" if len(found.skipped) > 3 else "")
                 notes.append(f"{len(found.skipped)} layer(s) are too wide to be refitted and keep their fold: {names}.")
-            refitted = edit(model, found.edits, self.metadata)
+            refitted = apply_edits(model, found.edits, self.metadata)
             if self._config.refit == "auto" and self._errs_less(model, refitted):
                 return model, ("The folds err less than a refit, on the samples that choose; they were kept.",)
             return refitted, tuple(notes)
@@ -673,13 +673,13 @@ class Workshop:
     @functools.cached_property
     def _rounding_error(self) -> float:
         """What one rounding of all weights does to the outputs of the original; no error below it counts."""
-        moved = neighbour(self._reference if self._half is None else self._half, self._config.seed)
-        found = self._compared(moved if self._half is None else widened(moved), Part.VERIFY)
+        moved = perturbed_one_ulp(self._reference if self._half is None else self._half, self._config.seed)
+        found = self._compared(moved if self._half is None else to_float32(moved), Part.VERIFY)
         return 0.0 if found is None else found.relative_error
 
     def stored(self, model: graph.Model) -> graph.Model:
         """A result as it is written: in the precision of the original."""
-        return model if self._half is None else narrowed(model, self._half)
+        return model if self._half is None else to_stored_dtype(model, self._half)
 
     def _compared(self, model: graph.Model, part: Part) -> verify.Comparison | None:
         if self._samples is None or not len(self._samples.parts[part]):
@@ -729,7 +729,7 @@ class Workshop:
     ) -> Chosen:
         with self._stage("verify"):
             if self._half is not None:  # what is judged has been rounded like what is written
-                model = widened(self.stored(model))
+                model = to_float32(self.stored(model))
             found = self._compared(model, Part.VERIFY)
             after = self._cost(model)
             achieved: dict[str, float | None] = {name: self._share(name, after) for name in self._sizes()}
@@ -780,20 +780,20 @@ class Workshop:
 
 
 def rounded(
-    channels: Channels, removed: NDArray[np.bool_], order: NDArray[np.int64], multiple: int
+    structure: Structure, removed: NDArray[np.bool_], order: NDArray[np.int64], multiple: int
 ) -> NDArray[np.bool_]:
     """Put back the units that went last until each group keeps a multiple of `multiple`, or all it had.
 
     Args:
-        channels: the traced model.
+        structure: the traced model.
         removed: (units,) bool.
         order: the removed units in the order in which they went.
         multiple: of the number that is kept.
     """
     result = removed.copy()
-    place = np.zeros(channels.units, dtype=np.int64)
+    place = np.zeros(structure.units, dtype=np.int64)
     place[order] = np.arange(len(order))
-    for group in channels.groups if multiple > 1 else ():
+    for group in structure.groups if multiple > 1 else ():
         gone = group.units[removed[group.units]]
         kept = len(group.units) - len(gone)
         wanted = min(len(group.units), -(-kept // multiple) * multiple)

@@ -24,8 +24,6 @@ from numpy.typing import NDArray
 from lindep_onnx.model.ir import Node
 from lindep_onnx.model.shapes import Shape
 
-__all__ = ["ROUNDING", "ROUNDING_HALF", "Facts", "Form", "Known", "Product", "output_facts"]
-
 Array: TypeAlias = NDArray[Any]
 Vector: TypeAlias = NDArray[np.float64]
 Keys: TypeAlias = "tuple[bytes, ...]"
@@ -33,7 +31,7 @@ Keys: TypeAlias = "tuple[bytes, ...]"
 #: Directions of weights that are this close are equal: twice what storing them as float32 changes.
 ALIKE = 2.0**-22
 #: Longer axes are positions, or declared by somebody who means harm.
-MOST_CHANNELS = 1 << 20
+MAX_CHANNELS = 1 << 20
 #: Entries of a matrix that are in float64 at a time.
 CHUNK = 1 << 21
 INF = float("inf")
@@ -59,7 +57,7 @@ class Product:
 
 
 @dataclass(frozen=True)
-class Form:
+class AffineForm:
     """A channel that is an affine function of what one product reads: factor (row . x + bias) + shift.
 
     Attributes:
@@ -80,11 +78,11 @@ class Form:
         return np.append(weights, self.factor * self.product.bias[self.row] + self.shift)
 
 
-Forms: TypeAlias = "tuple[Form | None, ...]"
+Forms: TypeAlias = "tuple[AffineForm | None, ...]"
 
 
 @dataclass(frozen=True)
-class Facts:
+class ChannelBounds:
     """Facts about the channels of one tensor.
 
     Attributes:
@@ -109,15 +107,15 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Known:
+class BoundsContext:
     """What rules may ask for: constants, shapes, the facts found so far, and the share that a rounding may change."""
 
     constants: Mapping[str, Array]
     shapes: Mapping[str, Shape]
-    facts: Mapping[str, Facts]
+    facts: Mapping[str, ChannelBounds]
     rounding: float = ROUNDING
 
-    def of(self, name: str, axis: int) -> Facts | None:
+    def of(self, name: str, axis: int) -> ChannelBounds | None:
         """Facts about a computed tensor along an axis; None without a size.
 
         Known along another axis, its bounds hold along this one too. Of an unknown tensor a channel is at least the
@@ -129,19 +127,19 @@ class Known:
         low, high = (-INF, INF) if found is None else (float(found.low.min()), float(found.high.max()))
         return self.bounded(name, axis, low, high)
 
-    def bounded(self, name: str, axis: int, low: float, high: float) -> Facts | None:
+    def bounded(self, name: str, axis: int, low: float, high: float) -> ChannelBounds | None:
         """Facts about a computed tensor of which only one pair of bounds is known; None without a size."""
         shape = self.shapes.get(name, ())
         if name in self.constants or not 0 <= axis < len(shape) or not isinstance(shape[axis], int):
             return None
         size = int(shape[axis])
-        if not 0 < size <= MOST_CHANNELS:
+        if not 0 < size <= MAX_CHANNELS:
             return None
         keys = tuple(_hash("channel", name, axis, channel) for channel in range(size))
-        return Facts(axis, np.full(size, low), np.full(size, high), keys, np.ones(size), (None,) * size)
+        return ChannelBounds(axis, np.full(size, low), np.full(size, high), keys, np.ones(size), (None,) * size)
 
 
-def output_facts(node: Node, known: Known) -> Facts | None:
+def output_bounds(node: Node, known: BoundsContext) -> ChannelBounds | None:
     """Facts about the first output of a node; None if nothing can be said."""
     rule = _RULES.get(node.op)
     with np.errstate(all="ignore"):
@@ -214,7 +212,7 @@ def _levels(scale: Vector) -> Vector:
 # ---- products -----------------------------------------------------------------------------------------------------
 
 
-def _convolution(node: Node, known: Known) -> Facts | None:
+def _convolution(node: Node, known: BoundsContext) -> ChannelBounds | None:
     weight, data = known.constants.get(node.inputs[1]), known.of(node.inputs[0], 1)
     bias = known.constants.get(node.input(2)) if node.input(2) else np.zeros(1)
     if weight is None or data is None or bias is None:
@@ -244,8 +242,8 @@ def _convolution(node: Node, known: Known) -> Facts | None:
         )
     product = Product(w.reshape(rows, -1), b)
     base = [_hash("Conv", node.inputs[0], options, weight.shape[1:], part) for part in range(group)]
-    forms = tuple(Form(base[part], product, row) for row, part in enumerate(source.tolist()))
-    return Facts(1, *bounds, keys, length, forms)
+    forms = tuple(AffineForm(base[part], product, row) for row, part in enumerate(source.tolist()))
+    return ChannelBounds(1, *bounds, keys, length, forms)
 
 
 def _bounds(weight: Array, low: Vector, high: Vector, bias: Vector, rounding: float) -> tuple[Vector, Vector]:
@@ -278,7 +276,7 @@ def _product(weight: Vector | float, bound: Vector) -> Vector:
     return np.where(np.equal(weight, 0), 0.0, weight * bound)  # nothing times infinity is nothing
 
 
-def _matrix(node: Node, known: Known) -> Facts | None:
+def _matrix(node: Node, known: BoundsContext) -> ChannelBounds | None:
     gemm = node.op == "Gemm"
     weight = known.constants.get(node.inputs[1])
     shape = known.shapes.get(node.inputs[0], ())
@@ -302,14 +300,16 @@ def _matrix(node: Node, known: Known) -> Facts | None:
     base = _hash("product", node.inputs[0], axis)
     keys = tuple(_hash(base, d) for d in direction)
     product = Product(w, b)
-    forms = tuple(Form(base, product, row) for row in range(len(w)))
-    return Facts(axis, *bounds, keys, length, forms)
+    forms = tuple(AffineForm(base, product, row) for row in range(len(w)))
+    return ChannelBounds(axis, *bounds, keys, length, forms)
 
 
 # ---- channel by channel -------------------------------------------------------------------------------------------
 
 
-def _affine(data: Facts, factor: Vector, addend: Vector, rounding: float, size: Vector | None = None) -> Facts:
+def _affine(
+    data: ChannelBounds, factor: Vector, addend: Vector, rounding: float, size: Vector | None = None
+) -> ChannelBounds:
     """What factor x + addend is; `size` bounds the terms that the addend is made of."""
     ends = _product(factor, data.low) + addend, _product(factor, data.high) + addend
     terms = (np.abs(addend) if size is None else size) * 2
@@ -324,10 +324,10 @@ def _affine(data: Facts, factor: Vector, addend: Vector, rounding: float, size: 
         None if form is None or not f else replace(form, factor=form.factor * f, shift=form.shift * f + a)
         for form, f, a in zip(data.form, factor.tolist(), addend.tolist(), strict=True)
     )
-    return Facts(data.axis, *bounds, keys, np.where(plain, scale, length), forms)
+    return ChannelBounds(data.axis, *bounds, keys, np.where(plain, scale, length), forms)
 
 
-def _normalization(node: Node, known: Known) -> Facts | None:
+def _normalization(node: Node, known: BoundsContext) -> ChannelBounds | None:
     data = known.of(node.inputs[0], 1)
     values = [known.constants.get(name) for name in node.inputs[1:5]]
     if data is None or node.attributes.get("training_mode", 0) or any(value is None for value in values):
@@ -337,7 +337,7 @@ def _normalization(node: Node, known: Known) -> Facts | None:
     return _affine(data, factor, shift - factor * mean, known.rounding, np.abs(shift) + np.abs(factor * mean))
 
 
-def _arithmetic(node: Node, known: Known) -> Facts | None:
+def _arithmetic(node: Node, known: BoundsContext) -> ChannelBounds | None:
     if len(node.inputs) != 2:
         return None
     fixed = [known.constants.get(name) for name in node.inputs]
@@ -366,14 +366,14 @@ def _arithmetic(node: Node, known: Known) -> Facts | None:
     return _affine(found, 1.0 / constant, zero, unit) if place == 0 and (constant != 0).all() else None
 
 
-def _negative(node: Node, known: Known) -> Facts | None:
+def _negative(node: Node, known: BoundsContext) -> ChannelBounds | None:
     data = known.facts.get(node.inputs[0])
     if data is None:
         return None
     return _affine(data, -np.ones(len(data.low)), np.zeros(len(data.low)), known.rounding)
 
 
-def _both(node: Node, known: Known, rank: int) -> Facts | None:
+def _both(node: Node, known: BoundsContext, rank: int) -> ChannelBounds | None:
     left, right = (known.facts.get(name) for name in node.inputs)
     if left is None or right is None or left.axis != right.axis or len(left.low) != len(right.low):
         return None
@@ -390,23 +390,23 @@ def _both(node: Node, known: Known, rank: int) -> Facts | None:
             left.low + ends[0] - _product(share, np.abs(left.low) + np.abs(ends[0])),
             left.high + ends[1] + _product(share, np.abs(left.high) + np.abs(ends[1])),
         )
-        return Facts(left.axis, *bounds, keys, length, (None,) * len(length))
+        return ChannelBounds(left.axis, *bounds, keys, length, (None,) * len(length))
     if node.op == "Mul":
         pairs = [(a, b) for a in (left.low, left.high) for b in (right.low, right.high)]
         corners = np.stack([np.where((a == 0) | (b == 0), 0.0, a * b) for a, b in pairs])
         keys = tuple(_hash("Mul", a, b) for a, b in zip(left.key, right.key, strict=True))
         bounds = _widened(corners.min(axis=0), corners.max(axis=0), 2 * known.rounding)
-        return Facts(left.axis, *bounds, keys, left.scale * right.scale, (None,) * len(keys))
+        return ChannelBounds(left.axis, *bounds, keys, left.scale * right.scale, (None,) * len(keys))
     return None
 
 
 Function: TypeAlias = "Callable[[Vector, Node], Vector]"
 
 
-def _identical(data: Facts, result: Facts, start: float, end: float) -> Facts:
+def _identical(data: ChannelBounds, result: ChannelBounds, start: float, end: float) -> ChannelBounds:
     """The facts of the input for channels that stay where the function is the identity; the new ones elsewhere."""
     same = (data.low >= start) & (data.high <= end)
-    return Facts(
+    return ChannelBounds(
         data.axis,
         np.where(same, data.low, result.low),
         np.where(same, data.high, result.high),
@@ -416,30 +416,32 @@ def _identical(data: Facts, result: Facts, start: float, end: float) -> Facts:
     )
 
 
-def _homogeneous(function: Function) -> Callable[[Node, Known], Facts | None]:
+def _homogeneous(function: Function) -> Callable[[Node, BoundsContext], ChannelBounds | None]:
     """f(s x) = s f(x) for s > 0; monotone on both sides of 0, and the identity above it."""
 
-    def rule(node: Node, known: Known) -> Facts | None:
+    def rule(node: Node, known: BoundsContext) -> ChannelBounds | None:
         data = known.facts.get(node.inputs[0])
         if data is None or any(node.outputs[1:]):
             return None
         options = _options(node)
         keys = tuple(_hash(node.op, options, key) for key in data.key)
         bounds = _widened(*_hull(data, lambda x: function(x, node), (0.0,)), 2 * known.rounding)
-        changed = Facts(data.axis, *bounds, keys, data.scale, (None,) * len(keys))
+        changed = ChannelBounds(data.axis, *bounds, keys, data.scale, (None,) * len(keys))
         return _identical(data, changed, 0.0, INF)
 
     return rule
 
 
-def _hull(data: Facts, function: Callable[[Vector], Vector], turns: tuple[float, ...] = ()) -> tuple[Vector, Vector]:
+def _hull(
+    data: ChannelBounds, function: Callable[[Vector], Vector], turns: tuple[float, ...] = ()
+) -> tuple[Vector, Vector]:
     """Bounds of a function that is monotone between its turning points."""
     places = [data.low, data.high, *(np.clip(turn, data.low, data.high) for turn in turns)]
     values = np.stack([function(place) for place in places])
     return values.min(axis=0), values.max(axis=0)
 
 
-def _pool(node: Node, known: Known) -> Facts | None:
+def _pool(node: Node, known: BoundsContext) -> ChannelBounds | None:
     data = known.of(node.inputs[0], 1)
     if data is None or any(node.outputs[1:]):
         return None
@@ -457,16 +459,16 @@ def _pool(node: Node, known: Known) -> Facts | None:
     return replace(data, low=low, high=high, key=keys, form=forms)
 
 
-def _averaged(node: Node, known: Known) -> float:
+def _averaged(node: Node, known: BoundsContext) -> float:
     """How many values an average is over, infinity where that is not known."""
     sizes = node.attributes.get("kernel_shape") or known.shapes.get(node.inputs[0], ())[2:]
     return float(math.prod(sizes)) if all(isinstance(size, int) for size in sizes) else INF
 
 
-def _monotone(function: Function, least: float = -INF) -> Callable[[Node, Known], Facts | None]:
+def _monotone(function: Function, least: float = -INF) -> Callable[[Node, BoundsContext], ChannelBounds | None]:
     """Monotone and, as runtimes compute it, never below `least`; there is no such upper end (tanh exceeds 1)."""
 
-    def rule(node: Node, known: Known) -> Facts | None:
+    def rule(node: Node, known: BoundsContext) -> ChannelBounds | None:
         data = known.facts.get(node.inputs[0])
         if data is None:
             return None
@@ -479,16 +481,16 @@ def _monotone(function: Function, least: float = -INF) -> Callable[[Node, Known]
 
 
 def _equal_inputs(
-    node: Node, data: Facts, function: Callable[[Vector], Vector], turns: tuple[float, ...] = ()
-) -> Facts:
+    node: Node, data: ChannelBounds, function: Callable[[Vector], Vector], turns: tuple[float, ...] = ()
+) -> ChannelBounds:
     """No more is said about multiples than that equal inputs give equal outputs."""
     scales = _levels(data.scale).tolist()
     options = _options(node)
     keys = tuple(_hash(node.op, options, key, scale) for key, scale in zip(data.key, scales, strict=True))
-    return Facts(data.axis, *_hull(data, function, turns), keys, np.ones(len(data.low)), (None,) * len(keys))
+    return ChannelBounds(data.axis, *_hull(data, function, turns), keys, np.ones(len(data.low)), (None,) * len(keys))
 
 
-def _clip(node: Node, known: Known) -> Facts | None:
+def _clip(node: Node, known: BoundsContext) -> ChannelBounds | None:
     data = known.facts.get(node.inputs[0])
     ends = []
     for position, name, default in ((1, "min", -INF), (2, "max", INF)):
@@ -502,7 +504,7 @@ def _clip(node: Node, known: Known) -> Facts | None:
     return _identical(data, replace(found, key=tuple(_hash(key, *ends) for key in found.key)), *ends)
 
 
-def _hard_swish(node: Node, known: Known) -> Facts | None:
+def _hard_swish(node: Node, known: BoundsContext) -> ChannelBounds | None:
     data = known.facts.get(node.inputs[0])
     if data is None:
         return None
@@ -527,11 +529,11 @@ def _leaky(x: Vector, node: Node) -> Vector:
 # ---- moving channels ----------------------------------------------------------------------------------------------
 
 
-def _same(node: Node, known: Known) -> Facts | None:
+def _same(node: Node, known: BoundsContext) -> ChannelBounds | None:
     return known.facts.get(node.inputs[0]) if not node.input(2) else None
 
 
-def _cast(node: Node, known: Known) -> Facts | None:
+def _cast(node: Node, known: BoundsContext) -> ChannelBounds | None:
     data = known.facts.get(node.inputs[0])
     if data is None or node.attributes.get("to") not in (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE):
         return None
@@ -539,14 +541,14 @@ def _cast(node: Node, known: Known) -> Facts | None:
     return replace(data, low=low, high=high)
 
 
-def _concat(node: Node, known: Known) -> Facts | None:
+def _concat(node: Node, known: BoundsContext) -> ChannelBounds | None:
     rank = len(known.shapes.get(node.outputs[0], ()))
     axis = node.attributes["axis"] % rank if rank else -1
     parts = [known.of(name, axis) for name in node.inputs]
     if any(part is None for part in parts):
         return None
     known_parts = [part for part in parts if part is not None]
-    return Facts(
+    return ChannelBounds(
         axis,
         np.concatenate([part.low for part in known_parts]),
         np.concatenate([part.high for part in known_parts]),
@@ -556,7 +558,7 @@ def _concat(node: Node, known: Known) -> Facts | None:
     )
 
 
-def _transpose(node: Node, known: Known) -> Facts | None:
+def _transpose(node: Node, known: BoundsContext) -> ChannelBounds | None:
     data = known.facts.get(node.inputs[0])
     rank = len(known.shapes.get(node.inputs[0], ()))
     if data is None:
@@ -569,7 +571,7 @@ def _transpose(node: Node, known: Known) -> Facts | None:
     return replace(data, axis=order.index(data.axis), key=keys, form=forms)
 
 
-def _flatten(node: Node, known: Known) -> Facts | None:
+def _flatten(node: Node, known: BoundsContext) -> ChannelBounds | None:
     data = known.facts.get(node.inputs[0])
     before, after = known.shapes.get(node.inputs[0], ()), known.shapes.get(node.outputs[0], ())
     if data is None or data.axis != 1 or len(after) != 2 or not all(isinstance(n, int) for n in before[1:]):
@@ -583,10 +585,10 @@ def _flatten(node: Node, known: Known) -> Facts | None:
         for form in data.form
         for place in range(times)
     )
-    return Facts(1, data.low.repeat(times), data.high.repeat(times), keys, data.scale.repeat(times), forms)
+    return ChannelBounds(1, data.low.repeat(times), data.high.repeat(times), keys, data.scale.repeat(times), forms)
 
 
-_RULES: Mapping[str, Callable[[Node, Known], Facts | None]] = {
+_RULES: Mapping[str, Callable[[Node, BoundsContext], ChannelBounds | None]] = {
     "Conv": _convolution,
     "Gemm": _matrix,
     "MatMul": _matrix,

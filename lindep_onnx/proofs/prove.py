@@ -16,16 +16,14 @@ import scipy.linalg
 from numpy.typing import NDArray
 
 from lindep_onnx.calibration.measure import features
-from lindep_onnx.calibration.statistics import SiteEvidence
+from lindep_onnx.calibration.statistics import ConsumerStatistics
 from lindep_onnx.errors import UsageError
 from lindep_onnx.linalg.elimination import COLLINEAR_KIND, CONSTANT, JOINT
 from lindep_onnx.model.ir import Model
 from lindep_onnx.moves.channels import Fold, Plan
-from lindep_onnx.proofs.bounds import ROUNDING, ROUNDING_HALF, Facts, Form, Known, output_facts
-from lindep_onnx.structure.placement import balanced
-from lindep_onnx.structure.types import FROZEN, Bounds, Channels, Group, Site
-
-__all__ = ["EVERY_INPUT", "Proof", "prove", "ranges_of"]
+from lindep_onnx.proofs.bounds import ROUNDING, ROUNDING_HALF, AffineForm, BoundsContext, ChannelBounds, output_bounds
+from lindep_onnx.structure.placement import equalized
+from lindep_onnx.structure.types import FROZEN, Bounds, Consumer, Group, Structure
 
 Ranges = Mapping[str, tuple[float, float]]
 
@@ -37,7 +35,7 @@ ROUNDED, LARGEST_FACTOR = 2.0**-23, 32.0
 #: Below this share of its own length the rest of a channel is looked at more closely.
 SMALL_REST = 1e-5
 #: Multiply-accumulates that one group may take; beyond it combinations of several channels are not looked for.
-MOST_WORK = 2e11
+MAX_WORK = 2e11
 
 
 @dataclass(frozen=True)
@@ -45,16 +43,16 @@ class _Seen:
     """What is known of the features of one site.
 
     Attributes:
-        evidence: what folding needs.
+        statistics: what folding needs.
         keys: (F,) features of equal key are multiples of each other; empty where nothing is known.
         scale: (F,) by these factors.
         forms: (F,) how each is an affine function of what a product reads, or None.
     """
 
-    evidence: SiteEvidence
+    statistics: ConsumerStatistics
     keys: list[bytes]
     scale: NDArray[np.float64]
-    forms: list[Form | None]
+    forms: list[AffineForm | None]
 
 
 @dataclass(frozen=True)
@@ -77,63 +75,65 @@ class Proof:
     Attributes:
         plan: removes every unit that is proven redundant.
         constant: (units,) bool, units that are constant at every site, whatever the input.
-        evidence: what folding needs to know of each site.
+        statistics: what folding needs to know of each site.
     """
 
     plan: Plan
     constant: NDArray[np.bool_]
-    evidence: tuple[SiteEvidence, ...]
+    statistics: tuple[ConsumerStatistics, ...]
 
 
 @np.errstate(all="ignore")  # weights may be infinite
-def prove(channels: Channels, ranges: Ranges = MappingProxyType({}), *, half: bool = False) -> Proof:
+def prove(structure: Structure, ranges: Ranges = MappingProxyType({}), *, half: bool = False) -> Proof:
     """Propagate bounds and identities through the graph, and see what they mean at the sites.
 
     Args:
-        channels: the traced model.
+        structure: the traced model.
         ranges: lowest and highest value of inputs, by name, as `ranges_of` gives them.
         half: whether the result will be computed in half precision, of which the model is a copy in single precision.
     """
-    resolved = channels.resolved
-    known = Known(resolved.constants, resolved.shapes, facts := {}, ROUNDING_HALF if half else ROUNDING)
+    shape_info = structure.shape_info
+    known = BoundsContext(shape_info.constants, shape_info.shapes, facts := {}, ROUNDING_HALF if half else ROUNDING)
     for name, (low, high) in ranges.items():
         found = _bounded(known, name, low, high)
         if found is not None:
             facts[name] = found
-    for node in channels.model.nodes:
-        if node.outputs and node.outputs[0] and node.outputs[0] not in resolved.constants:
-            found = output_facts(node, known)
+    for node in structure.model.nodes:
+        if node.outputs and node.outputs[0] and node.outputs[0] not in shape_info.constants:
+            found = output_bounds(node, known)
             if found is not None:
                 facts[node.outputs[0]] = found
-    seen = [_site(channels, site, known) for site in channels.sites]
-    constant = np.ones(channels.units, dtype=bool)
-    for site in (entry.evidence for entry in seen):
+    seen = [_consumer(structure, consumer, known) for consumer in structure.consumers]
+    constant = np.ones(structure.units, dtype=bool)
+    for consumer in (entry.statistics for entry in seen):
         # A constant other than zero can only go where the output can take it up.
-        gone = site.constant & (site.site.affine | (site.mean == 0))
-        live = site.unit != FROZEN
-        constant[site.unit[live & ~gone]] = False
-    kind = np.zeros(channels.units, dtype=np.int8)
-    bounds = Bounds(channels)
-    partner = np.full(channels.units, -1)
+        gone = consumer.constant & (consumer.consumer.affine | (consumer.mean == 0))
+        live = consumer.unit != FROZEN
+        constant[consumer.unit[live & ~gone]] = False
+    kind = np.zeros(structure.units, dtype=np.int8)
+    bounds = Bounds(structure)
+    partner = np.full(structure.units, -1)
     for unit in np.flatnonzero(constant)[::-1].tolist():
         if bounds.take(unit):
             kind[unit] = CONSTANT
-    for unit, other in _multiples(channels, seen, kind):
+    for unit, other in _multiples(structure, seen, kind):
         if bounds.take(unit):
             kind[unit], partner[unit] = COLLINEAR_KIND, other
-    combinations = [found for group in channels.groups for found in _combinations(channels, group, seen, kind, bounds)]
+    combinations = [
+        found for group in structure.groups for found in _combinations(structure, group, seen, kind, bounds)
+    ]
     for combination in combinations:
         kind[combination.removed] = JOINT
-    kind[~balanced(channels, kind > 0)] = 0
+    kind[~equalized(structure, kind > 0)] = 0
     combinations = [combination.of(kind == JOINT) for combination in combinations if kind[combination.removed].any()]
     plan = Plan(kind > 0, kind, _folds(seen, kind, partner, combinations))
-    return Proof(plan, constant, tuple(_of_removed_constants(entry.evidence, kind) for entry in seen))
+    return Proof(plan, constant, tuple(_of_removed_constants(entry.statistics, kind) for entry in seen))
 
 
-def _of_removed_constants(evidence: SiteEvidence, kind: NDArray[np.int8]) -> SiteEvidence:
+def _of_removed_constants(statistics: ConsumerStatistics, kind: NDArray[np.int8]) -> ConsumerStatistics:
     """Means of constants that go as such: all others are made up for as multiples and combinations, which are exact."""
-    gone = np.append(kind == CONSTANT, False)[evidence.unit]
-    return replace(evidence, mean=np.where(gone, evidence.mean, 0.0))
+    gone = np.append(kind == CONSTANT, False)[statistics.unit]
+    return replace(statistics, mean=np.where(gone, statistics.mean, 0.0))
 
 
 def ranges_of(model: Model, wanted: Ranges) -> dict[str, tuple[float, float]]:
@@ -165,7 +165,7 @@ def ranges_of(model: Model, wanted: Ranges) -> dict[str, tuple[float, float]]:
     return found
 
 
-def _bounded(known: Known, name: str, low: float, high: float) -> Facts | None:
+def _bounded(known: BoundsContext, name: str, low: float, high: float) -> ChannelBounds | None:
     """The range of an input, along the axis that is most likely its channels, as constants behind it are."""
     shape = known.shapes.get(name, ())
     likely = sorted(
@@ -178,17 +178,17 @@ def _bounded(known: Known, name: str, low: float, high: float) -> Facts | None:
     return None
 
 
-def _site(channels: Channels, site: Site, known: Known) -> _Seen:
+def _consumer(structure: Structure, consumer: Consumer, known: BoundsContext) -> _Seen:
     """The site's features as evidence, and what ties them to each other."""
-    layout = features(site.columns)
-    index = layout.index + site.first_column
+    layout = features(consumer.columns)
+    index = layout.index + consumer.first_column
     size = len(index)
     first = index[:, 0]
-    found: list[Facts | None] = [known.of(reader.tensor, reader.axis) for reader in site.readers]
-    facts = found[0] if len(site.readers) == 1 else None
+    found: list[ChannelBounds | None] = [known.of(reader.tensor, reader.axis) for reader in consumer.readers]
+    facts = found[0] if len(consumer.readers) == 1 else None
     low, high, scale = np.full(size, -np.inf), np.full(size, np.inf), np.ones(size)
     keys = [b"" for _ in range(size)]
-    forms: list[Form | None] = [None] * size
+    forms: list[AffineForm | None] = [None] * size
     if facts is not None:
         every = facts.low[index], facts.high[index]
         low, high, scale = every[0].min(axis=1), every[1].max(axis=1), facts.scale[first]
@@ -198,18 +198,18 @@ def _site(channels: Channels, site: Site, known: Known) -> _Seen:
         keys = [b"".join(facts.key[place] for place in row) if ok else b"" for row, ok in zip(index, same, strict=True)]
         forms = [_common([facts.form[place] for place in row]) for row in index]
     constant = np.isfinite(low) & (low == high)
-    mean = np.where(constant, low, 0.0) if site.affine else np.zeros(size)
-    if not site.affine:
+    mean = np.where(constant, low, 0.0) if consumer.affine else np.zeros(size)
+    if not consumer.affine:
         constant = constant & (low == 0)
     empty = np.zeros((0, 0))
-    evidence = SiteEvidence(
-        site=site, index=layout.index, unit=channels.unit[layout.atoms], mean=mean, gram=empty, holdout=None,
+    statistics = ConsumerStatistics(
+        consumer=consumer, index=layout.index, unit=structure.unit[layout.atoms], mean=mean, gram=empty, holdout=None,
         offset=np.zeros(size), constant=constant, active=np.zeros(size, dtype=np.int64), joint=False,
     )  # fmt: skip
-    return _Seen(evidence, keys, scale, forms)
+    return _Seen(statistics, keys, scale, forms)
 
 
-def _common(forms: list[Form | None]) -> Form | None:
+def _common(forms: list[AffineForm | None]) -> AffineForm | None:
     """One form for all positions of a channel, if they are the same function of what is read there."""
     first = forms[0]
     if first is None or len(forms) == 1:
@@ -219,17 +219,19 @@ def _common(forms: list[Form | None]) -> Form | None:
             return None
         if (form.row, form.factor, form.shift) != (first.row, first.factor, first.shift):
             return None
-    return Form(b"".join(form.base for form in forms if form), first.product, first.row, first.factor, first.shift)
+    return AffineForm(
+        b"".join(form.base for form in forms if form), first.product, first.row, first.factor, first.shift
+    )
 
 
-def _multiples(channels: Channels, seen: list[_Seen], kind: NDArray[np.int8]) -> list[tuple[int, int]]:
+def _multiples(structure: Structure, seen: list[_Seen], kind: NDArray[np.int8]) -> list[tuple[int, int]]:
     """(unit, the unit it is a multiple of) at every site it is read at."""
     found = []
-    for group in channels.groups:
+    for group in structure.groups:
         signature: dict[int, list[object]] = {int(unit): [] for unit in group.units if not kind[unit]}
-        for index in group.sites:
+        for index in group.consumers:
             own = seen[index]
-            for feature, unit in enumerate(own.evidence.unit.tolist()):
+            for feature, unit in enumerate(own.statistics.unit.tolist()):
                 if unit in signature:
                     usable = bool(own.keys[feature]) and own.scale[feature] > 0
                     signature[unit].append((index, own.keys[feature] if usable else unit))
@@ -242,17 +244,17 @@ def _multiples(channels: Channels, seen: list[_Seen], kind: NDArray[np.int8]) ->
 
 
 def _combinations(
-    channels: Channels, group: Group, seen: list[_Seen], kind: NDArray[np.int8], bounds: Bounds
+    structure: Structure, group: Group, seen: list[_Seen], kind: NDArray[np.int8], bounds: Bounds
 ) -> Iterator[_Combination]:
     """Units that are the same combination of others at every site of the group that reads them.
 
     A unit's vector holds the coefficients of its form at every site, end to end. A dependence between vectors is one
     between the channels themselves, at every position and for every input.
     """
-    forms: dict[int, list[tuple[int, Form]] | None] = {int(unit): [] for unit in group.units if not kind[unit]}
-    for index in group.sites:
+    forms: dict[int, list[tuple[int, AffineForm]] | None] = {int(unit): [] for unit in group.units if not kind[unit]}
+    for index in group.consumers:
         counted: set[int] = set()
-        for unit, form in zip(seen[index].evidence.unit.tolist(), seen[index].forms, strict=True):
+        for unit, form in zip(seen[index].statistics.unit.tolist(), seen[index].forms, strict=True):
             own = forms.get(unit)
             if own is None:
                 continue
@@ -267,7 +269,7 @@ def _combinations(
             alike.setdefault(tuple((index, form.base) for index, form in own), []).append(unit)
     for units in alike.values():
         width = sum(form.product.rows.shape[1] + 1 for _, form in forms[units[0]] or ())
-        if len(units) > 1 and float(len(units)) ** 2 * width <= MOST_WORK:
+        if len(units) > 1 and float(len(units)) ** 2 * width <= MAX_WORK:
             vectors = np.stack([np.concatenate([form.vector() for _, form in forms[unit] or ()]) for unit in units])
             found = _dependent(np.array(units), vectors, bounds)
             if found is not None:
@@ -306,7 +308,7 @@ def _folds(
 ) -> dict[int, Fold]:
     folds = {}
     for index, own in enumerate(seen):
-        unit_of, scale = own.evidence.unit, own.scale
+        unit_of, scale = own.statistics.unit, own.scale
         gone = np.append(kind > 0, False)[unit_of]
         if not gone.any():
             continue

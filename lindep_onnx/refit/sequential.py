@@ -28,14 +28,12 @@ from numpy.typing import NDArray
 
 from lindep_onnx.data.samples import Part, Samples
 from lindep_onnx.files import Scratch
-from lindep_onnx.model.edit import Edits
+from lindep_onnx.model.edit import GraphEdits
 from lindep_onnx.model.ir import Node
-from lindep_onnx.runtime.rows import Place, RowSampler, rows_at
+from lindep_onnx.runtime.rows import ChannelAxis, RowSampler, rows_at
 from lindep_onnx.runtime.stages import Stages
 from lindep_onnx.structure.placement import Placement
-from lindep_onnx.structure.types import Channels, Product, Window
-
-__all__ = ["Refitted", "refit"]
+from lindep_onnx.structure.types import Product, Structure, Window
 
 Array: TypeAlias = NDArray[Any]
 Matrix: TypeAlias = NDArray[np.float64]
@@ -43,7 +41,7 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 
 #: Rows for each unknown of one output, rows at least, and bytes of patches at most.
 ROWS_PER_UNKNOWN = 16
-LEAST_ROWS = 1 << 14
+MIN_ROWS = 1 << 14
 PATCH_BYTES = 1 << 28
 #: Wider problems keep their fold: the Gram matrix alone would take a gigabyte.
 WIDEST = 8192
@@ -62,7 +60,7 @@ class Refitted:
         skipped: output names of products that were too wide.
     """
 
-    edits: Edits
+    edits: GraphEdits
     errors: Mapping[str, tuple[float, float]]
     skipped: tuple[str, ...]
 
@@ -80,7 +78,7 @@ class _Task:
     """
 
     product: Product
-    place: Place
+    place: ChannelAxis
     rows: NDArray[np.int64]
     scale: Matrix
     shift: Matrix
@@ -88,9 +86,9 @@ class _Task:
 
 
 def refit(
-    original: Channels,
+    original: Structure,
     removed: NDArray[np.bool_],
-    compressed: Channels,
+    compressed: Structure,
     samples: Samples,
     *,
     mode: Literal["kernel", "sequential"],
@@ -119,16 +117,16 @@ def refit(
     operands: dict[tuple[int, int], Array] = {}
     errors: dict[str, tuple[float, float]] = {}
     if not tasks:
-        return Refitted(Edits(), errors, skipped)
+        return Refitted(GraphEdits(), errors, skipped)
     fitted = len(samples.parts[Part.FIT])
     most = {task.place: _positions(task.product, compressed, max(1, fitted)) for task in tasks}
     source = compressed if mode == "sequential" else original
     with (
         Scratch() as folder,
-        Stages(source.model, source.resolved, samples.batches(Part.FIT), **runtime) as fit,
-        Stages(source.model, source.resolved, samples.batches(Part.SELECT), **runtime) as select,
+        Stages(source.model, source.shape_info, samples.batches(Part.FIT), **runtime) as fit,
+        Stages(source.model, source.shape_info, samples.batches(Part.SELECT), **runtime) as select,
     ):
-        sampler = RowSampler(original.model, original.resolved, most, **runtime)
+        sampler = RowSampler(original.model, original.shape_info, most, **runtime)
         rng = np.random.default_rng(seed)
         targets = [_Targets(sampler, samples, part, rng, Path(folder) / part.value) for part in (Part.FIT, Part.SELECT)]
         for done, task in enumerate(tasks):
@@ -150,14 +148,14 @@ def refit(
                 for stages in (fit, select) if source is compressed else ():
                     stages.set_operand(compressed.model.nodes[index], position, value)
             progress("refit", done + 1, len(tasks))
-    return Refitted(Edits(constants=edits, inputs=operands), errors, skipped)
+    return Refitted(GraphEdits(constants=edits, inputs=operands), errors, skipped)
 
 
 # ---- which products, and their targets ----------------------------------------------------------------------------
 
 
 def _tasks(
-    original: Channels, placement: Placement, compressed: Channels, *, residual: bool
+    original: Structure, placement: Placement, compressed: Structure, *, residual: bool
 ) -> tuple[list[_Task], tuple[str, ...]]:
     changed = _changed(original, placement)
     readers: dict[str, int] = {}
@@ -180,16 +178,16 @@ def _tasks(
     return tasks, tuple(skipped)
 
 
-def _free(product: Product, compressed: Channels) -> bool:
+def _free(product: Product, compressed: Structure) -> bool:
     """Whether the weight and the bias can be replaced."""
     model = compressed.model
     stored = product.weight in model.stored and product.weight not in (*model.overridable, *model.outputs)
     node = model.nodes[product.reader.node]
     given = node.input(2) if node.op in ("Conv", "ConvTranspose", "Gemm") else ""
-    return stored and (not given or given in compressed.resolved.constants) and product.reader.axis > 0
+    return stored and (not given or given in compressed.shape_info.constants) and product.reader.axis > 0
 
 
-def _changed(original: Channels, placement: Placement) -> set[str]:
+def _changed(original: Structure, placement: Placement) -> set[str]:
     """Computed tensors that differ from the original's, in channels or in values."""
     changed: set[str] = set()
     for node in original.model.nodes:
@@ -200,11 +198,11 @@ def _changed(original: Channels, placement: Placement) -> set[str]:
 
 
 def _task(
-    product: Product, original: Channels, placement: Placement, compressed: Channels, residual: bool
+    product: Product, original: Structure, placement: Placement, compressed: Structure, residual: bool
 ) -> _Task | None:
-    model, constants = compressed.model, compressed.resolved.constants
+    model, constants = compressed.model, compressed.shape_info.constants
     axis = product.reader.output_axis
-    size = compressed.resolved.constants[product.weight].shape[product.outputs]
+    size = compressed.shape_info.constants[product.weight].shape[product.outputs]
     outputs = size * (product.group if product.window is not None and product.window.transposed else 1)
     scale, shift = np.ones(outputs), np.zeros(outputs)
     tensor, other = product.reader.output, ""
@@ -228,17 +226,17 @@ def _task(
         tensor, other = product.reader.output, ""
         scale, shift = np.ones(outputs), np.zeros(outputs)
     chosen = placement.chosen_along(tensor, axis)
-    full = original.resolved.shapes.get(tensor, ())
+    full = original.shape_info.shapes.get(tensor, ())
     if axis >= len(full) or not isinstance(full[axis], int):
         return None
     rows = np.arange(int(full[axis])) if chosen is None else chosen
     if len(rows) != outputs:
         return None
-    return _Task(product, Place(tensor, axis), rows, scale, shift, other)
+    return _Task(product, ChannelAxis(tensor, axis), rows, scale, shift, other)
 
 
 def _affine(
-    node: Node, tensor: str, constants: Mapping[str, Array], outputs: int, axis: int, channels: Channels
+    node: Node, tensor: str, constants: Mapping[str, Array], outputs: int, axis: int, structure: Structure
 ) -> tuple[Matrix, Matrix] | None:
     """(M,) factor and addend of a node that treats every channel alike at all positions; None for other nodes."""
     if node.op in ("Identity", "Dropout") and not node.input(2):
@@ -249,7 +247,7 @@ def _affine(
         return factor, shift - factor * mean
     if node.op in ("Add", "Mul") and len(node.inputs) == 2:
         value = constants.get(node.inputs[1] if node.inputs[0] == tensor else node.inputs[0])
-        rank = len(channels.resolved.shapes.get(tensor, ()))
+        rank = len(structure.shape_info.shapes.get(tensor, ()))
         if value is None or value.ndim > rank:
             return None
         behind = rank - axis
@@ -262,21 +260,21 @@ def _affine(
     return None
 
 
-def _other_operand(node: Node, tensor: str, product: Product, compressed: Channels) -> str | None:
+def _other_operand(node: Node, tensor: str, product: Product, compressed: Structure) -> str | None:
     """What an Add adds to a tensor, if it is of the same shape and known before the product is computed."""
     if node.op not in ("Add", "Sum") or len(node.inputs) != 2 or node.inputs[0] == node.inputs[1]:
         return None
     other = node.inputs[1] if node.inputs[0] == tensor else node.inputs[0]
-    shapes = compressed.resolved.shapes
+    shapes = compressed.shape_info.shapes
     producer = compressed.model.producer.get(other)
     before = producer is None or producer.index < product.reader.node
     same = shapes.get(other) is not None and len(shapes[other]) == len(shapes.get(tensor, ()))
     same = same and all(a == b for a, b in zip(shapes[other][1:], shapes[tensor][1:], strict=True))
-    return other if before and same and other not in compressed.resolved.constants else None
+    return other if before and same and other not in compressed.shape_info.constants else None
 
 
-def _unknowns(product: Product, channels: Channels) -> int:
-    weight = channels.resolved.constants[product.weight]
+def _unknowns(product: Product, structure: Structure) -> int:
+    weight = structure.shape_info.constants[product.weight]
     taps = math.prod(product.window.kernel) if product.window is not None else 1
     inputs = weight.shape[product.inputs]
     if product.window is not None and product.window.transposed:
@@ -284,9 +282,9 @@ def _unknowns(product: Product, channels: Channels) -> int:
     return int(inputs) * taps
 
 
-def _positions(product: Product, channels: Channels, samples: int) -> int:
-    unknowns = _unknowns(product, channels)
-    wanted = max(LEAST_ROWS, ROWS_PER_UNKNOWN * unknowns)
+def _positions(product: Product, structure: Structure, samples: int) -> int:
+    unknowns = _unknowns(product, structure)
+    wanted = max(MIN_ROWS, ROWS_PER_UNKNOWN * unknowns)
     most = PATCH_BYTES // max(1, 4 * unknowns * product.group)
     return max(1, min(wanted, most) // samples)
 
@@ -299,8 +297,8 @@ class _Targets:
     ) -> None:
         folder.mkdir()
         self._folder = folder
-        self._batches: list[dict[Place, tuple[tuple[int, ...], NDArray[np.int64]]]] = []
-        self._numbers: dict[Place, int] = {}
+        self._batches: list[dict[ChannelAxis, tuple[tuple[int, ...], NDArray[np.int64]]]] = []
+        self._numbers: dict[ChannelAxis, int] = {}
         for batch in samples.batches(part):
             found = sampler.rows(batch, rng)
             self._numbers = {place: number for number, place in enumerate(found)}
@@ -311,13 +309,13 @@ class _Targets:
                 entry[place] = (rows.values.shape, rows.positions)
             self._batches.append(entry)
 
-    def _path(self, place: Place) -> Path:
+    def _path(self, place: ChannelAxis) -> Path:
         return self._folder / f"{self._numbers[place]}.bin"
 
-    def positions(self, place: Place, batch: int) -> NDArray[np.int64]:
+    def positions(self, place: ChannelAxis, batch: int) -> NDArray[np.int64]:
         return self._batches[batch][place][1]
 
-    def take(self, place: Place) -> list[Array]:
+    def take(self, place: ChannelAxis) -> list[Array]:
         """Rows of every batch, (samples, rows, channels)."""
         if not self._batches:
             return []
@@ -446,10 +444,10 @@ class _New:
     operands: Mapping[tuple[int, int], Array]
 
 
-def _refitted(task: _Task, compressed: Channels, fit: _Rows, select: _Rows) -> tuple[_New, tuple[float, float]]:
+def _refitted(task: _Task, compressed: Structure, fit: _Rows, select: _Rows) -> tuple[_New, tuple[float, float]]:
     """Solve one product; keep what there was if nothing does better on unseen rows."""
     product = task.product
-    stored = compressed.resolved.constants[product.weight]
+    stored = compressed.shape_info.constants[product.weight]
     prior = _matrix(stored, product)
     constant, free = _constant(task, compressed)
     now = constant.reshape(product.group, 1, -1)
@@ -473,9 +471,9 @@ def _refitted(task: _Task, compressed: Channels, fit: _Rows, select: _Rows) -> t
     return _New(weights, operands), (math.sqrt(before / energy), math.sqrt(best[0] / energy))
 
 
-def _constant(task: _Task, compressed: Channels) -> tuple[Matrix, bool]:
+def _constant(task: _Task, compressed: Structure) -> tuple[Matrix, bool]:
     """(M,) what the node adds to its product now, and whether that can change."""
-    product, constants = task.product, compressed.resolved.constants
+    product, constants = task.product, compressed.shape_info.constants
     node = compressed.model.nodes[product.reader.node]
     outputs = len(task.scale)
     name = node.input(2) if node.op in ("Conv", "ConvTranspose", "Gemm") else ""
@@ -487,18 +485,18 @@ def _constant(task: _Task, compressed: Channels) -> tuple[Matrix, bool]:
     return np.broadcast_to(value.ravel() * beta, (outputs,)).copy(), bias is not None and bias.node is not None
 
 
-def _operands(task: _Task, compressed: Channels, shift: Matrix) -> dict[tuple[int, int], Array]:
+def _operands(task: _Task, compressed: Structure, shift: Matrix) -> dict[tuple[int, int], Array]:
     """The bias that adds `shift` to the output of the node."""
     product, bias = task.product, task.product.reader.bias
     if bias is None or bias.node is None:
         return {}
-    dtype = compressed.resolved.constants[product.weight].dtype
+    dtype = compressed.shape_info.constants[product.weight].dtype
     added = shift / product.scale * bias.scale
     if not bias.name:
         return {(bias.node, bias.position): added.astype(dtype)}
-    current = compressed.resolved.constants[bias.name]
+    current = compressed.shape_info.constants[bias.name]
     if compressed.model.nodes[bias.node].op == "Add":
-        rank = len(compressed.resolved.shapes[product.reader.output])
+        rank = len(compressed.shape_info.shapes[product.reader.output])
         added = added.reshape(-1, *(1,) * (rank - product.reader.output_axis - 1))
     return {(bias.node, bias.position): (current.astype(np.float64) + added).astype(current.dtype)}
 

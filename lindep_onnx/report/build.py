@@ -19,17 +19,15 @@ from lindep_onnx.options import Config
 from lindep_onnx.planning.path import savings
 from lindep_onnx.planning.strategies import Chosen, Workshop
 from lindep_onnx.report.data_support import Support
-from lindep_onnx.report.figures import Redundancy, layers
+from lindep_onnx.report.figures import Spectrum, layers
 from lindep_onnx.report.values import BudgetReport, GroupReport, RefusalReport, Report, Size, Verification
-from lindep_onnx.structure.traced import Understood
+from lindep_onnx.structure.traced import TracedModel
 from lindep_onnx.verify import compare as verify
 from lindep_onnx.verify.variants import Variant
 
-__all__ = ["group_reports", "summarise", "verification_of"]
-
 
 def summarise(
-    understood: Understood,
+    understood: TracedModel,
     workshop: Workshop,
     chosen: Chosen,
     groups: tuple[GroupReport, ...],
@@ -96,11 +94,11 @@ def summarise(
 
 
 def group_reports(
-    understood: Understood,
+    understood: TracedModel,
     chosen: Chosen,
     errors: Mapping[int, float],
     found: Mapping[int, Support],
-    curves: Mapping[int, Redundancy],
+    curves: Mapping[int, Spectrum],
 ) -> Iterator[GroupReport]:
     """What became of each group.
 
@@ -124,7 +122,9 @@ def group_reports(
             error=errors.get(number),
             proven=proven,
             observed=int(gone.sum()) - proven,
-            sites=tuple(channels.model.nodes[channels.sites[site].readers[0].node].name for site in group.sites),
+            sites=tuple(
+                channels.model.nodes[channels.consumers[consumer].readers[0].node].name for consumer in group.consumers
+            ),
             kinds={KINDS[kind]: int((kinds == kind).sum()) for kind in sorted(set(kinds.tolist())) if kind},
             support=found.get(number),
             redundancy=curves.get(number),

@@ -9,15 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lindep_onnx.calibration.statistics import JOINT_ROWS, Evidence, problem
+from lindep_onnx.calibration.statistics import JOINT_ROWS, Statistics, problem
 from lindep_onnx.linalg.elimination import removal_cost
 from lindep_onnx.moves.channels import KINDS, Fold
 from lindep_onnx.planning.path import folds_of
 from lindep_onnx.planning.strategies import Chosen
 from lindep_onnx.proofs.prove import Proof
-from lindep_onnx.structure.types import Channels
-
-__all__ = ["CONFIDENCE", "Support", "never_seen_bound", "sentences", "support"]
+from lindep_onnx.structure.types import Structure
 
 CONFIDENCE = 0.95
 
@@ -62,34 +60,34 @@ def never_seen_bound(samples: int) -> float:
     return 1.0 - (1.0 - CONFIDENCE) ** (1.0 / samples) if samples else 1.0
 
 
-def support(channels: Channels, evidence: Evidence, chosen: Chosen, proof: Proof) -> dict[int, Support]:
+def support(structure: Structure, statistics: Statistics, chosen: Chosen, proof: Proof) -> dict[int, Support]:
     """The support of every group.
 
     Args:
-        channels: the traced model.
-        evidence: what the data says.
+        structure: the traced model.
+        statistics: what the data says.
         chosen: the result.
         proof: what needs no data.
     """
-    folds = folds_of(channels, evidence, chosen.removed, chosen.folds)
+    folds = folds_of(structure, statistics, chosen.removed, chosen.folds)
     silent = (chosen.kind == KINDS.index("constant")) & ~proof.plan.removed
-    bound = never_seen_bound(evidence.samples)
+    bound = never_seen_bound(statistics.samples)
     found = {}
-    for number, group in enumerate(channels.groups):
+    for number, group in enumerate(structure.groups):
         errors: list[tuple[float, float | None]] = []
-        for index in group.sites:
+        for index in group.consumers:
             if index in folds and chosen.removed[group.units].any():
-                errors.append(_errors(channels, evidence, index, chosen.removed, folds))
-        sites = [evidence.sites[index] for index in group.sites]
-        least = min(sites, key=lambda seen: seen.effective_rows / max(1, len(seen.unit)))
+                errors.append(_errors(structure, statistics, index, chosen.removed, folds))
+        consumers = [statistics.consumers[index] for index in group.consumers]
+        least = min(consumers, key=lambda seen: seen.effective_rows / max(1, len(seen.unit)))
         needed = None
         if not least.joint and least.effective_rows:
             short = JOINT_ROWS * len(least.unit) / least.effective_rows
-            needed = math.ceil(evidence.samples * short)
+            needed = math.ceil(statistics.samples * short)
         own = int((silent & chosen.removed)[group.units].sum())
         heldout = [error for _, error in errors if error is not None]
         found[number] = Support(
-            samples=evidence.samples,
+            samples=statistics.samples,
             rows=least.rows,
             effective_rows=least.effective_rows,
             features=len(least.unit),
@@ -103,13 +101,13 @@ def support(channels: Channels, evidence: Evidence, chosen: Chosen, proof: Proof
 
 
 def _errors(
-    channels: Channels,
-    evidence: Evidence,
+    structure: Structure,
+    statistics: Statistics,
     index: int,
     removed: NDArray[np.bool_],
     folds: Mapping[int, Fold],
 ) -> tuple[float, float | None]:
-    posed, fold = problem(channels, evidence.sites[index], removed), folds[index]
+    posed, fold = problem(structure, statistics.consumers[index], removed), folds[index]
     fit, held = (
         None if gram is None else math.sqrt(removal_cost(gram, posed.outer, fold.kept, fold.matrix) / posed.energy)
         for gram in (posed.gram, posed.holdout)
@@ -117,12 +115,12 @@ def _errors(
     return fit or 0.0, held
 
 
-def sentences(found: Mapping[int, Support], doubtful: int, given: int) -> Iterator[str]:
+def sentences(found: Mapping[int, Support], uncertain: int, given: int) -> Iterator[str]:
     """What the reader should know without looking at every group.
 
     Args:
         found: what `support` gave.
-        doubtful: number of channels that never changed but may well.
+        uncertain: number of channels that never changed but may well.
         given: number of samples in all.
     """
     silent = sum(entry.silent for entry in found.values())
@@ -146,8 +144,8 @@ def sentences(found: Mapping[int, Support], doubtful: int, given: int) -> Iterat
             )
             + f" would be needed; there are {given:,}."
         )
-    if doubtful:
+    if uncertain:
         yield (
-            f"{doubtful:,} channel(s) never changed in {samples:,} samples but may well: they stay. After four times "
+            f"{uncertain:,} channel(s) never changed in {samples:,} samples but may well: they stay. After four times "
             "as many samples half the distance from changing is enough."
         )

@@ -12,17 +12,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from lindep_onnx.calibration.statistics import Evidence
+from lindep_onnx.calibration.statistics import Statistics
 from lindep_onnx.model.cost import output_channels
 from lindep_onnx.planning.path import curves
-from lindep_onnx.structure.types import Channels
-
-__all__ = ["FrontierPoint", "Layer", "Redundancy", "kept_parameters", "layers", "redundancy"]
+from lindep_onnx.structure.types import Structure
 
 #: Points that a curve is told by.
 POINTS = 40
 #: Groups with more units, or sites with more features, are not drawn: both curves take cubic time.
-MOST_UNITS = 1024
+MAX_UNITS = 1024
 #: Smaller singular values are rounding: they are square roots of eigenvalues in float64.
 ROUNDING = 1e-8
 
@@ -49,7 +47,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Redundancy:
+class Spectrum:
     """How redundant the channels of one group are on the data.
 
     Attributes:
@@ -88,71 +86,71 @@ class FrontierPoint:
     expected: float | None = None
 
 
-def layers(channels: Channels, removed: NDArray[np.bool_]) -> Iterator[Layer]:
+def layers(structure: Structure, removed: NDArray[np.bool_]) -> Iterator[Layer]:
     """The weighted layers, in the order of the model.
 
     Args:
-        channels: the traced model.
+        structure: the traced model.
         removed: (units,) bool.
     """
-    atoms = {producer.node: producer.atoms for producer in channels.producers}
-    for number, node in enumerate(channels.model.nodes):
-        width = output_channels(node, channels.resolved)
+    atoms = {producer.node: producer.atoms for producer in structure.producers}
+    for number, node in enumerate(structure.model.nodes):
+        width = output_channels(node, structure.shape_info)
         if not width:
             continue
-        kept = int(channels.mask(atoms[number], removed).sum()) if number in atoms else width
-        weight = next(name for name in (node.input(1), node.input(0)) if name in channels.resolved.constants)
+        kept = int(structure.mask(atoms[number], removed).sum()) if number in atoms else width
+        weight = next(name for name in (node.input(1), node.input(0)) if name in structure.shape_info.constants)
         yield Layer(
             name=node.name,
             op=node.op,
             channels_before=width,
             channels_after=kept,
-            parameters_before=channels.resolved.constants[weight].size,
-            parameters_after=_kept_elements(channels, weight, removed),
+            parameters_before=structure.shape_info.constants[weight].size,
+            parameters_after=_kept_elements(structure, weight, removed),
         )
 
 
-def kept_parameters(channels: Channels, removed: NDArray[np.bool_]) -> int:
+def kept_parameters(structure: Structure, removed: NDArray[np.bool_]) -> int:
     """Parameters of the model without some units; biases that folds add are not counted.
 
     Args:
-        channels: the traced model.
+        structure: the traced model.
         removed: (units,) bool.
     """
-    sizes = {name: value.size for name, value in channels.model.stored.items() if value.dtype.kind in "fV"}
-    return sum(_kept_elements(channels, name, removed) for name, size in sizes.items() if size > 1)
+    sizes = {name: value.size for name, value in structure.model.stored.items() if value.dtype.kind in "fV"}
+    return sum(_kept_elements(structure, name, removed) for name, size in sizes.items() if size > 1)
 
 
-def _kept_elements(channels: Channels, name: str, removed: NDArray[np.bool_]) -> int:
-    elements = channels.resolved.constants[name].size
-    readers = channels.reads.get(name, {})
+def _kept_elements(structure: Structure, name: str, removed: NDArray[np.bool_]) -> int:
+    elements = structure.shape_info.constants[name].size
+    readers = structure.reads.get(name, {})
     axes: Mapping[int, NDArray[np.int64]] = next(iter(readers.values()), {})
-    return round(elements * math.prod(float(channels.mask(atoms, removed).mean()) for atoms in axes.values()))
+    return round(elements * math.prod(float(structure.mask(atoms, removed).mean()) for atoms in axes.values()))
 
 
-def redundancy(channels: Channels, evidence: Evidence) -> dict[int, Redundancy]:
+def spectra(structure: Structure, statistics: Statistics) -> dict[int, Spectrum]:
     """The redundancy of every group that is not too wide.
 
     Args:
-        channels: the traced model.
-        evidence: what the data says.
+        structure: the traced model.
+        statistics: what the data says.
     """
     narrow = [
         number
-        for number, group in enumerate(channels.groups)
-        if max(len(group.units), *(len(evidence.sites[index].unit) for index in group.sites)) <= MOST_UNITS
+        for number, group in enumerate(structure.groups)
+        if max(len(group.units), *(len(statistics.consumers[index].unit) for index in group.consumers)) <= MAX_UNITS
     ]
-    alike = np.ones(channels.units)
+    alike = np.ones(structure.units)
     # The errors are of the rows that were fitted: no unseen ones are needed to choose a ridge.
-    fitted = replace(evidence, sites=tuple(replace(seen, holdout=None) for seen in evidence.sites))
+    fitted = replace(statistics, consumers=tuple(replace(seen, holdout=None) for seen in statistics.consumers))
     found = {}
-    for curve in curves(channels, fitted, np.ones(len(channels.sites)).tolist(), alike, narrow):
-        group = channels.groups[curve.group]
-        site = max((evidence.sites[index] for index in group.sites), key=lambda seen: len(seen.unit))
-        values = _singular_values(site.gram - np.outer(site.offset, site.offset))
+    for curve in curves(structure, fitted, np.ones(len(structure.consumers)).tolist(), alike, narrow):
+        group = structure.groups[curve.group]
+        consumer = max((statistics.consumers[index] for index in group.consumers), key=lambda seen: len(seen.unit))
+        values = _singular_values(consumer.gram - np.outer(consumer.offset, consumer.offset))
         ranks, places = _spread(len(values)), _spread(len(curve.units))
-        errors = np.sqrt(curve.cost / len(group.sites))
-        found[curve.group] = Redundancy(
+        errors = np.sqrt(curve.cost / len(group.consumers))
+        found[curve.group] = Spectrum(
             rank=int((values > 0).sum()),
             ranks=tuple((ranks + 1).tolist()),
             singular_values=tuple(_rounded(values[ranks])),

@@ -17,14 +17,12 @@ from lindep_onnx.options import LOSSLESS_SITE_ERROR
 from lindep_onnx.report import values as words
 from lindep_onnx.report.values import GroupReport, Report, Verification
 
-__all__ = ["page"]
-
 Element = ElementTree.Element
 
 #: Layers in one row of the strip, groups that are drawn, nodes that a refusal names: the JSON report has all.
-ROW, MOST_CARDS, MOST_NODES = 64, 12, 8
+ROW, MAX_CARDS, MAX_NODES = 64, 12, 8
 #: Smaller relative errors are drawn at the lower edge.
-LEAST_ERROR = 1e-7
+MIN_ERROR = 1e-7
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #17202a; --dim: #56616d; --line: #d9dfe5; --page: #fff; --card: #f5f7f9;
@@ -85,7 +83,7 @@ def page(report: Report) -> str:
         ("layers", "Width of every layer", _layers(report)),
         ("frontier", "Error against size", _frontier(report)),
         ("groups", "Groups of channels", _groups(report)),
-        ("evidence", "Fitted and held-out error", _evidence(report)),
+        ("evidence", "Fitted and held-out error", _statistics(report)),
         ("refusals", "Left alone, and what to do", _refusals(report)),
         ("verification", "Verification", _verification(report)),
         ("latency", "Latency", _latency(report)),
@@ -138,8 +136,8 @@ def _e(tag: str, *children: Element | str, **attributes: object) -> Element:
     return element
 
 
-def _svg(width: float, height: float, label: str, *children: Element, class_: str, stretch: bool = False) -> Element:
-    shape = {"preserveAspectRatio": "none"} if stretch else {}
+def _svg(width: float, height: float, label: str, *children: Element, class_: str, phase: bool = False) -> Element:
+    shape = {"preserveAspectRatio": "none"} if phase else {}
     return _e(
         "svg", *children, viewBox=f"0 0 {_n(width)} {_n(height)}", role="img", aria_label=label, class_=class_, **shape
     )
@@ -240,7 +238,7 @@ def _power(exponent: int) -> str:
     return {0: "1", 1: "10"}.get(exponent, f"10{raised}")
 
 
-def _errors_axis(title: str, values: Iterable[float], least: float = LEAST_ERROR) -> _Axis:
+def _errors_axis(title: str, values: Iterable[float], least: float = MIN_ERROR) -> _Axis:
     """Whole decades around these errors, at least two of them."""
     positive = [value for value in values if value > 0 and math.isfinite(value)]
     high = 10.0 ** math.ceil(math.log10(max([*positive, 10 * least])) - 1e-9)
@@ -411,7 +409,7 @@ def _layers(report: Report) -> list[Element]:
         last = min(first + size, len(report.layers))
         label = f"Output channels of layers {first + 1} to {last} before and after; the table below has the numbers"
         line = _line(0, 73, width, 73, "axis")
-        figures.append(_svg(width, 100, label, *bars, line, class_="strip", stretch=True))
+        figures.append(_svg(width, 100, label, *bars, line, class_="strip", phase=True))
         if rows > 1:
             figures.append(_e("p", f"Layers {first + 1} to {last}", class_="dim"))
     caption = (
@@ -517,8 +515,8 @@ def _groups(report: Report) -> list[Element]:
     drawn = [group for group in report.changed if group.redundancy is not None]
     if not drawn:  # show at least how far from redundant they are
         widest = sorted(report.groups, key=lambda group: -group.channels_before)
-        drawn = [group for group in widest if group.redundancy is not None][: MOST_CARDS // 2]
-    cards = [_card(group, number[id(group)]) for group in drawn[:MOST_CARDS]]
+        drawn = [group for group in widest if group.redundancy is not None][: MAX_CARDS // 2]
+    cards = [_card(group, number[id(group)]) for group in drawn[:MAX_CARDS]]
     content = []
     if cards:
         which = f"the {len(cards)} that lost most" if report.changed else f"the {len(cards)} widest"
@@ -594,7 +592,7 @@ def _card(group: GroupReport, number: int) -> Element:
     )
 
 
-def _evidence(report: Report) -> list[Element]:
+def _statistics(report: Report) -> list[Element]:
     points = [
         (place + 1, group, group.support.fit_error, group.support.heldout_error)
         for place, group in enumerate(report.groups)
@@ -602,9 +600,9 @@ def _evidence(report: Report) -> list[Element]:
     ]
     if not points:
         return []
-    both = [max(error, LEAST_ERROR) for *_, fit, held in points for error in (fit, held)]
-    if max(both) <= LEAST_ERROR:
-        text = f"In {words._many(len(points), 'changed group')} every fold errs by less than {LEAST_ERROR:.0e}"
+    both = [max(error, MIN_ERROR) for *_, fit, held in points for error in (fit, held)]
+    if max(both) <= MIN_ERROR:
+        text = f"In {words._many(len(points), 'changed group')} every fold errs by less than {MIN_ERROR:.0e}"
         return [_e("p", f"{text}, on rows that it was fitted to and on others: what went is made up for exactly.")]
     axis = _errors_axis("error on rows that were fitted", both)
     plot = _Plot(axis, _Axis("error on held-out rows", axis.low, axis.high, log=True), height=300)
@@ -640,7 +638,7 @@ def _refusals(report: Report) -> list[Element]:
     most = max(1, *(refusal.channels for refusal in found))
     items = []
     for refusal in found:
-        what, advice = words._refusal_lines(refusal, MOST_NODES)
+        what, advice = words._refusal_lines(refusal, MAX_NODES)
         bar = _bars([(refusal.reason, refusal.channels / most, f"{refusal.channels:,}")])
         items.append(_e("li", bar, what, _e("br"), _e("b", "What to do: "), advice))
     return [_e("p", "Channels that could not take part, by reason."), _e("ul", *items, class_="plain")]

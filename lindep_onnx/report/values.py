@@ -24,24 +24,12 @@ from rich.text import Text
 from lindep_onnx.errors import OutputError, UsageError
 from lindep_onnx.files import replacing
 from lindep_onnx.report.data_support import Support
-from lindep_onnx.report.figures import FrontierPoint, Layer, Redundancy
+from lindep_onnx.report.figures import FrontierPoint, Layer, Spectrum
 from lindep_onnx.verify.compare import OutputComparison
 from lindep_onnx.verify.variants import Variant
 
-__all__ = [
-    "BudgetReport",
-    "GroupReport",
-    "RefusalReport",
-    "Report",
-    "Size",
-    "Verification",
-    "check_path",
-    "render",
-    "write_report",
-]
-
 #: What is shown without `verbose`.
-MOST_GROUPS, MOST_REFUSALS = 5, 5
+MAX_GROUPS, MAX_REFUSALS = 5, 5
 
 #: What a user can do about each reason of a refusal.
 ADVICE: Mapping[str, str] = {
@@ -162,7 +150,7 @@ class GroupReport:
     kinds: Mapping[str, int] = field(default_factory=dict)
     note: str = ""
     support: Support | None = None
-    redundancy: Redundancy | None = None
+    redundancy: Spectrum | None = None
     saved: int = 0
 
     @property
@@ -302,7 +290,7 @@ def _built_verification(values: Mapping[str, Any] | None) -> Verification | None
 
 def _built_group(values: Mapping[str, Any]) -> GroupReport:
     parts = {}
-    for name, kind in (("support", Support), ("redundancy", Redundancy)):
+    for name, kind in (("support", Support), ("redundancy", Spectrum)):
         given = values.get(name)
         parts[name] = None if given is None else _build(kind, given)
     built: GroupReport = _build(GroupReport, {**values, **parts})
@@ -543,14 +531,14 @@ def _refusal_lines(refusal: RefusalReport, most_nodes: int | None) -> tuple[str,
 # ----------------------------------------------------------------------------------------------------- console
 
 
-def render(report: Report, console: Console, *, verbose: bool, outlook: bool = False) -> None:
+def render(report: Report, console: Console, *, verbose: bool, preview: bool = False) -> None:
     """Print a report for a person; readable at 80 columns.
 
     Args:
         report: what to print.
         console: where to.
         verbose: everything, instead of the groups and refusals that matter most.
-        outlook: also what other budgets would cost.
+        preview: also what other budgets would cost.
     """
     # All text goes in as `Text`, which knows no markup: tensor names may look like it.
     console.print(Text(_headline(report), style="bold"))
@@ -563,7 +551,7 @@ def render(report: Report, console: Console, *, verbose: bool, outlook: bool = F
     console.print(totals)
 
     changed = report.changed
-    shown = changed if verbose else changed[:MOST_GROUPS]
+    shown = changed if verbose else changed[:MAX_GROUPS]
     if shown:
         title = "Largest wins" if len(shown) < len(changed) else "Where"
         console.print(Text(title, style="bold"))
@@ -583,17 +571,17 @@ def render(report: Report, console: Console, *, verbose: bool, outlook: bool = F
                 console.print(Text(f"  also run {', '.join(map(_variant_words, found.variants))}"))
     for line in _budget_lines(report):
         console.print(Text(line))
-    if (outlook or verbose) and report.frontier:
+    if (preview or verbose) and report.frontier:
         _print_outlook(report, console)
 
     refusals = _refusals(report)
     lines = []
-    for refusal in refusals if verbose else refusals[:MOST_REFUSALS]:
+    for refusal in refusals if verbose else refusals[:MAX_REFUSALS]:
         what, advice = _refusal_lines(refusal, None if verbose else 3)
         lines.append(Text.assemble(what, "\n", (advice, "dim")))
     _print_list(console, "Left alone, most costly first" if len(refusals) > 1 else "Left alone", lines)
-    if not verbose and len(refusals) > MOST_REFUSALS:
-        console.print(Text(f"... {_many(len(refusals) - MOST_REFUSALS, 'more reason')} (-v shows all)", style="dim"))
+    if not verbose and len(refusals) > MAX_REFUSALS:
+        console.print(Text(f"... {_many(len(refusals) - MAX_REFUSALS, 'more reason')} (-v shows all)", style="dim"))
     loud = [note for note in report.notes if note.startswith("WARNING")]
     for note in loud:  # last but for the other notes, where nobody can miss it
         console.print(Text("\n" + _safe(note), style="bold red"))

@@ -20,10 +20,8 @@ import onnx
 import onnxruntime
 
 from lindep_onnx.errors import LindepError, ModelError, UsageError
-from lindep_onnx.files import Folder
+from lindep_onnx.files import WeightsDir
 from lindep_onnx.model import weights as storage
-
-__all__ = ["Crew", "Session", "cores", "crew", "in_order", "on_processor", "one_line", "open_session"]
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -112,7 +110,7 @@ def in_order(
 
 def open_session(
     model: onnx.ModelProto | str | Path,
-    folder: Folder | None = None,
+    folder: WeightsDir | None = None,
     *,
     providers: Sequence[str],
     threads: int,

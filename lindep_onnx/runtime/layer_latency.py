@@ -26,17 +26,15 @@ from numpy.typing import NDArray
 from lindep_onnx.errors import LindepError, OutputError, UsageError
 from lindep_onnx.files import replacing
 from lindep_onnx.model.ir import Model, Node
-from lindep_onnx.model.shapes import Resolved, Shape, resolve
+from lindep_onnx.model.shapes import Shape, ShapeInfo, resolve
 from lindep_onnx.runtime.backend import open_session
-
-__all__ = ["LatencyTable", "Layer", "layers", "measure_table"]
 
 Widths: TypeAlias = "tuple[int, int]"
 
 #: Shares of the channels at which layers are timed, and what widths are rounded up to there.
 SHARES, MULTIPLE = (0.25, 0.5, 0.75, 1.0), 8
 #: Seconds that one width is timed for, and runs at least; the fastest counts.
-TIMED, LEAST_RUNS = 0.015, 5
+TIMED, MIN_RUNS = 0.015, 5
 VERSION = 1
 
 
@@ -143,13 +141,13 @@ def layers(model: Model, inputs: Mapping[str, Shape]) -> list[Layer]:
         model: the model.
         inputs: shapes of its inputs in the run that counts.
     """
-    resolved = resolve(model, inputs)
-    return [layer for node in model.nodes if (layer := _layer(node, resolved)) is not None]
+    shape_info = resolve(model, inputs)
+    return [layer for node in model.nodes if (layer := _layer(node, shape_info)) is not None]
 
 
-def _layer(node: Node, resolved: Resolved) -> Layer | None:
-    weight = resolved.constants.get(node.input(1))
-    shape = resolved.shapes.get(node.input(0))
+def _layer(node: Node, shape_info: ShapeInfo) -> Layer | None:
+    weight = shape_info.constants.get(node.input(1))
+    shape = shape_info.shapes.get(node.input(0))
     if node.op not in ("Conv", "ConvTranspose", "Gemm", "MatMul") or weight is None or not shape:
         return None
     if not all(isinstance(size, int) for size in shape) or weight.ndim < 2:
@@ -253,7 +251,7 @@ def _time(layer: Layer, widths: Widths, opset: int, providers: Sequence[str], th
     feeds = {"x": rng.standard_normal(shape, dtype=np.float32)}
     session.run(None, feeds)
     best, runs, stop = math.inf, 0, time.perf_counter() + TIMED
-    while runs < LEAST_RUNS or time.perf_counter() < stop:
+    while runs < MIN_RUNS or time.perf_counter() < stop:
         start = time.perf_counter()
         session.run(None, feeds)
         best = min(best, time.perf_counter() - start)

@@ -18,21 +18,8 @@ from numpy.typing import NDArray
 
 from lindep_onnx.data.samples import Batch
 from lindep_onnx.model.ir import Model
-from lindep_onnx.model.shapes import Resolved
+from lindep_onnx.model.shapes import ShapeInfo
 from lindep_onnx.runtime.backend import open_session
-
-__all__ = [
-    "Place",
-    "Probe",
-    "RowSampler",
-    "Rows",
-    "Seen",
-    "Summed",
-    "insert_behind",
-    "reduction",
-    "rows_at",
-    "summable",
-]
 
 Array: TypeAlias = NDArray[Any]
 
@@ -42,7 +29,7 @@ COUNTED, SLICED = "lindep_onnx_counted", 11
 
 
 @dataclass(frozen=True)
-class Place:
+class ChannelAxis:
     """Where rows are taken.
 
     Attributes:
@@ -71,7 +58,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Summed:
+class DeviceMoments:
     """Sums over the rows Z of one place in one batch, made inside the graph in float64.
 
     Attributes:
@@ -90,7 +77,7 @@ class Summed:
 
 
 @dataclass(frozen=True)
-class Seen:
+class ProbeResult:
     """What one run gave.
 
     Attributes:
@@ -99,8 +86,8 @@ class Seen:
         probed: what the probe asked for.
     """
 
-    rows: Mapping[Place, Rows]
-    summed: Mapping[Place, Summed]
+    rows: Mapping[ChannelAxis, Rows]
+    summed: Mapping[ChannelAxis, DeviceMoments]
     probed: Sequence[Array]
 
 
@@ -119,7 +106,7 @@ class RowSampler:
 
     Args:
         model: the model.
-        resolved: its shapes.
+        shape_info: its shapes.
         most: for each place, the number of positions looked at in one sample, at most.
         providers: execution providers of ONNX Runtime.
         threads: intra-op threads, 0 for its own choice.
@@ -130,24 +117,24 @@ class RowSampler:
     def __init__(
         self,
         model: Model,
-        resolved: Resolved,
-        most: Mapping[Place, int],
+        shape_info: ShapeInfo,
+        most: Mapping[ChannelAxis, int],
         *,
         providers: Sequence[str],
         threads: int,
         probe: Probe | None = None,
-        summed: Collection[Place] = (),
+        summed: Collection[ChannelAxis] = (),
     ) -> None:
         self._most = most
-        self._summed: dict[Place, dict[str, str]] = {}
-        self._sizes: dict[Place, int] = {}
+        self._summed: dict[ChannelAxis, dict[str, str]] = {}
+        self._sizes: dict[ChannelAxis, int] = {}
         proto = onnx.ModelProto()
         proto.CopyFrom(model.proto)
         present = {value.name for value in proto.graph.output}
-        self._fetched: dict[Place, str] = {}
+        self._fetched: dict[ChannelAxis, str] = {}
         nodes: dict[str, list[onnx.NodeProto]] = {}
         for number, (place, limit) in enumerate(most.items()):
-            shape = resolved.shapes.get(place.tensor, ())
+            shape = shape_info.shapes.get(place.tensor, ())
             inside = _inside(shape, place.axis)
             if inside is not None and (place in summed or len(_allowed(shape, place)) > limit):
                 self._sizes[place] = inside[1]
@@ -165,7 +152,7 @@ class RowSampler:
                 if place.tensor not in present:
                     present.add(place.tensor)
                     proto.graph.output.append(onnx.ValueInfoProto(name=place.tensor))
-        self._shapes = {place: resolved.shapes[place.tensor] for place in self._sizes}
+        self._shapes = {place: shape_info.shapes[place.tensor] for place in self._sizes}
         self._names = sorted(
             {*self._fetched.values(), *(name for own in self._summed.values() for name in own.values())}
         )
@@ -176,7 +163,7 @@ class RowSampler:
         insert_behind(proto, nodes)
         self._session = open_session(proto, model.folder, providers=providers, threads=threads)
 
-    def rows(self, batch: Batch, rng: np.random.Generator) -> dict[Place, Rows]:
+    def rows(self, batch: Batch, rng: np.random.Generator) -> dict[ChannelAxis, Rows]:
         """Run one batch.
 
         Args:
@@ -185,12 +172,12 @@ class RowSampler:
         """
         return dict(self.run(batch, rng).rows)
 
-    def run(self, batch: Batch, rng: np.random.Generator) -> Seen:
+    def run(self, batch: Batch, rng: np.random.Generator) -> ProbeResult:
         """Run one batch: its rows, sums, and what the probe asked for."""
         feeds = dict(batch.feeds)
         if self._summed:
             feeds[COUNTED] = np.array([len(batch.samples)], dtype=np.int64)
-        chosen: dict[Place, NDArray[np.int64]] = {}
+        chosen: dict[ChannelAxis, NDArray[np.int64]] = {}
         for number, (place, most) in enumerate(self._most.items()):
             if place in self._sizes:
                 allowed = _allowed(self._shapes[place], place)
@@ -202,7 +189,7 @@ class RowSampler:
         for place, most in self._most.items():
             if place in self._summed:
                 own = {what: values[name] for what, name in self._summed[place].items()}
-                summed[place] = Summed(**own, positions=len(chosen[place]))
+                summed[place] = DeviceMoments(**own, positions=len(chosen[place]))
                 continue
             value = values[self._fetched[place]]
             if place in chosen:
@@ -211,7 +198,7 @@ class RowSampler:
                 result[place] = Rows(kept, chosen[place])
             else:
                 result[place] = _picked(value, place, most, batch, rng)
-        return Seen(result, summed, found[len(self._names) :])
+        return ProbeResult(result, summed, found[len(self._names) :])
 
 
 def rows_at(data: Array, axis: int, positions: NDArray[np.int64]) -> Array:
@@ -241,7 +228,7 @@ def _inside(shape: tuple[int | str, ...], axis: int) -> tuple[int, int] | None:
     return width, math.prod(size for size in others if isinstance(size, int))
 
 
-def _allowed(shape: tuple[int | str, ...], place: Place) -> NDArray[np.int64]:
+def _allowed(shape: tuple[int | str, ...], place: ChannelAxis) -> NDArray[np.int64]:
     """Positions that count; all but the ones that strides skip."""
     sizes = [size for axis, size in enumerate(shape) if axis not in (0, place.axis) and isinstance(size, int)]
     every = np.arange(math.prod(sizes))
@@ -255,7 +242,7 @@ def _positions_name(number: int) -> str:
     return f"lindep_onnx_positions_{number}"
 
 
-def _gather(proto: onnx.ModelProto, place: Place, width: int, number: int) -> list[onnx.NodeProto]:
+def _gather(proto: onnx.ModelProto, place: ChannelAxis, width: int, number: int) -> list[onnx.NodeProto]:
     positions = _positions_name(number)
     flat, shape, picked = (positions + what for what in ("_flat", "_shape", "_picked"))
     target = [0, width, -1] if place.axis == 1 else [0, -1, width]
@@ -269,23 +256,23 @@ def _gather(proto: onnx.ModelProto, place: Place, width: int, number: int) -> li
     ]
 
 
-def summable(model: Model, resolved: Resolved, place: Place) -> bool:
+def summable(model: Model, shape_info: ShapeInfo, place: ChannelAxis) -> bool:
     """Whether rows can be picked and summed inside the graph: samples are counted by the leading axis, as in an input.
 
     Args:
         model: the model.
-        resolved: its shapes.
+        shape_info: its shapes.
         place: where rows are taken.
     """
-    shape = resolved.shapes.get(place.tensor, ())
-    leading = {resolved.shapes[name][0] for name in model.inputs if resolved.shapes.get(name)}
+    shape = shape_info.shapes.get(place.tensor, ())
+    leading = {shape_info.shapes[name][0] for name in model.inputs if shape_info.shapes.get(name)}
     return model.opset >= SLICED and _inside(shape, place.axis) is not None and leading == {shape[0]}
 
 
 def _summing(
-    proto: onnx.ModelProto, place: Place, picked: str, width: int, opset: int
+    proto: onnx.ModelProto, place: ChannelAxis, picked: str, width: int, opset: int
 ) -> tuple[list[onnx.NodeProto], dict[str, str]]:
-    """Nodes behind picked rows, and names of what they put out, by field of `Summed`.
+    """Nodes behind picked rows, and names of what they put out, by field of `DeviceMoments`.
 
     Rows become float64 before they are multiplied: products of float32 would lose the rank of the Gram matrix.
     """
@@ -352,13 +339,13 @@ def insert_behind(proto: onnx.ModelProto, nodes: Mapping[str, Sequence[onnx.Node
     proto.graph.node.extend(rest.node)
 
 
-def _picked(data: Array, place: Place, most: int, batch: Batch, rng: np.random.Generator) -> Rows:
+def _picked(data: Array, place: ChannelAxis, most: int, batch: Batch, rng: np.random.Generator) -> Rows:
     """Rows of a tensor that was fetched whole."""
     if place.axis == 0 or data.shape[0] % batch.size:
         data, axis = data[None], place.axis + 1
     else:
         data, axis = data[: len(data) * len(batch.samples) // batch.size], place.axis
-    allowed = _allowed(data.shape, Place(place.tensor, axis, place.strides))
+    allowed = _allowed(data.shape, ChannelAxis(place.tensor, axis, place.strides))
     if len(allowed) > most:
         allowed = np.sort(rng.choice(allowed, most, replace=False))
     values = rows_at(data, axis, allowed)

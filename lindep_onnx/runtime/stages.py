@@ -19,10 +19,8 @@ from numpy.typing import NDArray
 from lindep_onnx.data.samples import Batch
 from lindep_onnx.files import Scratch
 from lindep_onnx.model.ir import Model, Node
-from lindep_onnx.model.shapes import Resolved
+from lindep_onnx.model.shapes import ShapeInfo
 from lindep_onnx.runtime.backend import open_session
-
-__all__ = ["Stages"]
 
 Array: TypeAlias = NDArray[Any]
 
@@ -35,7 +33,7 @@ class Stages:
 
     Args:
         model: the model.
-        resolved: its constants.
+        shape_info: its constants.
         batches: what to feed; read once.
         providers: execution providers of ONNX Runtime.
         threads: intra-op threads, 0 for its own choice.
@@ -45,7 +43,7 @@ class Stages:
     def __init__(
         self,
         model: Model,
-        resolved: Resolved,
+        shape_info: ShapeInfo,
         batches: Iterable[Batch],
         *,
         providers: Sequence[str],
@@ -53,7 +51,7 @@ class Stages:
         memory: int = MEMORY_LIMIT,
     ) -> None:
         self._model = model
-        self._constants = resolved.constants
+        self._constants = shape_info.constants
         self._runtime: dict[str, Any] = {"providers": providers, "threads": threads}
         self._protos = {name: proto for proto in model.proto.graph.node for name in proto.output if name}
         self._position = 0

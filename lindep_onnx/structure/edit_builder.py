@@ -8,27 +8,25 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from lindep_onnx.model.edit import Edits, Insertion
+from lindep_onnx.model.edit import GraphEdits, Insertion
 from lindep_onnx.model.ir import Node
 from lindep_onnx.structure.placement import Placement
-from lindep_onnx.structure.types import Channels
-
-__all__ = ["Draft"]
+from lindep_onnx.structure.types import Structure
 
 Array: TypeAlias = NDArray[Any]
 
 
-class Draft:
+class EditBuilder:
     """Collects the changes that removing units asks of the nodes. It lives inside `lindep_onnx.structure.rewrite` only.
 
     Attributes:
-        channels: the traced model.
+        structure: the traced model.
         placement: what goes, and where the others sit then.
     """
 
-    def __init__(self, channels: Channels, removed: NDArray[np.bool_]) -> None:
-        self.channels = channels
-        self.placement = Placement(channels, removed)
+    def __init__(self, structure: Structure, removed: NDArray[np.bool_]) -> None:
+        self.channels = structure
+        self.placement = Placement(structure, removed)
         self._constants: dict[str, Array] = {}
         self._inputs: dict[tuple[int, int], str | Array] = {}
         self._attributes: dict[tuple[int, str], Any] = {}
@@ -45,11 +43,11 @@ class Draft:
 
     def constant(self, name: str) -> Array | None:
         """Original value of a constant tensor, None for others."""
-        return self.channels.resolved.constants.get(name)
+        return self.channels.shape_info.constants.get(name)
 
     def shape(self, name: str) -> tuple[int | str, ...]:
         """Original shape."""
-        return self.channels.resolved.shapes[name]
+        return self.channels.shape_info.shapes[name]
 
     def new_shape(self, name: str) -> tuple[int | str, ...]:
         """Shape once the units are gone."""
@@ -116,10 +114,10 @@ class Draft:
             self.set_input(node, position, base)
         self._elements.clear()
 
-    def edits(self) -> Edits:
+    def edits(self) -> GraphEdits:
         """Everything collected so far."""
         self._apply_elements()
-        return Edits(
+        return GraphEdits(
             constants=self._constants,
             inputs=self._inputs,
             attributes=self._attributes,

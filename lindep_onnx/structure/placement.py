@@ -1,8 +1,8 @@
 """Which channel sits where once others are gone.
 
 A grouped convolution needs as many channels in each group, attention as many in each head. So places vanish in bundles,
-one from each group (`Channels.bundle`), while the channels that go may sit anywhere in theirs. Channels of one cell
-(`Channels.cell`) can trade places, so those that go move onto the places that vanish, and nothing else changes:
+one from each group (`Structure.bundle`), while the channels that go may sit anywhere in theirs. Channels of one cell
+(`Structure.cell`) can trade places, so those that go move onto the places that vanish, and nothing else changes:
 
     group 0    a B c d         a d c           B and E go: d moves to the second place, f to the fourth,
     group 1    e f g E    ->   e f g           and the last column vanishes.
@@ -15,45 +15,45 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from lindep_onnx.structure.types import Atoms, Channels
-
-__all__ = ["Placement", "balanced"]
+from lindep_onnx.structure.types import Atoms, Structure
 
 
-def balanced(
-    channels: Channels, removed: NDArray[np.bool_], order: NDArray[np.int64] | None = None
+def equalized(
+    structure: Structure, removed: NDArray[np.bool_], order: NDArray[np.int64] | None = None
 ) -> NDArray[np.bool_]:
     """(units,) bool: as much of `removed` as can go with equal counts in every group.
 
     Args:
-        channels: the traced model.
+        structure: the traced model.
         removed: (units,) bool.
         order: the removed units in the order in which they went; the last ones are put back first. Ascending if None.
     """
-    gone = _places(channels, removed)
-    excess = np.bincount(channels.cell, removed, channels.units) - np.bincount(channels.cell, gone, channels.units)
+    gone = _places(structure, removed)
+    excess = np.bincount(structure.interchangeable, removed, structure.units) - np.bincount(
+        structure.interchangeable, gone, structure.units
+    )
     result = removed.copy()
     for unit in (np.flatnonzero(removed) if order is None else order)[::-1] if excess.any() else ():
-        if excess[channels.cell[unit]] > 0:
-            excess[channels.cell[unit]] -= 1
+        if excess[structure.interchangeable[unit]] > 0:
+            excess[structure.interchangeable[unit]] -= 1
             result[unit] = False
     return result
 
 
-def _places(channels: Channels, removed: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _places(structure: Structure, removed: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """(units,) bool: the places that vanish, in whole bundles, so many of each cell as `removed` has units there."""
-    several = np.bincount(channels.bundle, minlength=1)[channels.bundle] > 1
+    several = np.bincount(structure.aligned, minlength=1)[structure.aligned] > 1
     result = removed & ~several
     members = np.flatnonzero(several)
-    members = members[np.argsort(channels.bundle[members], kind="stable")]
-    bundles = np.split(members, np.flatnonzero(np.diff(channels.bundle[members])) + 1)
-    left = np.bincount(channels.cell[removed], minlength=channels.units)
+    members = members[np.argsort(structure.aligned[members], kind="stable")]
+    aligned_sets = np.split(members, np.flatnonzero(np.diff(structure.aligned[members])) + 1)
+    left = np.bincount(structure.interchangeable[removed], minlength=structure.units)
     # Bundles that go as they are come first, so that nothing moves without need.
-    for bundle in sorted(bundles, key=lambda bundle: -float(removed[bundle].mean()) if len(bundle) else 0.0):
-        cells, counts = np.unique(channels.cell[bundle], return_counts=True)
-        if (left[cells] >= counts).all():
-            left[cells] -= counts
-            result[bundle] = True
+    for aligned in sorted(aligned_sets, key=lambda aligned: -float(removed[aligned].mean()) if len(aligned) else 0.0):
+        interchangeable_sets, counts = np.unique(structure.interchangeable[aligned], return_counts=True)
+        if (left[interchangeable_sets] >= counts).all():
+            left[interchangeable_sets] -= counts
+            result[aligned] = True
     return result
 
 
@@ -61,40 +61,40 @@ class Placement:
     """Where the survivors of a removal sit.
 
     Args:
-        channels: the traced model.
+        structure: the traced model.
         removed: (units,) bool, balanced.
 
     Raises:
         ValueError: the removal leaves groups of different sizes; see `balanced`.
     """
 
-    def __init__(self, channels: Channels, removed: NDArray[np.bool_]) -> None:
-        self._channels = channels
+    def __init__(self, structure: Structure, removed: NDArray[np.bool_]) -> None:
+        self._structure = structure
         self.removed = removed
-        self.gone = _places(channels, removed)
-        self._source = np.arange(len(channels.unit))
+        self.gone = _places(structure, removed)
+        self._source = np.arange(len(structure.unit))
         if (self.gone == removed).all():
             return
         # The channels of each cell in their order, first those that stay, fill the places that stay, then the others.
-        channel = np.lexsort((removed, channels.cell))
-        place = np.lexsort((self.gone, channels.cell))
+        channel = np.lexsort((removed, structure.interchangeable))
+        place = np.lexsort((self.gone, structure.interchangeable))
         if (removed[channel] != self.gone[place]).any():
             raise ValueError("a removal must leave equal counts in every group: pass it through `balanced` first")
-        given = np.empty(channels.units, dtype=np.int64)
+        given = np.empty(structure.units, dtype=np.int64)
         given[place] = channel
-        atoms = np.argsort(channels.unit, kind="stable")
-        atoms = atoms[channels.unit[atoms] >= 0]
-        own = channels.unit[atoms]
-        starts = np.searchsorted(own, np.arange(channels.units))
+        atoms = np.argsort(structure.unit, kind="stable")
+        atoms = atoms[structure.unit[atoms] >= 0]
+        own = structure.unit[atoms]
+        starts = np.searchsorted(own, np.arange(structure.units))
         self._source[atoms] = atoms[starts[given[own]] + np.arange(len(atoms)) - starts[own]]
 
     def mask(self, atoms: Atoms) -> NDArray[np.bool_]:
         """Which of these places stay."""
-        return self._channels.mask(atoms, self.gone)
+        return self._structure.mask(atoms, self.gone)
 
     def kept(self, tensor: str) -> dict[int, NDArray[np.bool_]]:
         """Which places stay on each axis of a tensor that loses some."""
-        labels = self._channels.labels.get(tensor, ())
+        labels = self._structure.labels.get(tensor, ())
         masks = {label.cut: self.mask(label.along_cut()) for label in labels}
         return {axis: mask for axis, mask in masks.items() if not mask.all()}
 
@@ -113,7 +113,7 @@ class Placement:
 
     def chosen_along(self, tensor: str, axis: int) -> NDArray[np.int64] | None:
         """`chosen` for an axis of a computed tensor; None where nothing goes."""
-        for label in self._channels.labels.get(tensor, ()):
+        for label in self._structure.labels.get(tensor, ()):
             if label.cut == axis and not self.mask(label.along_cut()).all():
                 return self.chosen(label.along_cut())
         return None

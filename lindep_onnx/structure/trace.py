@@ -14,22 +14,20 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from lindep_onnx.model.ir import Model, Node
-from lindep_onnx.model.shapes import Resolved
+from lindep_onnx.model.shapes import ShapeInfo
 from lindep_onnx.structure.rules import UNKNOWN, tracing_rule
 from lindep_onnx.structure.types import (
     FROZEN,
     Atoms,
-    Channels,
+    Consumer,
     Group,
     Labelling,
-    Multiplied,
+    PendingConsumer,
     Reason,
     Refusal,
-    Site,
+    Structure,
     Tracer,
 )
-
-__all__ = ["trace"]
 
 GRAPH_OUTPUT = Reason("graph_output", "they are an output of the model, whose shape is kept")
 TWO_WAYS = Reason("shared_weight", "a weight is used in two ways that would need different slices")
@@ -62,25 +60,25 @@ SUBGRAPH = Reason("subgraph", "a node with sub-graphs (If, Loop, Scan) reads the
 
 def trace(
     model: Model,
-    resolved: Resolved,
+    shape_info: ShapeInfo,
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     min_channels: int = 1,
-) -> Channels:
+) -> Structure:
     """Find units, sites, groups and refusals of a model.
 
     Args:
         model: the model.
-        resolved: its constants and shapes.
+        shape_info: its constants and shapes.
         include: globs on node names; when given, only channels that a matching node produces or reads are touched.
         exclude: globs on node names whose input and output channels are left alone.
         min_channels: no axis is cut below this.
     """
-    tracer = Tracer(model, resolved)
-    quantised = _quantised(model, resolved)
+    tracer = Tracer(model, shape_info)
+    quantised = _quantised(model, shape_info)
     for node in model.nodes if quantised is None else ():
-        if all(name in resolved.constants for name in node.outputs if name) and not node.captures:
+        if all(name in shape_info.constants for name in node.outputs if name) and not node.captures:
             continue
         rule = tracing_rule(node.op)
         if rule is None or node.captures:
@@ -95,7 +93,7 @@ def trace(
     return channels if quantised is None else dataclasses.replace(channels, refusals=(quantised,))
 
 
-def _quantised(model: Model, resolved: Resolved) -> Refusal | None:
+def _quantised(model: Model, shape_info: ShapeInfo) -> Refusal | None:
     """One refusal for a whole quantised model: its weights are integers, and its scales belong to all that is there."""
     nodes = [node for node in model.nodes if _QUANTISED.search(node.op)]
     if not nodes:
@@ -103,7 +101,7 @@ def _quantised(model: Model, resolved: Resolved) -> Refusal | None:
     channels = 0
     for node in model.nodes:
         position, axis = _QUANTISED_WEIGHT.get(node.op.rpartition("::")[2], (None, 0))
-        shape = resolved.shapes.get(node.input(position)) if position is not None else None
+        shape = shape_info.shapes.get(node.input(position)) if position is not None else None
         size = shape[axis] if shape and len(shape) > 1 else 0
         channels += size if isinstance(size, int) else 0
     return Refusal(QUANTISED, (nodes[0].name,), channels)
@@ -116,7 +114,7 @@ def _leave_alone(tracer: Tracer, node: Node, include: Sequence[str], exclude: Se
     weighted = bool(tracer.producers) and tracer.producers[-1].node == node.index
     if weighted and (matches(exclude) or (include and not matches(include))):
         for name in (*node.inputs, *node.outputs) if matches(exclude) else node.outputs:
-            if name and name not in tracer.resolved.constants:
+            if name and name not in tracer.shape_info.constants:
                 tracer.freeze_tensor(name, EXCLUDED, node)
 
 
@@ -134,7 +132,7 @@ def _check_claims(tracer: Tracer) -> None:
         if name in model.overridable:
             for atoms in labelled:
                 tracer.freeze(atoms, OVERRIDABLE, first)
-        if sum(size > 1 for size in tracer.resolved.constants[name].shape) <= 1 or not labelled:
+        if sum(size > 1 for size in tracer.shape_info.constants[name].shape) <= 1 or not labelled:
             continue
         readers = {(node.index, place) for node in model.consumers[name] for place in _places(node, name)}
         partial = readers != set(claims) or name in model.outputs
@@ -189,49 +187,49 @@ def _replaceable(tracer: Tracer, name: str) -> Reason | None:
             gone.add(index)
     stored = {read for index in behind for read in model.nodes[index].inputs if read in model.stored}
     sizes = {read: model.stored[read].size for read in stored}
-    needed = tracer.resolved.constants[name].size
+    needed = tracer.shape_info.constants[name].size
     if sum(size for read, size in sizes.items() if vanishes(read)) >= needed:
         return None
     return TWO_WAYS if sum(sizes.values()) >= needed else COMPUTED_WEIGHT
 
 
-def _components(tracer: Tracer, min_channels: int) -> Channels:
-    sites = _sites(tracer)
+def _components(tracer: Tracer, min_channels: int) -> Structure:
+    consumers = _consumers(tracer)
     count = tracer.atoms
     component = _connected(tracer.links, count)
     together = _connected(tracer.links + tracer.aligned, count)
-    bundle = np.zeros(component.max(initial=-1) + 1, dtype=np.int64)  # of each component
-    bundle[component] = together
+    aligned = np.zeros(component.max(initial=-1) + 1, dtype=np.int64)  # of each component
+    aligned[component] = together
     cause = np.full(together.max(initial=-1) + 1, -1, dtype=np.int64)
     for index in reversed(range(len(tracer.frozen))):  # the first cause in graph order is the one to tell
         cause[together[tracer.frozen[index][0]]] = index
 
-    read = np.zeros(len(bundle), dtype=bool)
-    for site in sites:
-        read[component[site.columns]] = True
+    read = np.zeros(len(aligned), dtype=bool)
+    for consumer in consumers:
+        read[component[consumer.columns]] = True
     whole = np.ones(len(cause), dtype=bool)  # a bundle of which a part cannot go stays
-    whole[bundle[~read]] = False
-    free = whole[bundle] & (cause[bundle] < 0)
+    whole[aligned[~read]] = False
+    free = whole[aligned] & (cause[aligned] < 0)
     number = np.where(free, np.cumsum(free) - 1, FROZEN)
     unit = number[component] if count else np.empty(0, np.int64)
     units = int(free.sum())
-    sites = [site for site in sites if (unit[site.columns] != FROZEN).any()]
+    consumers = [consumer for consumer in consumers if (unit[consumer.columns] != FROZEN).any()]
     labels = MappingProxyType(dict(tracer.labels))
-    return Channels(
+    return Structure(
         model=tracer.model,
-        resolved=tracer.resolved,
+        shape_info=tracer.shape_info,
         labels=labels,
         reads=MappingProxyType(dict(tracer.claims)),
         unit=unit,
         units=units,
-        bundle=bundle[free],
-        cell=_cells(labels, tracer.claims, unit, bundle[free]),
-        sites=tuple(sites),
+        aligned=aligned[free],
+        interchangeable=_cells(labels, tracer.claims, unit, aligned[free]),
+        consumers=tuple(consumers),
         products=tuple(tracer.products),
         producers=tuple(tracer.producers),
-        groups=_groups(tracer, sites, unit, units),
+        groups=_groups(tracer, consumers, unit, units),
         refusals=_refusals(tracer, together, cause),
-        least=_least(labels, tracer.claims, unit, min_channels),
+        minimums=_minimums(labels, tracer.claims, unit, min_channels),
     )
 
 
@@ -242,47 +240,47 @@ def _connected(links: Sequence[tuple[Atoms, Atoms]], count: int) -> Atoms:
     return np.asarray(connected_components(edges, directed=False)[1], dtype=np.int64)
 
 
-def _by_weight(tracer: Tracer) -> dict[str, list[Multiplied]]:
-    found: dict[str, list[Multiplied]] = {}
-    for entry in tracer.sites:
+def _by_weight(tracer: Tracer) -> dict[str, list[PendingConsumer]]:
+    found: dict[str, list[PendingConsumer]] = {}
+    for entry in tracer.consumers:
         found.setdefault(entry.weight, []).append(entry)
     return found
 
 
-def _sites(tracer: Tracer) -> list[Site]:
-    sites = []
+def _consumers(tracer: Tracer) -> list[Consumer]:
+    consumers = []
     for name, entries in _by_weight(tracer).items():
         first = entries[0]
         blocks, inputs, outputs = first.blocks, first.inputs, first.outputs
         axes = next(
             axes for (node, _), axes in tracer.claims[name].items() if node == first.reader.node and inputs in axes
         )
-        shape = tracer.resolved.constants[name].shape
+        shape = tracer.shape_info.constants[name].shape
         size = shape[outputs] if outputs == 0 else shape[outputs] * blocks
         rows = axes[outputs] if outputs in axes else tracer.fresh(size)  # a single output is never labelled
         readers = tuple(entry.reader for entry in entries)
         affine = first.affine and len(readers) == 1
         parts = zip(axes[inputs].reshape(blocks, -1), rows.reshape(blocks, -1), strict=True)
         for block, (own_columns, own_rows) in enumerate(parts):
-            sites.append(Site(name, inputs, outputs, readers, own_columns, own_rows, affine, block, blocks))
-    return sites
+            consumers.append(Consumer(name, inputs, outputs, readers, own_columns, own_rows, affine, block, blocks))
+    return consumers
 
 
 def _cells(
     labels: Mapping[str, tuple[Labelling, ...]],
     reads: Mapping[str, Mapping[tuple[int, int], Mapping[int, Atoms]]],
     unit: Atoms,
-    bundle: Atoms,
+    aligned: Atoms,
 ) -> Atoms:
     """(units,) which units can trade places: those whose atoms occur along the very same axes equally often.
 
     What reads an axis without telling its places apart does not notice the trade, and what tells them apart (a Slice,
     one group of a convolution, one head) has an axis of its own. Only bundles of several units have use for it.
     """
-    cell = np.arange(len(bundle))
-    several = np.bincount(bundle, minlength=1)[bundle] > 1 if len(bundle) else np.zeros(0, dtype=bool)
+    interchangeable = np.arange(len(aligned))
+    several = np.bincount(aligned, minlength=1)[aligned] > 1 if len(aligned) else np.zeros(0, dtype=bool)
     if not several.any():
-        return cell
+        return interchangeable
     lines = list(_lines(labels, reads))
     atoms = np.concatenate(lines)
     line = np.repeat(np.arange(len(lines)), [len(one) for one in lines])
@@ -296,8 +294,8 @@ def _cells(
     found: dict[bytes, int] = {}
     for begin, end in zip(starts, [*starts[1:], len(atoms)], strict=True):
         own = int(unit[atoms[begin]])
-        cell[own] = found.setdefault(marks[begin:end].tobytes(), own)
-    return cell
+        interchangeable[own] = found.setdefault(marks[begin:end].tobytes(), own)
+    return interchangeable
 
 
 def _lines(
@@ -314,15 +312,15 @@ def _lines(
                 yield from np.atleast_2d(atoms)
 
 
-def _groups(tracer: Tracer, sites: Sequence[Site], unit: Atoms, units: int) -> tuple[Group, ...]:
+def _groups(tracer: Tracer, consumers: Sequence[Consumer], unit: Atoms, units: int) -> tuple[Group, ...]:
     left, right = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    for index, site in enumerate(sites):
-        met = np.unique(unit[site.columns])
+    for index, consumer in enumerate(consumers):
+        met = np.unique(unit[consumer.columns])
         met = met[met != FROZEN]
         left.append(met)
         right.append(np.full(len(met), units + index))
     rows, columns = np.concatenate(left), np.concatenate(right)
-    size = units + len(sites)
+    size = units + len(consumers)
     member = connected_components(coo_array((np.ones(len(rows)), (rows, columns)), shape=(size, size)), directed=False)[
         1
     ]
@@ -336,7 +334,7 @@ def _groups(tracer: Tracer, sites: Sequence[Site], unit: Atoms, units: int) -> t
     met_at = [(part[part < units], part[part >= units] - units) for part in parts if len(part)]
     groups = []
     for own, indices in sorted(met_at, key=lambda pair: int(pair[1][0])):
-        first = tracer.model.nodes[sites[indices[0]].readers[0].node]
+        first = tracer.model.nodes[consumers[indices[0]].readers[0].node]
         groups.append(Group(owner.get(int(member[own[0]]), first.name), own, tuple(indices.tolist())))
     return tuple(groups)
 
@@ -356,7 +354,7 @@ def _refusals(tracer: Tracer, component: Atoms, cause: Atoms) -> tuple[Refusal, 
     return tuple(sorted(refusals, key=lambda refusal: (-refusal.channels, refusal.reason.code, refusal.nodes)))
 
 
-def _least(
+def _minimums(
     labels: Mapping[str, tuple[Labelling, ...]],
     reads: Mapping[str, Mapping[tuple[int, int], Mapping[int, Atoms]]],
     unit: Atoms,

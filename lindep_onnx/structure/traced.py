@@ -10,30 +10,28 @@ from typing import Any
 
 import onnx
 
-from lindep_onnx.data.samples import InputSpec
+from lindep_onnx.data.inputs import InputSpec
 from lindep_onnx.errors import LindepError, ModelError
 from lindep_onnx.model import ir as graph
-from lindep_onnx.model.precision import resolution, widened
-from lindep_onnx.model.shapes import Resolved, resolve
+from lindep_onnx.model.precision import epsilon, to_float32
+from lindep_onnx.model.shapes import ShapeInfo, resolve
 from lindep_onnx.options import Config
 from lindep_onnx.proofs.prove import Proof, prove, ranges_of
 from lindep_onnx.structure.trace import trace as walk
-from lindep_onnx.structure.types import Channels
+from lindep_onnx.structure.types import Structure
 from lindep_onnx.verify import compare as verify
 
-__all__ = ["Understood", "following", "inputs_of", "samples_per_run", "understand"]
-
 #: Bytes that the activations of one run may take, were all of them kept, and the most samples in a run.
-ACTIVATION_BYTES, MOST_BATCH = 1 << 27, 32
+ACTIVATION_BYTES, MAX_BATCH = 1 << 27, 32
 
 
 @dataclass(frozen=True)
-class Understood:
+class TracedModel:
     """What the model alone says.
 
     Attributes:
         name: of the file, or of the graph of a model in memory.
-        channels: the traced model.
+        structure: the traced model.
         ranges: lowest and highest value of inputs, where they are known.
         proof: what follows from the weights.
         half: the model as it is stored, where that is in half precision: all else is about a copy in single precision.
@@ -41,16 +39,16 @@ class Understood:
     """
 
     name: str
-    channels: Channels
+    channels: Structure
     ranges: Mapping[str, tuple[float, float]]
     proof: Proof
     half: graph.Model | None
     config: Config
 
 
-def understand(
+def load_and_trace(
     source: str | Path | onnx.ModelProto, config: Config, stage: Callable[[str], Any] = nullcontext
-) -> Understood:
+) -> TracedModel:
     """Everything that needs no data.
 
     Raises:
@@ -59,25 +57,25 @@ def understand(
     """
     with stage("load"):
         model = graph.load(source)
-        half = model if resolution(model.proto) else None
-    with following(model.proto, source):
+        half = model if epsilon(model.proto) else None
+    with as_model_error(model.proto, source):
         with stage("load"):
             if half is not None:
-                model = widened(half)
-            resolved = resolve(model)
+                model = to_float32(half)
+            shape_info = resolve(model)
         with stage("trace"):
             channels = walk(
-                model, resolved, include=config.include, exclude=config.exclude, min_channels=config.min_channels
+                model, shape_info, include=config.include, exclude=config.exclude, min_channels=config.min_channels
             )
         with stage("prove"):
             ranges = ranges_of(model, config.input_range)
             proof = prove(channels, ranges, half=half is not None)
     name = Path(source).name if isinstance(source, (str, Path)) else model.proto.graph.name
-    return Understood(name, channels, ranges, proof, half, config)
+    return TracedModel(name, channels, ranges, proof, half, config)
 
 
 @contextmanager
-def following(proto: onnx.ModelProto, source: object = None) -> Iterator[None]:
+def as_model_error(proto: onnx.ModelProto, source: object = None) -> Iterator[None]:
     """Blame what goes wrong inside on the model: rules rely on what the ONNX standard says, and nothing has run it yet.
 
     Args:
@@ -102,7 +100,7 @@ def following(proto: onnx.ModelProto, source: object = None) -> Iterator[None]:
         ) from error
 
 
-def inputs_of(understood: Understood) -> list[InputSpec]:
+def inputs_of(understood: TracedModel) -> list[InputSpec]:
     """What the model declares about its inputs.
 
     Args:
@@ -111,7 +109,7 @@ def inputs_of(understood: Understood) -> list[InputSpec]:
     Raises:
         ModelError: an input is no tensor.
     """
-    model, resolved, ranges = understood.channels.model, understood.channels.resolved, understood.ranges
+    model, shape_info, ranges = understood.channels.model, understood.channels.shape_info, understood.ranges
     specs = []
     for value in model.proto.graph.input:
         if value.name in model.inputs:
@@ -122,15 +120,15 @@ def inputs_of(understood: Understood) -> list[InputSpec]:
                     "needs no data, or export the model with tensor inputs."
                 )
             dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
-            shape = resolved.shapes.get(value.name, ())
+            shape = shape_info.shapes.get(value.name, ())
             specs.append(InputSpec(value.name, dtype, shape, ranges.get(value.name)))
     return specs
 
 
-def samples_per_run(resolved: Resolved) -> int:
+def samples_per_run(shape_info: ShapeInfo) -> int:
     """As many samples as keep the activations of one run within `ACTIVATION_BYTES`, unknown sizes counted as 1.
 
     Args:
-        resolved: the shapes of the model.
+        shape_info: the shapes of the model.
     """
-    return max(1, min(MOST_BATCH, ACTIVATION_BYTES // max(1, resolved.activation_bytes)))
+    return max(1, min(MAX_BATCH, ACTIVATION_BYTES // max(1, shape_info.activation_bytes)))

@@ -16,27 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lindep_onnx.model.ir import Model, Node
-from lindep_onnx.model.shapes import Resolved, Shape
-
-__all__ = [
-    "FROZEN",
-    "Atoms",
-    "Axes",
-    "Bias",
-    "Bounds",
-    "Channels",
-    "Group",
-    "Labelling",
-    "Multiplied",
-    "Producer",
-    "Product",
-    "Reader",
-    "Reason",
-    "Refusal",
-    "Site",
-    "Tracer",
-    "Window",
-]
+from lindep_onnx.model.shapes import Shape, ShapeInfo
 
 Array: TypeAlias = NDArray[Any]
 Atoms: TypeAlias = NDArray[np.int64]
@@ -102,7 +82,7 @@ class Bias:
 
 
 @dataclass(frozen=True)
-class Reader:
+class ConsumerNode:
     """One node that multiplies the weight of a site.
 
     Attributes:
@@ -165,12 +145,12 @@ class Product:
     outputs: int
     group: int
     scale: float
-    reader: Reader
+    reader: ConsumerNode
     window: Window | None
 
 
 @dataclass(frozen=True)
-class Site:
+class Consumer:
     """One constant weight, or one block of it, and all nodes that multiply it.
 
     Attributes:
@@ -189,7 +169,7 @@ class Site:
     weight: str
     inputs: int
     outputs: int
-    readers: tuple[Reader, ...]
+    readers: tuple[ConsumerNode, ...]
     columns: Atoms
     rows: Atoms
     affine: bool
@@ -227,12 +207,12 @@ class Group:
     Attributes:
         name: the first producer's node name.
         units: unit numbers, ascending.
-        sites: indices into `Channels.sites`, in topological order.
+        consumers: indices into `Structure.sites`, in topological order.
     """
 
     name: str
     units: NDArray[np.int64]
-    sites: tuple[int, ...]
+    consumers: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -251,41 +231,41 @@ class Refusal:
 
 
 @dataclass(frozen=True)
-class Channels:
+class Structure:
     """What may be removed from a model, and what goes with what.
 
     Attributes:
         model: the model that was traced.
-        resolved: its constants and shapes.
+        shape_info: its constants and shapes.
         labels: the labellings of every labelled tensor that is computed.
         reads: for each constant, the atoms along its axes as each (node index, input position) reads them.
         unit: unit number of every atom; -1 where it always stays.
         units: number of units.
-        bundle: (units,) units of one bundle have aligned places: as many go from each part of a group, or from each
+        aligned: (units,) units of one bundle have aligned places: as many go from each part of a group, or from each
             head (see `lindep_onnx.structure.placement`). Most bundles hold one unit.
-        cell: (units,) units of one cell can trade places without changing what the model computes.
-        sites: in topological order of their first reader.
+        interchangeable: (units,) units of one cell can trade places without changing what the model computes.
+        consumers: in topological order of their first reader.
         products: in topological order.
         producers: in topological order.
         groups: in topological order of their first site.
         refusals: the most costly first.
-        least: sets of units of which at least that many must survive.
+        minimums: sets of units of which at least that many must survive.
     """
 
     model: Model
-    resolved: Resolved
+    shape_info: ShapeInfo
     labels: Mapping[str, tuple[Labelling, ...]]
     reads: Mapping[str, Mapping[tuple[int, int], Axes]]
     unit: NDArray[np.int64]
     units: int
-    bundle: NDArray[np.int64]
-    cell: NDArray[np.int64]
-    sites: tuple[Site, ...]
+    aligned: NDArray[np.int64]
+    interchangeable: NDArray[np.int64]
+    consumers: tuple[Consumer, ...]
     products: tuple[Product, ...]
     producers: tuple[Producer, ...]
     groups: tuple[Group, ...]
     refusals: tuple[Refusal, ...]
-    least: tuple[tuple[NDArray[np.int64], int], ...]
+    minimums: tuple[tuple[NDArray[np.int64], int], ...]
 
     def mask(self, atoms: Atoms, removed: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Which of these atoms survive when the units in `removed` go."""
@@ -294,16 +274,16 @@ class Channels:
 
 
 class Bounds:
-    """How many units of each set (`Channels.least`) may still go.
+    """How many units of each set (`Structure.least`) may still go.
 
     Args:
-        channels: of which nothing is gone yet.
+        structure: of which nothing is gone yet.
     """
 
-    def __init__(self, channels: Channels) -> None:
-        self._left = [len(members) - bound for members, bound in channels.least]
+    def __init__(self, structure: Structure) -> None:
+        self._left = [len(members) - bound for members, bound in structure.minimums]
         self._sets: dict[int, list[int]] = {}
-        for number, (members, _) in enumerate(channels.least):
+        for number, (members, _) in enumerate(structure.minimums):
             for unit in members.tolist():
                 self._sets.setdefault(unit, []).append(number)
 
@@ -318,13 +298,13 @@ class Bounds:
 
 
 @dataclass(frozen=True)
-class Multiplied:
-    """A node that multiplies a weight along a labelled axis; the fields are those of `Site`."""
+class PendingConsumer:
+    """A node that multiplies a weight along a labelled axis; the fields are those of `Consumer`."""
 
     weight: str
     inputs: int
     outputs: int
-    reader: Reader
+    reader: ConsumerNode
     affine: bool
     blocks: int
 
@@ -334,14 +314,14 @@ class Tracer:
     """What the operator rules read and write while a graph is traced. It lives inside `trace` only."""
 
     model: Model
-    resolved: Resolved
+    shape_info: ShapeInfo
     labels: dict[str, tuple[Labelling, ...]] = field(default_factory=dict)
     atoms: int = 0
     links: list[tuple[Atoms, Atoms]] = field(default_factory=list)
     aligned: list[tuple[Atoms, Atoms]] = field(default_factory=list)
     frozen: list[tuple[Atoms, Reason, Node | None]] = field(default_factory=list)
     claims: dict[str, dict[tuple[int, int], dict[int, Atoms]]] = field(default_factory=dict)
-    sites: list[Multiplied] = field(default_factory=list)
+    consumers: list[PendingConsumer] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
     producers: list[Producer] = field(default_factory=list)
 
@@ -349,11 +329,11 @@ class Tracer:
 
     def constant(self, name: str) -> Array | None:
         """Value of a tensor that never changes; None for others and for absent inputs."""
-        return self.resolved.constants.get(name)
+        return self.shape_info.constants.get(name)
 
     def shape(self, name: str) -> Shape | None:
         """Shape of a tensor, None if not even its rank is known."""
-        return self.resolved.shapes.get(name)
+        return self.shape_info.shapes.get(name)
 
     def rank(self, name: str) -> int | None:
         """Number of axes of a tensor, None if unknown."""
@@ -461,6 +441,8 @@ class Tracer:
         self.producers.append(Producer(node.index, atoms))
         return atoms
 
-    def site(self, weight: str, inputs: int, outputs: int, reader: Reader, affine: bool, blocks: int = 1) -> None:
+    def consumer(
+        self, weight: str, inputs: int, outputs: int, reader: ConsumerNode, affine: bool, blocks: int = 1
+    ) -> None:
         """Record that a node multiplies a constant weight, in so many blocks, along a labelled axis."""
-        self.sites.append(Multiplied(weight, inputs, outputs, reader, affine, blocks))
+        self.consumers.append(PendingConsumer(weight, inputs, outputs, reader, affine, blocks))

@@ -34,27 +34,15 @@ from lindep_onnx.model import ir as graph
 from lindep_onnx.model import weights as storage
 from lindep_onnx.runtime.backend import Session, in_order, one_line
 
-__all__ = [
-    "Batch",
-    "Comparison",
-    "OutputComparison",
-    "OutputErrors",
-    "check_model",
-    "compare",
-    "decision",
-    "full_check_passes",
-    "measure_latency",
-]
-
 Array: TypeAlias = NDArray[Any]
 Floats: TypeAlias = NDArray[np.float64]
 
 #: Axes with more slices than this are skipped: they are positions rather than channels.
-MOST_SLICES = 4096
+MAX_SLICES = 4096
 #: Share of the largest slice norm that every slice is at least measured by.
 FLOOR = 1e-6
 #: A 4-D output with more channels than this is no map of class scores.
-MOST_CLASSES = 1000
+MAX_CLASSES = 1000
 WORST_SAMPLES = 5
 #: Others on the machine only ever make a run slower.
 UNDISTURBED = 0.1
@@ -244,7 +232,7 @@ def decision(outputs: Mapping[str, Array], wanted: str | None) -> tuple[str, int
         for name, shape in shapes.items():
             if not _is_float(np.asarray(outputs[name]).dtype) or len(shape) not in (2, 4):
                 continue
-            if shape[1] > 1 and (len(shape) == 2 or shape[1] <= MOST_CLASSES):
+            if shape[1] > 1 and (len(shape) == 2 or shape[1] <= MAX_CLASSES):
                 return name, 1
         return None
     # A name may itself hold a colon ("scores:0"): an output of exactly that name goes first.
@@ -271,7 +259,7 @@ class _Output:
         self._is_float = _is_float(y.dtype)
         self._whole = _Slices(None)
         axes = {1, y.ndim - 1} if y.ndim > 1 and self._is_float else set()
-        self._slices = [_Slices(axis) for axis in sorted(axes) if y.shape[axis] <= MOST_SLICES]
+        self._slices = [_Slices(axis) for axis in sorted(axes) if y.shape[axis] <= MAX_SLICES]
         self._rank = y.ndim
         self._shapes_differ = False
         self._changed = 0
@@ -534,7 +522,7 @@ def full_check_passes(model: onnx.ModelProto | str | Path) -> str | None:
         if next(graph.impossible_sizes(model.graph), None) is not None:
             return "an axis is declared with a size that it cannot have"
         large = storage.size_of(model) > storage.IN_MEMORY
-        source = (storage.declared(model) if large else model).SerializeToString()
+        source = (storage.weights_as_inputs(model) if large else model).SerializeToString()
     try:
         onnx.checker.check_model(source, full_check=True)
     except Exception as error:  # the checker's exceptions have no common base

@@ -11,25 +11,23 @@ from numpy.typing import NDArray
 from lindep_onnx.data.samples import Part, Samples
 from lindep_onnx.model.shapes import resolve
 from lindep_onnx.planning.strategies import Chosen
-from lindep_onnx.runtime.rows import Place, RowSampler
+from lindep_onnx.runtime.rows import ChannelAxis, RowSampler
 from lindep_onnx.structure.placement import Placement
-from lindep_onnx.structure.types import Channels, Reader
-
-__all__ = ["measure_groups"]
+from lindep_onnx.structure.types import ConsumerNode, Structure
 
 #: Positions of one sample, and samples, that are compared.
 POSITIONS, SAMPLES = 64, 12
 
 
 def measure_groups(
-    channels: Channels, chosen: Chosen, samples: Samples, *, seed: int, providers: Sequence[str], threads: int
+    structure: Structure, chosen: Chosen, samples: Samples, *, seed: int, providers: Sequence[str], threads: int
 ) -> dict[int, float]:
     """RMS error of what the readers of each changed group compute, relative to its centred RMS, worst reader.
 
     Both models run on samples that nothing was fitted to, so that errors from further up are included.
 
     Args:
-        channels: the original model, traced.
+        structure: the original model, traced.
         chosen: the result.
         samples: the data; VERIFY samples are run.
         seed: of the positions that are compared.
@@ -37,22 +35,24 @@ def measure_groups(
         threads: intra-op threads, 0 for its own choice.
     """
     runtime: dict[str, Any] = {"providers": providers, "threads": threads}
-    wanted: dict[int, list[Place]] = {}
-    for number, group in enumerate(channels.groups):
+    wanted: dict[int, list[ChannelAxis]] = {}
+    for number, group in enumerate(structure.groups):
         if chosen.removed[group.units].any():
             wanted[number] = [
-                _place(channels, reader) for site in group.sites for reader in channels.sites[site].readers
+                _place(structure, reader)
+                for consumer in group.consumers
+                for reader in structure.consumers[consumer].readers
             ]
     most = {place: POSITIONS for places in wanted.values() for place in places}
     smaller = chosen.model
-    resolved = resolve(smaller)
+    shape_info = resolve(smaller)
     most = {place: limit for place, limit in most.items() if place.tensor in smaller.producer}
     if not most or not len(samples.parts[Part.VERIFY]):
         return {}
-    before = RowSampler(channels.model, channels.resolved, most, **runtime)
-    after = RowSampler(smaller, resolved, most, **runtime)
+    before = RowSampler(structure.model, structure.shape_info, most, **runtime)
+    after = RowSampler(smaller, shape_info, most, **runtime)
     sums = {place: [0, 0.0, 0.0, 0.0] for place in most}
-    placement = Placement(channels, chosen.removed)
+    placement = Placement(structure, chosen.removed)
     kept = {place: placement.chosen_along(place.tensor, place.axis) for place in most}
 
     for batch in samples.batches(Part.VERIFY, limit=SAMPLES):
@@ -71,14 +71,14 @@ def measure_groups(
     }
 
 
-def _place(channels: Channels, reader: Reader) -> Place:
+def _place(structure: Structure, reader: ConsumerNode) -> ChannelAxis:
     """Behind the bias: what a refit shifts there is no error."""
     bias = reader.bias
     moved = bias is not None and bias.node is not None and bias.node != reader.node
     tensor = (
-        channels.model.nodes[bias.node].outputs[0] if bias is not None and moved and bias.node is not None else None
+        structure.model.nodes[bias.node].outputs[0] if bias is not None and moved and bias.node is not None else None
     )
-    return Place(tensor or reader.output, reader.output_axis)
+    return ChannelAxis(tensor or reader.output, reader.output_axis)
 
 
 def _add(sums: list[Any], original: NDArray[Any], result: NDArray[Any], kept: NDArray[np.int64] | None) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from lindep_onnx.data.samples import Batch, InputSpec, Samples
+from lindep_onnx.data.inputs import InputSpec
+from lindep_onnx.data.samples import Batch, Samples
 from lindep_onnx.errors import ModelError, VerificationError
 from lindep_onnx.model.ir import Model
 from lindep_onnx.options import LOSSLESS_VERIFIED_ERROR

@@ -16,11 +16,9 @@ import numpy as np
 import onnx
 
 from lindep_onnx.distill.autodiff.rules import FLAT, Tape, Unsupported, gradient_rule
-from lindep_onnx.files import Folder
+from lindep_onnx.files import WeightsDir
 from lindep_onnx.model.ir import Model
 from lindep_onnx.model.shapes import Shape, resolve
-
-__all__ = ["Differentiated", "differentiate", "with_inputs"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Differentiated:
     """
 
     proto: onnx.ModelProto
-    folder: Folder | None
+    folder: WeightsDir | None
     loss: str
     gradients: Mapping[str, str]
     obstacles: tuple[tuple[str, str, str], ...]
@@ -51,13 +49,13 @@ def differentiate(model: Model, loss: str, weights: Collection[str], inputs: Map
         weights: stored tensors to differentiate by, all of the element type of the loss.
         inputs: fixed shapes of all inputs of the model.
     """
-    resolved = resolve(model, inputs)
+    shape_info = resolve(model, inputs)
     depends = _dependents(model, weights)
     leading = _ancestors(model, [loss])
     stored = next((model.stored[name].dtype for name in weights if name in model.stored), np.dtype(np.float32))
     obstacles: dict[int, str] = {}
     while True:  # a rule that gives up leaves half a pass behind: start again without the weights behind that node
-        tape = Tape(model, resolved, stored)
+        tape = Tape(model, shape_info, stored)
         blocked = _ancestors(model, [name for index in obstacles for name in model.nodes[index].inputs])
         wanted = [name for name in weights if name in leading and name not in blocked]
         trouble = _walk(model, tape, loss, _dependents(model, wanted)) if wanted else {}

@@ -23,10 +23,8 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
 from lindep_onnx.model.ir import Model, Node
-from lindep_onnx.model.shapes import Resolved
+from lindep_onnx.model.shapes import ShapeInfo
 from lindep_onnx.structure.rules.registry import registering
-
-__all__ = ["FLAT", "Rule", "Tape", "Unsupported", "gradient_rule", "gradients_of"]
 
 Array: TypeAlias = NDArray[Any]
 Gradients: TypeAlias = Mapping[int, str]
@@ -70,7 +68,7 @@ class Tape:
 
     Args:
         model: the forward graph.
-        resolved: its constants and shapes; every shape on the way must be fixed.
+        shape_info: its constants and shapes; every shape on the way must be fixed.
         dtype: element type of weights, activations and gradients.
 
     Attributes:
@@ -79,12 +77,12 @@ class Tape:
         extra: outputs to add to forward nodes, by (node index, position).
     """
 
-    def __init__(self, model: Model, resolved: Resolved, dtype: np.dtype[Any]) -> None:
+    def __init__(self, model: Model, shape_info: ShapeInfo, dtype: np.dtype[Any]) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, Array] = {}
         self.extra: dict[tuple[int, int], str] = {}
         self.dtype = dtype
-        self._model, self._resolved = model, resolved
+        self._model, self._shape_info = model, shape_info
         self._known: dict[tuple[bytes, tuple[int, ...], str], str] = {}
         self._names = (f"lindep_onnx_grad_{number}" for number in itertools.count())
 
@@ -94,14 +92,14 @@ class Tape:
         Raises:
             Unsupported: it is not fixed.
         """
-        shape = self._resolved.shapes.get(name)
+        shape = self._shape_info.shapes.get(name)
         if shape is None or not all(isinstance(size, int) for size in shape):
             raise Unsupported(f"the shape of {name!r} is not fixed")
         return tuple(int(size) for size in shape)
 
     def value(self, name: str) -> Array | None:
         """The value of a constant forward tensor, None for others."""
-        return self._resolved.constants.get(name)
+        return self._shape_info.constants.get(name)
 
     def required(self, name: str) -> Array:
         """The value of a tensor that a rule needs to know beforehand.

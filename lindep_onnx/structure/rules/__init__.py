@@ -2,7 +2,7 @@
 
 A tracing rule reads the labellings of a node's inputs and writes those of its outputs through a
 `structure.types.Tracer`; a rewriting rule, for the few operators that hold sizes or indices, adjusts the node through
-a `structure.edit_builder.Draft`. An operator without a tracing rule is a refusal.
+a `structure.edit_builder.EditBuilder`. An operator without a tracing rule is a refusal.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import numpy as np
 
 from lindep_onnx.model.edit import Insertion
 from lindep_onnx.model.ir import Node
-from lindep_onnx.structure.edit_builder import Draft
+from lindep_onnx.structure.edit_builder import EditBuilder
 from lindep_onnx.structure.rules.registry import rewrites, traces
 from lindep_onnx.structure.types import Atoms, Reason, Tracer
 
@@ -20,7 +20,7 @@ BORDER = Reason("pad_mode", "a Pad that crops, repeats or reflects them")
 ENORMOUS = Reason("enormous", "a Pad makes more than a million of them")
 
 #: Channels that a Pad may add: arrays over more would take longer than all else.
-MOST_PADDED = 1 << 20
+MAX_PADDED = 1 << 20
 END = np.iinfo(np.int64).max
 
 
@@ -110,19 +110,19 @@ def split(node: Node, tracer: Tracer) -> None:
 
 
 @rewrites("Split")
-def split_sizes(node: Node, draft: Draft) -> None:
+def split_sizes(node: Node, builder: EditBuilder) -> None:
     """Explicit sizes, in the form of the operator set."""
-    rank = len(draft.shape(node.inputs[0]))
+    rank = len(builder.shape(node.inputs[0]))
     axis = node.attributes.get("axis", 0) % rank
-    if axis not in draft.kept(node.inputs[0]):
+    if axis not in builder.kept(node.inputs[0]):
         return
-    sizes = [int(draft.new_shape(name)[axis]) for name in node.outputs]
-    if draft.channels.model.opset >= 13:
-        draft.set_input(node, 1, np.array(sizes, dtype=np.int64))
+    sizes = [int(builder.new_shape(name)[axis]) for name in node.outputs]
+    if builder.channels.model.opset >= 13:
+        builder.set_input(node, 1, np.array(sizes, dtype=np.int64))
         if "num_outputs" in node.attributes:
-            draft.set_attribute(node, "num_outputs", None)
+            builder.set_attribute(node, "num_outputs", None)
     else:
-        draft.set_attribute(node, "split", sizes)
+        builder.set_attribute(node, "split", sizes)
 
 
 @traces("Gather")
@@ -160,17 +160,17 @@ def gather(node: Node, tracer: Tracer) -> None:
 
 
 @rewrites("Gather")
-def gather_indices(node: Node, draft: Draft) -> None:
+def gather_indices(node: Node, builder: EditBuilder) -> None:
     """The picked places, counted among the survivors."""
-    rank = len(draft.shape(node.inputs[0]))
+    rank = len(builder.shape(node.inputs[0]))
     axis = node.attributes.get("axis", 0) % rank
-    kept = draft.kept(node.inputs[0]).get(axis)
-    indices = draft.constant(node.inputs[1])
+    kept = builder.kept(node.inputs[0]).get(axis)
+    indices = builder.constant(node.inputs[1])
     if kept is None or indices is None:
         return
-    survivors = draft.kept(node.outputs[0]).get(axis, slice(None)) if indices.ndim else ...
+    survivors = builder.kept(node.outputs[0]).get(axis, slice(None)) if indices.ndim else ...
     place = np.cumsum(kept) - 1
-    draft.set_input(node, 1, np.asarray(place[indices % len(kept)][survivors], dtype=indices.dtype))
+    builder.set_input(node, 1, np.asarray(place[indices % len(kept)][survivors], dtype=indices.dtype))
 
 
 @traces("Slice")
@@ -221,12 +221,12 @@ def _ranges(node: Node, constant: object, opset: int, rank: int) -> dict[int, sl
 
 
 @rewrites("Slice")
-def slice_ranges(node: Node, draft: Draft) -> None:
+def slice_ranges(node: Node, builder: EditBuilder) -> None:
     """A range stays a range of the survivors; a range with a step becomes a Gather."""
-    opset = draft.channels.model.opset
-    shape = draft.shape(node.inputs[0])
-    ranges = _ranges(node, draft.constant, opset, len(shape))
-    kept = draft.kept(node.inputs[0])
+    opset = builder.channels.model.opset
+    shape = builder.shape(node.inputs[0])
+    ranges = _ranges(node, builder.constant, opset, len(shape))
+    kept = builder.kept(node.inputs[0])
     if ranges is None or not kept.keys() & ranges.keys():
         return
     stepped = [axis for axis in kept if axis in ranges and ranges[axis].step != 1]
@@ -239,20 +239,20 @@ def slice_ranges(node: Node, draft: Draft) -> None:
         chosen = (np.cumsum(kept[axis]) - 1)[places].astype(np.int64)
         if axis in stepped:
             if len(ranges) == 1:
-                draft.set_op(node, "Gather", 2)
+                builder.set_op(node, "Gather", 2)
                 for name in ("starts", "ends", "axes", "steps"):
-                    draft.set_attribute(node, name, None)
-                draft.set_attribute(node, "axis", axis)
-                draft.set_input(node, 1, chosen)
+                    builder.set_attribute(node, name, None)
+                builder.set_attribute(node, "axis", axis)
+                builder.set_input(node, 1, chosen)
                 return
             picked = f"{node.outputs[0]}_picked_{axis}"
-            draft.insert_before(node, Insertion("Gather", (source, chosen), picked, {"axis": axis}))
+            builder.insert_before(node, Insertion("Gather", (source, chosen), picked, {"axis": axis}))
             source = picked
             starts[axis], ends[axis] = 0, END
         else:
             starts[axis], ends[axis] = int(chosen[0]), int(chosen[-1]) + 1
     if source != node.inputs[0]:
-        draft.set_input(node, 0, source)
+        builder.set_input(node, 0, source)
     order = list(ranges)
     new = {
         "starts": [starts.get(axis, ranges[axis].start) for axis in order],
@@ -262,9 +262,9 @@ def slice_ranges(node: Node, draft: Draft) -> None:
     }
     for position, name in enumerate(("starts", "ends", "axes", "steps"), start=1):
         if opset >= 10:
-            draft.set_input(node, position, np.array(new[name], dtype=np.int64))
+            builder.set_input(node, position, np.array(new[name], dtype=np.int64))
         elif name != "steps":
-            draft.set_attribute(node, name, new[name])
+            builder.set_attribute(node, name, new[name])
 
 
 def _end(taken: slice) -> int:
@@ -279,7 +279,7 @@ def pad(node: Node, tracer: Tracer) -> None:
     rank = tracer.rank(data)
     if not axes or rank is None:
         return
-    pads = _pad_sizes(node, tracer.constant, tracer.resolved.integers(node.input(1)), rank, tracer.model.opset)
+    pads = _pad_sizes(node, tracer.constant, tracer.shape_info.integers(node.input(1)), rank, tracer.model.opset)
     constant_mode = node.attributes.get("mode", "constant") == "constant"
     labels = {}
     for axis, atoms in axes.items():
@@ -288,7 +288,7 @@ def pad(node: Node, tracer: Tracer) -> None:
             tracer.freeze_tensor(data, RUNTIME_INDICES, node, [axis])
         elif (before or after) and (not constant_mode or min(before, after) < 0):
             tracer.freeze_tensor(data, BORDER, node, [axis])
-        elif before + after > MOST_PADDED:
+        elif before + after > MAX_PADDED:
             tracer.freeze_tensor(data, ENORMOUS, node, [axis])
         else:
             labels[axis] = np.concatenate([tracer.fresh(before), atoms, tracer.fresh(after)])
@@ -312,17 +312,17 @@ def _pad_sizes(
 
 
 @rewrites("Pad")
-def pad_sizes(node: Node, draft: Draft) -> None:
+def pad_sizes(node: Node, builder: EditBuilder) -> None:
     """As much padding on each side as survives of it."""
-    kept = draft.kept(node.outputs[0])
-    rank = len(draft.shape(node.inputs[0]))
-    opset = draft.channels.model.opset
-    integers = draft.channels.resolved.integers(node.input(1))
-    pads = _pad_sizes(node, draft.constant, integers, rank, opset)
+    kept = builder.kept(node.outputs[0])
+    rank = len(builder.shape(node.inputs[0]))
+    opset = builder.channels.model.opset
+    integers = builder.channels.shape_info.integers(node.input(1))
+    pads = _pad_sizes(node, builder.constant, integers, rank, opset)
     if pads is None:
         return
     changed = {}
-    axes = draft.constant(node.input(3))
+    axes = builder.constant(node.input(3))
     order = list(range(rank)) if axes is None else [int(axis) % rank for axis in axes]
     for axis, mask in kept.items():
         before, after = pads[axis]
@@ -336,6 +336,6 @@ def pad_sizes(node: Node, draft: Draft) -> None:
         flat = list(node.attributes["pads"])
         for place, size in changed.items():
             flat[place] = size
-        draft.set_attribute(node, "pads", flat)
+        builder.set_attribute(node, "pads", flat)
     else:
-        draft.set_elements(node, 1, changed)
+        builder.set_elements(node, 1, changed)

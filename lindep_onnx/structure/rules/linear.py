@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from lindep_onnx.model.ir import Node
-from lindep_onnx.structure.edit_builder import Draft
+from lindep_onnx.structure.edit_builder import EditBuilder
 from lindep_onnx.structure.rules.registry import rewrites, traces
-from lindep_onnx.structure.types import Atoms, Bias, Labelling, Product, Reader, Reason, Tracer, Window
+from lindep_onnx.structure.types import Atoms, Bias, ConsumerNode, Labelling, Product, Reason, Tracer, Window
 
 __all__: list[str] = []
 
@@ -61,7 +61,7 @@ def convolution(node: Node, tracer: Tracer) -> None:
     tracer.label_axes(node.outputs[0], {**outputs, 1: made})
     if columns is not None:
         affine = bias is not None and not any(map(any, window.pads))
-        tracer.site(weight, 1, 0, reader, affine, blocks=group)
+        tracer.consumer(weight, 1, 0, reader, affine, blocks=group)
 
 
 def _by_group(atoms: Atoms, group: int, node: Node, tracer: Tracer) -> Atoms:
@@ -113,11 +113,11 @@ def _window(node: Node, tracer: Tracer, kernel: Sequence[int]) -> Window:
     return Window(tuple(kernel), strides, dilations, _pads(node, tracer, kernel, strides, dilations))
 
 
-def _convolution_reader(node: Node, window: Window, bias: Bias | None) -> Reader:
+def _convolution_reader(node: Node, window: Window, bias: Bias | None) -> ConsumerNode:
     # A window of one position skips the others; wider windows are taken to see all of them.
     single = all(size == 1 for size in window.kernel) and not any(map(any, window.pads))
     skipped = window.strides if single and any(step > 1 for step in window.strides) else ()
-    return Reader(node.index, node.inputs[0], 1, node.outputs[0], 1, strides=skipped, bias=bias)
+    return ConsumerNode(node.index, node.inputs[0], 1, node.outputs[0], 1, strides=skipped, bias=bias)
 
 
 def _pads(
@@ -145,12 +145,12 @@ def _pads(
 
 
 @rewrites("Conv")
-def convolution_groups(node: Node, draft: Draft) -> None:
+def convolution_groups(node: Node, builder: EditBuilder) -> None:
     """The `group` of a depthwise convolution follows its input channels."""
-    if node.attributes.get("group", 1) > 1 and draft.shape(node.inputs[1])[1] == 1:
-        kept = draft.kept(node.inputs[0])
+    if node.attributes.get("group", 1) > 1 and builder.shape(node.inputs[1])[1] == 1:
+        kept = builder.kept(node.inputs[0])
         if 1 in kept:
-            draft.set_attribute(node, "group", int(kept[1].sum()))
+            builder.set_attribute(node, "group", int(kept[1].sum()))
 
 
 @traces("ConvTranspose")
@@ -163,7 +163,7 @@ def transposed_convolution(node: Node, tracer: Tracer) -> None:
         return
     group = int(node.attributes.get("group", 1))
     axes = tracer.axes(data)
-    reader = Reader(node.index, data, 1, node.outputs[0], 1, bias=_convolution_bias(node, tracer))
+    reader = ConsumerNode(node.index, data, 1, node.outputs[0], 1, bias=_convolution_bias(node, tracer))
     window = _transposed_window(node, tracer, kernel.shape[2:])
     if window is not None:
         tracer.products.append(Product(weight, 1, 0, 1, group, 1.0, reader, window))
@@ -179,7 +179,7 @@ def transposed_convolution(node: Node, tracer: Tracer) -> None:
     tracer.label_axes(node.outputs[0], {1: made})
     if columns is not None:
         # Its border mixes fewer taps, so that a constant channel is not a constant of the output.
-        tracer.site(weight, 0, 1, reader, affine=False, blocks=group)
+        tracer.consumer(weight, 0, 1, reader, affine=False, blocks=group)
 
 
 def _transposed_window(node: Node, tracer: Tracer, kernel: Sequence[int]) -> Window | None:
@@ -212,13 +212,13 @@ def gemm(node: Node, tracer: Tracer) -> None:
         columns, passing = None, {}
     tracer.claim(node, 1, {outputs: made} if columns is None else {outputs: made, inputs: columns})
     bias = _gemm_bias(node, tracer, made, passing)
-    reader = Reader(node.index, data, 1, node.outputs[0], 1, bias=bias)
+    reader = ConsumerNode(node.index, data, 1, node.outputs[0], 1, bias=bias)
     if not node.attributes.get("transA", 0):
         alpha = float(node.attributes.get("alpha", 1.0))
         tracer.products.append(Product(weight, 1, inputs, outputs, 1, alpha, reader, None))
     tracer.label_axes(node.outputs[0], {**passing, 1: made})
     if columns is not None:
-        tracer.site(weight, inputs, outputs, reader, affine=bias is not None)
+        tracer.consumer(weight, inputs, outputs, reader, affine=bias is not None)
 
 
 def _gemm_bias(node: Node, tracer: Tracer, made: Atoms, passing: dict[int, Atoms]) -> Bias | None:
@@ -259,7 +259,7 @@ def matmul(node: Node, tracer: Tracer) -> None:
 
 def _constant_product(node: Node, tracer: Tracer, position: int, mixed: int) -> None:
     weight, data, result = node.inputs[position], node.inputs[1 - position], node.outputs[0]
-    matrix = tracer.resolved.constants[weight]
+    matrix = tracer.shape_info.constants[weight]
     rank = tracer.rank(data)
     if matrix.ndim != 2 or rank is None or rank < 2:
         reason = WEIGHT_RANK if matrix.ndim > 2 else UNKNOWN_RANK if rank is None else VECTOR
@@ -274,10 +274,10 @@ def _constant_product(node: Node, tracer: Tracer, position: int, mixed: int) -> 
     columns = axes.get(axis)
     tracer.claim(node, position, {outputs: made} if columns is None else {outputs: made, inputs: columns})
     tracer.label_axes(result, {**{other: atoms for other, atoms in axes.items() if other != axis}, axis: made})
-    reader = Reader(node.index, data, axis, result, axis, bias=_following_bias(node, tracer, axis))
+    reader = ConsumerNode(node.index, data, axis, result, axis, bias=_following_bias(node, tracer, axis))
     tracer.products.append(Product(weight, position, inputs, outputs, 1, 1.0, reader, None))
     if columns is not None:
-        tracer.site(weight, inputs, outputs, reader, affine=True)
+        tracer.consumer(weight, inputs, outputs, reader, affine=True)
 
 
 @traces("Einsum")
@@ -308,17 +308,17 @@ def einsum(node: Node, tracer: Tracer) -> None:
         return
     axis, new, name = data.index(one), result.index(other), node.inputs[1 - position]
     outputs = weight.index(other)
-    atoms = tracer.produce(node, tracer.resolved.constants[node.inputs[position]].shape[outputs])
+    atoms = tracer.produce(node, tracer.shape_info.constants[node.inputs[position]].shape[outputs])
     axes = tracer.axes(name)
     columns = axes.get(axis)
     wanted = {outputs: atoms} if columns is None else {outputs: atoms, 1 - outputs: columns}
     tracer.claim(node, position, wanted)
     passing = {result.index(data[place]): own for place, own in axes.items() if place != axis}
     tracer.label_axes(node.outputs[0], {**passing, new: atoms})
-    reader = Reader(node.index, name, axis, node.outputs[0], new, bias=_following_bias(node, tracer, new))
+    reader = ConsumerNode(node.index, name, axis, node.outputs[0], new, bias=_following_bias(node, tracer, new))
     tracer.products.append(Product(node.inputs[position], position, 1 - outputs, outputs, 1, 1.0, reader, None))
     if columns is not None:
-        tracer.site(node.inputs[position], 1 - outputs, outputs, reader, affine=True)
+        tracer.consumer(node.inputs[position], 1 - outputs, outputs, reader, affine=True)
 
 
 def _einsum_scale(node: Node, tracer: Tracer, position: int, weight: str, data: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lindep_onnx.model.ir import Node
-from lindep_onnx.structure.edit_builder import Draft
+from lindep_onnx.structure.edit_builder import EditBuilder
 from lindep_onnx.structure.rules.registry import rewrites, traces
 from lindep_onnx.structure.types import Reason, Tracer
 
@@ -40,7 +40,7 @@ def resize(node: Node, tracer: Tracer) -> None:
 
 
 @rewrites("Resize")
-def resize_sizes(node: Node, draft: Draft) -> None:
+def resize_sizes(node: Node, builder: EditBuilder) -> None:
     """`sizes`, where given, holds the number of channels; `scales` are 1 there."""
     if node.input(3):
-        draft.set_elements(node, 3, {axis: int(mask.sum()) for axis, mask in draft.kept(node.outputs[0]).items()})
+        builder.set_elements(node, 3, {axis: int(mask.sum()) for axis, mask in builder.kept(node.outputs[0]).items()})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lindep_onnx.model.ir import Node
 from lindep_onnx.structure.rules.registry import traces
-from lindep_onnx.structure.types import Reader, Reason, Tracer
+from lindep_onnx.structure.types import ConsumerNode, Reason, Tracer
 
 __all__: list[str] = []
 
@@ -30,4 +30,4 @@ def recurrent(node: Node, tracer: Tracer) -> None:
         tracer.claim(node, position, {})
     tracer.claim(node, 1, {} if columns is None else {2: columns})
     if columns is not None:
-        tracer.site(weight, 2, 1, Reader(node.index, data, 2, made, rank - 1), affine=False)
+        tracer.consumer(weight, 2, 1, ConsumerNode(node.index, data, 2, made, rank - 1), affine=False)

@@ -6,23 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 from lindep_onnx.model.ir import Node
-from lindep_onnx.structure.edit_builder import Draft
+from lindep_onnx.structure.edit_builder import EditBuilder
 from lindep_onnx.structure.types import Reason, Tracer
 
-__all__ = [
-    "UNKNOWN",
-    "Rewriting",
-    "Tracing",
-    "registering",
-    "rewrites",
-    "rewriting_rule",
-    "supported",
-    "traces",
-    "tracing_rule",
-]
-
 Tracing: TypeAlias = Callable[[Node, Tracer], None]
-Rewriting: TypeAlias = Callable[[Node, Draft], None]
+Rewriting: TypeAlias = Callable[[Node, EditBuilder], None]
 Rule = TypeVar("Rule", bound=Callable[..., Any])
 
 UNKNOWN = Reason("unknown_operator", "an operator without a rule reads them")

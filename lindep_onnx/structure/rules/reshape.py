@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from lindep_onnx.model.ir import Node
-from lindep_onnx.structure.edit_builder import Draft
+from lindep_onnx.structure.edit_builder import EditBuilder
 from lindep_onnx.structure.rules.registry import rewrites, traces
 from lindep_onnx.structure.types import Atoms, Labelling, Reason, Tracer
 
@@ -21,7 +21,7 @@ REPEATED = Reason("repeated", "a Tile repeats them as often as is known at run t
 RUNTIME_SHAPE = Reason("runtime_shape", "the shape they are given is computed at run time")
 
 #: Channels that an Expand, Tile or ConstantOfShape may make.
-MOST_MADE = 1 << 20
+MAX_MADE = 1 << 20
 
 
 @traces("Transpose")
@@ -146,16 +146,16 @@ def _spread(label: Labelling, ins: list[int]) -> Atoms:
 
 
 @rewrites("Reshape")
-def reshape_target(node: Node, draft: Draft) -> None:
+def reshape_target(node: Node, builder: EditBuilder) -> None:
     """New sizes where the target names them; -1 and 0 stay where they still say the right thing."""
     result = node.outputs[0]
-    kept = draft.kept(result)
-    data_kept = draft.kept(node.inputs[0])
+    kept = builder.kept(result)
+    data_kept = builder.kept(node.inputs[0])
     if not kept and not data_kept:
         return
-    target = draft.channels.resolved.integers(node.inputs[1])
-    new = draft.new_shape(result)
-    old_data, new_data = draft.shape(node.inputs[0]), draft.new_shape(node.inputs[0])
+    target = builder.channels.shape_info.integers(node.inputs[1])
+    new = builder.new_shape(result)
+    old_data, new_data = builder.shape(node.inputs[0]), builder.new_shape(node.inputs[0])
     zero_copies = not node.attributes.get("allowzero", 0)
     elements = {}
     for axis, size in enumerate(new):
@@ -168,20 +168,20 @@ def reshape_target(node: Node, draft: Draft) -> None:
             continue
         if axis in kept:
             elements[axis] = size
-    draft.set_elements(node, 1, {axis: int(size) for axis, size in elements.items()})
+    builder.set_elements(node, 1, {axis: int(size) for axis, size in elements.items()})
 
 
 @rewrites("Squeeze")
-def squeeze_axes(node: Node, draft: Draft) -> None:
+def squeeze_axes(node: Node, builder: EditBuilder) -> None:
     """Axes are named, so that a channel axis that shrinks to 1 is not squeezed too."""
     named = node.attributes.get("axes") is not None or node.input(1)
-    if named or not draft.kept(node.inputs[0]):
+    if named or not builder.kept(node.inputs[0]):
         return
-    axes = [axis for axis, size in enumerate(draft.shape(node.inputs[0])) if size == 1]
-    if draft.channels.model.opset >= 13:
-        draft.set_input(node, 1, np.array(axes, dtype=np.int64))
+    axes = [axis for axis, size in enumerate(builder.shape(node.inputs[0])) if size == 1]
+    if builder.channels.model.opset >= 13:
+        builder.set_input(node, 1, np.array(axes, dtype=np.int64))
     else:
-        draft.set_attribute(node, "axes", axes)
+        builder.set_attribute(node, "axes", axes)
 
 
 @traces("DepthToSpace")
@@ -233,32 +233,32 @@ def expand(node: Node, tracer: Tracer) -> None:
 
 def _made(tracer: Tracer, sizes: Mapping[int, int | str]) -> dict[int, Atoms]:
     """New atoms along the axes whose size is fixed; beyond a million they are positions, or somebody means harm."""
-    fixed = {axis: size for axis, size in sizes.items() if isinstance(size, int) and 1 < size <= MOST_MADE}
+    fixed = {axis: size for axis, size in sizes.items() if isinstance(size, int) and 1 < size <= MAX_MADE}
     return {axis: tracer.fresh(size) for axis, size in fixed.items()}
 
 
 @rewrites("Expand")
-def expand_target(node: Node, draft: Draft) -> None:
+def expand_target(node: Node, builder: EditBuilder) -> None:
     """The number of channels, where the target names it."""
-    target = draft.channels.resolved.integers(node.inputs[1])
-    shape = draft.shape(node.inputs[1])
-    offset = len(draft.shape(node.outputs[0])) - int(shape[0])
+    target = builder.channels.shape_info.integers(node.inputs[1])
+    shape = builder.shape(node.inputs[1])
+    offset = len(builder.shape(node.outputs[0])) - int(shape[0])
     elements = {}
-    for axis, mask in draft.kept(node.outputs[0]).items():
+    for axis, mask in builder.kept(node.outputs[0]).items():
         if axis >= offset and (target is None or target[axis - offset] != 1):
             elements[axis - offset] = int(mask.sum())
-    draft.set_elements(node, 1, elements)
+    builder.set_elements(node, 1, elements)
 
 
 @traces("Tile")
 def tile(node: Node, tracer: Tracer) -> None:
     """Each channel comes as often as its axis is repeated; all of them go together."""
     data = node.inputs[0]
-    repeats = tracer.resolved.integers(node.inputs[1])
+    repeats = tracer.shape_info.integers(node.inputs[1])
     labels = {}
     for axis, atoms in tracer.axes(data).items():
         times = None if repeats is None else repeats[axis]
-        if not isinstance(times, int) or not 0 < times * len(atoms) <= MOST_MADE:
+        if not isinstance(times, int) or not 0 < times * len(atoms) <= MAX_MADE:
             tracer.freeze_tensor(data, REPEATED, node, [axis])
         else:
             labels[axis] = tracer.distinct(np.tile(atoms, times)) if times > 1 else atoms
@@ -275,25 +275,25 @@ def shape(node: Node, tracer: Tracer) -> None:
 
 
 @rewrites("Shape")
-def original_numbers(node: Node, draft: Draft) -> None:
+def original_numbers(node: Node, builder: EditBuilder) -> None:
     """Whoever reads a size that changed gets the original number: removing a channel never changes a number.
 
     The operators that need the new size of a shape set it themselves, after this.
     """
     result = node.outputs[0]
-    shape = draft.shape(node.inputs[0])
+    shape = builder.shape(node.inputs[0])
     axes = range(len(shape))[slice(node.attributes.get("start", 0), node.attributes.get("end"))]
-    kept = draft.kept(node.inputs[0])
+    kept = builder.kept(node.inputs[0])
     changed = {axes.index(axis): int(shape[axis]) for axis in kept if axis in axes}
-    for reader in draft.channels.model.consumers.get(result, ()) if changed else ():
+    for reader in builder.channels.model.consumers.get(result, ()) if changed else ():
         for position, name in enumerate(reader.inputs):
-            if name == result and not _picks_others(reader, position, len(axes), changed, draft):
-                draft.set_elements(reader, position, changed)
+            if name == result and not _picks_others(reader, position, len(axes), changed, builder):
+                builder.set_elements(reader, position, changed)
 
 
-def _picks_others(reader: Node, position: int, size: int, changed: dict[int, int], draft: Draft) -> bool:
+def _picks_others(reader: Node, position: int, size: int, changed: dict[int, int], builder: EditBuilder) -> bool:
     """Whether a node reads none of the changed elements."""
-    indices = draft.constant(reader.input(1))
+    indices = builder.constant(reader.input(1))
     if reader.op != "Gather" or position != 0 or indices is None:
         return False
     return not {int(index) % size for index in indices.ravel()} & changed.keys()
@@ -313,10 +313,10 @@ def filled(node: Node, tracer: Tracer) -> None:
 
 
 @rewrites("ConstantOfShape")
-def filled_sizes(node: Node, draft: Draft) -> None:
+def filled_sizes(node: Node, builder: EditBuilder) -> None:
     """The sizes that are left."""
-    kept = draft.kept(node.outputs[0])
-    draft.set_elements(node, 0, {axis: int(mask.sum()) for axis, mask in kept.items()})
+    kept = builder.kept(node.outputs[0])
+    builder.set_elements(node, 0, {axis: int(mask.sum()) for axis, mask in kept.items()})
 
 
 @traces("Range", "RandomNormal", "RandomUniform", "EyeLike", "NonZero")

@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-from lindep_onnx.data.images import Color, Layout, Preprocessing
 from lindep_onnx.errors import UsageError
 
 #: An hour.
 MAX_SECONDS = 3600
 
 Refit = Literal["auto", "fold", "kernel", "sequential"]
+Layout = Literal["nchw", "nhwc"]
+Color = Literal["rgb", "bgr", "gray"]
 
 #: RMS relative error that one site may gain in lossless mode, on samples that were not fitted.
 LOSSLESS_SITE_ERROR = 1e-5
@@ -37,6 +38,34 @@ class TrainingBudget:
 
     steps: int | None = None
     seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What to make of images; None leaves it to the input of the model.
+
+    Attributes:
+        size: (height, width) in pixels.
+        resize: length of the shorter side before the crop, in pixels; None covers `size` just so.
+        scale: what pixels of 0 to 255 are divided by first; None for 255.
+        mean: what is then subtracted, one number or one for each channel, in the order of `color`; None for 0.
+        std: what that is divided by; None for 1.
+        layout: where the channels are.
+        color: which channels there are, in this order.
+    """
+
+    size: tuple[int, int] | None = None
+    resize: int | None = None
+    scale: float | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    layout: Layout | None = None
+    color: Color | None = None
+
+    @property
+    def asked_for(self) -> bool:
+        """Whether any of it was given, so that the data must be images."""
+        return self != Preprocessing()
 
 
 @dataclass(frozen=True, kw_only=True)

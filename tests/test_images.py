@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lindep_onnx.data.images import Preprocessing
 from lindep_onnx.data.inputs import InputSpec
 from lindep_onnx.data.samples import open_samples
 from lindep_onnx.errors import CalibrationError, UsageError
+from lindep_onnx.options import Preprocessing
 
 Image = pytest.importorskip("PIL.Image")
 

@@ -15,49 +15,19 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from lindep_onnx.data.inputs import Array, InputSpec, kind_of, listed
 from lindep_onnx.errors import CalibrationError, UsageError
-
-Layout = Literal["nchw", "nhwc"]
-Color = Literal["rgb", "bgr", "gray"]
+from lindep_onnx.options import Color, Layout, Preprocessing
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 #: Larger images mean harm: a small file can hold them.
 MAX_PIXELS = 1 << 27
 #: Divides pixels unless told otherwise: they go from 0 to 1.
 SCALE = 255.0
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """What to make of images; None leaves it to the input of the model.
-
-    Attributes:
-        size: (height, width) in pixels.
-        resize: length of the shorter side before the crop, in pixels; None covers `size` just so.
-        scale: what pixels of 0 to 255 are divided by first; None for 255.
-        mean: what is then subtracted, one number or one for each channel, in the order of `color`; None for 0.
-        std: what that is divided by; None for 1.
-        layout: where the channels are.
-        color: which channels there are, in this order.
-    """
-
-    size: tuple[int, int] | None = None
-    resize: int | None = None
-    scale: float | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    layout: Layout | None = None
-    color: Color | None = None
-
-    @property
-    def asked_for(self) -> bool:
-        """Whether any of it was given, so that the data must be images."""
-        return self != Preprocessing()
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lindep_onnx.data.images import Preprocessing
 from lindep_onnx.data.inputs import (
     Array,
     Arrays,
@@ -34,6 +33,7 @@ from lindep_onnx.data.inputs import (
 from lindep_onnx.data.sources import MIN_SAMPLES, Progress, Reading, shards_of
 from lindep_onnx.errors import CalibrationError
 from lindep_onnx.files import Scratch
+from lindep_onnx.options import Preprocessing
 
 EMPTY = np.empty(0, dtype=np.int64)
 

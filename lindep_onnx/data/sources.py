@@ -19,7 +19,7 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from lindep_onnx.data.images import SUFFIXES as IMAGE_SUFFIXES
-from lindep_onnx.data.images import Preprocessing, image_files, images
+from lindep_onnx.data.images import image_files, images
 from lindep_onnx.data.inputs import (
     UNNAMED,
     Array,
@@ -36,6 +36,7 @@ from lindep_onnx.data.inputs import (
 from lindep_onnx.data.npz import UNREADABLE, npy_header, npz_headers
 from lindep_onnx.errors import CalibrationError, UsageError
 from lindep_onnx.files import suggestion
+from lindep_onnx.options import Preprocessing
 
 #: What is said first where there is no real data.
 RANDOM = (

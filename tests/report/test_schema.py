@@ -14,7 +14,7 @@ import lindep_onnx
 from lindep_onnx.report.schema import report_schema
 from lindep_onnx.report.values import Report
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PUBLISHED = ROOT / "docs" / "report.schema.json"
 jsonschema = pytest.importorskip("jsonschema")
 

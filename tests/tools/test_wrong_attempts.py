@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-TOOL = Path(__file__).parents[1] / "tools" / "wrong_attempts.py"
+TOOL = Path(__file__).parents[2] / "tools" / "wrong_attempts.py"
 spec = importlib.util.spec_from_file_location("wrong_attempts", TOOL)
 assert spec is not None and spec.loader is not None
 wrong_attempts = importlib.util.module_from_spec(spec)

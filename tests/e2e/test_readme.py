@@ -10,7 +10,7 @@ import pytest
 
 from lindep_onnx.cli import _parser
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -15,7 +15,7 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "models"
 DEMO, CALIB, SAMPLE = (MODELS / name for name in ("demo.onnx", "calib.npz", "test_sample.npz"))
 README = (MODELS / "README.md").read_text(encoding="utf-8")

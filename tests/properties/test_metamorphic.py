@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 from build import as_array, build, feed, initializer, run, with_initializer
-from test_planted import _images, _net, _widths
+from planted_net import images, net, widths
 
 from lindep_onnx.api import compress
 
@@ -27,26 +27,26 @@ def permuted(model: onnx.ModelProto, order: np.ndarray) -> onnx.ModelProto:
 def test_permuting_channels_permutes_the_plan() -> None:
     w = as_array("w1", (10, 3, 3, 3))
     w[7], w[8] = 0, 0  # of a class of equals any may stay; of these two none does
-    model = with_initializer(_net(planted=False), "w1", w)
+    model = with_initializer(net(planted=False), "w1", w)
     model = with_initializer(model, "b1", np.where(np.isin(np.arange(10), (7, 8)), -1, initializer(model, "b1")))
     order = np.random.default_rng(3).permutation(10)
     other = permuted(model, order)
-    np.testing.assert_allclose(run(model, _images(4, 9))[0], run(other, _images(4, 9))[0], rtol=1e-4, atol=1e-5)
-    first, second = (compress(one, _images(64, 1)).model for one in (model, other))
+    np.testing.assert_allclose(run(model, images(4, 9))[0], run(other, images(4, 9))[0], rtol=1e-4, atol=1e-5)
+    first, second = (compress(one, images(64, 1)).model for one in (model, other))
     want = kept(model, first, "w1")
     assert want == set(range(10)) - {7, 8}
     assert {int(order[i]) for i in kept(other, second, "w1")} == want
 
 
 def test_permuting_planted_channels_keeps_their_number() -> None:
-    model = _net(planted=True)
+    model = net(planted=True)
     for seed in range(3):
         other = permuted(model, np.random.default_rng(seed).permutation(10))
-        assert _widths(compress(other, _images(64, 1)).model) == _widths(compress(model, _images(64, 1)).model)
+        assert widths(compress(other, images(64, 1)).model) == widths(compress(model, images(64, 1)).model)
 
 
 def test_renaming_everything_changes_nothing() -> None:
-    model = _net(planted=True)
+    model = net(planted=True)
     other = onnx.ModelProto()
     other.CopyFrom(model)
     new = {name: f"zz/{len(name)}:{name[::-1]}" for node in model.graph.node for name in (*node.input, *node.output)}
@@ -57,14 +57,14 @@ def test_renaming_everything_changes_nothing() -> None:
             names[:] = [new[name] for name in names]
     for tensor in other.graph.initializer:
         tensor.name = new[tensor.name]
-    left, right = (compress(one, _images(64, 1)).model for one in (model, other))
+    left, right = (compress(one, images(64, 1)).model for one in (model, other))
     for before in left.graph.initializer:
         np.testing.assert_array_equal(initializer(right, new[before.name]), onnx.numpy_helper.to_array(before))
 
 
 def test_a_second_run_removes_nothing_new() -> None:
-    once = compress(_net(planted=True), _images(64, 1)).model
-    twice = compress(once, _images(64, 1)).model
+    once = compress(net(planted=True), images(64, 1)).model
+    twice = compress(once, images(64, 1)).model
     for model in (once, twice):
         del model.metadata_props[:]
     assert once.SerializeToString(deterministic=True) == twice.SerializeToString(deterministic=True)

@@ -16,7 +16,7 @@ from lindep_onnx.report.figures import kept_parameters, layers
 from lindep_onnx.structure.rewrite import Removal, rewrite
 from lindep_onnx.structure.traced import load_and_trace
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "demo.onnx"
 
 

@@ -21,7 +21,7 @@ from lindep_onnx.model.shapes import resolve
 from lindep_onnx.options import Config
 from lindep_onnx.structure import traced as understanding
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROVEN = Config(proven_only=True)
 
 

@@ -28,7 +28,7 @@ from lindep_onnx.model import ir as graph
 from lindep_onnx.model.edit import METADATA_KEY
 from lindep_onnx.planning import strategies as budget
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 #: Channels of the model below that are copies of others.
 COPIES = 9
 WIDTH = 40

@@ -13,7 +13,7 @@ import pytest
 
 from lindep_onnx.model import ir as graph
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def compressed(folder: Path, name: str, *options: str, **environment: str) -> Path:

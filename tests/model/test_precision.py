@@ -7,7 +7,7 @@ import onnx
 import pytest
 from build import as_array, build, initializer
 from onnx import TensorProto, helper
-from test_planted import _images, _net, _widths
+from planted_net import images, net, widths
 
 from lindep_onnx.api import compress
 from lindep_onnx.model.ir import load
@@ -30,9 +30,9 @@ def rounded(model: onnx.ModelProto, kind: int) -> onnx.ModelProto:
 
 @pytest.mark.parametrize("kind", HALF)
 def test_exactly_the_planted_channels_go(kind: int) -> None:
-    model = rounded(_net(planted=True), kind)
-    result = compress(model, _images(64, 3))
-    assert _widths(result.model) == (7, 8)
+    model = rounded(net(planted=True), kind)
+    result = compress(model, images(64, 3))
+    assert widths(result.model) == (7, 8)
     assert {tensor.data_type for tensor in result.model.graph.initializer} == {kind}
     assert {value.type.tensor_type.elem_type for value in result.model.graph.output} == {kind}
     assert result.report.after.bytes < result.report.before.bytes
@@ -40,8 +40,8 @@ def test_exactly_the_planted_channels_go(kind: int) -> None:
 
 @pytest.mark.parametrize("kind", HALF)
 def test_a_model_without_dependence_comes_back_to_the_last_byte(kind: int) -> None:
-    model = rounded(_net(planted=False), kind)
-    result = compress(model, _images(64, 1)).model
+    model = rounded(net(planted=False), kind)
+    result = compress(model, images(64, 1)).model
     del result.metadata_props[:]
     assert result.SerializeToString(deterministic=True) == model.SerializeToString(deterministic=True)
 
@@ -62,7 +62,7 @@ def test_types_are_kept_where_single_and_half_precision_meet() -> None:
 
 @pytest.mark.parametrize("kind", HALF)
 def test_there_and_back_changes_nothing(kind: int) -> None:
-    model = rounded(_net(planted=True), kind)
+    model = rounded(net(planted=True), kind)
     assert epsilon(model) > 0 and epsilon(to_float32(load(model)).proto) == 0
     back = to_stored_dtype(to_float32(load(model)), load(model)).proto
     for before, after in zip(model.graph.initializer, back.graph.initializer, strict=True):

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 from lindep_onnx.api import compress
 from lindep_onnx.errors import ModelError
 
-sys.path.append(str(Path(__file__).parents[1] / "tools"))
+sys.path.append(str(Path(__file__).parents[2] / "tools"))
 coverage = importlib.import_module("coverage")
 
 

@@ -14,7 +14,7 @@ from lindep_onnx.api import compress
 
 pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
-sys.path.append(str(Path(__file__).parents[1] / "tools"))
+sys.path.append(str(Path(__file__).parents[2] / "tools"))
 planted_nets = importlib.import_module("planted_nets")
 
 

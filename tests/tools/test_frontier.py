@@ -16,7 +16,7 @@ from build import as_array, build, run, traced
 
 from lindep_onnx.verify.compare import full_check_passes
 
-sys.path.append(str(Path(__file__).parents[1] / "tools"))
+sys.path.append(str(Path(__file__).parents[2] / "tools"))
 budget_checks, frontier, rivals, tasks = (
     importlib.import_module(name) for name in ("budget_checks", "frontier", "rivals", "tasks")
 )

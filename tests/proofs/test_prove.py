@@ -345,7 +345,7 @@ def test_bounds_in_a_box_hold_for_what_is_computed(seed: int) -> None:
 
 
 def test_the_search_for_counterexamples_finds_one_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "tools")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "tools")
     import proven_figures
 
     given = weights({})
@@ -361,7 +361,7 @@ def test_the_search_for_counterexamples_finds_one_where_there_is_one(monkeypatch
 
 
 def test_planted_proofs_in_random_nets_are_found_and_not_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "tools")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "tools")
     import proven_figures
 
     monkeypatch.setattr("sys.argv", ["proven_figures.py", "--nets", "20", "--seed", "500"])

@@ -9,7 +9,7 @@ import pytest
 
 from lindep_onnx.model import weights as storage
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import large
 
 

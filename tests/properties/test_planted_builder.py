@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from lindep_onnx.errors import UsageError
 
-TOOL = Path(__file__).parents[1] / "tools" / "planted.py"
+TOOL = Path(__file__).parents[2] / "tools" / "planted.py"
 
 
 def _load() -> ModuleType:

@@ -15,7 +15,7 @@ import pytest
 import lindep_onnx
 from lindep_onnx.runtime.backend import open_session
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "demo.onnx"
 OPTIONS: dict[str, Any] = {"params": 0.5, "refit": "fold"}
 

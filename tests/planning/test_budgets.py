@@ -17,7 +17,7 @@ from lindep_onnx.planning.path import Curve, _hull, build_ladder, savings
 from lindep_onnx.planning.strategies import rounded
 from lindep_onnx.structure.rewrite import Removal, rewrite
 
-MODELS = Path(__file__).parents[1] / "models"
+MODELS = Path(__file__).parents[2] / "models"
 BODY = """
 a = Conv<pads=[1,1,1,1]>(x, w0, b0)
 r = Relu(a)

@@ -25,50 +25,12 @@ from lindep_onnx.errors import OutputError, UsageError
 from lindep_onnx.files import replacing
 from lindep_onnx.report.data_support import Support
 from lindep_onnx.report.figures import FrontierPoint, Layer, Spectrum
+from lindep_onnx.structure.reasons import ADVICE
 from lindep_onnx.verify.compare import OutputComparison
 from lindep_onnx.verify.variants import Variant
 
 #: What is shown without `verbose`.
 MAX_GROUPS, MAX_REFUSALS = 5, 5
-
-#: What a user can do about each reason of a refusal.
-ADVICE: Mapping[str, str] = {
-    "computed_weight": "Fold constants before compressing, so that the weight is stored in the file.",
-    "contracted": "Nothing to do: both factors of such a product (attention scores) are data.",
-    "counted": "Export with fixed shapes, so that no Size or Shape operator counts channels at run time.",
-    "einsum": "Export without Einsum, or with the weight as a plain matrix.",
-    "enormous": "Nothing to do: looking for dependence among so many would take for ever.",
-    "excluded": "Widen --include or drop --exclude to let these nodes take part.",
-    "frozen_input": "Nothing to do here; the channels become free where what feeds them does.",
-    "graph_output": "Nothing to do: the shapes of the outputs are part of the model.",
-    "grouped_convolution": "Nothing to do: each group has one such channel, and no group can be empty.",
-    "indexed": "Nothing to do: indices say which of these channels are read or written.",
-    "misfit": "Check the model: a constant has another size than the channels it belongs to.",
-    "mixed_axis": "Nothing to do: the operator mixes all channels, so that each one changes the others.",
-    "outside": "Check the model: an index lies outside the axis that it picks from.",
-    "overridable": "Take the weight out of the graph inputs, if no caller replaces it.",
-    "pad_mode": "Export with zero padding, or leave these channels as they are.",
-    "picked": "Nothing to do: a single channel that is picked out has to stay.",
-    "pool_indices": "Export without the indices of MaxPool, if nothing needs them.",
-    "quantised": "Compress the floating-point model first, and quantise the result.",
-    "recurrent_steps": "Nothing to do: a recurrent layer keeps the size of its state and the number of its steps.",
-    "repeated": "Export without Tile or Expand along the channels (broadcasting does the same).",
-    "reshape": "Export with fixed shapes, so that the Reshape can be followed.",
-    "runtime_indices": "Export with constant indices, if they do not depend on the data.",
-    "runtime_parameters": "Fold constants before compressing, so that scale and bias are stored in the file.",
-    "runtime_shape": "Export with fixed shapes, or fold constants before compressing.",
-    "runtime_weight": "Fold constants before compressing; a quantised model is best compressed before quantising.",
-    "shared_weight": "Export with a copy of the weight for each use, if the larger file is worth it.",
-    "spatial_axis": "Nothing to do: these are positions in space rather than channels.",
-    "subgraph": "Export without If, Loop or Scan around these channels, if the model allows it.",
-    "training_mode": "Export the model for inference (evaluation mode).",
-    "transposed_data": "Fold the transposition into the weight, or export without transA.",
-    "unknown_operator": "Export with standard operators (or a lower opset, which splits new ones into known ones).",
-    "unknown_rank": "Run ONNX shape inference on the model, or export with fixed shapes.",
-    "unlabelled_operand": "Nothing to do here; the channels become free where the other operand does.",
-    "vector_product": "Store the vector as a matrix with one column.",
-    "weight_rank": "Export with a separate matrix for each product.",
-}
 
 
 @dataclass(frozen=True)

@@ -15,30 +15,19 @@ from scipy.sparse.csgraph import connected_components
 
 from lindep_onnx.model.ir import Model, Node
 from lindep_onnx.model.shapes import ShapeInfo
-from lindep_onnx.structure.rules import UNKNOWN, tracing_rule
+from lindep_onnx.structure import reasons
+from lindep_onnx.structure.rules import tracing_rule
+from lindep_onnx.structure.tracer import PendingConsumer, Tracer
 from lindep_onnx.structure.types import (
     FROZEN,
     Atoms,
     Consumer,
     Group,
     Labelling,
-    PendingConsumer,
-    Reason,
     Refusal,
     Structure,
-    Tracer,
 )
 
-GRAPH_OUTPUT = Reason("graph_output", "they are an output of the model, whose shape is kept")
-TWO_WAYS = Reason("shared_weight", "a weight is used in two ways that would need different slices")
-COMPUTED_WEIGHT = Reason(
-    "computed_weight", "a weight is computed in the graph from other tensors; fold constants first"
-)
-OVERRIDABLE = Reason("overridable", "a weight is a graph input as well, so that a caller may replace it")
-EXCLUDED = Reason("excluded", "the options --include and --exclude leave these nodes alone")
-QUANTISED = Reason(
-    "quantised", "the model is quantised; compress the floating-point model first, and quantise what comes out"
-)
 _QUANTISED = re.compile(
     r"(^|::)(QLinear\w+|QAttention|QGemm|(De|Dynamic)?[Qq]uantizeLinear|\w+Integer\w*|MatMulNBits)$"
 )
@@ -55,7 +44,6 @@ _QUANTISED_WEIGHT = {
     "Gemm": (1, -1),
     "QGemm": (3, -1),
 }
-SUBGRAPH = Reason("subgraph", "a node with sub-graphs (If, Loop, Scan) reads them")
 
 
 def trace(
@@ -82,12 +70,12 @@ def trace(
             continue
         rule = tracing_rule(node.op)
         if rule is None or node.captures:
-            tracer.refuse(node, SUBGRAPH if node.captures else UNKNOWN)
+            tracer.refuse(node, reasons.SUBGRAPH if node.captures else reasons.UNKNOWN)
         else:
             rule(node, tracer)
         _leave_alone(tracer, node, include, exclude)
     for name in model.outputs:
-        tracer.freeze_tensor(name, GRAPH_OUTPUT, model.producer.get(name))
+        tracer.freeze_tensor(name, reasons.GRAPH_OUTPUT, model.producer.get(name))
     _check_claims(tracer)
     channels = _components(tracer, min_channels)
     return channels if quantised is None else dataclasses.replace(channels, refusals=(quantised,))
@@ -104,7 +92,7 @@ def _quantised(model: Model, shape_info: ShapeInfo) -> Refusal | None:
         shape = shape_info.shapes.get(node.input(position)) if position is not None else None
         size = shape[axis] if shape and len(shape) > 1 else 0
         channels += size if isinstance(size, int) else 0
-    return Refusal(QUANTISED, (nodes[0].name,), channels)
+    return Refusal(reasons.QUANTISED, (nodes[0].name,), channels)
 
 
 def _leave_alone(tracer: Tracer, node: Node, include: Sequence[str], exclude: Sequence[str]) -> None:
@@ -115,7 +103,7 @@ def _leave_alone(tracer: Tracer, node: Node, include: Sequence[str], exclude: Se
     if weighted and (matches(exclude) or (include and not matches(include))):
         for name in (*node.inputs, *node.outputs) if matches(exclude) else node.outputs:
             if name and name not in tracer.shape_info.constants:
-                tracer.freeze_tensor(name, EXCLUDED, node)
+                tracer.freeze_tensor(name, reasons.EXCLUDED, node)
 
 
 def _check_claims(tracer: Tracer) -> None:
@@ -131,7 +119,7 @@ def _check_claims(tracer: Tracer) -> None:
         labelled = [atoms for axes in claims.values() for atoms in axes.values()]
         if name in model.overridable:
             for atoms in labelled:
-                tracer.freeze(atoms, OVERRIDABLE, first)
+                tracer.freeze(atoms, reasons.OVERRIDABLE, first)
         if sum(size > 1 for size in tracer.shape_info.constants[name].shape) <= 1 or not labelled:
             continue
         readers = {(node.index, place) for node in model.consumers[name] for place in _places(node, name)}
@@ -140,19 +128,19 @@ def _check_claims(tracer: Tracer) -> None:
             asked = [axes[axis] for axes in claims.values() if axis in axes]
             if len({atoms.shape for atoms in asked}) > 1:
                 for atoms in asked:
-                    tracer.freeze(atoms, TWO_WAYS, first)
+                    tracer.freeze(atoms, reasons.TWO_WAYS, first)
                 continue
             for atoms in asked:
                 tracer.link(atoms, asked[0])
             if partial or len(asked) < len(claims):
                 blame = next((model.nodes[index] for index, _ in sorted(readers - set(claims))), first)
-                tracer.freeze(asked[0], TWO_WAYS, blame)
+                tracer.freeze(asked[0], reasons.TWO_WAYS, blame)
         layouts = multiplied.get(name, [])
         ways = {(entry.inputs, entry.outputs, entry.blocks) for entry in layouts}
         if layouts and (len(ways) > 1 or len(layouts) != len(claims)):
             # A fold changes the weight for every reader, so all must multiply it in the same way.
             for atoms in labelled:
-                tracer.freeze(atoms, TWO_WAYS, first)
+                tracer.freeze(atoms, reasons.TWO_WAYS, first)
         reason = None if name in model.stored else _replaceable(tracer, name)
         if reason is not None:
             for atoms in labelled:
@@ -164,7 +152,7 @@ def _places(node: Node, name: str) -> list[int]:
     return places if places else [-1]  # a capture
 
 
-def _replaceable(tracer: Tracer, name: str) -> Reason | None:
+def _replaceable(tracer: Tracer, name: str) -> reasons.Reason | None:
     """Why a constant that nodes compute from stored ones must stay as it is; None if a stored one may take its place.
 
     It may not where the model would grow: where what it is computed from is smaller, or stays for other readers.
@@ -190,7 +178,7 @@ def _replaceable(tracer: Tracer, name: str) -> Reason | None:
     needed = tracer.shape_info.constants[name].size
     if sum(size for read, size in sizes.items() if vanishes(read)) >= needed:
         return None
-    return TWO_WAYS if sum(sizes.values()) >= needed else COMPUTED_WEIGHT
+    return reasons.TWO_WAYS if sum(sizes.values()) >= needed else reasons.COMPUTED_WEIGHT
 
 
 def _components(tracer: Tracer, min_channels: int) -> Structure:
@@ -345,7 +333,7 @@ def _refusals(tracer: Tracer, component: Atoms, cause: Atoms) -> tuple[Refusal, 
         causes = cause[component[producer.atoms]]
         for index, count in zip(*np.unique(causes[causes >= 0], return_counts=True), strict=True):
             channels[int(index)] = channels.get(int(index), 0) + int(count)
-    merged: dict[tuple[str, str], tuple[Reason, int]] = {}
+    merged: dict[tuple[str, str], tuple[reasons.Reason, int]] = {}
     for index, count in channels.items():
         _, reason, node = tracer.frozen[index]
         key = (reason.code, node.name if node is not None else "")

@@ -2,21 +2,23 @@
 
 A tensor carries labellings. A labelling gives every element along some axes an atom id; elements that share an id, or
 whose ids are linked, live and die together. `structure.trace` walks the graph once, forward, and asks the rule of
-each operator (see `structure.rules`), which speaks to a `Tracer`; the connected components of all links are the units.
-Components that meet something that cannot shrink (an output, an unknown operator) are frozen and become refusals.
+each operator (see `structure.rules`), which speaks to a `structure.tracer.Tracer`; the connected components of all
+links are the units. Components that meet something that cannot shrink (an output, an unknown operator) are frozen and
+become refusals.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lindep_onnx.model.ir import Model, Node
-from lindep_onnx.model.shapes import Shape, ShapeInfo
+from lindep_onnx.model.ir import Model
+from lindep_onnx.model.shapes import ShapeInfo
+from lindep_onnx.structure.reasons import Reason
 
 Array: TypeAlias = NDArray[Any]
 Atoms: TypeAlias = NDArray[np.int64]
@@ -26,17 +28,6 @@ Axes: TypeAlias = "Mapping[int, Atoms]"
 
 #: Unit number of atoms that always stay.
 FROZEN = -1
-
-
-@dataclass(frozen=True)
-class Reason:
-    """Why channels are left alone: a stable code, and what to tell the user."""
-
-    code: str
-    message: str
-
-
-MISFIT = Reason("misfit", "a constant that belongs to them has another size; ONNX Runtime will not run this")
 
 
 @dataclass(frozen=True)
@@ -295,154 +286,3 @@ class Bounds:
         for number in own:
             self._left[number] -= 1
         return True
-
-
-@dataclass(frozen=True)
-class PendingConsumer:
-    """A node that multiplies a weight along a labelled axis; the fields are those of `Consumer`."""
-
-    weight: str
-    inputs: int
-    outputs: int
-    reader: ConsumerNode
-    affine: bool
-    blocks: int
-
-
-@dataclass
-class Tracer:
-    """What the operator rules read and write while a graph is traced. It lives inside `trace` only."""
-
-    model: Model
-    shape_info: ShapeInfo
-    labels: dict[str, tuple[Labelling, ...]] = field(default_factory=dict)
-    atoms: int = 0
-    links: list[tuple[Atoms, Atoms]] = field(default_factory=list)
-    aligned: list[tuple[Atoms, Atoms]] = field(default_factory=list)
-    frozen: list[tuple[Atoms, Reason, Node | None]] = field(default_factory=list)
-    claims: dict[str, dict[tuple[int, int], dict[int, Atoms]]] = field(default_factory=dict)
-    consumers: list[PendingConsumer] = field(default_factory=list)
-    products: list[Product] = field(default_factory=list)
-    producers: list[Producer] = field(default_factory=list)
-
-    # ---- reading -----------------------------------------------------------------------------------------------
-
-    def constant(self, name: str) -> Array | None:
-        """Value of a tensor that never changes; None for others and for absent inputs."""
-        return self.shape_info.constants.get(name)
-
-    def shape(self, name: str) -> Shape | None:
-        """Shape of a tensor, None if not even its rank is known."""
-        return self.shape_info.shapes.get(name)
-
-    def rank(self, name: str) -> int | None:
-        """Number of axes of a tensor, None if unknown."""
-        shape = self.shape(name)
-        return None if shape is None else len(shape)
-
-    def axes(self, name: str) -> dict[int, Atoms]:
-        """The atoms of a tensor by the axis they can be cut along.
-
-        Where ids vary over other axes too, those along them are linked: whoever asks for one axis treats them alike.
-        """
-        return {label.cut: self.flat(label) for label in self.labels.get(name, ())}
-
-    def flat(self, label: Labelling) -> Atoms:
-        """One id for each place along the cut axis, with which all others of the place live and die."""
-        rows = label.rows()
-        self.link(rows, rows[:1])
-        return np.asarray(rows[0])
-
-    # ---- writing -----------------------------------------------------------------------------------------------
-
-    def fresh(self, count: int) -> Atoms:
-        """New atoms, linked to nothing."""
-        self.atoms += count
-        return np.arange(self.atoms - count, self.atoms, dtype=np.int64)
-
-    def distinct(self, atoms: Atoms, used: Iterable[Atoms] = ()) -> Atoms:
-        """The same atoms with fresh, linked ones wherever an atom occurs again on the axis.
-
-        An axis built from the same channels twice has two features for one unit; only a Reshape puts one atom on an
-        axis several times, and means positions of one channel by it.
-        """
-        seen = np.concatenate([np.empty(0, np.int64), *used])
-        first = np.zeros(len(atoms), dtype=bool)
-        first[np.unique(atoms, return_index=True)[1]] = True
-        again = ~first | np.isin(atoms, seen)
-        result = atoms.copy()
-        result[again] = self.fresh(int(again.sum()))
-        self.link(result[again], atoms[again])
-        return result
-
-    def link(self, left: Atoms, right: Atoms) -> None:
-        """Make atoms live and die together, pair by pair; the arrays broadcast."""
-        left, right = np.broadcast_arrays(left, right)
-        differ = left != right
-        if differ.any():
-            self.links.append((left[differ], right[differ]))
-
-    def align(self, rows: Atoms) -> None:
-        """Make the places (rows, places) of a column vanish together, whichever channels sit on them then."""
-        left, right = np.broadcast_arrays(rows, rows[:1])
-        self.aligned.append((left[1:], right[1:]))
-
-    def freeze(self, atoms: Atoms, reason: Reason, node: Node | None) -> None:
-        """Keep atoms for ever."""
-        if atoms.size:
-            self.frozen.append((np.unique(atoms), reason, node))
-
-    def freeze_tensor(self, name: str, reason: Reason, node: Node | None, axes: Iterable[int] | None = None) -> None:
-        """Keep all channels of a tensor, or those along `axes`."""
-        rank = self.rank(name) or 0
-        chosen = None if axes is None else {axis % rank if rank else axis for axis in axes}
-        for label in self.labels.get(name, ()):
-            if chosen is None or label.cut in chosen:
-                self.freeze(label.atoms.ravel(), reason, node)
-
-    def label(self, name: str, labels: Iterable[Labelling]) -> None:
-        """Say which labellings a computed tensor carries. Axes of size 1 never carry one."""
-        if name:
-            kept = tuple(label for label in labels if label.atoms.shape[label.axes.index(label.cut)] > 1)
-            if kept:
-                self.labels[name] = kept
-
-    def label_axes(self, name: str, axes: Mapping[int, Atoms]) -> None:
-        """`label` with one labelling for each axis."""
-        self.label(name, [Labelling((axis,), atoms, axis) for axis, atoms in sorted(axes.items())])
-
-    def claim(self, node: Node, position: int, axes: Mapping[int, Atoms]) -> None:
-        """Say that a node can read its constant input at `position` with these axes sliced, and no others.
-
-        Readers of one matrix have to agree (see `structure.trace`); a vector is sliced for each reader alone. Where
-        a constant has another size than the channels it belongs to, these stay.
-        """
-        name = node.input(position)
-        value = self.constant(name)
-        if value is None:
-            return
-        wanted = {}
-        for axis, atoms in axes.items():
-            if axis >= value.ndim or value.shape[axis] != (atoms.size if axis == 0 else atoms.shape[-1]):
-                self.freeze(atoms.ravel(), MISFIT, node)
-            elif atoms.shape[-1] > 1:
-                wanted[axis] = atoms
-        self.claims.setdefault(name, {})[node.index, position] = wanted
-
-    def refuse(self, node: Node, reason: Reason) -> None:
-        """Leave everything alone that a node reads; its outputs carry no channels."""
-        for name in (*node.inputs, *node.captures):
-            if name:
-                self.freeze_tensor(name, reason, node)
-
-    def produce(self, node: Node, channels: int) -> Atoms:
-        """Start the output channels of a node with a constant weight."""
-        atoms = self.fresh(channels)
-        self.producers.append(Producer(node.index, atoms))
-        return atoms
-
-    def consumer(
-        self, weight: str, inputs: int, outputs: int, reader: ConsumerNode, affine: bool, blocks: int = 1
-    ) -> None:
-        """Record that a node multiplies a constant weight, in so many blocks, along a labelled axis."""
-        self.consumers.append(PendingConsumer(weight, inputs, outputs, reader, affine, blocks))

@@ -1,7 +1,7 @@
 """What each operator does to channels: one file per behaviour, one registry.
 
 A tracing rule reads the labellings of a node's inputs and writes those of its outputs through a
-`structure.types.Tracer`; a rewriting rule, for the few operators that hold sizes or indices, adjusts the node through
+`structure.tracer.Tracer`; a rewriting rule, for the few operators that hold sizes or indices, adjusts the node through
 a `structure.edit_builder.EditBuilder`. An operator without a tracing rule is a refusal.
 """
 
@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from lindep_onnx.structure.rules import elementwise, join, linear, normalization, pooling, recurrent, scatter
 from lindep_onnx.structure.rules import reshape as shape
-from lindep_onnx.structure.rules.registry import UNKNOWN, Rewriting, Tracing, rewriting_rule, supported, tracing_rule
+from lindep_onnx.structure.rules.registry import Rewriting, Tracing, rewriting_rule, supported, tracing_rule
 
 __all__ = [
-    "UNKNOWN",
     "Rewriting",
     "Tracing",
     "elementwise",

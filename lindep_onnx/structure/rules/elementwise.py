@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from lindep_onnx.model.ir import Node
+from lindep_onnx.structure import reasons
 from lindep_onnx.structure.rules.registry import traces
 from lindep_onnx.structure.rules.saturation import may_flatten
-from lindep_onnx.structure.types import Labelling, Reason, Tracer
+from lindep_onnx.structure.tracer import Tracer
+from lindep_onnx.structure.types import Labelling
 
 __all__ = ["broadcast"]
 
-MISMATCH = Reason("unlabelled_operand", "they are combined with a tensor whose channels cannot shrink")
-UNKNOWN_RANK = Reason("unknown_rank", "the number of axes of a tensor they are combined with is not known")
-TRAINING = Reason("training_mode", "a node in training mode reads them; export the model for inference")
 
 UNARY = (
     *("Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "BitwiseNot", "Cast", "Ceil", "Celu", "Cos", "Cosh"),
@@ -36,7 +35,7 @@ def dropout(node: Node, tracer: Tracer) -> None:
     """The identity at inference; the mask has the shape of the data."""
     training = tracer.constant(node.input(2))
     if node.input(2) and (training is None or bool(training)):
-        tracer.refuse(node, TRAINING)
+        tracer.refuse(node, reasons.TRAINING)
         return
     for name in node.outputs:
         tracer.label(name, tracer.labels.get(node.inputs[0], ()))
@@ -47,7 +46,7 @@ def broadcast(node: Node, tracer: Tracer) -> list[Labelling]:
     ranks = [tracer.rank(name) for name in node.inputs if name]
     rank = max((known for known in ranks if known is not None), default=0)
     if None in ranks and len(ranks) > 1:
-        tracer.refuse(node, UNKNOWN_RANK)
+        tracer.refuse(node, reasons.UNKNOWN_RANK)
         return []
     operands = [position for position, name in enumerate(node.inputs) if name and tracer.constant(name) is None]
     labels = [label for position in operands for label in _aligned(tracer, node.inputs[position], rank)]
@@ -65,7 +64,7 @@ def broadcast(node: Node, tracer: Tracer) -> list[Labelling]:
             for label in result:
                 size = shape[label.cut - offset] if shape is not None and label.cut >= offset else 1
                 if label.cut not in own and (shape is None or size != 1):
-                    tracer.freeze(label.atoms.ravel(), MISMATCH, node)
+                    tracer.freeze(label.atoms.ravel(), reasons.FROZEN_OPERAND, node)
         elif name and shape is not None:
             wanted = {
                 label.cut - offset: tracer.flat(label)

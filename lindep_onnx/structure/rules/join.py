@@ -6,18 +6,14 @@ import numpy as np
 
 from lindep_onnx.model.edit import Insertion
 from lindep_onnx.model.ir import Node
+from lindep_onnx.structure import reasons
 from lindep_onnx.structure.edit_builder import EditBuilder
 from lindep_onnx.structure.rules.registry import rewrites, traces
-from lindep_onnx.structure.types import Atoms, Reason, Tracer
+from lindep_onnx.structure.tracer import Tracer
+from lindep_onnx.structure.types import Atoms
 
 __all__: list[str] = []
 
-FROZEN_OPERAND = Reason("unlabelled_operand", "they are combined with a tensor whose channels cannot shrink")
-RUNTIME_INDICES = Reason("runtime_indices", "which of them are picked is computed at run time")
-OUTSIDE = Reason("outside", "an index that picks them lies outside their axis; ONNX Runtime will not run this")
-PICKED = Reason("picked", "a single one of them is picked out")
-BORDER = Reason("pad_mode", "a Pad that crops, repeats or reflects them")
-ENORMOUS = Reason("enormous", "a Pad makes more than a million of them")
 
 #: Channels that a Pad may add: arrays over more would take longer than all else.
 MAX_PADDED = 1 << 20
@@ -29,7 +25,7 @@ def concat(node: Node, tracer: Tracer) -> None:
     """Along the axis the operands follow each other; along the others they are linked."""
     rank = tracer.rank(node.outputs[0])
     if rank is None:
-        tracer.refuse(node, FROZEN_OPERAND)
+        tracer.refuse(node, reasons.FROZEN_OPERAND)
         return
     joined = node.attributes["axis"] % rank
     across = _linked_across(node, tracer, joined)
@@ -43,7 +39,7 @@ def concat(node: Node, tracer: Tracer) -> None:
                     tracer.claim(node, position, {**across, joined: part})
         else:
             for name in node.inputs:
-                tracer.freeze_tensor(name, FROZEN_OPERAND, node, [joined])
+                tracer.freeze_tensor(name, reasons.FROZEN_OPERAND, node, [joined])
     else:
         for position, name in enumerate(node.inputs):
             if tracer.constant(name) is not None:
@@ -64,7 +60,7 @@ def _linked_across(node: Node, tracer: Tracer, joined: int) -> dict[int, Atoms]:
                 result[axis] = atoms
     for axis, atoms in result.items():
         if any(axis not in tracer.axes(name) for name in data):
-            tracer.freeze(atoms, FROZEN_OPERAND, node)
+            tracer.freeze(atoms, reasons.FROZEN_OPERAND, node)
     return result
 
 
@@ -79,7 +75,7 @@ def _part(node: Node, tracer: Tracer, position: int, axis: int) -> Atoms | None:
         return None
     made = tracer.fresh(int(shape[axis]))
     if tracer.constant(name) is None or len(made) == 1:
-        tracer.freeze(made, FROZEN_OPERAND, node)
+        tracer.freeze(made, reasons.FROZEN_OPERAND, node)
     return made
 
 
@@ -96,7 +92,7 @@ def split(node: Node, tracer: Tracer) -> None:
     sizes = [(tracer.shape(name) or {axis: None})[axis] if name else None for name in node.outputs]
     fixed = [size for size in sizes if isinstance(size, int)]
     if axis in axes and (len(fixed) != len(sizes) or sum(fixed) != len(axes[axis])):
-        tracer.freeze_tensor(data, RUNTIME_INDICES, node, [axis])
+        tracer.freeze_tensor(data, reasons.RUNTIME_INDICES, node, [axis])
         axes = passing
     start = 0
     for name, size in zip(node.outputs, sizes, strict=True):
@@ -105,7 +101,7 @@ def split(node: Node, tracer: Tracer) -> None:
             labels[axis] = axes[axis][start : start + size]
             start += size
             if size == 1:  # a part of one channel carries no label: it stays
-                tracer.freeze(labels[axis], FROZEN_OPERAND, node)
+                tracer.freeze(labels[axis], reasons.FROZEN_OPERAND, node)
         tracer.label_axes(name, labels)
 
 
@@ -132,12 +128,12 @@ def gather(node: Node, tracer: Tracer) -> None:
     rank = tracer.rank(data)
     indices, index_rank = tracer.constant(node.inputs[1]), tracer.rank(node.inputs[1])
     if rank is None or index_rank is None:
-        tracer.refuse(node, RUNTIME_INDICES)
+        tracer.refuse(node, reasons.RUNTIME_INDICES)
         return
     axis = node.attributes.get("axis", 0) % rank
     table = tracer.constant(data)
     if indices is None:
-        tracer.freeze_tensor(node.inputs[1], RUNTIME_INDICES, node)
+        tracer.freeze_tensor(node.inputs[1], reasons.RUNTIME_INDICES, node)
     else:
         tracer.claim(node, 1, {})
     if table is not None:
@@ -149,11 +145,11 @@ def gather(node: Node, tracer: Tracer) -> None:
     if axis in axes:
         size = len(axes[axis])
         if indices is None or index_rank > 1:
-            tracer.freeze_tensor(data, RUNTIME_INDICES, node, [axis])
+            tracer.freeze_tensor(data, reasons.RUNTIME_INDICES, node, [axis])
         elif ((indices < -size) | (indices >= size)).any():
-            tracer.freeze_tensor(data, OUTSIDE, node, [axis])
+            tracer.freeze_tensor(data, reasons.OUTSIDE, node, [axis])
         elif index_rank == 0 or indices.size == 1:
-            tracer.freeze(axes[axis][np.ravel(indices)], PICKED, node)
+            tracer.freeze(axes[axis][np.ravel(indices)], reasons.PICKED, node)
         else:
             labels[axis] = tracer.distinct(axes[axis][indices])
     tracer.label_axes(result, labels)
@@ -183,7 +179,7 @@ def slice_(node: Node, tracer: Tracer) -> None:
     shape = tracer.shape(data) or ()
     ranges = _ranges(node, tracer.constant, tracer.model.opset, len(shape))
     if ranges is None:
-        tracer.freeze_tensor(data, RUNTIME_INDICES, node)
+        tracer.freeze_tensor(data, reasons.RUNTIME_INDICES, node)
         return
     for position in range(1, len(node.inputs)):
         tracer.claim(node, position, {})
@@ -192,7 +188,7 @@ def slice_(node: Node, tracer: Tracer) -> None:
         taken = atoms[ranges[axis]] if axis in ranges else atoms
         labels[axis] = taken
         if len(taken) == 1:
-            tracer.freeze(taken, PICKED, node)
+            tracer.freeze(taken, reasons.PICKED, node)
     tracer.label_axes(result, labels)
 
 
@@ -285,11 +281,11 @@ def pad(node: Node, tracer: Tracer) -> None:
     for axis, atoms in axes.items():
         before, after = (None, None) if pads is None else pads[axis]
         if not isinstance(before, int) or not isinstance(after, int):
-            tracer.freeze_tensor(data, RUNTIME_INDICES, node, [axis])
+            tracer.freeze_tensor(data, reasons.RUNTIME_INDICES, node, [axis])
         elif (before or after) and (not constant_mode or min(before, after) < 0):
-            tracer.freeze_tensor(data, BORDER, node, [axis])
+            tracer.freeze_tensor(data, reasons.BORDER, node, [axis])
         elif before + after > MAX_PADDED:
-            tracer.freeze_tensor(data, ENORMOUS, node, [axis])
+            tracer.freeze_tensor(data, reasons.ENORMOUS, node, [axis])
         else:
             labels[axis] = np.concatenate([tracer.fresh(before), atoms, tracer.fresh(after)])
     tracer.label_axes(result, labels)

@@ -7,24 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from lindep_onnx.model.ir import Node
+from lindep_onnx.structure import reasons
 from lindep_onnx.structure.edit_builder import EditBuilder
 from lindep_onnx.structure.rules.registry import rewrites, traces
-from lindep_onnx.structure.types import Atoms, Bias, ConsumerNode, Labelling, Product, Reason, Tracer, Window
+from lindep_onnx.structure.tracer import Tracer
+from lindep_onnx.structure.types import Atoms, Bias, ConsumerNode, Labelling, Product, Window
 
 __all__: list[str] = []
 
-SINGLE = Reason("grouped_convolution", "a grouped convolution has one of them in each group, and no group can be empty")
-DYNAMIC_WEIGHT = Reason("runtime_weight", "the weight is computed at run time")
-WEIGHT_RANK = Reason("weight_rank", "a constant weight of rank over 2 is a batch of matrices")
-TRANSPOSED = Reason("transposed_data", "Gemm reads its data transposed (transA)")
-CONTRACTED = Reason(
-    "contracted", "two computed tensors are multiplied along them (query and key), and no weight could make up for them"
-)
-FROZEN_INPUT = Reason("frozen_input", "a depthwise convolution computes them one by one from channels that stay")
-EQUATION = Reason("einsum", "an Einsum that is more than the product with a constant matrix reads them")
-UNKNOWN_RANK = Reason("unknown_rank", "the number of axes of the data that is multiplied is not known")
-VECTOR = Reason("vector_product", "a product with a vector reads them")
-SPATIAL = Reason("spatial_axis", "they lie along an axis that a window moves over")
 
 _LETTERS = ord("A")  # the capital ones name batch axes
 
@@ -36,11 +26,11 @@ def convolution(node: Node, tracer: Tracer) -> None:
     kernel = tracer.constant(weight)
     shape = tracer.shape(data)
     if kernel is None or shape is None:
-        tracer.refuse(node, DYNAMIC_WEIGHT)
+        tracer.refuse(node, reasons.RUNTIME_WEIGHT)
         return
     group = int(node.attributes.get("group", 1))
     axes = tracer.axes(data)
-    tracer.freeze_tensor(data, SPATIAL, node, [axis for axis in axes if axis > 1])
+    tracer.freeze_tensor(data, reasons.WINDOWED, node, [axis for axis in axes if axis > 1])
     outputs = {axis: atoms for axis, atoms in axes.items() if axis == 0}
     bias = _convolution_bias(node, tracer)
     window = _window(node, tracer, kernel.shape[2:])
@@ -56,7 +46,7 @@ def convolution(node: Node, tracer: Tracer) -> None:
     tracer.claim(node, 1, {0: rows} if given is None else {0: rows, 1: given})
     if node.input(2):
         if bias is None:
-            tracer.freeze(made, DYNAMIC_WEIGHT, node)
+            tracer.freeze(made, reasons.RUNTIME_WEIGHT, node)
         tracer.claim(node, 2, {0: made})
     tracer.label_axes(node.outputs[0], {**outputs, 1: made})
     if columns is not None:
@@ -71,7 +61,7 @@ def _by_group(atoms: Atoms, group: int, node: Node, tracer: Tracer) -> Atoms:
     rows = atoms.reshape(group, -1)
     tracer.align(rows)
     if rows.shape[1] == 1:
-        tracer.freeze(atoms, SINGLE, node)
+        tracer.freeze(atoms, reasons.SINGLE, node)
     return rows
 
 
@@ -82,12 +72,12 @@ def _depthwise(node: Node, tracer: Tracer, group: int, multiplier: int) -> None:
     given = axes.get(1)
     made = tracer.produce(node, group * multiplier)
     if given is None:
-        tracer.freeze(made, FROZEN_INPUT, node)
+        tracer.freeze(made, reasons.FROZEN_INPUT, node)
     else:
         tracer.link(made.reshape(group, multiplier), given[:, None])
     tracer.claim(node, 1, {0: made})
     if node.input(2) and tracer.constant(node.input(2)) is None:
-        tracer.freeze(made, DYNAMIC_WEIGHT, node)
+        tracer.freeze(made, reasons.RUNTIME_WEIGHT, node)
     tracer.claim(node, 2, {0: made})
     passing = {axis: atoms for axis, atoms in axes.items() if axis == 0}
     tracer.label_axes(node.outputs[0], {**passing, 1: made})
@@ -159,7 +149,7 @@ def transposed_convolution(node: Node, tracer: Tracer) -> None:
     data, weight = node.inputs[0], node.inputs[1]
     kernel = tracer.constant(weight)
     if kernel is None:
-        tracer.refuse(node, DYNAMIC_WEIGHT)
+        tracer.refuse(node, reasons.RUNTIME_WEIGHT)
         return
     group = int(node.attributes.get("group", 1))
     axes = tracer.axes(data)
@@ -167,14 +157,14 @@ def transposed_convolution(node: Node, tracer: Tracer) -> None:
     window = _transposed_window(node, tracer, kernel.shape[2:])
     if window is not None:
         tracer.products.append(Product(weight, 1, 0, 1, group, 1.0, reader, window))
-    tracer.freeze_tensor(data, SPATIAL, node, [axis for axis in axes if axis > 1])
+    tracer.freeze_tensor(data, reasons.WINDOWED, node, [axis for axis in axes if axis > 1])
     made = tracer.produce(node, kernel.shape[1] * group)
     columns = axes.get(1)
     rows = _by_group(made, group, node, tracer)
     given = None if columns is None else _by_group(columns, group, node, tracer)
     tracer.claim(node, 1, {1: rows} if given is None else {1: rows, 0: given})
     if node.input(2) and tracer.constant(node.input(2)) is None:
-        tracer.freeze(made, DYNAMIC_WEIGHT, node)
+        tracer.freeze(made, reasons.RUNTIME_WEIGHT, node)
     tracer.claim(node, 2, {0: made})
     tracer.label_axes(node.outputs[0], {1: made})
     if columns is not None:
@@ -200,7 +190,7 @@ def gemm(node: Node, tracer: Tracer) -> None:
     data, weight = node.inputs[0], node.inputs[1]
     matrix = tracer.constant(weight)
     if matrix is None:
-        tracer.refuse(node, DYNAMIC_WEIGHT)
+        tracer.refuse(node, reasons.RUNTIME_WEIGHT)
         return
     inputs, outputs = (1, 0) if node.attributes.get("transB", 0) else (0, 1)
     axes = tracer.axes(data)
@@ -208,7 +198,7 @@ def gemm(node: Node, tracer: Tracer) -> None:
     passing = {0: axes[0]} if 0 in axes else {}
     columns = axes.get(1)
     if node.attributes.get("transA", 0):
-        tracer.freeze_tensor(data, TRANSPOSED, node)
+        tracer.freeze_tensor(data, reasons.TRANSPOSED, node)
         columns, passing = None, {}
     tracer.claim(node, 1, {outputs: made} if columns is None else {outputs: made, inputs: columns})
     bias = _gemm_bias(node, tracer, made, passing)
@@ -229,8 +219,8 @@ def _gemm_bias(node: Node, tracer: Tracer, made: Atoms, passing: dict[int, Atoms
         return Bias(node.index, 2, "", alpha / beta) if beta else None
     value = tracer.constant(name)
     if value is None:
-        tracer.freeze(made, DYNAMIC_WEIGHT, node)
-        tracer.freeze_tensor(name, DYNAMIC_WEIGHT, node)
+        tracer.freeze(made, reasons.RUNTIME_WEIGHT, node)
+        tracer.freeze_tensor(name, reasons.RUNTIME_WEIGHT, node)
         return None
     rank = value.ndim
     wanted = {}
@@ -250,7 +240,7 @@ def matmul(node: Node, tracer: Tracer) -> None:
     if left is None and right is None:
         _computed_product(node, tracer)
     elif left is not None and right is not None:
-        tracer.refuse(node, DYNAMIC_WEIGHT)
+        tracer.refuse(node, reasons.RUNTIME_WEIGHT)
     elif right is not None:
         _constant_product(node, tracer, position=1, mixed=-1)
     else:
@@ -262,7 +252,9 @@ def _constant_product(node: Node, tracer: Tracer, position: int, mixed: int) -> 
     matrix = tracer.shape_info.constants[weight]
     rank = tracer.rank(data)
     if matrix.ndim != 2 or rank is None or rank < 2:
-        reason = WEIGHT_RANK if matrix.ndim > 2 else UNKNOWN_RANK if rank is None else VECTOR
+        reason = (
+            reasons.WEIGHT_RANK if matrix.ndim > 2 else reasons.UNKNOWN_DATA_RANK if rank is None else reasons.VECTOR
+        )
         tracer.refuse(node, reason)
         if matrix.ndim > 1:
             tracer.freeze(tracer.produce(node, matrix.shape[-1 if position else -2]), reason, node)
@@ -288,7 +280,7 @@ def einsum(node: Node, tracer: Tracer) -> None:
     constant = [tracer.constant(name) is not None for name in node.inputs]
     odd = "." in inputs or any(len(set(term)) < len(term) for term in (*terms, result))
     if len(terms) != 2 or not arrow or odd or [len(term) for term in terms] != [tracer.rank(n) for n in node.inputs]:
-        tracer.refuse(node, EQUATION)
+        tracer.refuse(node, reasons.EQUATION)
         return
     if not any(constant):
         _contraction(node, tracer, terms, result)
@@ -300,11 +292,11 @@ def einsum(node: Node, tracer: Tracer) -> None:
         return
     summed, made = set(weight) & set(data) - set(result), set(weight) & set(result) - set(data)
     if all(constant) or len(weight) != 2 or len(summed) != 1 or len(made) != 1:
-        tracer.refuse(node, EQUATION)
+        tracer.refuse(node, reasons.EQUATION)
         return
     (one,), (other,) = summed, made
     if data.replace(one, "") != result.replace(other, ""):
-        tracer.refuse(node, EQUATION)
+        tracer.refuse(node, reasons.EQUATION)
         return
     axis, new, name = data.index(one), result.index(other), node.inputs[1 - position]
     outputs = weight.index(other)
@@ -347,7 +339,7 @@ def _computed_product(node: Node, tracer: Tracer) -> None:
     """The last axis of the left operand meets the last but one of the right."""
     ranks = [tracer.rank(name) for name in node.inputs]
     if None in ranks or min(rank for rank in ranks if rank is not None) < 2:
-        tracer.refuse(node, CONTRACTED)
+        tracer.refuse(node, reasons.CONTRACTED)
         return
     batch = [chr(_LETTERS + axis) for axis in range(max(rank for rank in ranks if rank is not None) - 2)]
     left, right = (
@@ -365,7 +357,7 @@ def _contraction(node: Node, tracer: Tracer, terms: Sequence[Sequence[str]], res
     for name, term, other in zip(node.inputs, terms, terms[::-1], strict=True):
         for label in tracer.labels.get(name, ()):
             if term[label.cut] in other or term[label.cut] not in result:
-                tracer.freeze(label.atoms.ravel(), CONTRACTED, node)
+                tracer.freeze(label.atoms.ravel(), reasons.CONTRACTED, node)
                 continue
             if any(term[axis] not in result for axis in label.axes):
                 label = Labelling((label.cut,), tracer.flat(label), label.cut)

@@ -5,16 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lindep_onnx.model.ir import Node
+from lindep_onnx.structure import reasons
 from lindep_onnx.structure.rules.registry import traces
-from lindep_onnx.structure.types import Reason, Tracer
+from lindep_onnx.structure.tracer import Tracer
 
 __all__: list[str] = []
-
-MIXED = Reason(
-    "mixed_axis", "an operator mixes all channels of the axis, so that none can go without changing the rest"
-)
-TRAINING = Reason("training_mode", "a node in training mode reads them; export the model for inference")
-RUNTIME_PARAMETERS = Reason("runtime_parameters", "scale or bias of a normalization are computed at run time")
 
 
 @traces("BatchNormalization")
@@ -22,7 +17,7 @@ def batch_normalization(node: Node, tracer: Tracer) -> None:
     """Scales and shifts each channel by constants of its own."""
     data = node.inputs[0]
     if node.attributes.get("training_mode", 0) or any(node.outputs[1:]):
-        tracer.refuse(node, TRAINING)
+        tracer.refuse(node, reasons.TRAINING)
         return
     _per_channel(node, tracer, data, positions=range(1, 5))
 
@@ -30,7 +25,9 @@ def batch_normalization(node: Node, tracer: Tracer) -> None:
 @traces("InstanceNormalization")
 def instance_normalization(node: Node, tracer: Tracer) -> None:
     """Normalizes each channel of each sample over its positions."""
-    tracer.freeze_tensor(node.inputs[0], MIXED, node, [axis for axis in tracer.axes(node.inputs[0]) if axis > 1])
+    tracer.freeze_tensor(
+        node.inputs[0], reasons.MIXED, node, [axis for axis in tracer.axes(node.inputs[0]) if axis > 1]
+    )
     _per_channel(node, tracer, node.inputs[0], positions=range(1, 3))
 
 
@@ -38,7 +35,7 @@ def _per_channel(node: Node, tracer: Tracer, data: str, positions: Iterable[int]
     axes = tracer.axes(data)
     for position in positions:
         if tracer.constant(node.input(position)) is None:
-            tracer.freeze_tensor(data, RUNTIME_PARAMETERS, node, [1])
+            tracer.freeze_tensor(data, reasons.RUNTIME_PARAMETERS, node, [1])
         else:
             tracer.claim(node, position, {0: axes[1]} if 1 in axes else {})
     tracer.label_axes(node.outputs[0], axes)
@@ -104,7 +101,7 @@ def _mix(node: Node, tracer: Tracer, axes: Iterable[int]) -> None:
     data = node.inputs[0]
     rank = tracer.rank(data) or 0
     mixed = {axis % rank for axis in axes} if rank else set()
-    tracer.freeze_tensor(data, MIXED, node, mixed)
+    tracer.freeze_tensor(data, reasons.MIXED, node, mixed)
     passing = {axis: atoms for axis, atoms in tracer.axes(data).items() if axis not in mixed}
     for name in node.outputs[:1]:
         tracer.label_axes(name, passing)
@@ -151,7 +148,7 @@ def arg_extreme(node: Node, tracer: Tracer) -> None:
 
 def _remove_axes(node: Node, tracer: Tracer, mixed: set[int], keepdims: bool) -> None:
     data = node.inputs[0]
-    tracer.freeze_tensor(data, MIXED, node, mixed)
+    tracer.freeze_tensor(data, reasons.MIXED, node, mixed)
     passing = {axis: atoms for axis, atoms in tracer.axes(data).items() if axis not in mixed}
     if not keepdims:
         passing = {axis - sum(gone < axis for gone in mixed): atoms for axis, atoms in passing.items()}
@@ -164,7 +161,7 @@ def top_k(node: Node, tracer: Tracer) -> None:
     data = node.inputs[0]
     rank = tracer.rank(data) or 1
     mixed = node.attributes.get("axis", -1) % rank
-    tracer.freeze_tensor(data, MIXED, node, [mixed])
+    tracer.freeze_tensor(data, reasons.MIXED, node, [mixed])
     passing = {axis: atoms for axis, atoms in tracer.axes(data).items() if axis != mixed}
     for name in node.outputs:
         tracer.label_axes(name, passing)

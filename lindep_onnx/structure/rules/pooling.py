@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from lindep_onnx.model.ir import Node
+from lindep_onnx.structure import reasons
 from lindep_onnx.structure.edit_builder import EditBuilder
 from lindep_onnx.structure.rules.registry import rewrites, traces
-from lindep_onnx.structure.types import Reason, Tracer
+from lindep_onnx.structure.tracer import Tracer
 
 __all__: list[str] = []
-
-SPATIAL = Reason("spatial_axis", "they lie along an axis that a window or an interpolation moves over")
-INDICES = Reason("pool_indices", "the indices of a MaxPool count through all channels")
 
 
 @traces("AveragePool", "GlobalAveragePool", "GlobalLpPool", "GlobalMaxPool", "LpPool", "MaxPool")
@@ -18,10 +16,10 @@ def pool(node: Node, tracer: Tracer) -> None:
     """Batch and channels pass, spatial axes are mixed."""
     data = node.inputs[0]
     if any(node.outputs[1:]):
-        tracer.refuse(node, INDICES)
+        tracer.refuse(node, reasons.POOL_INDICES)
         return
     axes = tracer.axes(data)
-    tracer.freeze_tensor(data, SPATIAL, node, [axis for axis in axes if axis > 1])
+    tracer.freeze_tensor(data, reasons.RESAMPLED, node, [axis for axis in axes if axis > 1])
     tracer.label_axes(node.outputs[0], {axis: atoms for axis, atoms in axes.items() if axis < 2})
 
 
@@ -32,10 +30,10 @@ def resize(node: Node, tracer: Tracer) -> None:
     before, after = tracer.shape(data), tracer.shape(result)
     axes = tracer.axes(data)
     if node.attributes.get("coordinate_transformation_mode") == "tf_crop_and_resize" or "axes" in node.attributes:
-        tracer.freeze_tensor(data, SPATIAL, node)
+        tracer.freeze_tensor(data, reasons.RESAMPLED, node)
         axes = {}
     moved = [axis for axis in axes if before is None or after is None or before[axis] != after[axis]]
-    tracer.freeze_tensor(data, SPATIAL, node, moved)
+    tracer.freeze_tensor(data, reasons.RESAMPLED, node, moved)
     tracer.label_axes(result, {axis: atoms for axis, atoms in axes.items() if axis not in moved})
 
 

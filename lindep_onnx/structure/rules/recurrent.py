@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from lindep_onnx.model.ir import Node
+from lindep_onnx.structure import reasons
 from lindep_onnx.structure.rules.registry import traces
-from lindep_onnx.structure.types import ConsumerNode, Reason, Tracer
+from lindep_onnx.structure.tracer import Tracer
+from lindep_onnx.structure.types import ConsumerNode
 
 __all__: list[str] = []
-
-STEPS = Reason("recurrent_steps", "a recurrent layer moves along them step by step")
-RUNTIME = Reason("runtime_weight", "the weight is computed at run time")
 
 
 @traces("LSTM", "GRU", "RNN")
@@ -19,13 +18,13 @@ def recurrent(node: Node, tracer: Tracer) -> None:
     made = next(filter(None, node.outputs), "")
     rank = tracer.rank(made)
     if tracer.constant(weight) is None or not made or rank is None:
-        tracer.refuse(node, RUNTIME)
+        tracer.refuse(node, reasons.RUNTIME_WEIGHT)
         return
     columns = tracer.axes(data).get(2)
-    tracer.freeze_tensor(data, STEPS, node, [0, 1])
+    tracer.freeze_tensor(data, reasons.STEPS, node, [0, 1])
     for name in node.inputs[3:]:
         if name:
-            tracer.freeze_tensor(name, STEPS, node)
+            tracer.freeze_tensor(name, reasons.STEPS, node)
     for position in range(2, len(node.inputs)):
         tracer.claim(node, position, {})
     tracer.claim(node, 1, {} if columns is None else {2: columns})

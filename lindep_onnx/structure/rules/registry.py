@@ -7,13 +7,12 @@ from typing import Any, TypeAlias, TypeVar
 
 from lindep_onnx.model.ir import Node
 from lindep_onnx.structure.edit_builder import EditBuilder
-from lindep_onnx.structure.types import Reason, Tracer
+from lindep_onnx.structure.tracer import Tracer
 
 Tracing: TypeAlias = Callable[[Node, Tracer], None]
 Rewriting: TypeAlias = Callable[[Node, EditBuilder], None]
 Rule = TypeVar("Rule", bound=Callable[..., Any])
 
-UNKNOWN = Reason("unknown_operator", "an operator without a rule reads them")
 
 _TRACING: dict[str, Tracing] = {}
 _REWRITING: dict[str, Rewriting] = {}

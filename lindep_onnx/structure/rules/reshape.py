@@ -8,17 +8,14 @@ from collections.abc import Mapping
 import numpy as np
 
 from lindep_onnx.model.ir import Node
+from lindep_onnx.structure import reasons
 from lindep_onnx.structure.edit_builder import EditBuilder
 from lindep_onnx.structure.rules.registry import rewrites, traces
-from lindep_onnx.structure.types import Atoms, Labelling, Reason, Tracer
+from lindep_onnx.structure.tracer import Tracer
+from lindep_onnx.structure.types import Atoms, Labelling
 
 __all__: list[str] = []
 
-REGROUPED = Reason("reshape", "a Reshape regroups them with axes of unknown size or other channels")
-COUNTED = Reason("counted", "their number is an output of the model, or a Size operator counts them")
-MOVED = Reason("spatial_axis", "they lie along an axis whose positions become channels, or the other way round")
-REPEATED = Reason("repeated", "a Tile repeats them as often as is known at run time only")
-RUNTIME_SHAPE = Reason("runtime_shape", "the shape they are given is computed at run time")
 
 #: Channels that an Expand, Tile or ConstantOfShape may make.
 MAX_MADE = 1 << 20
@@ -48,7 +45,7 @@ def regroup(node: Node, tracer: Tracer) -> None:
         return
     before, after = tracer.shape(data), tracer.shape(result)
     if before is None or after is None:
-        tracer.refuse(node, REGROUPED)
+        tracer.refuse(node, reasons.REGROUPED)
         return
     labels: list[Labelling] = []
     done: set[int] = set()
@@ -59,7 +56,7 @@ def regroup(node: Node, tracer: Tracer) -> None:
         done.update(label.cut for label in inside)
         if len(inside) > 1 and len(outs) != len(ins):
             for label in inside:
-                tracer.freeze(label.atoms.ravel(), REGROUPED, node)
+                tracer.freeze(label.atoms.ravel(), reasons.REGROUPED, node)
         elif len(inside) == 1 and all(axis in renamed for axis in inside[0].axes):
             label = inside[0]
             labels.append(Labelling(tuple(renamed[axis] for axis in label.axes), label.atoms, renamed[label.cut]))
@@ -67,7 +64,7 @@ def regroup(node: Node, tracer: Tracer) -> None:
             labels.extend(_regrouped(inside[0], ins, outs, before, after, tracer))
     for label in tracer.labels[data]:
         if label.cut not in done:
-            tracer.freeze(label.atoms.ravel(), REGROUPED, node)
+            tracer.freeze(label.atoms.ravel(), reasons.REGROUPED, node)
     tracer.label(result, labels)
 
 
@@ -189,7 +186,7 @@ def depth_to_space(node: Node, tracer: Tracer) -> None:
     """The channels that become one channel, block by block of positions, go together."""
     data = node.inputs[0]
     axes = tracer.axes(data)
-    tracer.freeze_tensor(data, MOVED, node, [2, 3])
+    tracer.freeze_tensor(data, reasons.MOVED, node, [2, 3])
     if 1 in axes:
         squares = int(node.attributes["blocksize"]) ** 2
         last = node.attributes.get("mode", "DCR") == "CRD"
@@ -204,7 +201,7 @@ def space_to_depth(node: Node, tracer: Tracer) -> None:
     """Each channel becomes one for each place in a block; they go together."""
     data = node.inputs[0]
     axes = tracer.axes(data)
-    tracer.freeze_tensor(data, MOVED, node, [2, 3])
+    tracer.freeze_tensor(data, reasons.MOVED, node, [2, 3])
     if 1 in axes:
         axes[1] = tracer.distinct(np.tile(axes[1], int(node.attributes["blocksize"]) ** 2))
     tracer.label_axes(node.outputs[0], {axis: atoms for axis, atoms in axes.items() if axis < 2})
@@ -219,7 +216,7 @@ def expand(node: Node, tracer: Tracer) -> None:
     data, result = node.inputs[0], node.outputs[0]
     before, after = tracer.shape(data), tracer.shape(result)
     if before is None or after is None or tracer.rank(node.inputs[1]) is None:
-        tracer.refuse(node, RUNTIME_SHAPE)
+        tracer.refuse(node, reasons.RUNTIME_SHAPE)
         return
     offset = len(after) - len(before)
     if tracer.constant(data) is None:
@@ -259,7 +256,7 @@ def tile(node: Node, tracer: Tracer) -> None:
     for axis, atoms in tracer.axes(data).items():
         times = None if repeats is None else repeats[axis]
         if not isinstance(times, int) or not 0 < times * len(atoms) <= MAX_MADE:
-            tracer.freeze_tensor(data, REPEATED, node, [axis])
+            tracer.freeze_tensor(data, reasons.REPEATED, node, [axis])
         else:
             labels[axis] = tracer.distinct(np.tile(atoms, times)) if times > 1 else atoms
     tracer.label_axes(node.outputs[0], labels)
@@ -271,7 +268,7 @@ def shape(node: Node, tracer: Tracer) -> None:
     result = node.outputs[0]
     captured = any(result in reader.captures for reader in tracer.model.consumers.get(result, ()))
     if result in tracer.model.outputs or captured:
-        tracer.freeze_tensor(node.inputs[0], COUNTED, node)
+        tracer.freeze_tensor(node.inputs[0], reasons.COUNTED, node)
 
 
 @rewrites("Shape")
@@ -302,7 +299,7 @@ def _picks_others(reader: Node, position: int, size: int, changed: dict[int, int
 @traces("Size")
 def size(node: Node, tracer: Tracer) -> None:
     """Counts all elements, and somebody may compute with the number."""
-    tracer.freeze_tensor(node.inputs[0], COUNTED, node)
+    tracer.freeze_tensor(node.inputs[0], reasons.COUNTED, node)
 
 
 @traces("ConstantOfShape")
@@ -322,4 +319,4 @@ def filled_sizes(node: Node, builder: EditBuilder) -> None:
 @traces("Range", "RandomNormal", "RandomUniform", "EyeLike", "NonZero")
 def made(node: Node, tracer: Tracer) -> None:
     """Makes elements out of sizes: no channels come in or go out."""
-    tracer.refuse(node, RUNTIME_SHAPE)
+    tracer.refuse(node, reasons.RUNTIME_SHAPE)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lindep_onnx.model.ir import Node
+from lindep_onnx.structure import reasons
 from lindep_onnx.structure.rules.registry import traces
-from lindep_onnx.structure.types import Atoms, Reason, Tracer
+from lindep_onnx.structure.tracer import Tracer
+from lindep_onnx.structure.types import Atoms
 
 __all__: list[str] = []
-
-INDEXED = Reason("indexed", "a Scatter or Gather moves along them by indices")
-SIZED = Reason("runtime_shape", "a Scatter or Gather whose sizes are known at run time only")
 
 
 @traces("ScatterND")
@@ -21,7 +20,7 @@ def scatter_nd(node: Node, tracer: Tracer) -> None:
     ranks = tracer.rank(data), tracer.rank(indices), tracer.rank(updates)
     depth = (tracer.shape(indices) or ("",))[-1]
     if None in ranks or not isinstance(depth, int):
-        tracer.refuse(node, SIZED)
+        tracer.refuse(node, reasons.RUNTIME_SIZES)
         return
     behind = (ranks[1] or 1) - 1 - depth  # an axis of the data, as the updates count it
     passing = _together(node, tracer, [(0, 0), (2, behind)], range(depth, ranks[0] or 0))
@@ -34,9 +33,9 @@ def gather_nd(node: Node, tracer: Tracer) -> None:
     data, indices = node.inputs[:2]
     rank, depth = tracer.rank(data), (tracer.shape(indices) or ("",))[-1]
     if rank is None or not isinstance(depth, int):
-        tracer.refuse(node, SIZED)
+        tracer.refuse(node, reasons.RUNTIME_SIZES)
         return
-    tracer.freeze_tensor(indices, INDEXED, node)
+    tracer.freeze_tensor(indices, reasons.INDEXED, node)
     tracer.claim(node, 1, {})
     batch = int(node.attributes.get("batch_dims", 0))
     offset = (tracer.rank(indices) or 1) - 1 - depth - batch
@@ -53,7 +52,7 @@ def elements(node: Node, tracer: Tracer) -> None:
     rank = tracer.rank(node.inputs[0])
     shapes = [tracer.shape(name) for name in node.inputs]
     if rank is None or any(shape is None for shape in shapes) or tracer.constant(node.inputs[1]) is None:
-        tracer.refuse(node, INDEXED)
+        tracer.refuse(node, reasons.INDEXED)
         return
     moved = node.attributes.get("axis", 0) % rank
     whole = [axis for axis in range(rank) if axis != moved and len({shape[axis] for shape in shapes if shape}) == 1]
@@ -76,13 +75,13 @@ def _together(node: Node, tracer: Tracer, operands: Sequence[tuple[int, int]], a
     ]
     for name, offset in computed:
         own = tracer.axes(name)
-        tracer.freeze_tensor(name, INDEXED, node, [axis for axis in own if axis - offset not in axes])
+        tracer.freeze_tensor(name, reasons.INDEXED, node, [axis for axis in own if axis - offset not in axes])
         for axis in axes:
             if axis + offset in own:
                 tracer.link(own[axis + offset], result.setdefault(axis, own[axis + offset]))
     for axis, atoms in result.items():
         if any(axis + offset not in tracer.axes(name) for name, offset in computed):
-            tracer.freeze(atoms, INDEXED, node)
+            tracer.freeze(atoms, reasons.INDEXED, node)
     for place, offset in operands:
         tracer.claim(node, place, {axis + offset: atoms for axis, atoms in result.items()})
     return result

@@ -83,6 +83,25 @@ class Ladder:
         return sorted({round(len(self) * (1 - share)) for share in left.tolist()})
 
 
+@dataclass(frozen=True)
+class FrontierPoint:
+    """What one plan on the path gives without a refit.
+
+    Attributes:
+        parameters: share of the original's parameters that is left.
+        relative_error: worst output error, as `lindep_onnx.verify` defines it, on samples that choose between plans.
+        agreement: share of them with the same arg-max; None if no output has one.
+        channels: how many went.
+        expected: root of the squared relative error of the outputs, averaged over them, that the plan was priced at.
+    """
+
+    parameters: float
+    relative_error: float
+    agreement: float | None
+    channels: int = 0
+    expected: float | None = None
+
+
 def savings(
     structure: Structure, kind: Saving, rates: Mapping[int, float] = MappingProxyType({})
 ) -> NDArray[np.float64]:

@@ -35,12 +35,22 @@ from lindep_onnx.moves.channels import Fold, Plan, part_of, plan_lossless
 from lindep_onnx.moves.fold_weights import fold_weights
 from lindep_onnx.moves.sensitivity import PerturbationRunner, consumer_sensitivity, measured_curves
 from lindep_onnx.options import LOSSLESS_SITE_ERROR, LOSSLESS_VERIFIED_ERROR, Config
-from lindep_onnx.planning.path import RUNGS, Curve, Ladder, Prices, Saving, build_ladder, curves, folds_of, savings
+from lindep_onnx.planning.path import (
+    RUNGS,
+    Curve,
+    FrontierPoint,
+    Ladder,
+    Prices,
+    Saving,
+    build_ladder,
+    curves,
+    folds_of,
+    savings,
+)
 from lindep_onnx.planning.plan_file import ResolvedPlan
 from lindep_onnx.planning.search import COARSE, first_small_enough, last_good_enough, on_grid
 from lindep_onnx.proofs.prove import Proof
 from lindep_onnx.refit.sequential import refit
-from lindep_onnx.report.figures import FrontierPoint, kept_parameters
 from lindep_onnx.runtime import layer_latency as latency
 from lindep_onnx.runtime.backend import Session, crew, open_session
 from lindep_onnx.structure.placement import equalized
@@ -417,13 +427,13 @@ class Workshop:
         """Measured with folds, which are cheap: a refit does better."""
         points = []
         with self._stage("frontier"):
-            whole = kept_parameters(self._structure, ladder.removed(0))
+            whole = self._structure.kept_parameters(ladder.removed(0))
             for done, share in enumerate(FRONTIER):
                 order = ladder.order[: round(share * len(ladder))]
                 removed = equalized(self._structure, ladder.removed(len(order)), order)
                 batches = self._data.batches(Part.SELECT, limit=FRONTIER_SAMPLES)
                 found = self._against(self._folded(removed), batches)
-                left = kept_parameters(self._structure, removed) / max(1, whole)
+                left = self._structure.kept_parameters(removed) / max(1, whole)
                 expected = sum(float(np.append(0.0, curve.cost)[int(removed[curve.units].sum())]) for curve in priced)
                 channels = int(removed.sum())
                 points.append(FrontierPoint(left, found.relative_error, found.agreement, channels, expected**0.5))

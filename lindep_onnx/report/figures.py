@@ -5,8 +5,7 @@ Everything is bounded in size: a curve is told by at most `POINTS` of its points
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -67,25 +66,6 @@ class Spectrum:
     errors: tuple[float, ...]
 
 
-@dataclass(frozen=True)
-class FrontierPoint:
-    """What one plan on the ladder gives without a refit.
-
-    Attributes:
-        parameters: share of the original's parameters that is left.
-        relative_error: worst output error, as `lindep_onnx.verify` defines it, on samples that choose between plans.
-        agreement: share of them with the same arg-max; None if no output has one.
-        channels: how many went.
-        expected: root of the squared relative error of the outputs, averaged over them, that the plan was priced at.
-    """
-
-    parameters: float
-    relative_error: float
-    agreement: float | None
-    channels: int = 0
-    expected: float | None = None
-
-
 def layers(structure: Structure, removed: NDArray[np.bool_]) -> Iterator[Layer]:
     """The weighted layers, in the order of the model.
 
@@ -106,26 +86,8 @@ def layers(structure: Structure, removed: NDArray[np.bool_]) -> Iterator[Layer]:
             channels_before=width,
             channels_after=kept,
             parameters_before=structure.shape_info.constants[weight].size,
-            parameters_after=_kept_elements(structure, weight, removed),
+            parameters_after=structure.kept_elements(weight, removed),
         )
-
-
-def kept_parameters(structure: Structure, removed: NDArray[np.bool_]) -> int:
-    """Parameters of the model without some units; biases that folds add are not counted.
-
-    Args:
-        structure: the traced model.
-        removed: (units,) bool.
-    """
-    sizes = {name: value.size for name, value in structure.model.stored.items() if value.dtype.kind in "fV"}
-    return sum(_kept_elements(structure, name, removed) for name, size in sizes.items() if size > 1)
-
-
-def _kept_elements(structure: Structure, name: str, removed: NDArray[np.bool_]) -> int:
-    elements = structure.shape_info.constants[name].size
-    readers = structure.reads.get(name, {})
-    axes: Mapping[int, NDArray[np.int64]] = next(iter(readers.values()), {})
-    return round(elements * math.prod(float(structure.mask(atoms, removed).mean()) for atoms in axes.values()))
 
 
 def spectra(structure: Structure, statistics: Statistics) -> dict[int, Spectrum]:

@@ -23,8 +23,9 @@ from rich.text import Text
 
 from lindep_onnx.errors import OutputError, UsageError
 from lindep_onnx.files import replacing
+from lindep_onnx.planning.path import FrontierPoint
 from lindep_onnx.report.data_support import Support
-from lindep_onnx.report.figures import FrontierPoint, Layer, Spectrum
+from lindep_onnx.report.figures import Layer, Spectrum
 from lindep_onnx.structure.reasons import ADVICE
 from lindep_onnx.verify.compare import OutputComparison
 from lindep_onnx.verify.variants import Variant

@@ -9,6 +9,7 @@ become refusals.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -262,6 +263,17 @@ class Structure:
         """Which of these atoms survive when the units in `removed` go."""
         gone = np.append(removed, False)  # the last entry answers for FROZEN
         return np.asarray(~gone[self.unit[atoms]])
+
+    def kept_elements(self, name: str, removed: NDArray[np.bool_]) -> int:
+        """How many elements of a constant are left when the units in `removed` go."""
+        axes = next(iter(self.reads.get(name, {}).values()), {})
+        shares = (float(self.mask(atoms, removed).mean()) for atoms in axes.values())
+        return round(self.shape_info.constants[name].size * math.prod(shares))
+
+    def kept_parameters(self, removed: NDArray[np.bool_]) -> int:
+        """Parameters of the model that are left when the units in `removed` go; without biases that folds add."""
+        sizes = {name: value.size for name, value in self.model.stored.items() if value.dtype.kind in "fV"}
+        return sum(self.kept_elements(name, removed) for name, size in sizes.items() if size > 1)
 
 
 class Bounds:

@@ -12,7 +12,7 @@ import lindep_onnx
 from lindep_onnx.model.cost import cost
 from lindep_onnx.options import Config
 from lindep_onnx.report import figures as portrait
-from lindep_onnx.report.figures import kept_parameters, layers
+from lindep_onnx.report.figures import layers
 from lindep_onnx.structure.rewrite import Removal, rewrite
 from lindep_onnx.structure.traced import load_and_trace
 
@@ -49,7 +49,7 @@ def test_parameters_that_stay_are_counted_without_rewriting() -> None:
     for share in (0.0, 0.3, 0.6):
         removed = rng.random(channels.units) < share
         smaller = cost(rewrite(channels, Removal(removed), ""), {})
-        assert kept_parameters(channels, removed) == smaller.parameters
+        assert channels.kept_parameters(removed) == smaller.parameters
         assert sum(layer.channels_after for layer in layers(channels, removed)) == smaller.channels
 
 

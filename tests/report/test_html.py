@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lindep_onnx.planning.path import FrontierPoint
 from lindep_onnx.report.data_support import Support
-from lindep_onnx.report.figures import FrontierPoint, Layer, Spectrum
+from lindep_onnx.report.figures import Layer, Spectrum
 from lindep_onnx.report.html import page
 from lindep_onnx.report.values import BudgetReport, GroupReport, RefusalReport, Report, Size, Verification, write_report
 from lindep_onnx.verify.compare import OutputComparison

@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from lindep_onnx.errors import OutputError, UsageError
+from lindep_onnx.planning.path import FrontierPoint
 from lindep_onnx.report import values as module
-from lindep_onnx.report.figures import FrontierPoint
 from lindep_onnx.report.values import (
     BudgetReport,
     GroupReport,

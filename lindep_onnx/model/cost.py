@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lindep_onnx.model.ir import Model, Node
 from lindep_onnx.model.shapes import Shape, ShapeInfo, resolve
+from lindep_onnx.model.weighted import WEIGHTS, macs, weighted
 from lindep_onnx.model.weights import is_external, tensor_bytes
 
 
@@ -51,41 +51,18 @@ def cost(model: Model, inputs: Mapping[str, Shape], samples: int = 1) -> Cost:
     )
 
 
-def _elements(shape_info: ShapeInfo, name: str) -> int:
-    return math.prod(size if isinstance(size, int) else 1 for size in shape_info.shapes.get(name, ()))
-
-
 def _macs(node: Node, shape_info: ShapeInfo) -> int:
-    if node.op not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+    names = (*node.inputs[:2], node.outputs[0])
+    if node.op not in WEIGHTS or any(name not in shape_info.shapes for name in names):
         return 0
-    shape = shape_info.shapes.get(node.inputs[1])
-    if shape is None or any(name not in shape_info.shapes for name in (node.inputs[0], node.outputs[0])):
-        return 0
-    fixed = [size if isinstance(size, int) else 1 for size in shape]
-    if node.op == "Conv":
-        return _elements(shape_info, node.outputs[0]) * math.prod(fixed[1:])
-    if node.op == "ConvTranspose":
-        return _elements(shape_info, node.inputs[0]) * math.prod(fixed[1:])
-    if node.op == "Gemm":
-        return _elements(shape_info, node.outputs[0]) * fixed[1 if node.attributes.get("transB", 0) else 0]
-    return _elements(shape_info, node.outputs[0]) * (fixed[-2] if len(fixed) > 1 else fixed[0])
+    data, weight, result = ([n if isinstance(n, int) else 1 for n in shape_info.shapes[name]] for name in names)
+    return macs(node, data, weight, result)
 
 
 def output_channels(node: Node, shape_info: ShapeInfo) -> int:
     """Output channels of a Conv, ConvTranspose, Gemm or MatMul with a constant weight; 0 for any other node."""
-    if node.op == "MatMul":
-        for position, axis in ((1, -1), (0, 0)):
-            value = shape_info.constants.get(node.input(position))
-            if value is not None:
-                return value.shape[axis] if value.ndim == 2 else 0
-        return 0
-    weight = shape_info.constants.get(node.input(1))
-    if weight is None:
-        return 0
-    if node.op == "Conv":
-        return int(weight.shape[0])
-    if node.op == "ConvTranspose":
-        return int(weight.shape[1]) * int(node.attributes.get("group", 1))
-    if node.op == "Gemm":
-        return int(weight.shape[0 if node.attributes.get("transB", 0) else 1])
+    for position in (1, 0) if node.op == "MatMul" else (1,):
+        layout, weight = weighted(node, position), shape_info.constants.get(node.input(position))
+        if layout is not None and weight is not None:
+            return layout.widths(weight.shape)[1] if node.op != "MatMul" or weight.ndim == 2 else 0
     return 0

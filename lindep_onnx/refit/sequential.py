@@ -30,10 +30,11 @@ from lindep_onnx.data.samples import Part, Samples
 from lindep_onnx.files import Scratch
 from lindep_onnx.model.edit import GraphEdits
 from lindep_onnx.model.ir import Node
+from lindep_onnx.model.weighted import Window
 from lindep_onnx.runtime.rows import ChannelAxis, RowSampler, rows_at
 from lindep_onnx.runtime.stages import Stages
 from lindep_onnx.structure.placement import Placement
-from lindep_onnx.structure.types import Product, Structure, Window
+from lindep_onnx.structure.types import Product, Structure
 
 Array: TypeAlias = NDArray[Any]
 Matrix: TypeAlias = NDArray[np.float64]
@@ -381,7 +382,7 @@ def _patches(data: Array, product: Product, positions: NDArray[np.int64]) -> Arr
 
 def _taps(window: Window, sizes: Sequence[int], positions: NDArray[np.int64]) -> NDArray[np.int64]:
     """(rows, T) flat input positions that each output position combines; the number of positions means a zero."""
-    outputs = [_output_size(window, axis, size) for axis, size in enumerate(sizes)]
+    outputs = [window.output_size(axis, size) for axis, size in enumerate(sizes)]
     places = np.unravel_index(positions, outputs)
     flat = np.zeros((len(positions), 1), dtype=np.int64)
     valid = np.ones((len(positions), 1), dtype=bool)
@@ -398,14 +399,6 @@ def _taps(window: Window, sizes: Sequence[int], positions: NDArray[np.int64]) ->
         flat = (flat[:, :, None] * size + np.clip(at, 0, size - 1)[:, None, :]).reshape(len(positions), -1)
         valid = (valid[:, :, None] & inside[:, None, :]).reshape(len(positions), -1)
     return np.where(valid, flat, math.prod(sizes))
-
-
-def _output_size(window: Window, axis: int, size: int) -> int:
-    reach = (window.kernel[axis] - 1) * window.dilations[axis] + 1
-    pads = sum(window.pads[axis])
-    if window.transposed:
-        return window.strides[axis] * (size - 1) + reach - pads
-    return (size + pads - reach) // window.strides[axis] + 1
 
 
 # ---- the weight as a matrix ---------------------------------------------------------------------------------------

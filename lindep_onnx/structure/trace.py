@@ -136,7 +136,7 @@ def _check_claims(tracer: Tracer) -> None:
                 blame = next((model.nodes[index] for index, _ in sorted(readers - set(claims))), first)
                 tracer.freeze(asked[0], reasons.TWO_WAYS, blame)
         layouts = multiplied.get(name, [])
-        ways = {(entry.inputs, entry.outputs, entry.blocks) for entry in layouts}
+        ways = {(product.inputs, product.outputs, product.group) for product in (entry.product for entry in layouts)}
         if layouts and (len(ways) > 1 or len(layouts) != len(claims)):
             # A fold changes the weight for every reader, so all must multiply it in the same way.
             for atoms in labelled:
@@ -231,23 +231,23 @@ def _connected(links: Sequence[tuple[Atoms, Atoms]], count: int) -> Atoms:
 def _by_weight(tracer: Tracer) -> dict[str, list[PendingConsumer]]:
     found: dict[str, list[PendingConsumer]] = {}
     for entry in tracer.consumers:
-        found.setdefault(entry.weight, []).append(entry)
+        found.setdefault(entry.product.weight, []).append(entry)
     return found
 
 
 def _consumers(tracer: Tracer) -> list[Consumer]:
     consumers = []
     for name, entries in _by_weight(tracer).items():
-        first = entries[0]
-        blocks, inputs, outputs = first.blocks, first.inputs, first.outputs
+        first = entries[0].product
+        blocks, inputs, outputs = first.group, first.inputs, first.outputs
         axes = next(
             axes for (node, _), axes in tracer.claims[name].items() if node == first.reader.node and inputs in axes
         )
         shape = tracer.shape_info.constants[name].shape
         size = shape[outputs] if outputs == 0 else shape[outputs] * blocks
         rows = axes[outputs] if outputs in axes else tracer.fresh(size)  # a single output is never labelled
-        readers = tuple(entry.reader for entry in entries)
-        affine = first.affine and len(readers) == 1
+        readers = tuple(entry.product.reader for entry in entries)
+        affine = entries[0].affine and len(readers) == 1
         parts = zip(axes[inputs].reshape(blocks, -1), rows.reshape(blocks, -1), strict=True)
         for block, (own_columns, own_rows) in enumerate(parts):
             consumers.append(Consumer(name, inputs, outputs, readers, own_columns, own_rows, affine, block, blocks))

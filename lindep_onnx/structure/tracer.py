@@ -11,19 +11,15 @@ from lindep_onnx.model.ir import Model, Node
 from lindep_onnx.model.shapes import Shape, ShapeInfo
 from lindep_onnx.structure import reasons
 from lindep_onnx.structure.reasons import Reason
-from lindep_onnx.structure.types import Array, Atoms, ConsumerNode, Labelling, Producer, Product
+from lindep_onnx.structure.types import Array, Atoms, Labelling, Producer, Product
 
 
 @dataclass(frozen=True)
 class PendingConsumer:
-    """A node that multiplies a weight along a labelled axis; the fields are those of `Consumer`."""
+    """A product along a labelled axis, and whether its output can take up a constant."""
 
-    weight: str
-    inputs: int
-    outputs: int
-    reader: ConsumerNode
+    product: Product
     affine: bool
-    blocks: int
 
 
 @dataclass
@@ -158,8 +154,6 @@ class Tracer:
         self.producers.append(Producer(node.index, atoms))
         return atoms
 
-    def consumer(
-        self, weight: str, inputs: int, outputs: int, reader: ConsumerNode, affine: bool, blocks: int = 1
-    ) -> None:
-        """Record that a node multiplies a constant weight, in so many blocks, along a labelled axis."""
-        self.consumers.append(PendingConsumer(weight, inputs, outputs, reader, affine, blocks))
+    def consumer(self, product: Product, affine: bool) -> None:
+        """Record that a node multiplies a constant weight along a labelled axis."""
+        self.consumers.append(PendingConsumer(product, affine))

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from lindep_onnx.model.ir import Model
 from lindep_onnx.model.shapes import ShapeInfo
+from lindep_onnx.model.weighted import Window
 from lindep_onnx.structure.reasons import Reason
 
 Array: TypeAlias = NDArray[Any]
@@ -95,25 +96,6 @@ class ConsumerNode:
     output_axis: int
     strides: tuple[int, ...] = ()
     bias: Bias | None = None
-
-
-@dataclass(frozen=True)
-class Window:
-    """The positions that a convolution combines.
-
-    Attributes:
-        kernel: extent by spatial axis.
-        strides: by spatial axis.
-        dilations: by spatial axis.
-        pads: (begin, end) zeros by spatial axis.
-        transposed: whether the strides spread the input (ConvTranspose) rather than the windows.
-    """
-
-    kernel: tuple[int, ...]
-    strides: tuple[int, ...]
-    dilations: tuple[int, ...]
-    pads: tuple[tuple[int, int], ...]
-    transposed: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,56 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from lindep_onnx.model.ir import Node
+from lindep_onnx.model.weighted import Weighted, Window, pads_implicitly, weighted, window_of
 from lindep_onnx.structure import reasons
 from lindep_onnx.structure.edit_builder import EditBuilder
 from lindep_onnx.structure.rules.registry import rewrites, traces
 from lindep_onnx.structure.tracer import Tracer
-from lindep_onnx.structure.types import Atoms, Bias, ConsumerNode, Labelling, Product, Window
-
-__all__: list[str] = []
-
+from lindep_onnx.structure.types import Atoms, Bias, ConsumerNode, Labelling, Product
 
 _LETTERS = ord("A")  # the capital ones name batch axes
 
 
-@traces("Conv")
+@traces("Conv", "ConvTranspose")
 def convolution(node: Node, tracer: Tracer) -> None:
     """Starts output channels; depthwise passes its input channels through."""
-    data, weight = node.inputs[0], node.inputs[1]
-    kernel = tracer.constant(weight)
-    shape = tracer.shape(data)
-    if kernel is None or shape is None:
+    data, layout = node.inputs[0], weighted(node)
+    kernel, shape = tracer.constant(node.inputs[1]), tracer.shape(data)
+    if kernel is None or layout is None or (shape is None and not layout.transposed):
         tracer.refuse(node, reasons.RUNTIME_WEIGHT)
         return
-    group = int(node.attributes.get("group", 1))
     axes = tracer.axes(data)
     tracer.freeze_tensor(data, reasons.WINDOWED, node, [axis for axis in axes if axis > 1])
-    outputs = {axis: atoms for axis, atoms in axes.items() if axis == 0}
     bias = _convolution_bias(node, tracer)
-    window = _window(node, tracer, kernel.shape[2:])
+    window = (
+        None if layout.transposed and pads_implicitly(node) else window_of(node, kernel.shape[2:], (shape or ())[2:])
+    )
     reader = _convolution_reader(node, window, bias)
-    tracer.products.append(Product(weight, 1, 1, 0, group, 1.0, reader, window))
-    if group > 1 and kernel.shape[1] == 1:
-        _depthwise(node, tracer, group, kernel.shape[0] // group)
+    product = _product(node, 1, layout, reader, window)
+    if window is not None:
+        tracer.products.append(product)
+    if layout.depthwise(kernel.shape) and not layout.transposed:
+        _depthwise(node, tracer, layout.group)
         return
-    made = tracer.produce(node, kernel.shape[0])
+    made = tracer.produce(node, layout.widths(kernel.shape)[1])
     columns = axes.get(1)
-    rows = _by_group(made, group, node, tracer)
-    given = None if columns is None else _by_group(columns, group, node, tracer)
-    tracer.claim(node, 1, {0: rows} if given is None else {0: rows, 1: given})
-    if node.input(2):
-        if bias is None:
-            tracer.freeze(made, reasons.RUNTIME_WEIGHT, node)
-        tracer.claim(node, 2, {0: made})
-    tracer.label_axes(node.outputs[0], {**outputs, 1: made})
+    _claim_weight(
+        tracer,
+        node,
+        product,
+        _by_group(made, layout.group, node, tracer),
+        None if columns is None else _by_group(columns, layout.group, node, tracer),
+    )
+    _claim_bias(node, tracer, made)
+    passing = {0: axes[0]} if 0 in axes and not layout.transposed else {}
+    tracer.label_axes(node.outputs[0], {**passing, 1: made})
     if columns is not None:
-        affine = bias is not None and not any(map(any, window.pads))
-        tracer.consumer(weight, 1, 0, reader, affine, blocks=group)
+        # The border of a ConvTranspose mixes fewer taps, so that a constant channel is not a constant of the output.
+        affine = bias is not None and window is not None and not window.padded and not window.transposed
+        tracer.consumer(product, affine)
+
+
+def _product(
+    node: Node, position: int, layout: Weighted, reader: ConsumerNode, window: Window | None = None
+) -> Product:
+    weight, axes = node.inputs[position], (layout.inputs, layout.outputs)
+    return Product(weight, position, *axes, layout.group, layout.scale, reader, window)
+
+
+def _claim_weight(tracer: Tracer, node: Node, product: Product, made: Atoms, columns: Atoms | None) -> None:
+    given = {} if columns is None else {product.inputs: columns}
+    tracer.claim(node, product.position, {product.outputs: made, **given})
+
+
+def _claim_bias(node: Node, tracer: Tracer, made: Atoms) -> None:
+    if node.input(2) and tracer.constant(node.input(2)) is None:
+        tracer.freeze(made, reasons.RUNTIME_WEIGHT, node)
+    tracer.claim(node, 2, {0: made})
 
 
 def _by_group(atoms: Atoms, group: int, node: Node, tracer: Tracer) -> Atoms:
@@ -65,21 +85,17 @@ def _by_group(atoms: Atoms, group: int, node: Node, tracer: Tracer) -> Atoms:
     return rows
 
 
-def _depthwise(node: Node, tracer: Tracer, group: int, multiplier: int) -> None:
-    """Each input channel and the `multiplier` output channels that it alone makes are one unit."""
-    data = node.inputs[0]
-    axes = tracer.axes(data)
-    given = axes.get(1)
-    made = tracer.produce(node, group * multiplier)
-    if given is None:
-        tracer.freeze(made, reasons.FROZEN_INPUT, node)
+def _depthwise(node: Node, tracer: Tracer, group: int) -> None:
+    """Each input channel and the output channels that it alone makes are one unit."""
+    axes = tracer.axes(node.inputs[0])
+    made = tracer.produce(node, len(tracer.shape_info.constants[node.inputs[1]]))
+    if 1 in axes:
+        tracer.link(made.reshape(group, -1), axes[1][:, None])
     else:
-        tracer.link(made.reshape(group, multiplier), given[:, None])
+        tracer.freeze(made, reasons.FROZEN_INPUT, node)
     tracer.claim(node, 1, {0: made})
-    if node.input(2) and tracer.constant(node.input(2)) is None:
-        tracer.freeze(made, reasons.RUNTIME_WEIGHT, node)
-    tracer.claim(node, 2, {0: made})
-    passing = {axis: atoms for axis, atoms in axes.items() if axis == 0}
+    _claim_bias(node, tracer, made)
+    passing = {0: axes[0]} if 0 in axes else {}
     tracer.label_axes(node.outputs[0], {**passing, 1: made})
 
 
@@ -96,42 +112,12 @@ def _convolution_bias(node: Node, tracer: Tracer) -> Bias | None:
     return Bias(node.index, 2)
 
 
-def _window(node: Node, tracer: Tracer, kernel: Sequence[int]) -> Window:
-    spatial = len(kernel)
-    strides = tuple(node.attributes.get("strides", [1] * spatial))
-    dilations = tuple(node.attributes.get("dilations", [1] * spatial))
-    return Window(tuple(kernel), strides, dilations, _pads(node, tracer, kernel, strides, dilations))
-
-
-def _convolution_reader(node: Node, window: Window, bias: Bias | None) -> ConsumerNode:
-    # A window of one position skips the others; wider windows are taken to see all of them.
-    single = all(size == 1 for size in window.kernel) and not any(map(any, window.pads))
-    skipped = window.strides if single and any(step > 1 for step in window.strides) else ()
-    return ConsumerNode(node.index, node.inputs[0], 1, node.outputs[0], 1, strides=skipped, bias=bias)
-
-
-def _pads(
-    node: Node, tracer: Tracer, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
-) -> tuple[tuple[int, int], ...]:
-    spatial = len(kernel)
-    mode = node.attributes.get("auto_pad", "NOTSET")
-    if mode == "VALID":
-        return ((0, 0),) * spatial
-    if mode == "NOTSET":
-        flat = node.attributes.get("pads", [0] * (2 * spatial))
-        return tuple((int(flat[axis]), int(flat[axis + spatial])) for axis in range(spatial))
-    pads = []
-    shape = tracer.shape(node.inputs[0]) or ()
-    for axis in range(spatial):
-        reach = (kernel[axis] - 1) * dilations[axis] + 1
-        size = shape[axis + 2]
-        if isinstance(size, int):
-            total = max(0, (-(-size // strides[axis]) - 1) * strides[axis] + reach - size)
-        else:
-            total = reach - 1  # the size is unknown: at most this much
-        small, large = total // 2, total - total // 2
-        pads.append((small, large) if mode == "SAME_UPPER" else (large, small))
-    return tuple(pads)
+def _convolution_reader(node: Node, window: Window | None, bias: Bias | None) -> ConsumerNode:
+    strides: tuple[int, ...] = ()
+    if window is not None and not window.transposed and not window.padded and set(window.kernel) <= {1}:
+        # A window of one position skips the others; wider windows are taken to see all of them.
+        strides = window.strides if max(window.strides, default=1) > 1 else ()
+    return ConsumerNode(node.index, node.inputs[0], 1, node.outputs[0], 1, strides=strides, bias=bias)
 
 
 @rewrites("Conv")
@@ -143,94 +129,53 @@ def convolution_groups(node: Node, builder: EditBuilder) -> None:
             builder.set_attribute(node, "group", int(kept[1].sum()))
 
 
-@traces("ConvTranspose")
-def transposed_convolution(node: Node, tracer: Tracer) -> None:
-    """Starts output channels; the weight has its input channels first."""
-    data, weight = node.inputs[0], node.inputs[1]
-    kernel = tracer.constant(weight)
-    if kernel is None:
-        tracer.refuse(node, reasons.RUNTIME_WEIGHT)
-        return
-    group = int(node.attributes.get("group", 1))
-    axes = tracer.axes(data)
-    reader = ConsumerNode(node.index, data, 1, node.outputs[0], 1, bias=_convolution_bias(node, tracer))
-    window = _transposed_window(node, tracer, kernel.shape[2:])
-    if window is not None:
-        tracer.products.append(Product(weight, 1, 0, 1, group, 1.0, reader, window))
-    tracer.freeze_tensor(data, reasons.WINDOWED, node, [axis for axis in axes if axis > 1])
-    made = tracer.produce(node, kernel.shape[1] * group)
-    columns = axes.get(1)
-    rows = _by_group(made, group, node, tracer)
-    given = None if columns is None else _by_group(columns, group, node, tracer)
-    tracer.claim(node, 1, {1: rows} if given is None else {1: rows, 0: given})
-    if node.input(2) and tracer.constant(node.input(2)) is None:
-        tracer.freeze(made, reasons.RUNTIME_WEIGHT, node)
-    tracer.claim(node, 2, {0: made})
-    tracer.label_axes(node.outputs[0], {1: made})
-    if columns is not None:
-        # Its border mixes fewer taps, so that a constant channel is not a constant of the output.
-        tracer.consumer(weight, 0, 1, reader, affine=False, blocks=group)
-
-
-def _transposed_window(node: Node, tracer: Tracer, kernel: Sequence[int]) -> Window | None:
-    """None where the padding follows from an output size that is only known at run time."""
-    spatial = len(kernel)
-    strides = tuple(node.attributes.get("strides", [1] * spatial))
-    dilations = tuple(node.attributes.get("dilations", [1] * spatial))
-    if node.attributes.get("auto_pad", "NOTSET") != "NOTSET" or "output_shape" in node.attributes:
-        return None
-    flat = node.attributes.get("pads", [0] * (2 * spatial))
-    pads = tuple((int(flat[axis]), int(flat[axis + spatial])) for axis in range(spatial))
-    return Window(tuple(kernel), strides, dilations, pads, transposed=True)
-
-
 @traces("Gemm")
 def gemm(node: Node, tracer: Tracer) -> None:
     """Y = alpha A B + beta C with a constant B."""
-    data, weight = node.inputs[0], node.inputs[1]
-    matrix = tracer.constant(weight)
-    if matrix is None:
+    data, layout = node.inputs[0], weighted(node)
+    matrix = tracer.constant(node.inputs[1])
+    if matrix is None or layout is None:
         tracer.refuse(node, reasons.RUNTIME_WEIGHT)
         return
-    inputs, outputs = (1, 0) if node.attributes.get("transB", 0) else (0, 1)
     axes = tracer.axes(data)
-    made = tracer.produce(node, matrix.shape[outputs])
-    passing = {0: axes[0]} if 0 in axes else {}
-    columns = axes.get(1)
-    if node.attributes.get("transA", 0):
+    made = tracer.produce(node, layout.widths(matrix.shape)[1])
+    transposed = bool(node.attributes.get("transA", 0))
+    if transposed:
         tracer.freeze_tensor(data, reasons.TRANSPOSED, node)
-        columns, passing = None, {}
-    tracer.claim(node, 1, {outputs: made} if columns is None else {outputs: made, inputs: columns})
-    bias = _gemm_bias(node, tracer, made, passing)
-    reader = ConsumerNode(node.index, data, 1, node.outputs[0], 1, bias=bias)
-    if not node.attributes.get("transA", 0):
-        alpha = float(node.attributes.get("alpha", 1.0))
-        tracer.products.append(Product(weight, 1, inputs, outputs, 1, alpha, reader, None))
+        axes = {}
+    reader = ConsumerNode(node.index, data, 1, node.outputs[0], 1, bias=_gemm_bias(node, layout, tracer))
+    product = _product(node, 1, layout, reader)
+    _claim_weight(tracer, node, product, made, axes.get(1))
+    passing = {0: axes[0]} if 0 in axes else {}
+    _claim_addend(node, tracer, made, passing)
+    if not transposed:
+        tracer.products.append(product)
     tracer.label_axes(node.outputs[0], {**passing, 1: made})
-    if columns is not None:
-        tracer.consumer(weight, inputs, outputs, reader, affine=bias is not None)
+    if 1 in axes:
+        tracer.consumer(product, affine=reader.bias is not None)
 
 
-def _gemm_bias(node: Node, tracer: Tracer, made: Atoms, passing: dict[int, Atoms]) -> Bias | None:
-    """Label C, which broadcasts to (M, N), and say whether it can take an addition of shape (N,)."""
-    alpha, beta = float(node.attributes.get("alpha", 1.0)), float(node.attributes.get("beta", 1.0))
+def _gemm_bias(node: Node, layout: Weighted, tracer: Tracer) -> Bias | None:
+    """C, if it can take an addition of shape (N,): it is absent, or a constant that is the same in all rows."""
+    value = tracer.constant(layout.bias)
+    if not layout.bias_scale or (layout.bias and (value is None or (value.ndim == 2 and value.shape[0] > 1))):
+        return None
+    return Bias(node.index, 2, layout.bias, layout.scale / layout.bias_scale)
+
+
+def _claim_addend(node: Node, tracer: Tracer, made: Atoms, passing: Mapping[int, Atoms]) -> None:
+    """Slice C, which broadcasts to (M, N)."""
     name = node.input(2)
-    if not name:
-        return Bias(node.index, 2, "", alpha / beta) if beta else None
     value = tracer.constant(name)
-    if value is None:
+    if name and value is None:
         tracer.freeze(made, reasons.RUNTIME_WEIGHT, node)
         tracer.freeze_tensor(name, reasons.RUNTIME_WEIGHT, node)
-        return None
-    rank = value.ndim
-    wanted = {}
-    if rank >= 1 and value.shape[-1] > 1:
-        wanted[rank - 1] = made
-    if rank == 2 and value.shape[0] > 1 and 0 in passing:
-        wanted[0] = passing[0]
-    tracer.claim(node, 2, wanted)
-    rows = rank == 2 and value.shape[0] > 1
-    return Bias(node.index, 2, name, alpha / beta) if beta and not rows else None
+    elif value is not None:
+        rank = value.ndim
+        wanted = {rank - 1: made} if rank >= 1 and value.shape[-1] > 1 else {}
+        if rank == 2 and value.shape[0] > 1 and 0 in passing:
+            wanted[0] = passing[0]
+        tracer.claim(node, 2, wanted)
 
 
 @traces("MatMul")
@@ -259,17 +204,25 @@ def _constant_product(node: Node, tracer: Tracer, position: int, mixed: int) -> 
         if matrix.ndim > 1:
             tracer.freeze(tracer.produce(node, matrix.shape[-1 if position else -2]), reason, node)
         return
-    inputs, outputs = (0, 1) if position == 1 else (1, 0)
     axis = rank + mixed
-    axes = tracer.axes(data)
-    made = tracer.produce(node, matrix.shape[outputs])
-    columns = axes.get(axis)
-    tracer.claim(node, position, {outputs: made} if columns is None else {outputs: made, inputs: columns})
-    tracer.label_axes(result, {**{other: atoms for other, atoms in axes.items() if other != axis}, axis: made})
     reader = ConsumerNode(node.index, data, axis, result, axis, bias=_following_bias(node, tracer, axis))
-    tracer.products.append(Product(weight, position, inputs, outputs, 1, 1.0, reader, None))
+    _multiply(node, tracer, position, Weighted(1 - position, position), reader)
+
+
+def _multiply(node: Node, tracer: Tracer, position: int, layout: Weighted, reader: ConsumerNode) -> None:
+    """Product with a constant matrix of which one axis takes the place of another; the others pass in their order."""
+    axes = tracer.axes(reader.tensor)
+    product = _product(node, position, layout, reader)
+    made = tracer.produce(node, tracer.shape_info.constants[product.weight].shape[layout.outputs])
+    columns = axes.pop(reader.axis, None)
+    _claim_weight(tracer, node, product, made, columns)
+    order = [axis for axis in range(tracer.rank(reader.tensor) or 0) if axis != reader.axis]
+    order.insert(reader.output_axis, reader.axis)
+    passing = {order.index(axis): atoms for axis, atoms in axes.items()}
+    tracer.label_axes(reader.output, {**passing, reader.output_axis: made})
+    tracer.products.append(product)
     if columns is not None:
-        tracer.consumer(weight, inputs, outputs, reader, affine=True)
+        tracer.consumer(product, affine=True)
 
 
 @traces("Einsum")
@@ -300,17 +253,8 @@ def einsum(node: Node, tracer: Tracer) -> None:
         return
     axis, new, name = data.index(one), result.index(other), node.inputs[1 - position]
     outputs = weight.index(other)
-    atoms = tracer.produce(node, tracer.shape_info.constants[node.inputs[position]].shape[outputs])
-    axes = tracer.axes(name)
-    columns = axes.get(axis)
-    wanted = {outputs: atoms} if columns is None else {outputs: atoms, 1 - outputs: columns}
-    tracer.claim(node, position, wanted)
-    passing = {result.index(data[place]): own for place, own in axes.items() if place != axis}
-    tracer.label_axes(node.outputs[0], {**passing, new: atoms})
     reader = ConsumerNode(node.index, name, axis, node.outputs[0], new, bias=_following_bias(node, tracer, new))
-    tracer.products.append(Product(node.inputs[position], position, 1 - outputs, outputs, 1, 1.0, reader, None))
-    if columns is not None:
-        tracer.consumer(node.inputs[position], 1 - outputs, outputs, reader, affine=True)
+    _multiply(node, tracer, position, Weighted(1 - outputs, outputs), reader)
 
 
 def _einsum_scale(node: Node, tracer: Tracer, position: int, weight: str, data: str) -> None:

@@ -6,7 +6,7 @@ from lindep_onnx.model.ir import Node
 from lindep_onnx.structure import reasons
 from lindep_onnx.structure.rules.registry import traces
 from lindep_onnx.structure.tracer import Tracer
-from lindep_onnx.structure.types import ConsumerNode
+from lindep_onnx.structure.types import ConsumerNode, Product
 
 __all__: list[str] = []
 
@@ -29,4 +29,5 @@ def recurrent(node: Node, tracer: Tracer) -> None:
         tracer.claim(node, position, {})
     tracer.claim(node, 1, {} if columns is None else {2: columns})
     if columns is not None:
-        tracer.consumer(weight, 2, 1, ConsumerNode(node.index, data, 2, made, rank - 1), affine=False)
+        reader = ConsumerNode(node.index, data, 2, made, rank - 1)
+        tracer.consumer(Product(weight, 1, 2, 1, 1, 1.0, reader, None), affine=False)

@@ -26,7 +26,8 @@ from lindep_onnx.integrations.dask import connected
 from lindep_onnx.options import Config
 from lindep_onnx.planning.plan_file import Plan, options_of
 from lindep_onnx.proofs.prove import EVERY_INPUT
-from lindep_onnx.report import values as report
+from lindep_onnx.report.terminal import render
+from lindep_onnx.report.writing import check_path, write_report
 
 OK, FAILURE = 0, 1
 #: Names that nobody gives a model: whoever writes one in its place means data.
@@ -251,7 +252,7 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
         raise UsageError("OUT.onnx is missing: name the file to write, or use --dry-run.")
     report_path = Path(options.report) if options.report else None
     if report_path is not None:
-        report.check_path(report_path)
+        check_path(report_path)
     checkpoint = Path(options.checkpoint) if options.checkpoint else None
     output = Path(options.output) if options.output and not options.dry_run else None
     save_moments, load_moments, save_plan = (
@@ -279,9 +280,9 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
             preview=options.dry_run,
         )
     if not options.quiet:
-        report.render(result.report, Console(highlight=False), verbose=options.verbose, preview=options.dry_run)
+        render(result.report, Console(highlight=False), verbose=options.verbose, preview=options.dry_run)
     if report_path is not None:
-        report.write_report(result.report, report_path)
+        write_report(result.report, report_path)
     if result.failure is not None:
         raise result.failure
     return OK

@@ -34,9 +34,9 @@ from lindep_onnx.planning.plan_file import Plan, ResolvedPlan, resolve_plan, to_
 from lindep_onnx.planning.strategies import Workshop
 from lindep_onnx.proofs.prove import prove
 from lindep_onnx.report.build import group_reports, summarise, verification_of
-from lindep_onnx.report.data_support import Support, sentences, support
-from lindep_onnx.report.figures import Spectrum, spectra
-from lindep_onnx.report.values import Report, Verification
+from lindep_onnx.report.data_support import sentences, support
+from lindep_onnx.report.figures import spectra
+from lindep_onnx.report.values import Report, Spectrum, Support, Verification
 from lindep_onnx.structure.traced import TracedModel, as_model_error, inputs_of, load_and_trace, samples_per_run
 from lindep_onnx.structure.types import Structure
 from lindep_onnx.verify import compare as verify

@@ -21,7 +21,7 @@ from olive.passes.pass_config import BasePassConfig, PassConfigParam
 
 from lindep_onnx.api import compress
 from lindep_onnx.errors import UsageError
-from lindep_onnx.report.values import check_path, write_report
+from lindep_onnx.report.writing import check_path, write_report
 
 __all__ = ["LindepCompression", "package_config"]
 

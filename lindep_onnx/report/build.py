@@ -18,9 +18,17 @@ from lindep_onnx.moves.channels import KINDS
 from lindep_onnx.options import Config
 from lindep_onnx.planning.path import savings
 from lindep_onnx.planning.strategies import Chosen, Workshop
-from lindep_onnx.report.data_support import Support
-from lindep_onnx.report.figures import Spectrum, layers
-from lindep_onnx.report.values import BudgetReport, GroupReport, RefusalReport, Report, Size, Verification
+from lindep_onnx.report.figures import layers
+from lindep_onnx.report.values import (
+    BudgetReport,
+    GroupReport,
+    RefusalReport,
+    Report,
+    Size,
+    Spectrum,
+    Support,
+    Verification,
+)
 from lindep_onnx.structure.traced import TracedModel
 from lindep_onnx.verify import compare as verify
 from lindep_onnx.verify.variants import Variant

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,41 +14,10 @@ from lindep_onnx.moves.channels import KINDS, Fold
 from lindep_onnx.planning.path import folds_of
 from lindep_onnx.planning.strategies import Chosen
 from lindep_onnx.proofs.prove import Proof
+from lindep_onnx.report.values import Support
 from lindep_onnx.structure.types import Structure
 
 CONFIDENCE = 0.95
-
-
-@dataclass(frozen=True)
-class Support:
-    """What the data of one group is worth.
-
-    Rows of one sample resemble each other, so that at most 16 of each count as effective. Rows and features are those
-    of the site that has the fewest effective rows for each feature.
-
-    Attributes:
-        samples: number of samples that decisions were made on, those that only verify left out.
-        rows: number of rows of activations that were fitted to.
-        effective_rows: how many independent ones they are worth at most.
-        features: how many channels a combination could be made of.
-        fit_error: RMS error of the folds relative to the centred RMS of the output, on the rows they were fitted to;
-            worst site. None if nothing was removed.
-        heldout_error: the same on rows that they were not fitted to; None if there are none.
-        silent: how many of the removed channels never changed in the data, without a proof.
-        silent_bound: with 95 % confidence each of them changes in no more than this share of samples like these.
-        samples_needed: samples that combinations of several channels could be looked for with; None if there are
-            enough.
-    """
-
-    samples: int
-    rows: int
-    effective_rows: float
-    features: int
-    fit_error: float | None
-    heldout_error: float | None
-    silent: int
-    silent_bound: float | None
-    samples_needed: int | None
 
 
 def never_seen_bound(samples: int) -> float:

@@ -6,7 +6,7 @@ Everything is bounded in size: a curve is told by at most `POINTS` of its points
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from lindep_onnx.calibration.statistics import Statistics
 from lindep_onnx.model.cost import output_channels
 from lindep_onnx.planning.path import curves
+from lindep_onnx.report.values import Layer, Spectrum
 from lindep_onnx.structure.types import Structure
 
 #: Points that a curve is told by.
@@ -22,48 +23,6 @@ POINTS = 40
 MAX_UNITS = 1024
 #: Smaller singular values are rounding: they are square roots of eigenvalues in float64.
 ROUNDING = 1e-8
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One Conv, ConvTranspose, Gemm or MatMul with a constant weight.
-
-    Attributes:
-        name: of its node.
-        op: its operator.
-        channels_before: its output channels in the original.
-        channels_after: its output channels in the result.
-        parameters_before: elements of its weight in the original; a shared weight counts at each reader.
-        parameters_after: elements of its weight in the result.
-    """
-
-    name: str
-    op: str
-    channels_before: int
-    channels_after: int
-    parameters_before: int
-    parameters_after: int
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """How redundant the channels of one group are on the data.
-
-    Attributes:
-        rank: singular values that are no rounding.
-        ranks: places of the singular values that are listed, from 1 on.
-        singular_values: of the group's centred input rows at the site with most features, largest first, as shares of
-            the largest.
-        removed: numbers of channels removed, ascending.
-        errors: RMS over the group's sites of the relative error once so many channels are gone, cheapest first, and the
-            others are refitted; on the rows that were fitted.
-    """
-
-    rank: int
-    ranks: tuple[int, ...]
-    singular_values: tuple[float, ...]
-    removed: tuple[int, ...]
-    errors: tuple[float, ...]
 
 
 def layers(structure: Structure, removed: NDArray[np.bool_]) -> Iterator[Layer]:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from xml.etree import ElementTree
 
 from lindep_onnx.options import LOSSLESS_SITE_ERROR
-from lindep_onnx.report import values as words
+from lindep_onnx.report import wording as words
+from lindep_onnx.report.json_values import to_json_values
 from lindep_onnx.report.values import GroupReport, Report, Verification
 
 Element = ElementTree.Element
@@ -124,15 +125,15 @@ def page(report: Report) -> str:
 
 def _e(tag: str, *children: Element | str, **attributes: object) -> Element:
     """An element; `class_` is class, other underscores in names are hyphens."""
-    named = {key.rstrip("_").replace("_", "-"): words._safe(value) for key, value in attributes.items()}
+    named = {key.rstrip("_").replace("_", "-"): words.safe(value) for key, value in attributes.items()}
     element = Element(tag, named)
     for child in children:
         if not isinstance(child, str):
             element.append(child)
         elif len(element):
-            element[-1].tail = (element[-1].tail or "") + words._safe(child)
+            element[-1].tail = (element[-1].tail or "") + words.safe(child)
         else:
-            element.text = (element.text or "") + (child if tag == "style" else words._safe(child))
+            element.text = (element.text or "") + (child if tag == "style" else words.safe(child))
     return element
 
 
@@ -325,14 +326,14 @@ def _line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Element:
 
 
 def _header(report: Report) -> Element:
-    verdicts = [_verdict_line(found, text) for found, text in words._verdicts(report)]
-    verdicts += [_e("p", line) for line in words._budget_lines(report)]
-    totals = _table(("", "before", "after", "change"), words._totals(report), numbers={1, 2, 3})
+    verdicts = [_verdict_line(found, text) for found, text in words.verdicts(report)]
+    verdicts += [_e("p", line) for line in words.budgets(report)]
+    totals = _table(("", "before", "after", "change"), (total[:4] for total in words.totals(report)), numbers={1, 2, 3})
     return _e(
         "header",
         _e("p", "lindep_onnx report", class_="eyebrow"),
         _e("h1", report.model or "Model"),
-        _e("p", words._headline(report)),
+        _e("p", words.headline(report)),
         *verdicts,
         _tiles(report),
         _folded("Totals as a table", totals),
@@ -355,7 +356,7 @@ def _tiles(report: Report) -> Element:
         "channels": (report.before.channels, report.after.channels),
         "latency": (report.before.latency_ms or 0.0, report.after.latency_ms or 0.0),
     }
-    for name, before, after, change in words._totals(report):
+    for name, before, after, change, _ in words.totals(report):
         bar: list[Element] = []
         if name in ("parameters", "MACs", "channels"):
             before, after = (_short(count) for count in shares[name])
@@ -365,8 +366,8 @@ def _tiles(report: Report) -> Element:
         tiles.append(_e("li", _e("small", name), _e("b", after), *told, *bar, class_="tile"))
     found = report.verification
     if found is not None and found.agreement is not None:
-        seen = _e("small", f"on {words._many(found.samples, 'unseen sample')}")
-        share = words._share(found.agreement)
+        seen = _e("small", f"on {words.many(found.samples, 'unseen sample')}")
+        share = words.percent(found.agreement)
         tiles.append(
             _e(
                 "li",
@@ -454,7 +455,7 @@ def _frontier(report: Report) -> list[Element]:
             plot.curve((point.parameters, point.relative_error) for point in report.frontier),
             *(
                 plot.dot(
-                    (p.parameters, p.relative_error), f"{words._share(p.parameters)}: {words._error(p.relative_error)}"
+                    (p.parameters, p.relative_error), f"{words.percent(p.parameters)}: {words.error(p.relative_error)}"
                 )
                 for p in report.frontier
             ),
@@ -473,7 +474,7 @@ def _frontier(report: Report) -> list[Element]:
                 *(
                     plot.dot(
                         (p.parameters, p.agreement or 0.0),
-                        f"{words._share(p.parameters)}: {words._share(p.agreement or 0.0)}",
+                        f"{words.percent(p.parameters)}: {words.percent(p.agreement or 0.0)}",
                     )
                     for p in report.frontier
                 ),
@@ -487,15 +488,15 @@ def _frontier(report: Report) -> list[Element]:
     )
     rows = [
         (
-            words._share(point.parameters),
-            words._error(point.relative_error),
-            "" if point.agreement is None else words._share(point.agreement),
+            words.percent(point.parameters),
+            words.error(point.relative_error),
+            "" if point.agreement is None else words.percent(point.agreement),
         )
         for point in report.frontier
     ]
     if found is not None:
-        agreement = "" if found.agreement is None else words._share(found.agreement)
-        rows.append((f"{words._share(left)} (this result)", words._error(found.relative_error), agreement))
+        agreement = "" if found.agreement is None else words.percent(found.agreement)
+        rows.append((f"{words.percent(left)} (this result)", words.error(found.relative_error), agreement))
     return [
         _e("figure", _e("div", *charts, class_="charts"), _e("figcaption", caption)),
         _folded("Frontier as a table", _table(("parameters left", "worst output error", "same decision"), rows)),
@@ -535,9 +536,9 @@ def _groups(report: Report) -> list[Element]:
             group.name,
             f"{group.channels_before:,}",
             f"{group.channels_after:,}",
-            words._error(group.error),
-            words._how(group),
-            words._support(group),
+            words.error(group.error),
+            words.removal(group),
+            words.support(group),
             ", ".join(group.sites),
         )
         for group in report.changed
@@ -547,7 +548,7 @@ def _groups(report: Report) -> list[Element]:
         content.append(_folded("Changed groups as a table", _table(titles, rows, numbers={0, 2, 3, 4})))
     rest = len(report.groups) - len(rows)
     if rest:
-        content.append(_e("p", f"{words._many(rest, 'group')} unchanged.", class_="dim"))
+        content.append(_e("p", f"{words.many(rest, 'group')} unchanged.", class_="dim"))
     return content
 
 
@@ -579,10 +580,10 @@ def _card(group: GroupReport, number: int) -> Element:
     ]
     told = [f"{group.channels_before:,} \u2192 {group.channels_after:,} channels"]
     if group.error is not None:
-        told.append(f"measured error {words._error(group.error)}")
+        told.append(f"measured error {words.error(group.error)}")
     if found.rank < count:
         told.append(f"rank {found.rank:,} of {count:,}")
-    how = words._how(group)
+    how = words.removal(group)
     return _e(
         "div",
         _e("h3", f"{number}. {group.name}"),
@@ -602,17 +603,17 @@ def _statistics(report: Report) -> list[Element]:
         return []
     both = [max(error, MIN_ERROR) for *_, fit, held in points for error in (fit, held)]
     if max(both) <= MIN_ERROR:
-        text = f"In {words._many(len(points), 'changed group')} every fold errs by less than {MIN_ERROR:.0e}"
+        text = f"In {words.many(len(points), 'changed group')} every fold errs by less than {MIN_ERROR:.0e}"
         return [_e("p", f"{text}, on rows that it was fitted to and on others: what went is made up for exactly.")]
     axis = _errors_axis("error on rows that were fitted", both)
     plot = _Plot(axis, _Axis("error on held-out rows", axis.low, axis.high, log=True), height=300)
     worst = sorted(points, key=lambda point: -point[3])[:1]
     marks = [
-        plot.dot((fit, held), f"{number}: {group.name}, {words._error(fit)} fitted, {words._error(held)} held out")
+        plot.dot((fit, held), f"{number}: {group.name}, {words.error(fit)} fitted, {words.error(held)} held out")
         for number, group, fit, held in points
     ]
     chart = plot.svg(
-        f"Error on held-out rows against error on fitted rows, for {words._many(len(points), 'group')}; "
+        f"Error on held-out rows against error on fitted rows, for {words.many(len(points), 'group')}; "
         "the table of groups has the numbers",
         plot.curve([(axis.low, axis.low), (axis.high, axis.high)], "guide"),
         *marks,
@@ -632,13 +633,13 @@ def _statistics(report: Report) -> list[Element]:
 
 
 def _refusals(report: Report) -> list[Element]:
-    found = words._refusals(report)
+    found = words.refusals(report)
     if not found:
         return []
     most = max(1, *(refusal.channels for refusal in found))
     items = []
     for refusal in found:
-        what, advice = words._refusal_lines(refusal, MAX_NODES)
+        what, advice = words.refusal(refusal, MAX_NODES)
         bar = _bars([(refusal.reason, refusal.channels / most, f"{refusal.channels:,}")])
         items.append(_e("li", bar, what, _e("br"), _e("b", "What to do: "), advice))
     return [_e("p", "Channels that could not take part, by reason."), _e("ul", *items, class_="plain")]
@@ -646,16 +647,13 @@ def _refusals(report: Report) -> list[Element]:
 
 def _verification(report: Report) -> list[Element]:
     content: list[Element] = []
-    for found, text in words._verdicts(report):
+    for found, text in words.verdicts(report):
         if found is None:
             continue
         if report.stress is not None:
             content.append(_e("h3", text.partition(":")[0]))
         if found.outputs:
-            rows = [
-                (o.name, words._output_words(o), words._error(o.max_abs_error), str(o.worst_sample))
-                for o in found.outputs
-            ]
+            rows = [(o.name, words.output(o), words.error(o.max_abs_error), str(o.worst_sample)) for o in found.outputs]
             content.append(_table(("output", "difference", "largest absolute", "worst sample"), rows, numbers={2, 3}))
         if found.worst_samples:
             content.append(_e("h3", "Worst samples"))
@@ -663,7 +661,7 @@ def _verification(report: Report) -> list[Element]:
             content.append(_worst(found))
         if found.variants:
             ways = [
-                (v.name, f"{v.samples:,}", words._error(v.relative_error), "yes" if v.passed else "NO")
+                (v.name, f"{v.samples:,}", words.error(v.relative_error), "yes" if v.passed else "NO")
                 for v in found.variants
             ]
             content.append(_e("h3", "Run otherwise"))
@@ -679,7 +677,7 @@ def _worst(found: Verification) -> Element:
             (
                 f"sample {sample}",
                 1.0 if math.isinf(error) else 0.0 if math.isnan(error) else error / most,
-                words._error(error),
+                words.error(error),
             )
             for sample, error in zip(found.worst_samples, errors, strict=True)
         ),
@@ -709,7 +707,7 @@ def _run(report: Report) -> list[Element]:
         rows = [(stage, taken / longest, f"{taken:.2f} s") for stage, taken in seconds.items()]
         content += [_e("h3", f"Seconds: {total:.2f} in all"), _bars(rows)]
     if report.options:
-        options = [(name, json.dumps(words._plain(value))) for name, value in report.options.items()]
+        options = [(name, json.dumps(to_json_values(value))) for name, value in report.options.items()]
         content += [_e("h3", "Options"), _table(("option", "value"), options)]
     if report.versions:
         content += [_e("h3", "Versions"), _table(("package", "version"), report.versions.items())]

@@ -12,8 +12,6 @@ from typing import Any
 
 from lindep_onnx.report.values import Report
 
-__all__ = ["report_schema"]
-
 #: What a float becomes in strict JSON: one that is infinite is written as a string, one that is none as null.
 _NUMBER = {"anyOf": [{"type": "number"}, {"enum": ["inf", "-inf", None]}]}
 _SIMPLE: Mapping[type, dict[str, Any]] = {

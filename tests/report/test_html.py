@@ -13,10 +13,19 @@ import numpy as np
 import pytest
 
 from lindep_onnx.planning.path import FrontierPoint
-from lindep_onnx.report.data_support import Support
-from lindep_onnx.report.figures import Layer, Spectrum
 from lindep_onnx.report.html import page
-from lindep_onnx.report.values import BudgetReport, GroupReport, RefusalReport, Report, Size, Verification, write_report
+from lindep_onnx.report.values import (
+    BudgetReport,
+    GroupReport,
+    Layer,
+    RefusalReport,
+    Report,
+    Size,
+    Spectrum,
+    Support,
+    Verification,
+)
+from lindep_onnx.report.writing import write_report
 from lindep_onnx.verify.compare import OutputComparison
 from lindep_onnx.verify.variants import Variant
 

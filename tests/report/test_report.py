@@ -13,7 +13,8 @@ from rich.console import Console
 
 from lindep_onnx.errors import OutputError, UsageError
 from lindep_onnx.planning.path import FrontierPoint
-from lindep_onnx.report import values as module
+from lindep_onnx.report import wording
+from lindep_onnx.report.terminal import render
 from lindep_onnx.report.values import (
     BudgetReport,
     GroupReport,
@@ -21,10 +22,8 @@ from lindep_onnx.report.values import (
     Report,
     Size,
     Verification,
-    check_path,
-    render,
-    write_report,
 )
+from lindep_onnx.report.writing import check_path, write_report
 from lindep_onnx.structure import reasons
 from lindep_onnx.verify.compare import OutputComparison
 
@@ -96,12 +95,12 @@ def test_json_is_strict_where_numbers_are_not_finite() -> None:
     def forbid(token: str) -> None:
         raise AssertionError(token)
 
-    bad = dataclasses.replace(a_report().verification, relative_error=np.inf, agreement=np.nan)
+    bad = dataclasses.replace(a_report().verification, relative_error=np.inf, agreement=np.nan, worst_errors=(np.inf,))
     text = a_report(verification=bad).to_json()
     values = json.loads(text, parse_constant=forbid)["verification"]
     assert (values["relative_error"], values["agreement"]) == ("inf", None)
     again = Report.from_json(text).verification
-    assert again is not None and again.relative_error == np.inf
+    assert again is not None and again.relative_error == np.inf and again.worst_errors == (np.inf,)
     with pytest.raises(AssertionError, match="Infinity"):
         json.loads(json.dumps(np.inf), parse_constant=forbid)
 
@@ -171,7 +170,7 @@ def test_when_nothing_was_removed_it_says_so_first_and_why(changes: dict[str, ob
 
 @pytest.mark.parametrize(("proven", "words"), [(0, "16 constant"), (4, "4 of them proven"), (16, "all proven")])
 def test_what_is_proven_is_part_of_what_went(proven: int, words: str) -> None:
-    told = module._how(dataclasses.replace(group(kinds={"constant": 16}), proven=proven))
+    told = wording.removal(dataclasses.replace(group(kinds={"constant": 16}), proven=proven))
     assert words in told and ("proven" in told) == bool(proven)
 
 
@@ -213,7 +212,7 @@ def test_names_that_look_like_markup_or_terminal_codes_are_printed_as_they_are()
     [(1.0, "100 %"), (0.9999999, "99.99 %"), (0.975, "97.5 %"), (0.1, "10 %"), (1e-9, "0.01 %"), (0.0, "0 %")],
 )
 def test_a_share_is_never_rounded_to_all_or_nothing(share: float, text: str) -> None:
-    assert module._share(share) == text
+    assert wording.percent(share) == text
 
 
 # --------------------------------------------------------------------------------------------------------------- files

@@ -1,0 +1,49 @@
+"""A report as a file, JSON or HTML by its suffix."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lindep_onnx.errors import OutputError, UsageError
+from lindep_onnx.files import replacing
+from lindep_onnx.report.html import page
+from lindep_onnx.report.values import Report
+
+
+def check_path(path: Path) -> None:
+    """Find out before the work whether a report can be written.
+
+    Raises:
+        UsageError: the suffix is neither .json nor .html.
+        OutputError: the folder is missing, or cannot be written to.
+    """
+    if path.suffix.lower() not in (".json", ".html"):
+        raise UsageError(f"{path}: a report is written as .json or .html, not {path.suffix or 'without a suffix'}.")
+    if path.is_dir():
+        raise OutputError(f"{path}: is a directory; name a file to write the report to.")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: the folder {path.parent} does not exist; create it or name another.")
+    if not os.access(path.parent, os.W_OK):
+        raise OutputError(f"{path}: the folder {path.parent} cannot be written to; name another.")
+
+
+def write_report(report: Report, path: str | Path) -> None:
+    """Write a report so that `path` holds either its old content or the complete new one.
+
+    Args:
+        report: what to write.
+        path: a .json or .html file.
+
+    Raises:
+        UsageError: another suffix.
+        OutputError: the file cannot be written.
+    """
+    path = Path(path)
+    check_path(path)
+    text = report.to_json() if path.suffix.lower() == ".json" else page(report)
+    try:
+        with replacing(path) as staged:
+            staged.write_text(text, encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error}).") from error

@@ -15,7 +15,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -27,6 +27,7 @@ from lindep_onnx.errors import LindepError, OutputError, UsageError
 from lindep_onnx.files import replacing
 from lindep_onnx.model.ir import Model, Node
 from lindep_onnx.model.shapes import Shape, ShapeInfo, resolve
+from lindep_onnx.model.weighted import Weighted, weighted
 from lindep_onnx.runtime.backend import open_session
 
 Widths: TypeAlias = "tuple[int, int]"
@@ -47,7 +48,7 @@ class Layer:
         widths: input and output channels.
         shape: of its input; the channel axis is `axis`.
         kernel: sizes of the weight behind the two channel axes.
-        group: of a convolution.
+        layout: what the node does with its weight.
         axis: channel axis of the input.
         node: the node itself.
     """
@@ -56,14 +57,14 @@ class Layer:
     widths: Widths
     shape: tuple[int, ...]
     kernel: tuple[int, ...]
-    group: int
+    layout: Weighted
     axis: int
     node: Node
 
     @property
     def depthwise(self) -> bool:
         """Whether every channel is a group of its own."""
-        return self.group > 1 and self.group == self.widths[0]
+        return self.layout.group > 1 and self.layout.group == self.widths[0]
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class LatencyTable:
     def rate(self, layer: Layer) -> float:
         """Seconds that a multiply-accumulate is worth when the layer gets narrower."""
         half = max(1, layer.widths[0] // 2), max(1, layer.widths[1] // 2)
-        smaller = Layer(layer.kind, half, layer.shape, layer.kernel, layer.group, layer.axis, layer.node)
+        smaller = Layer(layer.kind, half, layer.shape, layer.kernel, layer.layout, layer.axis, layer.node)
         share = 0.5 if layer.depthwise else 0.75
         gained = max(0.0, self.predict(layer) - self.predict(smaller)) / share
         return gained / max(1.0, _macs(layer))
@@ -146,39 +147,26 @@ def layers(model: Model, inputs: Mapping[str, Shape]) -> list[Layer]:
 
 
 def _layer(node: Node, shape_info: ShapeInfo) -> Layer | None:
-    weight = shape_info.constants.get(node.input(1))
+    layout, weight = weighted(node), shape_info.constants.get(node.input(1))
     shape = shape_info.shapes.get(node.input(0))
-    if node.op not in ("Conv", "ConvTranspose", "Gemm", "MatMul") or weight is None or not shape:
+    if layout is None or weight is None or not shape or not all(isinstance(size, int) for size in shape):
         return None
-    if not all(isinstance(size, int) for size in shape) or weight.ndim < 2:
+    if weight.ndim < 2 or node.attributes.get("transA", 0) or (node.op == "MatMul" and weight.ndim > 2):
         return None
     fixed = tuple(int(size) for size in shape)
-    group = int(node.attributes.get("group", 1))
+    axis = len(fixed) - 1 if node.op == "MatMul" else 1
     kernel = weight.shape[2:]
-    if node.op == "Conv":
-        widths, axis = (weight.shape[1] * group, weight.shape[0]), 1
-    elif node.op == "ConvTranspose":
-        widths, axis = (weight.shape[0], weight.shape[1] * group), 1
-    elif node.op == "Gemm":
-        widths, axis = (weight.shape[::-1] if node.attributes.get("transB", 0) else weight.shape), 1
-        if node.attributes.get("transA", 0):
-            return None
-    else:
-        widths, axis, kernel = weight.shape[-2:], len(fixed) - 1, ()
-        if weight.ndim > 2:
-            return None
-    depthwise = group > 1 and group == widths[0]
     others = tuple(size for place, size in enumerate(fixed) if place != axis)
     attributes = {key: value for key, value in sorted(node.attributes.items()) if key not in ("group", "alpha", "beta")}
-    groups = "depthwise" if depthwise else group
+    groups = "depthwise" if layout.depthwise(weight.shape) else layout.group
     kind = f"{node.op} {others} {kernel} {groups} {weight.dtype} {attributes}"
-    return Layer(kind, (int(widths[0]), int(widths[1])), fixed, tuple(map(int, kernel)), group, axis, node)
+    return Layer(kind, layout.widths(weight.shape), fixed, tuple(map(int, kernel)), layout, axis, node)
 
 
 def _macs(layer: Layer) -> float:
     positions = math.prod(size for place, size in enumerate(layer.shape) if place != layer.axis)
     strides = math.prod(layer.node.attributes.get("strides", ())) if layer.node.op == "Conv" else 1
-    pairs = layer.widths[0] * layer.widths[1] / layer.group
+    pairs = layer.widths[0] * layer.widths[1] / layer.layout.group
     return positions * pairs * math.prod(layer.kernel) / max(1, strides)
 
 
@@ -198,7 +186,7 @@ def measure_table(found: Sequence[Layer], opset: int, *, providers: Sequence[str
             widest[layer.kind] = layer
     seconds = {}
     for kind, layer in widest.items():
-        inputs, outputs = (_grid(width, layer.group) for width in layer.widths)
+        inputs, outputs = (_grid(width, layer.layout.group) for width in layer.widths)
         grid = np.zeros((len(inputs), len(outputs)))
         for i, before in enumerate(inputs):
             for o, after in enumerate(outputs):
@@ -223,16 +211,9 @@ def _grid(width: int, group: int) -> tuple[int, ...]:
 def _time(layer: Layer, widths: Widths, opset: int, providers: Sequence[str], threads: int) -> float:
     """Seconds of one layer alone, the fastest of several runs."""
     before, after = widths
-    group = before if layer.depthwise else layer.group
+    group = before if layer.depthwise else layer.layout.group
     node = layer.node
-    if node.op == "Conv":
-        weight: tuple[int, ...] = (after, before // group, *layer.kernel)
-    elif node.op == "ConvTranspose":
-        weight = (before, after // group, *layer.kernel)
-    elif node.op == "Gemm" and node.attributes.get("transB", 0):
-        weight = (after, before)
-    else:
-        weight = (before, after)
+    weight = replace(layer.layout, group=group).weight_shape(widths, layer.kernel)
     shape = tuple(before if place == layer.axis else size for place, size in enumerate(layer.shape))
     rng = np.random.default_rng(0)
     values = onnx.numpy_helper.from_array(rng.standard_normal(weight, dtype=np.float32), "w")

@@ -34,6 +34,7 @@ from lindep_onnx.distill.checkpoint import Checkpoint, TrainingState
 from lindep_onnx.distill.loss import LOSS, HeldOut, Teacher, with_loss
 from lindep_onnx.errors import LindepError
 from lindep_onnx.model.ir import Model
+from lindep_onnx.model.weighted import WEIGHTS
 from lindep_onnx.model.weights import fingerprint
 from lindep_onnx.options import TrainingBudget
 from lindep_onnx.runtime.backend import cores, open_session
@@ -289,10 +290,7 @@ def trainable(model: Model, frozen: Collection[str]) -> list[str]:
     """
     # Positions of the weights of each operator; constants of arithmetic count where they are vectors (biases).
     places = {
-        "Conv": (1, 2),
-        "ConvTranspose": (1, 2),
-        "Gemm": (0, 1, 2),
-        "MatMul": (0, 1),
+        **WEIGHTS,
         "BatchNormalization": (1, 2),
         "LayerNormalization": (1, 2),
         "PRelu": (1,),

@@ -24,6 +24,7 @@ from onnx.reference import ReferenceEvaluator
 
 from lindep_onnx.model.ir import Model, Node
 from lindep_onnx.model.shapes import ShapeInfo
+from lindep_onnx.model.weighted import pads_implicitly, window_of
 from lindep_onnx.structure.rules.registry import registering
 
 Array: TypeAlias = NDArray[Any]
@@ -244,7 +245,7 @@ def _conv(node: Node, given: Sequence[str | None], wanted: frozenset[int], tape:
 @gradients_of("ConvTranspose")
 def _conv_transpose(node: Node, given: Sequence[str | None], wanted: frozenset[int], tape: Tape) -> Gradients:
     """The adjoint of a convolution that reads this node's output, so that the roles of data and gradient swap."""
-    if node.attributes.get("auto_pad", "NOTSET") != "NOTSET" or "output_shape" in node.attributes:
+    if pads_implicitly(node):
         raise Unsupported("its padding is implicit")
     window = _Window(node, tape.shape(node.outputs[0]), tape.shape(node.inputs[1]))
     dy, found = _first(given), {}
@@ -266,13 +267,11 @@ class _Window:
     """A convolution from data (B, C, S...) with weight (M, C / group, K...), all numbers explicit."""
 
     def __init__(self, node: Node, data: Sequence[int], weight: Sequence[int]) -> None:
-        spatial = len(data) - 2
+        window = window_of(node, weight[2:], data[2:])
         self.data, self.weight_shape = tuple(data), tuple(weight)
-        self.kernel = tuple(weight[2:])
-        self.strides = [int(n) for n in node.attributes.get("strides", [1] * spatial)]
-        self.dilations = [int(n) for n in node.attributes.get("dilations", [1] * spatial)]
+        self.kernel, self.strides, self.dilations = window.kernel, list(window.strides), list(window.dilations)
         self.group = int(node.attributes.get("group", 1))
-        self.pads = _pads(node, data[2:], self.kernel, self.strides, self.dilations)
+        self.pads = [begin for begin, _ in window.pads] + [end for _, end in window.pads]
         self.attributes = {
             "strides": self.strides,
             "dilations": self.dilations,
@@ -349,23 +348,6 @@ class _Window:
         )
         each = tape.reshape(found, [batch, output[1], 1, *self.kernel])
         return tape.reshape(tape.sum(each, [0]), self.weight_shape)
-
-
-def _pads(
-    node: Node, sizes: Sequence[int], kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
-) -> list[int]:
-    """Padding in front of and behind each spatial axis, explicit."""
-    how = node.attributes.get("auto_pad", "NOTSET")
-    if how == "NOTSET":
-        return [int(n) for n in node.attributes.get("pads", [0] * (2 * len(kernel)))]
-    if how == "VALID":
-        return [0] * (2 * len(kernel))
-    total = [
-        max(0, (-(-size // stride) - 1) * stride + (width - 1) * dilation + 1 - size)
-        for size, width, stride, dilation in zip(sizes, kernel, strides, dilations, strict=True)
-    ]
-    less, more = [n // 2 for n in total], [n - n // 2 for n in total]
-    return less + more if how == "SAME_UPPER" else more + less
 
 
 @gradients_of("Gemm")

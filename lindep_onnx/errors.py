@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 __all__ = [
     "BudgetError",
     "CalibrationError",
@@ -51,3 +53,12 @@ class VerificationError(LindepError):
     """The result differs from the original by more than was allowed."""
 
     exit_code = 3
+
+
+def one_line(error: Exception) -> str:
+    """The first line of what a C++ library says, without error codes, source files and signatures."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
+    place = r"\S+\.(?:cc|cpp|cu|h):\d+ "
+    trimmed = re.sub(place + r".*?\) (?:const )?(?=[A-Z])", "", text, count=1)
+    return re.sub(place, "", trimmed) or text

@@ -26,8 +26,10 @@ from lindep_onnx.distill.rounds import contract_in_rounds
 from lindep_onnx.errors import LindepError, OutputError, UsageError, VerificationError
 from lindep_onnx.integrations import dask as cluster
 from lindep_onnx.model import ir as graph
-from lindep_onnx.model import weights as storage
+from lindep_onnx.model.checks import as_model_error, check_model, full_check_passes
 from lindep_onnx.model.edit import GraphEdits, apply_edits
+from lindep_onnx.model.save import save
+from lindep_onnx.model.weights import check_unchanged
 from lindep_onnx.options import Config
 from lindep_onnx.planning.path import Prices
 from lindep_onnx.planning.plan_file import Plan, ResolvedPlan, resolve_plan, to_plan
@@ -37,9 +39,8 @@ from lindep_onnx.report.build import group_reports, summarise, verification_of
 from lindep_onnx.report.data_support import sentences, support
 from lindep_onnx.report.figures import spectra
 from lindep_onnx.report.values import Report, Spectrum, Support, Verification
-from lindep_onnx.structure.traced import TracedModel, as_model_error, inputs_of, load_and_trace, samples_per_run
+from lindep_onnx.structure.traced import TracedModel, inputs_of, load_and_trace, samples_per_run
 from lindep_onnx.structure.types import Structure
-from lindep_onnx.verify import compare as verify
 from lindep_onnx.verify.group_errors import measure_groups
 from lindep_onnx.verify.variants import Variant, compare_variants
 
@@ -348,7 +349,7 @@ def _run(
     understood, samples, statistics = calibrated.understood, calibrated.samples, calibrated.statistics
     channels, proof, half, uncertain = understood.channels, understood.proof, understood.half, calibrated.uncertain
     runtime: dict[str, Any] = {"providers": config.providers, "threads": config.threads}
-    original_passed = verify.full_check_passes((half or channels.model).proto) is None
+    original_passed = full_check_passes((half or channels.model).proto) is None
 
     def open_round(current: Structure, options: Config) -> Workshop:
         if current is channels:
@@ -375,7 +376,7 @@ def _run(
         result = workshop.stored(chosen.model)
         if half is not None and not chosen.removed.any():
             result = apply_edits(half, GraphEdits(), workshop.metadata)
-        verify.check_model(result.proto, original_passed=original_passed)
+        check_model(result.proto, original_passed=original_passed)
         errors = measure_groups(channels, chosen, samples, seed=config.seed, **runtime) if samples is not None else {}
         variants: tuple[Variant, ...] = ()
         if samples is not None:
@@ -406,10 +407,10 @@ def _run(
     groups = tuple(group_reports(understood, chosen, errors, found, curves))
     report = summarise(understood, workshop, chosen, groups, variants, stressed, samples, config, clock.seconds)
     saved = to_plan(channels, chosen, workshop.options) if config.rounds == 1 else None
-    storage.check_unchanged((half or channels.model).folder)
+    check_unchanged((half or channels.model).folder)
     if failure is None or config.force:
         if files.output is not None:
-            storage.save(result.proto, result.folder, files.output, external_data=files.external_data)
+            save(result.proto, result.folder, files.output, external_data=files.external_data)
         if files.save_plan is not None and saved is not None:
             saved.save(files.save_plan)
     return Outcome(result, report, failure, saved)

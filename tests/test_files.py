@@ -16,7 +16,7 @@ from build import build, run
 
 from lindep_onnx import files
 from lindep_onnx.files import Scratch
-from lindep_onnx.model import weights as storage
+from lindep_onnx.model import save as saving
 
 ROOT = Path(__file__).parents[1]
 X = {"x": np.ones((2, 30), np.float32)}
@@ -91,7 +91,7 @@ def test_killed_between_two_moves_the_model_has_its_own_weights(
     step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "m.onnx"
-    storage.save(model(0), None, path, external_data=True)
+    saving.save(model(0), None, path, external_data=True)
     process = dead_process()
 
     class Killed(BaseException):
@@ -112,23 +112,23 @@ def test_killed_between_two_moves_the_model_has_its_own_weights(
         patch.setattr(Scratch, "__exit__", lambda *_: None)
         patch.setattr(files.os, "getpid", lambda: process)
         if step == "before the old weights go":
-            patch.setattr(storage, "_settle", killed)
+            patch.setattr(saving, "settle", killed)
         else:
             patch.setattr(Path, "replace", killed if step == "before the weights" else until_the_model)
         with pytest.raises(Killed):
-            storage.save(model(1), None, path, external_data=True)
+            saving.save(model(1), None, path, external_data=True)
     expected = model(1 if step == "before the old weights go" else 0)
     np.testing.assert_array_equal(run(onnx.load(path), X)[0], run(expected, X)[0])
     assert any(name.startswith(".lindep_onnx") for name in names(tmp_path))
-    storage.save(model(2), None, path, external_data=True)
+    saving.save(model(2), None, path, external_data=True)
     np.testing.assert_array_equal(run(onnx.load(path), X)[0], run(model(2), X)[0])
     assert len(names(tmp_path)) == 2 and not any(name.startswith(".") for name in names(tmp_path))
 
 
 def test_weights_that_a_copy_of_the_model_uses_stay(tmp_path: Path) -> None:
-    storage.save(model(0), None, tmp_path / "m.onnx", external_data=True)
+    saving.save(model(0), None, tmp_path / "m.onnx", external_data=True)
     (tmp_path / "copy.onnx").write_bytes((tmp_path / "m.onnx").read_bytes())
-    storage.save(model(1), None, tmp_path / "m.onnx", external_data=True)
+    saving.save(model(1), None, tmp_path / "m.onnx", external_data=True)
     for name, seed in (("copy", 0), ("m", 1)):
         loaded = onnx.load(tmp_path / f"{name}.onnx")
         np.testing.assert_array_equal(run(loaded, X)[0], run(model(seed), X)[0])
@@ -136,17 +136,17 @@ def test_weights_that_a_copy_of_the_model_uses_stay(tmp_path: Path) -> None:
 
 def test_an_old_output_with_a_strange_location_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
-    storage.save(model(0), None, path, external_data=True)
+    saving.save(model(0), None, path, external_data=True)
     raw = path.read_bytes()
     path.write_bytes(raw.replace(b"m.onnx.data", b"m.onnx.d\xff\xfea"))
-    storage.save(model(1), None, path)
+    saving.save(model(1), None, path)
     np.testing.assert_array_equal(run(onnx.load(path), X)[0], run(model(1), X)[0])
 
 
 def test_a_model_without_external_data_takes_its_old_weights_along(tmp_path: Path) -> None:
-    storage.save(model(0), None, tmp_path / "m.onnx", external_data=True)
+    saving.save(model(0), None, tmp_path / "m.onnx", external_data=True)
     assert len(names(tmp_path)) == 2
-    storage.save(model(1), None, tmp_path / "m.onnx")
+    saving.save(model(1), None, tmp_path / "m.onnx")
     assert names(tmp_path) == {"m.onnx"}
 
 

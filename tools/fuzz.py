@@ -44,13 +44,13 @@ from lindep_onnx.calibration.moments import MomentsAccumulator, load_moments, sa
 from lindep_onnx.data.inputs import InputSpec
 from lindep_onnx.data.samples import open_samples
 from lindep_onnx.errors import LindepError
+from lindep_onnx.model.checks import as_model_error, full_check_passes
 from lindep_onnx.moves.fold_weights import fold_weights
 from lindep_onnx.options import Config
 from lindep_onnx.planning.plan_file import Plan, options_of, resolve_plan
 from lindep_onnx.report.values import Report, Size
 from lindep_onnx.structure import traced as understanding
 from lindep_onnx.structure.rewrite import rewrite
-from lindep_onnx.verify.compare import full_check_passes
 
 CORPUS = Path(__file__).parents[1] / "tests" / "corpus"
 SECONDS, MEMORY = 10.0, 2 << 30
@@ -449,7 +449,7 @@ def tracer(rng: random.Random, corpus: Corpus) -> None:
     if full_check_passes(found.channels.model.proto) is not None:
         return  # ONNX Runtime does not load it, so that nothing is ever rewritten
     plan = found.proof.plan
-    with understanding.as_model_error(found.channels.model.proto):
+    with as_model_error(found.channels.model.proto):
         rewrite(found.channels, fold_weights(found.channels, plan.folds, found.proof.statistics, plan.removed), "fuzz")
 
 

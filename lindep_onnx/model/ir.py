@@ -6,7 +6,7 @@ Files are read and written by `lindep_onnx.model.weights`, graphs are changed by
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,21 +18,15 @@ import onnx
 import onnx.inliner
 from numpy.typing import NDArray
 
-from lindep_onnx.errors import ModelError
+from lindep_onnx.errors import ModelError, one_line
 from lindep_onnx.files import WeightsDir
-from lindep_onnx.model import weights as storage
-from lindep_onnx.model.weights import array_of, bodies
+from lindep_onnx.model.checks import check_arity, check_order, check_sizes, check_windows, defined_twice
+from lindep_onnx.model.weights import array_of, bodies, read
 
 logger = logging.getLogger(__name__)
 
 Array: TypeAlias = NDArray[Any]
 Dim: TypeAlias = "int | str"
-
-#: Longer vectors are of unknown length to inference, which makes a list of the elements of integer ones.
-MAX_DECLARED = 1 << 20
-#: More cannot be fed.
-MAX_FED = 1 << 40
-INTEGERS = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
 
 
 @dataclass(frozen=True)
@@ -109,7 +103,7 @@ def load(source: str | Path | onnx.ModelProto) -> Model:
         ModelError: the file cannot be read, or the graph is not well formed.
     """
     where = str(source) if not isinstance(source, onnx.ModelProto) else (source.graph.name or "the model")
-    return model_of(*storage.read(source), where)
+    return model_of(*read(source), where)
 
 
 def model_of(proto: onnx.ModelProto, folder: WeightsDir | None, where: str = "") -> Model:
@@ -128,29 +122,26 @@ def model_of(proto: onnx.ModelProto, folder: WeightsDir | None, where: str = "")
     opset = next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 0)
     graph = proto.graph
 
-    _check_sizes(where, graph)
-    _check_arity(where, graph, {entry.domain: entry.version for entry in proto.opset_import})
+    check_sizes(where, graph)
+    check_arity(where, proto)
     stored: dict[str, Array] = {}
     try:
         for tensor in graph.initializer:
             if tensor.name in stored:
-                raise ModelError(
-                    f"{where}: tensor {tensor.name!r} is defined twice; every tensor needs a name of its own."
-                )
+                raise defined_twice(where, tensor.name)
             stored[tensor.name] = array_of(tensor, folder)
         sparse = {tensor.values.name for tensor in graph.sparse_initializer}
         nodes, constants = _read_nodes(graph)
     except Exception as error:  # decoding raises whatever it meets
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{where}: a tensor or attribute in it is damaged: {first}") from error
+        raise ModelError(f"{where}: a tensor or attribute in it is damaged: {one_line(error)}") from error
     for name, value in constants.items():
         if name in stored:
-            raise ModelError(f"{where}: tensor {name!r} is defined twice; every tensor needs a name of its own.")
+            raise defined_twice(where, name)
         stored[name] = value
 
     graph_inputs = [value.name for value in graph.input]
-    _check_windows(where, nodes)
-    _check_order(where, nodes, {*stored, *sparse, *graph_inputs}, [value.name for value in graph.output])
+    check_windows(where, nodes)
+    check_order(where, nodes, {*stored, *sparse, *graph_inputs}, [value.name for value in graph.output])
     return Model(
         proto=proto,
         folder=folder,
@@ -207,14 +198,8 @@ def _constant_value(proto: onnx.NodeProto) -> Array | None:
     attribute = proto.attribute[0] if len(proto.attribute) == 1 else None
     if attribute is None or attribute.name in ("sparse_value", "value_string", "value_strings"):
         return None
-    value = _attribute(attribute)
-    dtype = {
-        "value_float": np.float32,
-        "value_floats": np.float32,
-        "value_int": np.int64,
-        "value_ints": np.int64,
-    }
-    return np.asarray(value, dtype.get(attribute.name)) if attribute.name in dtype else np.asarray(value)
+    kinds = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
+    return np.asarray(_attribute(attribute), kinds.get(attribute.name))
 
 
 def _attribute(proto: onnx.AttributeProto) -> Any:
@@ -222,21 +207,6 @@ def _attribute(proto: onnx.AttributeProto) -> Any:
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     return array_of(value, None) if isinstance(value, onnx.TensorProto) else value
-
-
-def impossible_sizes(graph: onnx.GraphProto) -> Iterator[onnx.TensorShapeProto.Dimension]:
-    """Axes that are declared with a size below 0, or vectors of integers with endless ones, in bodies too.
-
-    Either may make onnx end the process: the first by a crash, the second since some versions make a list of the
-    elements.
-    """
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        dims = value.type.tensor_type.shape.dim
-        vector = len(dims) == 1 and value.type.tensor_type.elem_type in INTEGERS
-        yield from (dim for dim in dims if dim.dim_value < 0 or (vector and dim.dim_value > MAX_DECLARED))
-    for node in graph.node:
-        for body in bodies(node):
-            yield from impossible_sizes(body)
 
 
 def _captures(graph: onnx.GraphProto) -> set[str]:
@@ -248,63 +218,3 @@ def _captures(graph: onnx.GraphProto) -> set[str]:
         for body in bodies(node):
             read |= _captures(body)
     return read - own - {""}
-
-
-def _check_sizes(where: str, graph: onnx.GraphProto) -> None:
-    """Refuse vectors of integers that nobody can feed: some versions of ONNX Runtime make a list of the elements."""
-    for value in graph.input:
-        dims = value.type.tensor_type.shape.dim
-        if value.type.tensor_type.elem_type in INTEGERS and len(dims) == 1 and dims[0].dim_value > MAX_FED:
-            count = dims[0].dim_value
-            raise ModelError(f"{where}: input {value.name!r} is declared with {count} values, which no machine holds.")
-
-
-def _check_arity(where: str, graph: onnx.GraphProto, versions: Mapping[str, int]) -> None:
-    """Refuse nodes that lack inputs or outputs: onnx's shape inference, in C++, takes them for granted."""
-    for node in graph.node:
-        domain = "" if node.domain == "ai.onnx" else node.domain
-        try:
-            schema = onnx.defs.get_schema(node.op_type, versions.get(domain, versions.get(node.domain, 1)), domain)
-        except (onnx.defs.SchemaError, TypeError, OverflowError, UnicodeError):  # not one of the standard's
-            schema = None
-        for what, least, found in (
-            ("inputs", schema.min_input if schema else 0, len(node.input)),
-            ("outputs", schema.min_output if schema else 0, len(node.output)),
-        ):
-            if found < least:
-                raise ModelError(
-                    f"{where}: node {node.name or node.op_type!r} ({node.op_type}) has {found} {what}, not the {least} "
-                    "that the operator needs."
-                )
-        for body in bodies(node):
-            _check_arity(where, body, versions)
-
-
-def _check_windows(where: str, nodes: Iterable[Node]) -> None:
-    """Refuse windows and steps of nothing: ONNX Runtime divides by them, and a signal ends the process."""
-    for node in nodes:
-        for name in ("kernel_shape", "strides", "dilations"):
-            value = node.attributes.get(name)
-            if isinstance(value, (list, tuple)) and any(isinstance(size, int) and size < 1 for size in value):
-                raise ModelError(
-                    f"{where}: node {node.name!r} ({node.op}) has {name} {list(value)}; every entry must be at least 1."
-                )
-
-
-def _check_order(where: str, nodes: Iterable[Node], known: set[str], outputs: Iterable[str]) -> None:
-    produced: set[str] = set()
-    for node in nodes:
-        for name in (*node.inputs, *node.captures):
-            if name and name not in known:
-                raise ModelError(
-                    f"{where}: node {node.name!r} reads {name!r}, which nothing before it defines "
-                    "(a missing initializer, a cycle, or nodes out of order)."
-                )
-        for name in filter(None, node.outputs):
-            if name in known:
-                raise ModelError(f"{where}: tensor {name!r} is defined twice; every tensor needs a name of its own.")
-            produced.add(name)
-            known.add(name)
-    for name in outputs:
-        if name not in known:
-            raise ModelError(f"{where}: the graph output {name!r} is not computed by any node.")

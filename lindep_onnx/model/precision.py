@@ -14,7 +14,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from lindep_onnx.model.ir import Model, impossible_sizes, model_of
+from lindep_onnx.model.checks import impossible_sizes
+from lindep_onnx.model.ir import Model, model_of
 from lindep_onnx.model.weights import is_external, weights_as_inputs, with_weights, without_weights
 
 Array: TypeAlias = NDArray[Any]

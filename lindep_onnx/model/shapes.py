@@ -22,7 +22,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
-from lindep_onnx.model.ir import MAX_DECLARED, Model, Node, impossible_sizes
+from lindep_onnx.model.checks import MAX_DECLARED, impossible_sizes
+from lindep_onnx.model.ir import Model, Node
 
 logger = logging.getLogger(__name__)
 

@@ -10,27 +10,23 @@ stay inside, whatever their size.
 
 from __future__ import annotations
 
-import filecmp
 import hashlib
-import json
 import logging
 import math
 import mmap
 import os
-import re
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError, EncodeError
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from lindep_onnx import files
-from lindep_onnx.errors import ModelError, OutputError
+from lindep_onnx.errors import ModelError, OutputError, one_line
 from lindep_onnx.files import WeightsDir
 
 logger = logging.getLogger(__name__)
@@ -39,14 +35,10 @@ Array: TypeAlias = NDArray[Any]
 
 #: Bytes of weights up to which a model is held in memory.
 IN_MEMORY = 1 << 28
-#: protobuf cannot hold or serialise a message beyond this.
-PROTOBUF_LIMIT = 2**31 - 1
 #: Smaller tensors stay in the model file when the others go into a file of their own.
 EXTERNAL_BYTES = 1024
 #: Every tensor in a file of weights begins at a multiple of this.
 ALIGNMENT = 64
-#: A larger model is taken to use the file that is looked for.
-MAX_SEARCHED = 1 << 28
 #: Bits of an element, of types that do not fill whole bytes.
 PACKED = {"INT2": 2, "UINT2": 2, "INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4}
 EXTERNAL = onnx.TensorProto.EXTERNAL
@@ -76,7 +68,7 @@ def read(source: str | Path | onnx.ModelProto) -> tuple[onnx.ModelProto, Weights
     for tensor in _external_tensors(proto.graph):
         _check_location(path, tensor)
     try:
-        large = size_of(proto) > IN_MEMORY
+        large = is_large(proto)
         for tensor in list(_external_tensors(proto.graph, mapped=large)):
             onnx.external_data_helper.load_external_data_for_tensor(tensor, str(path.parent))
             tensor.ClearField("data_location")
@@ -86,8 +78,7 @@ def read(source: str | Path | onnx.ModelProto) -> tuple[onnx.ModelProto, Weights
         for tensor in mapped:
             array_of(tensor, folder)
     except Exception as error:  # file system errors of C++ among them
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{path}: its external data cannot be read: {first}") from error
+        raise ModelError(f"{path}: its external data cannot be read: {one_line(error)}") from error
     held = sum(tensor.ByteSize() for tensor in proto.graph.initializer if not is_external(tensor))
     return (proto, folder) if mapped and held <= IN_MEMORY else _spilled(proto, str(path), folder if mapped else None)
 
@@ -124,34 +115,42 @@ def _spilled(
 ) -> tuple[onnx.ModelProto, WeightsDir | None]:
     """The model as it is, or a copy whose large initializers are in one file."""
     try:
-        return (
-            (proto, folder)
-            if size_of(proto) <= IN_MEMORY
-            else with_weights(without_weights(proto), _values(proto, folder))
-        )
+        return with_weights(without_weights(proto), values_of(proto, folder)) if is_large(proto) else (proto, folder)
     except (ValueError, KeyError, TypeError) as error:  # what onnx raises for unknown types
         raise ModelError(f"{where}: a tensor in it is damaged: {error}") from error
 
 
-def _values(proto: onnx.ModelProto, folder: WeightsDir | None) -> Callable[[str], Array]:
+def values_of(proto: onnx.ModelProto, folder: WeightsDir | None) -> Callable[[str], Array]:
+    """The values of an initializer, by its name."""
     tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
     return lambda name: array_of(tensors[name], folder)
 
 
 def _external_tensors(graph: onnx.GraphProto, *, mapped: bool = False) -> Iterator[onnx.TensorProto]:
     """Those in attributes and bodies too; with `mapped` without the large initializers of the graph itself."""
-    for node in graph.node:
-        for attribute in node.attribute:
-            yield from (t for t in (attribute.t, *attribute.tensors) if is_external(t))
-        for body in bodies(node):
-            yield from _external_tensors(body)
-    yield from (t for t in graph.initializer if is_external(t) and not (mapped and _is_large(t)))
+    for inner in graphs(graph):
+        for attribute in (attribute for node in inner.node for attribute in node.attribute):
+            yield from (tensor for tensor in (attribute.t, *attribute.tensors) if is_external(tensor))
+        for tensor in inner.initializer:
+            if is_external(tensor) and not (mapped and inner is graph and _goes_outside(tensor)):
+                yield tensor
 
 
-def bodies(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+def bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
     """The sub-graphs of a node."""
-    single = [a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
-    return single + [g for a in node.attribute if a.type == onnx.AttributeProto.GRAPHS for g in a.graphs]
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            yield attribute.g
+        elif attribute.type == onnx.AttributeProto.GRAPHS:
+            yield from attribute.graphs
+
+
+def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """A graph and the sub-graphs of all of its nodes, at any depth."""
+    yield graph
+    for node in graph.node:
+        for body in bodies(node):
+            yield from graphs(body)
 
 
 def _check_location(path: Path, tensor: onnx.TensorProto) -> None:
@@ -159,7 +158,7 @@ def _check_location(path: Path, tensor: onnx.TensorProto) -> None:
 
     onnx checks the same, but not in all versions that are supported.
     """
-    location = _entries(tensor).get("location", "")
+    location = external_entries(tensor).get("location", "")
     try:
         inside = (path.parent / location).resolve().is_relative_to(path.parent.resolve())
     except (OSError, ValueError, RuntimeError):  # no name for a file, or links in a circle
@@ -171,7 +170,7 @@ def _check_location(path: Path, tensor: onnx.TensorProto) -> None:
         )
 
 
-def _entries(tensor: onnx.TensorProto) -> dict[str, str]:
+def external_entries(tensor: onnx.TensorProto) -> dict[str, str]:
     """What a tensor says about its external data; bytes are what protobuf makes of text that is none."""
     return {
         entry.key: os.fsdecode(entry.value) if isinstance(entry.value, bytes) else entry.value
@@ -206,7 +205,7 @@ def array_of(tensor: onnx.TensorProto, folder: WeightsDir | None) -> Array:
     if folder is None:
         # Without the model's folder the location would be looked up in the working directory.
         raise ValueError(f"{tensor.name!r} is in a file of its own that was not read; give the path of the model")
-    entries = _entries(tensor)
+    entries = external_entries(tensor)
     offset, size = int(entries.get("offset", 0)), tensor_bytes(tensor)
     name = entries.get("location", "")
     content = folder.content(name)
@@ -219,7 +218,7 @@ def array_of(tensor: onnx.TensorProto, folder: WeightsDir | None) -> Array:
     return (np.array(own) if offset % dtype.itemsize else own).view(dtype).reshape(tuple(tensor.dims))
 
 
-def _is_large(tensor: onnx.TensorProto) -> bool:
+def _goes_outside(tensor: onnx.TensorProto) -> bool:
     """Whether an initializer goes into a file if the model is large.
 
     Integers do not: they may be sizes, which ONNX Runtime has to know when it infers shapes.
@@ -243,6 +242,11 @@ def size_of(proto: onnx.ModelProto) -> int:
     return sum(tensor_bytes(tensor) if is_external(tensor) else tensor.ByteSize() for tensor in proto.graph.initializer)
 
 
+def is_large(proto: onnx.ModelProto) -> bool:
+    """Whether there are too many weights to be held in memory."""
+    return size_of(proto) > IN_MEMORY
+
+
 def fingerprint(proto: onnx.ModelProto, folder: WeightsDir | None) -> str:
     """A digest of what a model computes: nodes, weights, inputs and outputs, whatever its metadata say.
 
@@ -255,12 +259,12 @@ def fingerprint(proto: onnx.ModelProto, folder: WeightsDir | None) -> str:
     for parts in (proto.opset_import, proto.functions, graph.input, graph.output, graph.node, graph.initializer):
         digest.update(f"{len(parts)}:".encode())
         for part in parts:  # one at a time: together they may be larger than protobuf takes
-            inside = _head(part) if _lies_outside(part) else part
+            inside = without_data(part) if _lies_outside(part) else part
             content = inside.SerializeToString(deterministic=True)
             digest.update(f"{len(content)}:".encode())
             digest.update(content)
             if _lies_outside(part):
-                digest.update(_bytes(array_of(part, folder)))
+                digest.update(content_of(array_of(part, folder)))
     return digest.hexdigest()
 
 
@@ -281,15 +285,21 @@ def without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
         proto: the model; not changed.
     """
     copy = onnx.ModelProto()
-    for descriptor, value in proto.ListFields():
-        if descriptor.name != "graph":
-            _set(copy, descriptor.name, value)
-    for descriptor, value in proto.graph.ListFields():
-        if descriptor.name != "initializer":
-            _set(copy.graph, descriptor.name, value)
+    copy_fields(proto, copy, "graph")
+    copy_fields(proto.graph, copy.graph, "initializer")
     for tensor in proto.graph.initializer:
-        copy.graph.initializer.append(placeholder(tensor) if _is_large(tensor) else tensor)
+        copy.graph.initializer.append(placeholder(tensor) if _goes_outside(tensor) else tensor)
     return copy
+
+
+def copy_fields(source: Any, target: Any, *without: str) -> None:
+    """Copy the fields of one protobuf message into an empty one of the same type, some left out."""
+    for descriptor, value in source.ListFields():
+        if descriptor.name not in without:
+            if hasattr(value, "extend"):
+                getattr(target, descriptor.name).extend(value)
+            else:
+                setattr(target, descriptor.name, value)
 
 
 def weights_as_inputs(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -311,13 +321,6 @@ def weights_as_inputs(proto: onnx.ModelProto) -> onnx.ModelProto:
     del graph.initializer[:]
     graph.initializer.extend(kept)
     return copy
-
-
-def _set(message: Any, name: str, value: Any) -> None:
-    if hasattr(value, "extend"):
-        getattr(message, name).extend(value)
-    else:
-        setattr(message, name, value)
 
 
 def placeholder(tensor: onnx.TensorProto) -> onnx.TensorProto:
@@ -349,24 +352,29 @@ def with_weights(proto: onnx.ModelProto, value_of: Callable[[str], Array]) -> tu
     Returns:
         The same model, and the folder of its external data.
     """
-    if size_of(proto) <= IN_MEMORY:
+    if not is_large(proto):
         for tensor in proto.graph.initializer:
             if is_external(tensor):
                 tensor.CopyFrom(_inside(tensor, value_of(tensor.name)))
         return proto, None
     try:
         folder = WeightsDir.temporary()
-        _write(proto, value_of, folder.path / "weights")
+        write_external(proto, value_of, folder.path / "weights")
     except OSError as error:
         what = f"{size_of(proto) / 1e6:.0f} MB of weights ({error.strerror or error})"
         raise OutputError(
             f"{tempfile.gettempdir()}: cannot hold {what}; set TMPDIR to a folder with more room."
         ) from error
-    _locate(proto, "weights")
+    locate_external(proto, "weights")
     return proto, folder
 
 
-def _head(tensor: onnx.TensorProto) -> onnx.TensorProto:
+def content_of(value: Array) -> memoryview:
+    """The bytes of an array, without a copy where they lie in order."""
+    return np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
+
+
+def without_data(tensor: onnx.TensorProto) -> onnx.TensorProto:
     """All but the data of a tensor that is going to hold it."""
     made = placeholder(tensor)
     made.ClearField("data_location")
@@ -375,12 +383,12 @@ def _head(tensor: onnx.TensorProto) -> onnx.TensorProto:
 
 def _inside(tensor: onnx.TensorProto, value: Array) -> onnx.TensorProto:
     """The same tensor with its data."""
-    made = _head(tensor)
-    made.raw_data = bytes(_bytes(value))
+    made = without_data(tensor)
+    made.raw_data = bytes(content_of(value))
     return made
 
 
-def _write(proto: onnx.ModelProto, value_of: Callable[[str], Array], data: Path) -> None:
+def write_external(proto: onnx.ModelProto, value_of: Callable[[str], Array], data: Path) -> None:
     """Write what is external into one file; where that will be is still to be added (`_locate`).
 
     Not by `onnx.save`: it refuses to write if a file of that name is in the working directory, and what it writes
@@ -389,7 +397,7 @@ def _write(proto: onnx.ModelProto, value_of: Callable[[str], Array], data: Path)
     with data.open("wb") as file:
         for tensor in proto.graph.initializer:
             if is_external(tensor):
-                content = _bytes(value_of(tensor.name))
+                content = content_of(value_of(tensor.name))
                 file.write(bytes(-file.tell() % ALIGNMENT))
                 del tensor.external_data[:]
                 for key, number in (("offset", file.tell()), ("length", content.nbytes)):
@@ -397,7 +405,8 @@ def _write(proto: onnx.ModelProto, value_of: Callable[[str], Array], data: Path)
                 file.write(content)
 
 
-def _locate(proto: onnx.ModelProto, name: str) -> None:
+def locate_external(proto: onnx.ModelProto, name: str) -> None:
+    """Say which file, beside the model, holds what is external."""
     for tensor in proto.graph.initializer:
         if is_external(tensor):
             tensor.external_data.add(key="location", value=name)
@@ -433,161 +442,3 @@ def check_unchanged(folder: WeightsDir | None) -> None:
     changed = folder.changed() if folder is not None else None
     if changed is not None:
         raise ModelError(f"{changed}: has changed since it was read; run again on a model that nothing else writes to.")
-
-
-# ---- writing ------------------------------------------------------------------------------------------------------
-
-
-def save(proto: onnx.ModelProto, folder: WeightsDir | None, path: Path, *, external_data: bool = False) -> None:
-    """Write a model so that `path` holds either its old content or the complete new one.
-
-    Args:
-        proto: the model; not changed.
-        folder: of its external data.
-        path: where to; the folder must exist.
-        external_data: put the weights into `<name>.data` beside it (or `<name>.1.data` and so on, where that file
-            belongs to another model); done anyway above 2 GB.
-
-    Raises:
-        OutputError: the folder is missing or cannot be written to, or what is no external data fills 2 GB.
-        ModelError: its external data is no longer what it was.
-    """
-    external = external_data or size_of(proto) > PROTOBUF_LIMIT - 2**20
-    try:
-        for left in files.stale_scratch(path.parent):
-            if (left / files.KEEP).is_file():
-                _settle(left)
-                shutil.rmtree(left, ignore_errors=True)
-        with files.Scratch(path.parent) as name:
-            _save(proto, folder, path, Path(name), external)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error}).") from error
-    except (EncodeError, ValueError) as error:  # which of them depends on the version of protobuf
-        if size_of(proto) < PROTOBUF_LIMIT:
-            raise
-        what = "the tensors that cannot go into a file of their own (integers, typed lists) are more than 2 GB"
-        raise OutputError(f"{path}: cannot be written: {what}.") from error
-
-
-def _save(proto: onnx.ModelProto, folder: WeightsDir | None, path: Path, scratch: Path, external: bool) -> None:
-    """Write into `scratch` and move from there: first the weights, under a name that nothing uses, then the model.
-
-    At any moment the model at `path` is the old one with its old weights, or the new one with its new weights. Weights
-    that are not, or no longer, those of the model at `path` are on a list in the folder until they are gone.
-    """
-    staged, data, copy, source = scratch / path.name, scratch / "weights", proto, folder
-    before = _own_data(path)
-    after: set[str] = set()
-    if external:
-        copy = without_weights(proto)
-        _write(copy, _values(proto, folder), data)
-        if data.stat().st_size:
-            files.flush(data)
-            name = _data_name(path, data, before)
-            after = {name}
-            _locate(copy, name)
-        folder = None
-    with staged.open("wb") as file:
-        _serialise(copy, folder, file)
-    check_unchanged(source)
-    files.flush(staged)
-    if before != after:
-        (scratch / files.KEEP).write_text(json.dumps([path.name, *sorted(before | after)]), encoding="utf-8")
-        files.flush(scratch / files.KEEP)
-    for name in after - before:
-        data.replace(path.parent / name)
-    staged.replace(path)
-    if before != after:
-        _settle(scratch)
-
-
-def _serialise(proto: onnx.ModelProto, folder: WeightsDir | None, file: BinaryIO) -> None:
-    """Write the bytes of a model, the data of the tensors in a folder included.
-
-    protobuf would need the whole model in memory, and its bytes beside it. So large tensors are framed here: a message
-    in a message is its field number, its length and its bytes, and the elements of a list may stand in several places.
-    """
-    if folder is None:
-        file.write(proto.SerializeToString(deterministic=True))
-        return
-    copy = without_weights(proto)
-    outside = [tensor for tensor in copy.graph.initializer if is_external(tensor)]
-    inside = [tensor for tensor in copy.graph.initializer if not is_external(tensor)]
-    heads = [_head(tensor).SerializeToString(deterministic=True) for tensor in outside]
-    del copy.graph.initializer[:]
-    copy.graph.initializer.extend(inside)
-    graph = copy.graph.SerializeToString(deterministic=True)
-    copy.ClearField("graph")
-    sizes = [tensor_bytes(tensor) for tensor in outside]
-    raws = [_framed(onnx.TensorProto.RAW_DATA_FIELD_NUMBER, size) for size in sizes]
-    lengths = [len(head) + len(raw) + size for head, raw, size in zip(heads, raws, sizes, strict=True)]
-    starts = [_framed(onnx.GraphProto.INITIALIZER_FIELD_NUMBER, body) for body in lengths]
-    size = len(graph) + sum(map(len, starts)) + sum(lengths)
-    file.write(copy.SerializeToString(deterministic=True))
-    file.write(_framed(onnx.ModelProto.GRAPH_FIELD_NUMBER, size))
-    file.write(graph)
-    value_of = _values(proto, folder)
-    for tensor, start, head, raw in zip(outside, starts, heads, raws, strict=True):
-        file.write(start + head + raw)
-        file.write(_bytes(value_of(tensor.name)))
-
-
-def _framed(field: int, length: int) -> bytes:
-    """What stands before the bytes of a field: its number and that a length follows (2), and the length, in varints."""
-    found = bytearray()
-    for number in (field << 3 | 2, length):
-        while number > 127:
-            found.append(number & 127 | 128)
-            number >>= 7
-        found.append(number)
-    return bytes(found)
-
-
-def _bytes(value: Array) -> memoryview:
-    return np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
-
-
-def _settle(folder: Path) -> None:
-    """Remove the weights on the list that the model beside the folder does not refer to."""
-    try:
-        model, *names = json.loads((folder / files.KEEP).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # the run ended before the list was complete, and before anything was moved
-        return
-    wanted = _own_data(folder.parent / model)
-    for name in names:
-        if name not in wanted and _is_data_name(name, model) and not _is_named(name, folder.parent, model):
-            (folder.parent / name).unlink(missing_ok=True)
-
-
-def _is_named(name: str, folder: Path, model: str) -> bool:
-    """Whether another model in the folder may use that file: somebody may have made a copy of ours."""
-    others = (path for path in folder.glob("*.onnx") if path.name != model and path.is_file())
-    return any(path.stat().st_size > MAX_SEARCHED or name.encode() in path.read_bytes() for path in others)
-
-
-def _own_data(path: Path) -> set[str]:
-    """Names of the files with the weights of the model at `path`, of those that this package names."""
-    if not path.is_file():
-        return set()
-    try:
-        old = onnx.load(path, format="protobuf", load_external_data=False)
-    except (DecodeError, ValueError):
-        logger.debug("%s is no model", path)
-        return set()
-    found = {_entries(tensor).get("location", "") for tensor in old.graph.initializer}
-    return {name for name in found if _is_data_name(name, path.name)}
-
-
-def _is_data_name(name: str, model: str) -> bool:
-    return re.fullmatch(re.escape(model) + r"(\.\d+)?\.data", name) is not None
-
-
-def _data_name(path: Path, data: Path, own: set[str]) -> str:
-    """The name of a file with the same weights, which another run may just have written, else one that is free."""
-    numbered = (f"{path.name}{number}.data" for number in ("", *(f".{count}" for count in range(1, 1000))))
-    names = ((name, path.parent / name) for name in (*sorted(own), *numbered))
-    return next(
-        name
-        for name, place in names
-        if (place.is_file() and filecmp.cmp(place, data, shallow=False)) or not (place.exists() or name in own)
-    )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,15 @@ from typing import Any
 import onnx
 
 from lindep_onnx.data.inputs import InputSpec
-from lindep_onnx.errors import LindepError, ModelError
+from lindep_onnx.errors import ModelError
 from lindep_onnx.model import ir as graph
+from lindep_onnx.model.checks import as_model_error
 from lindep_onnx.model.precision import epsilon, to_float32
 from lindep_onnx.model.shapes import ShapeInfo, resolve
 from lindep_onnx.options import Config
 from lindep_onnx.proofs.prove import Proof, prove, ranges_of
 from lindep_onnx.structure.trace import trace as walk
 from lindep_onnx.structure.types import Structure
-from lindep_onnx.verify import compare as verify
 
 #: Bytes that the activations of one run may take, were all of them kept, and the most samples in a run.
 ACTIVATION_BYTES, MAX_BATCH = 1 << 27, 32
@@ -72,32 +72,6 @@ def load_and_trace(
             proof = prove(channels, ranges, half=half is not None)
     name = Path(source).name if isinstance(source, (str, Path)) else model.proto.graph.name
     return TracedModel(name, channels, ranges, proof, half, config)
-
-
-@contextmanager
-def as_model_error(proto: onnx.ModelProto, source: object = None) -> Iterator[None]:
-    """Blame what goes wrong inside on the model: rules rely on what the ONNX standard says, and nothing has run it yet.
-
-    Args:
-        proto: the model.
-        source: its path, for the message.
-
-    Raises:
-        ModelError: instead of any other exception.
-    """
-    try:
-        yield
-    except LindepError:
-        raise
-    except Exception as error:
-        name = source if isinstance(source, (str, Path)) else proto.graph.name or "the model"
-        fault = verify.full_check_passes(proto)
-        if fault is not None:
-            raise ModelError(f"{name}: is not a valid ONNX model, and cannot be followed: {fault}") from error
-        raise ModelError(
-            f"{name}: cannot be followed ({type(error).__name__}: {str(error)[:200]}).\n"
-            "If ONNX Runtime runs it, run again with --debug and report it."
-        ) from error
 
 
 def inputs_of(understood: TracedModel) -> list[InputSpec]:

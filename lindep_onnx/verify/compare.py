@@ -22,16 +22,12 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
 from lindep_onnx.errors import ModelError, UsageError, VerificationError
-from lindep_onnx.model import ir as graph
-from lindep_onnx.model import weights as storage
 from lindep_onnx.runtime.backend import Session, in_order, one_line
 
 Array: TypeAlias = NDArray[Any]
@@ -491,40 +487,3 @@ def measure_latency(
         order.reverse()
         if time.perf_counter() >= stop:
             return tuple(float(np.quantile(taken, UNDISTURBED)) * 1e3 for taken in times)
-
-
-def check_model(model: onnx.ModelProto | str | Path, *, original_passed: bool) -> None:
-    """Hold a result to the checker that its original passed.
-
-    Args:
-        model: the result.
-        original_passed: whether `full_check_passes` found nothing in the original; else nothing is asked of the result.
-
-    Raises:
-        VerificationError: the result does not pass.
-    """
-    found = full_check_passes(model) if original_passed else None
-    if found is not None:
-        raise VerificationError(f"The result fails the ONNX checker, which the original passes: {found}")
-
-
-def full_check_passes(model: onnx.ModelProto | str | Path) -> str | None:
-    """Run `onnx.checker` with shape inference.
-
-    Args:
-        model: a model in memory, or a path. The data of large initializers of a large one is not looked at.
-
-    Returns:
-        None if the model passes, else what the checker says, in one line.
-    """
-    source = str(model)
-    if isinstance(model, onnx.ModelProto):
-        if next(graph.impossible_sizes(model.graph), None) is not None:
-            return "an axis is declared with a size that it cannot have"
-        large = storage.size_of(model) > storage.IN_MEMORY
-        source = (storage.weights_as_inputs(model) if large else model).SerializeToString()
-    try:
-        onnx.checker.check_model(source, full_check=True)
-    except Exception as error:  # the checker's exceptions have no common base
-        return one_line(error)
-    return None

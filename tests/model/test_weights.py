@@ -15,6 +15,7 @@ from onnx import TensorProto, numpy_helper
 import lindep_onnx
 from lindep_onnx.errors import ModelError, OutputError
 from lindep_onnx.files import WeightsDir
+from lindep_onnx.model import save as saving
 from lindep_onnx.model import weights as storage
 from lindep_onnx.model.ir import load
 from lindep_onnx.runtime.backend import open_session
@@ -92,7 +93,7 @@ def test_what_is_written_is_the_whole_model(external: bool, tmp_path: Path, larg
     proto = model()
     loaded = load(written(proto, tmp_path, "external data"))
     path = tmp_path / "out.onnx"
-    storage.save(loaded.proto, loaded.folder, path, external_data=external)
+    saving.save(loaded.proto, loaded.folder, path, external_data=external)
     assert (tmp_path / "out.onnx.data").exists() is external
     found = onnx.load(path)
     onnx.checker.check_model(str(path), full_check=True)
@@ -109,7 +110,7 @@ def test_what_is_written_is_the_whole_model(external: bool, tmp_path: Path, larg
 def test_frames_are_those_of_protobuf(length: int) -> None:
     from google.protobuf.internal import decoder
 
-    frame = storage._framed(onnx.TensorProto.RAW_DATA_FIELD_NUMBER, length)
+    frame = saving.field_header(onnx.TensorProto.RAW_DATA_FIELD_NUMBER, length)
     tag, place = decoder._DecodeVarint(frame, 0)
     found, end = decoder._DecodeVarint(frame, place)
     assert (tag >> 3, tag & 7, found, end) == (onnx.TensorProto.RAW_DATA_FIELD_NUMBER, 2, length, len(frame))
@@ -213,7 +214,7 @@ def test_weights_in_constant_nodes_and_files_of_many_tensors(tmp_path: Path, lar
 @pytest.mark.parametrize("change", ["written", "replaced", "gone"])
 def test_weights_that_change_during_a_run_are_noticed(change: str, tmp_path: Path, large: None) -> None:
     loaded = load(written(model(), tmp_path, "external data"))
-    storage.save(loaded.proto, loaded.folder, tmp_path / "first.onnx")
+    saving.save(loaded.proto, loaded.folder, tmp_path / "first.onnx")
     weights = tmp_path / "weights"
     content = weights.read_bytes()
     if change != "written":
@@ -221,7 +222,7 @@ def test_weights_that_change_during_a_run_are_noticed(change: str, tmp_path: Pat
     if change != "gone":
         weights.write_bytes(content)
     with pytest.raises(ModelError, match="weights: has changed since it was read"):
-        storage.save(loaded.proto, loaded.folder, tmp_path / "second.onnx")
+        saving.save(loaded.proto, loaded.folder, tmp_path / "second.onnx")
     with pytest.raises(ModelError, match="weights: has changed since it was read"):
         storage.embedded(loaded.proto, loaded.folder)
     assert (tmp_path / "first.onnx").exists() and not (tmp_path / "second.onnx").exists()
@@ -233,12 +234,12 @@ def test_what_no_file_of_weights_can_take_and_protobuf_cannot_write_is_one_clear
     def refused(*_: object) -> None:
         raise EncodeError("Failed to serialize proto")
 
-    monkeypatch.setattr(storage, "_serialise", refused)
+    monkeypatch.setattr(saving, "serialise", refused)
     with pytest.raises(EncodeError):  # a small one failed for another reason, which must not be hidden
-        storage.save(model(), None, tmp_path / "m.onnx")
-    monkeypatch.setattr(storage, "PROTOBUF_LIMIT", 1000)
+        saving.save(model(), None, tmp_path / "m.onnx")
+    monkeypatch.setattr(saving, "PROTOBUF_LIMIT", 1000)
     with pytest.raises(OutputError, match="more than 2 GB"):
-        storage.save(model(), None, tmp_path / "m.onnx")
+        saving.save(model(), None, tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
 
 

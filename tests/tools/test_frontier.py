@@ -14,7 +14,7 @@ import onnx
 import pytest
 from build import as_array, build, run, traced
 
-from lindep_onnx.verify.compare import full_check_passes
+from lindep_onnx.model.checks import full_check_passes
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 budget_checks, frontier, rivals, tasks = (

@@ -1,0 +1,189 @@
+"""Writing model files: at any moment there is the old model or the new one, each with its own weights."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import logging
+import re
+import shutil
+from pathlib import Path
+from typing import BinaryIO
+
+import onnx
+from google.protobuf.message import DecodeError, EncodeError
+
+from lindep_onnx import files
+from lindep_onnx.errors import OutputError
+from lindep_onnx.files import WeightsDir
+from lindep_onnx.model.weights import (
+    check_unchanged,
+    content_of,
+    external_entries,
+    is_external,
+    locate_external,
+    size_of,
+    tensor_bytes,
+    values_of,
+    without_data,
+    without_weights,
+    write_external,
+)
+
+logger = logging.getLogger(__name__)
+
+#: protobuf cannot hold or serialise a message beyond this.
+PROTOBUF_LIMIT = 2**31 - 1
+#: A larger model is taken to use the file that is looked for.
+MAX_SEARCHED = 1 << 28
+
+
+def save(proto: onnx.ModelProto, folder: WeightsDir | None, path: Path, *, external_data: bool = False) -> None:
+    """Write a model so that `path` holds either its old content or the complete new one.
+
+    Args:
+        proto: the model; not changed.
+        folder: of its external data.
+        path: where to; the folder must exist.
+        external_data: put the weights into `<name>.data` beside it (or `<name>.1.data` and so on, where that file
+            belongs to another model); done anyway above 2 GB.
+
+    Raises:
+        OutputError: the folder is missing or cannot be written to, or what is no external data fills 2 GB.
+        ModelError: its external data is no longer what it was.
+    """
+    external = external_data or size_of(proto) > PROTOBUF_LIMIT - 2**20
+    try:
+        for left in files.stale_scratch(path.parent):
+            if (left / files.KEEP).is_file():
+                settle(left)
+                shutil.rmtree(left, ignore_errors=True)
+        with files.Scratch(path.parent) as name:
+            _save(proto, folder, path, Path(name), external)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error}).") from error
+    except (EncodeError, ValueError) as error:  # which of them depends on the version of protobuf
+        if size_of(proto) < PROTOBUF_LIMIT:
+            raise
+        what = "the tensors that cannot go into a file of their own (integers, typed lists) are more than 2 GB"
+        raise OutputError(f"{path}: cannot be written: {what}.") from error
+
+
+def _save(proto: onnx.ModelProto, folder: WeightsDir | None, path: Path, scratch: Path, external: bool) -> None:
+    """Write into `scratch` and move from there: first the weights, under a name that nothing uses, then the model.
+
+    At any moment the model at `path` is the old one with its old weights, or the new one with its new weights. Weights
+    that are not, or no longer, those of the model at `path` are on a list in the folder until they are gone.
+    """
+    staged, data, copy, source = scratch / path.name, scratch / "weights", proto, folder
+    before = _own_data(path)
+    after: set[str] = set()
+    if external:
+        copy = without_weights(proto)
+        write_external(copy, values_of(proto, folder), data)
+        if data.stat().st_size:
+            files.flush(data)
+            name = _data_name(path, data, before)
+            after = {name}
+            locate_external(copy, name)
+        folder = None
+    with staged.open("wb") as file:
+        serialise(copy, folder, file)
+    check_unchanged(source)
+    files.flush(staged)
+    if before != after:
+        (scratch / files.KEEP).write_text(json.dumps([path.name, *sorted(before | after)]), encoding="utf-8")
+        files.flush(scratch / files.KEEP)
+    for name in after - before:
+        data.replace(path.parent / name)
+    staged.replace(path)
+    if before != after:
+        settle(scratch)
+
+
+def serialise(proto: onnx.ModelProto, folder: WeightsDir | None, file: BinaryIO) -> None:
+    """Write the bytes of a model, the data of the tensors in a folder included.
+
+    protobuf would need the whole model in memory, and its bytes beside it. So large tensors are framed here: a message
+    in a message is its field number, its length and its bytes, and the elements of a list may stand in several places.
+    """
+    if folder is None:
+        file.write(proto.SerializeToString(deterministic=True))
+        return
+    copy = without_weights(proto)
+    outside = [tensor for tensor in copy.graph.initializer if is_external(tensor)]
+    inside = [tensor for tensor in copy.graph.initializer if not is_external(tensor)]
+    heads = [without_data(tensor).SerializeToString(deterministic=True) for tensor in outside]
+    del copy.graph.initializer[:]
+    copy.graph.initializer.extend(inside)
+    graph = copy.graph.SerializeToString(deterministic=True)
+    copy.ClearField("graph")
+    sizes = [tensor_bytes(tensor) for tensor in outside]
+    raws = [field_header(onnx.TensorProto.RAW_DATA_FIELD_NUMBER, size) for size in sizes]
+    lengths = [len(head) + len(raw) + size for head, raw, size in zip(heads, raws, sizes, strict=True)]
+    starts = [field_header(onnx.GraphProto.INITIALIZER_FIELD_NUMBER, body) for body in lengths]
+    size = len(graph) + sum(map(len, starts)) + sum(lengths)
+    file.write(copy.SerializeToString(deterministic=True))
+    file.write(field_header(onnx.ModelProto.GRAPH_FIELD_NUMBER, size))
+    file.write(graph)
+    value_of = values_of(proto, folder)
+    for tensor, start, head, raw in zip(outside, starts, heads, raws, strict=True):
+        file.write(start + head + raw)
+        file.write(content_of(value_of(tensor.name)))
+
+
+def field_header(field: int, length: int) -> bytes:
+    """What stands before the bytes of a field: its number and that a length follows (2), and the length, in varints."""
+    found = bytearray()
+    for number in (field << 3 | 2, length):
+        while number > 127:
+            found.append(number & 127 | 128)
+            number >>= 7
+        found.append(number)
+    return bytes(found)
+
+
+def settle(folder: Path) -> None:
+    """Remove the weights on the list that the model beside the folder does not refer to."""
+    try:
+        model, *names = json.loads((folder / files.KEEP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # the run ended before the list was complete, and before anything was moved
+        return
+    wanted = _own_data(folder.parent / model)
+    for name in names:
+        if name not in wanted and _is_data_name(name, model) and not _is_named(name, folder.parent, model):
+            (folder.parent / name).unlink(missing_ok=True)
+
+
+def _is_named(name: str, folder: Path, model: str) -> bool:
+    """Whether another model in the folder may use that file: somebody may have made a copy of ours."""
+    others = (path for path in folder.glob("*.onnx") if path.name != model and path.is_file())
+    return any(path.stat().st_size > MAX_SEARCHED or name.encode() in path.read_bytes() for path in others)
+
+
+def _own_data(path: Path) -> set[str]:
+    """Names of the files with the weights of the model at `path`, of those that this package names."""
+    if not path.is_file():
+        return set()
+    try:
+        old = onnx.load(path, format="protobuf", load_external_data=False)
+    except (DecodeError, ValueError):
+        logger.debug("%s is no model", path)
+        return set()
+    found = {external_entries(tensor).get("location", "") for tensor in old.graph.initializer}
+    return {name for name in found if _is_data_name(name, path.name)}
+
+
+def _is_data_name(name: str, model: str) -> bool:
+    return re.fullmatch(re.escape(model) + r"(\.\d+)?\.data", name) is not None
+
+
+def _data_name(path: Path, data: Path, own: set[str]) -> str:
+    """The name of a file with the same weights, which another run may just have written, else one that is free."""
+    numbered = (f"{path.name}{number}.data" for number in ("", *(f".{count}" for count in range(1, 1000))))
+    names = ((name, path.parent / name) for name in (*sorted(own), *numbered))
+    return next(
+        name
+        for name, place in names
+        if (place.is_file() and filecmp.cmp(place, data, shallow=False)) or not (place.exists() or name in own)
+    )

@@ -448,7 +448,7 @@ def tracer(rng: random.Random, corpus: Corpus) -> None:
     )
     if full_check_passes(found.channels.model.proto) is not None:
         return  # ONNX Runtime does not load it, so that nothing is ever rewritten
-    plan = found.proof.plan
+    plan = found.proof.steps
     with as_model_error(found.channels.model.proto):
         rewrite(found.channels, fold_weights(found.channels, plan.folds, found.proof.statistics, plan.removed), "fuzz")
 

@@ -41,10 +41,10 @@ from lindep_onnx.data.samples import Samples, open_samples
 from lindep_onnx.model import ir as graph
 from lindep_onnx.model.cost import cost
 from lindep_onnx.model.shapes import resolve
-from lindep_onnx.moves.channels import Fold
 from lindep_onnx.moves.fold_weights import fold_weights
 from lindep_onnx.planning.search import first_small_enough
 from lindep_onnx.structure.rewrite import Removal, rewrite
+from lindep_onnx.structure.steps import Fold
 from lindep_onnx.structure.trace import trace
 from lindep_onnx.structure.types import FROZEN, Group, Structure
 

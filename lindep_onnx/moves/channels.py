@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,40 +11,11 @@ from numpy.typing import NDArray
 from lindep_onnx.calibration.statistics import ConsumerStatistics, Statistics, problem
 from lindep_onnx.linalg.elimination import ConsumerProblem, Minimums, lossless_removals
 from lindep_onnx.structure.placement import equalized
+from lindep_onnx.structure.steps import ChannelSteps, Fold
 from lindep_onnx.structure.types import FROZEN, Group, Structure
 
 #: Rounds over all groups: each can free weight for the groups before it. Two are enough unless paths cross.
 ROUNDS = 4
-
-KINDS = ("kept", "constant", "collinear", "joint")
-
-
-@dataclass(frozen=True)
-class Fold:
-    """How one site makes up for its removed features.
-
-    Attributes:
-        kept: (F,) bool.
-        matrix: (kept, removed) T with Z_R ~ Z_K T.
-    """
-
-    kept: NDArray[np.bool_]
-    matrix: NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A decision, ready to be carried out.
-
-    Attributes:
-        removed: (units,) bool.
-        kind: (units,) index into `KINDS`, how each unit is made up for.
-        folds: by site index, for sites that lose something.
-    """
-
-    removed: NDArray[np.bool_]
-    kind: NDArray[np.int8]
-    folds: Mapping[int, Fold]
 
 
 def plan_lossless(
@@ -54,7 +25,7 @@ def plan_lossless(
     *,
     tolerance: float,
     keep: NDArray[np.bool_] | None = None,
-) -> Plan:
+) -> ChannelSteps:
     """Everything whose removal adds at most `tolerance` at every site, on unseen samples too.
 
     Groups go from outputs to inputs: what a group loses are rows of the weights that read the groups before it, and
@@ -75,7 +46,9 @@ def plan_lossless(
         keep = ~whole
 
 
-def part_of(plan: Plan, consumers: Sequence[ConsumerStatistics], removed: NDArray[np.bool_]) -> Plan | None:
+def part_of(
+    plan: ChannelSteps, consumers: Sequence[ConsumerStatistics], removed: NDArray[np.bool_]
+) -> ChannelSteps | None:
     """A plan of which some units stay after all; None if it does not remove all the others.
 
     What is removed is made up for feature by feature, from those that stayed anyway: the rest is as it was.
@@ -95,7 +68,7 @@ def part_of(plan: Plan, consumers: Sequence[ConsumerStatistics], removed: NDArra
         matrix = np.zeros((int(kept.sum()), int((~kept).sum())))
         matrix[fold.kept[kept]] = fold.matrix[:, ~kept[~fold.kept]]
         folds[index] = Fold(kept, matrix)
-    return Plan(removed, np.where(removed, plan.kind, 0).astype(np.int8), folds)
+    return ChannelSteps(removed, np.where(removed, plan.kind, 0).astype(np.int8), folds)
 
 
 def _planned(
@@ -104,7 +77,7 @@ def _planned(
     uncertain: NDArray[np.bool_],
     keep: NDArray[np.bool_] | None,
     tolerance: float,
-) -> Plan:
+) -> ChannelSteps:
     removed = np.zeros(structure.units, dtype=bool)
     kind = np.zeros(structure.units, dtype=np.int8)
     folds: dict[int, Fold] = {}
@@ -128,7 +101,7 @@ def _planned(
             changed |= bool((removed[group.units] != before).any())
         if not changed:
             break
-    return Plan(removed, kind, folds)
+    return ChannelSteps(removed, kind, folds)
 
 
 def _plan_group(

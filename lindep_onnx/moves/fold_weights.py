@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lindep_onnx.calibration.statistics import ConsumerStatistics, consumer_weight
-from lindep_onnx.moves.channels import Fold
 from lindep_onnx.structure.rewrite import Removal
+from lindep_onnx.structure.steps import Fold
 from lindep_onnx.structure.types import ConsumerNode, Structure
 
 

@@ -13,12 +13,12 @@ from lindep_onnx.calibration.statistics import Statistics, problem
 from lindep_onnx.data.samples import Part, Samples
 from lindep_onnx.linalg.elimination import ConsumerProblem, choose_ridge, eliminate, removal_cost
 from lindep_onnx.model.ir import Model
-from lindep_onnx.moves.channels import Fold
 from lindep_onnx.moves.fold_weights import fold_weights
 from lindep_onnx.planning.path import Curve, folds_of
 from lindep_onnx.runtime.backend import crew, open_session
 from lindep_onnx.structure.placement import equalized
 from lindep_onnx.structure.rewrite import rewrite
+from lindep_onnx.structure.steps import Fold
 from lindep_onnx.structure.types import Structure
 
 Progress: TypeAlias = Callable[[str, int, int], None]

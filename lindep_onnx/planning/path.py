@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from lindep_onnx.calibration.statistics import Statistics, problem
 from lindep_onnx.linalg.elimination import ConsumerProblem, choose_ridge, eliminate
-from lindep_onnx.moves.channels import Fold, local_minimums, local_problem, local_units
+from lindep_onnx.moves.channels import local_minimums, local_problem, local_units
+from lindep_onnx.structure.steps import Fold
 from lindep_onnx.structure.types import Bounds, Product, Structure
 
 Saving: TypeAlias = Literal["parameters", "macs", "channels"]

@@ -31,7 +31,7 @@ from lindep_onnx.model.cost import Cost, cost
 from lindep_onnx.model.edit import GraphEdits, apply_edits
 from lindep_onnx.model.precision import epsilon, perturbed_one_ulp, to_float32, to_stored_dtype
 from lindep_onnx.model.shapes import resolve
-from lindep_onnx.moves.channels import Fold, Plan, part_of, plan_lossless
+from lindep_onnx.moves.channels import part_of, plan_lossless
 from lindep_onnx.moves.fold_weights import fold_weights
 from lindep_onnx.moves.sensitivity import PerturbationRunner, consumer_sensitivity, measured_curves
 from lindep_onnx.options import LOSSLESS_SITE_ERROR, LOSSLESS_VERIFIED_ERROR, Config
@@ -55,6 +55,7 @@ from lindep_onnx.runtime import layer_latency as latency
 from lindep_onnx.runtime.backend import Session, crew, open_session
 from lindep_onnx.structure.placement import equalized
 from lindep_onnx.structure.rewrite import Removal, rewrite
+from lindep_onnx.structure.steps import ChannelSteps, Fold
 from lindep_onnx.structure.trace import trace
 from lindep_onnx.structure.types import Structure
 from lindep_onnx.verify import compare as verify
@@ -255,7 +256,9 @@ class Workshop:
         )
 
     def _unchanged(self) -> Chosen:
-        nothing = Plan(np.zeros(self._structure.units, dtype=bool), np.zeros(self._structure.units, dtype=np.int8), {})
+        nothing = ChannelSteps(
+            np.zeros(self._structure.units, dtype=bool), np.zeros(self._structure.units, dtype=np.int8), {}
+        )
         chosen = self._carried_out(nothing, self._statistics.consumers, "lossless")
         note = (
             "Nothing was removed: no width made the result as fast in ONNX Runtime here. Try without --round-to auto."
@@ -284,10 +287,10 @@ class Workshop:
         return self._samples
 
     def _proven(self) -> Chosen:
-        chosen = self._carried_out(self._proof.plan, self._proof.statistics, "proven")
+        chosen = self._carried_out(self._proof.steps, self._proof.statistics, "proven")
         return dataclasses.replace(chosen, latency=self._latency(chosen.model))
 
-    def _lossless_plan(self, uncertain: NDArray[np.bool_], keep: NDArray[np.bool_] | None = None) -> Plan:
+    def _lossless_plan(self, uncertain: NDArray[np.bool_], keep: NDArray[np.bool_] | None = None) -> ChannelSteps:
         return plan_lossless(self._structure, self._statistics, uncertain, tolerance=self._tolerance, keep=keep)
 
     # ---- plans that were saved ---------------------------------------------------------------------------------
@@ -296,7 +299,7 @@ class Workshop:
         """The same steps that led from the plan to the result when it was made."""
         removed = wanted.removed
         if wanted.plan.mode == "proven":
-            plan = part_of(self._proof.plan, self._proof.statistics, removed)
+            plan = part_of(self._proof.steps, self._proof.statistics, removed)
             if plan is None:
                 raise UsageError(
                     "The plan removes channels that the weights do not prove redundant; drop them from it."
@@ -315,7 +318,7 @@ class Workshop:
             plan = self._lossless_again(removed)
         return self._built(plan, wanted.refit)
 
-    def _lossless_again(self, removed: NDArray[np.bool_]) -> Plan:
+    def _lossless_again(self, removed: NDArray[np.bool_]) -> ChannelSteps:
         """Our own plan if it is the same, else as much of it as is asked for."""
         whole = self._lossless_plan(self._uncertain)
         if (whole.removed == removed).all():
@@ -334,7 +337,7 @@ class Workshop:
             )
         return rest
 
-    def _carried_out(self, plan: Plan, statistics: tuple[ConsumerStatistics, ...], mode: str) -> Chosen:
+    def _carried_out(self, plan: ChannelSteps, statistics: tuple[ConsumerStatistics, ...], mode: str) -> Chosen:
         with self._stage("rewrite"):
             model = rewrite(
                 self._structure, fold_weights(self._structure, plan.folds, statistics, plan.removed), self.metadata
@@ -343,7 +346,7 @@ class Workshop:
 
     # ---- lossless ----------------------------------------------------------------------------------------------
 
-    def _verified(self, plan: Plan, width: int) -> Chosen:
+    def _verified(self, plan: ChannelSteps, width: int) -> Chosen:
         """The whole plan, or as much of it as unseen samples confirm."""
         first = chosen = self._lossless(plan, self._uncertain, width)
         if chosen.failure is None or self._config.force:
@@ -354,7 +357,7 @@ class Workshop:
                 conservative = self._lossless_plan(inactive)
             chosen = self._lossless(conservative, inactive, width)
         if chosen.failure is not None:
-            chosen = self._carried_out(self._proof.plan, self._proof.statistics, "proven")
+            chosen = self._carried_out(self._proof.steps, self._proof.statistics, "proven")
         if chosen.failure is not None:
             return first
         error = float("nan") if first.comparison is None else first.comparison.relative_error
@@ -364,7 +367,7 @@ class Workshop:
         )
         return dataclasses.replace(chosen, notes=(*chosen.notes, note))
 
-    def _lossless(self, plan: Plan, uncertain: NDArray[np.bool_], width: int) -> Chosen:
+    def _lossless(self, plan: ChannelSteps, uncertain: NDArray[np.bool_], width: int) -> Chosen:
         asked: NDArray[np.bool_] | None = None
         while (
             True
@@ -377,7 +380,7 @@ class Workshop:
             with self._stage("plan"):
                 plan = self._lossless_plan(uncertain, ~removed)
 
-    def _built(self, plan: Plan, refit: str) -> Chosen:
+    def _built(self, plan: ChannelSteps, refit: str) -> Chosen:
         with self._stage("reconstruct"):
             new = fold_weights(self._structure, plan.folds, self._statistics.consumers, plan.removed)
         with self._stage("rewrite"):
@@ -418,9 +421,9 @@ class Workshop:
         expected = curves(self._structure, self._statistics, sensitivity, savings(self._structure, kind, rates))
         return tuple(measured_curves(self._structure, self._statistics, expected, perturbations, self._progress))
 
-    def _ladder(self, prices: Sequence[Curve], lossless: Plan) -> Ladder:
+    def _ladder(self, prices: Sequence[Curve], lossless: ChannelSteps) -> Ladder:
         # Random inputs prove nothing: what never changed on them is priced like the rest.
-        free = self._proof.plan if self._config.random_calib is not None else lossless
+        free = self._proof.steps if self._config.random_calib is not None else lossless
         return build_ladder(self._structure, prices, free.removed)
 
     def _frontier(self, ladder: Ladder, priced: Sequence[Curve]) -> tuple[FrontierPoint, ...]:
@@ -440,7 +443,7 @@ class Workshop:
                 self._progress("frontier", done + 1, len(FRONTIER))
         return tuple(points)
 
-    def _in_time(self, ladder: Ladder, lossless: Plan) -> Chosen:
+    def _in_time(self, ladder: Ladder, lossless: ChannelSteps) -> Chosen:
         """The sizes decide alone where they are fast enough in widths that kernels like; else time is the price."""
         allowed = self._config.latency
         assert allowed is not None

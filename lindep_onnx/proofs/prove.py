@@ -20,9 +20,9 @@ from lindep_onnx.calibration.statistics import ConsumerStatistics
 from lindep_onnx.errors import UsageError
 from lindep_onnx.linalg.elimination import COLLINEAR_KIND, CONSTANT, JOINT
 from lindep_onnx.model.ir import Model
-from lindep_onnx.moves.channels import Fold, Plan
 from lindep_onnx.proofs.bounds import ROUNDING, ROUNDING_HALF, AffineForm, BoundsContext, ChannelBounds, output_bounds
 from lindep_onnx.structure.placement import equalized
+from lindep_onnx.structure.steps import ChannelSteps, Fold
 from lindep_onnx.structure.types import FROZEN, Bounds, Consumer, Group, Structure
 
 Ranges = Mapping[str, tuple[float, float]]
@@ -73,12 +73,12 @@ class Proof:
     """What follows from the weights.
 
     Attributes:
-        plan: removes every unit that is proven redundant.
+        steps: removes every unit that is proven redundant.
         constant: (units,) bool, units that are constant at every site, whatever the input.
         statistics: what folding needs to know of each site.
     """
 
-    plan: Plan
+    steps: ChannelSteps
     constant: NDArray[np.bool_]
     statistics: tuple[ConsumerStatistics, ...]
 
@@ -126,8 +126,8 @@ def prove(structure: Structure, ranges: Ranges = MappingProxyType({}), *, half: 
         kind[combination.removed] = JOINT
     kind[~equalized(structure, kind > 0)] = 0
     combinations = [combination.of(kind == JOINT) for combination in combinations if kind[combination.removed].any()]
-    plan = Plan(kind > 0, kind, _folds(seen, kind, partner, combinations))
-    return Proof(plan, constant, tuple(_of_removed_constants(entry.statistics, kind) for entry in seen))
+    steps = ChannelSteps(kind > 0, kind, _folds(seen, kind, partner, combinations))
+    return Proof(steps, constant, tuple(_of_removed_constants(entry.statistics, kind) for entry in seen))
 
 
 def _of_removed_constants(statistics: ConsumerStatistics, kind: NDArray[np.int8]) -> ConsumerStatistics:

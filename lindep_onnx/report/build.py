@@ -14,7 +14,6 @@ from lindep_onnx._version import __version__
 from lindep_onnx.data.samples import Samples
 from lindep_onnx.data.sources import RANDOM
 from lindep_onnx.model.cost import Cost
-from lindep_onnx.moves.channels import KINDS
 from lindep_onnx.options import Config
 from lindep_onnx.planning.path import savings
 from lindep_onnx.planning.strategies import Chosen, Workshop
@@ -29,6 +28,7 @@ from lindep_onnx.report.values import (
     Support,
     Verification,
 )
+from lindep_onnx.structure.steps import KINDS
 from lindep_onnx.structure.traced import TracedModel
 from lindep_onnx.verify import compare as verify
 from lindep_onnx.verify.variants import Variant
@@ -122,7 +122,7 @@ def group_reports(
     for number, group in enumerate(channels.groups):
         gone = chosen.removed[group.units]
         kinds = chosen.kind[group.units][gone]
-        proven = int((gone & understood.proof.plan.removed[group.units]).sum())
+        proven = int((gone & understood.proof.steps.removed[group.units]).sum())
         yield GroupReport(
             name=group.name,
             channels_before=len(group.units),

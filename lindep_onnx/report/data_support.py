@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from lindep_onnx.calibration.statistics import JOINT_ROWS, Statistics, problem
 from lindep_onnx.linalg.elimination import removal_cost
-from lindep_onnx.moves.channels import KINDS, Fold
 from lindep_onnx.planning.path import folds_of
 from lindep_onnx.planning.strategies import Chosen
 from lindep_onnx.proofs.prove import Proof
 from lindep_onnx.report.values import Support
+from lindep_onnx.structure.steps import KINDS, Fold
 from lindep_onnx.structure.types import Structure
 
 CONFIDENCE = 0.95
@@ -38,7 +38,7 @@ def support(structure: Structure, statistics: Statistics, chosen: Chosen, proof:
         proof: what needs no data.
     """
     folds = folds_of(structure, statistics, chosen.removed, chosen.folds)
-    silent = (chosen.kind == KINDS.index("constant")) & ~proof.plan.removed
+    silent = (chosen.kind == KINDS.index("constant")) & ~proof.steps.removed
     bound = never_seen_bound(statistics.samples)
     found = {}
     for number, group in enumerate(structure.groups):

@@ -162,7 +162,7 @@ def test_proven_channels_are_counted_apart_from_observed_ones() -> None:
     data = {"x": np.random.default_rng(0).normal(size=(200, 3, 6, 6)).astype(np.float32)}
     (group,) = lindep_onnx.compress(model, data).report.groups
     assert (group.proven, group.observed) == (1, 1)
-    assert prove(traced(model)).plan.removed.sum() == 1
+    assert prove(traced(model)).steps.removed.sum() == 1
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -76,6 +76,7 @@ class Page(HTMLParser):
         self.text = ""
         self.open: list[str] = []
         self.feed(text)
+        self.text = " ".join(self.text.split())  # as a browser shows it
         assert not self.open
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:

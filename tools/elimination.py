@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from lindep_onnx.linalg.elimination import ConsumerProblem, eliminate
+from lindep_onnx.linalg.elimination import Limits, eliminate
+from lindep_onnx.linalg.fold import ConsumerProblem
 
 
 def site(features: int, outputs: int, seed: int = 0) -> ConsumerProblem:
@@ -47,14 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with threadpool_limits(given.threads, user_api="blas"):
         for features in given.features:
             posed = site(features, given.outputs)
-            half = {"candidates": np.ones(features, dtype=bool), "limit": features // 2}
+            half = {"candidates": np.ones(features, dtype=bool), "limits": Limits(features // 2)}
             seconds, cpu, _ = _timed(lambda posed=posed: posed.gram @ posed.outer)  # type: ignore[misc]
             print(f"| {features:,} | one matrix product | {seconds:.2f} | {cpu:.2f} |", flush=True)
-            seconds, cpu, found = _timed(lambda posed=posed, half=half: eliminate([posed], len(posed.unit), **half))  # type: ignore[misc]
+            seconds, cpu, found = _timed(lambda posed=posed, half=half: eliminate([posed], **half))  # type: ignore[misc]
             print(f"| {features:,} | elimination | {seconds:.2f} | {cpu:.2f} |", flush=True)
             if given.reference:
                 seconds, cpu, slow = _timed(
-                    lambda posed=posed, half=half: eliminate([posed], len(posed.unit), block=1, **half)  # type: ignore[misc]
+                    lambda posed=posed, half=half: eliminate([posed], block=1, **half)  # type: ignore[misc]
                 )
                 same = np.array_equal(found.order, slow.order)
                 print(f"| {features:,} | one by one, order the same: {same} | {seconds:.2f} | {cpu:.2f} |", flush=True)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lindep_onnx.calibration.measure import Calibration, MeasuringPoint, features, measuring_point
 from lindep_onnx.calibration.moments import Moments
-from lindep_onnx.linalg.elimination import ConsumerProblem
+from lindep_onnx.linalg.fold import ConsumerProblem
 from lindep_onnx.structure.types import FROZEN, Consumer, Structure
 
 #: What differs by less than this share of its size is constant: it is rounding.

@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lindep_onnx.calibration.statistics import ConsumerStatistics, Statistics, problem
-from lindep_onnx.linalg.elimination import ConsumerProblem, Minimums, lossless_removals
+from lindep_onnx.linalg.elimination import Minimums
+from lindep_onnx.linalg.fold import ConsumerProblem
+from lindep_onnx.linalg.lossless import lossless_removals
 from lindep_onnx.structure.placement import equalized
 from lindep_onnx.structure.steps import ChannelSteps, Fold
 from lindep_onnx.structure.types import FROZEN, Group, Structure
@@ -138,8 +140,7 @@ def _plan_group(
     inactive = (unread | (constant & sure)) & free
     result = lossless_removals(
         problems,
-        len(units),
-        candidates=(sure & statistics.active[units] & free) | inactive,
+        (sure & statistics.active[units] & free) | inactive,
         constant=inactive,
         tolerance=tolerance,
         minimums=least,

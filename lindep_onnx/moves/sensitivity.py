@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from lindep_onnx.calibration.statistics import Statistics, problem
 from lindep_onnx.data.samples import Part, Samples
-from lindep_onnx.linalg.elimination import ConsumerProblem, choose_ridge, eliminate, removal_cost
+from lindep_onnx.linalg.elimination import Limits, eliminate
+from lindep_onnx.linalg.fold import ConsumerProblem, choose_ridge, removal_cost
 from lindep_onnx.model.ir import Model
 from lindep_onnx.moves.fold_weights import fold_weights
 from lindep_onnx.planning.path import Curve, folds_of
@@ -153,14 +154,12 @@ def measured_curves(
 def _disturbed(posed: ConsumerProblem) -> tuple[float, Fold] | None:
     """The squared relative error that a fold makes at a site, and the fold; None where hardly any can be made."""
     features = len(posed.unit)
-    single = ConsumerProblem(posed.gram, posed.holdout, posed.outer, np.arange(features), posed.energy, posed.joint)
-    order = eliminate(
-        [single], features, candidates=posed.unit >= 0, limit=features - 1, stop=PERTURBATION, ridge=1e-6
-    ).order
+    single = dataclasses.replace(posed, unit=np.arange(features), ridge=1e-6)
+    order = eliminate([single], posed.unit >= 0, limits=Limits(features - 1, PERTURBATION)).order
     kept = np.ones(features, dtype=bool)
     kept[order] = False
     if kept.all():  # even the least important feature makes a larger error
-        cheapest = eliminate([single], features, candidates=posed.unit >= 0, limit=1, ridge=1e-6).order
+        cheapest = eliminate([single], posed.unit >= 0, limits=Limits(removals=1)).order
         kept[cheapest] = False
     if kept.all():
         return None

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal, TypeAlias
 
@@ -19,10 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lindep_onnx.calibration.statistics import Statistics, problem
-from lindep_onnx.linalg.elimination import ConsumerProblem, choose_ridge, eliminate
+from lindep_onnx.linalg.elimination import Allowance, eliminate
+from lindep_onnx.linalg.fold import ConsumerProblem, choose_ridge
 from lindep_onnx.moves.channels import local_minimums, local_problem, local_units
 from lindep_onnx.structure.steps import Fold
-from lindep_onnx.structure.types import Bounds, Product, Structure
+from lindep_onnx.structure.types import Product, Structure
 
 Saving: TypeAlias = Literal["parameters", "macs", "channels"]
 
@@ -168,23 +169,13 @@ def curves(
     found = []
     for number in range(len(structure.groups)) if numbers is None else numbers:
         group = structure.groups[number]
-        problems, ridges = [], []
+        problems = []
         for index in group.consumers:
             posed = local_problem(problem(structure, statistics.consumers[index], nothing), local)
             weight = max(sensitivity[index], 1e-12)
-            ridges.append(_ridge(posed, len(group.units)))
-            problems.append(
-                ConsumerProblem(posed.gram, posed.holdout, posed.outer, posed.unit, posed.energy / weight, posed.joint)
-            )
+            problems.append(replace(posed, energy=posed.energy / weight, ridge=_ridge(posed, len(group.units))))
         gain = np.maximum(saving[group.units], 1e-9)
-        order = eliminate(
-            problems,
-            len(group.units),
-            candidates=np.ones(len(group.units), dtype=bool),
-            gain=gain,
-            ridge=ridges,
-            minimums=least[number],
-        )
+        order = eliminate(problems, np.ones(len(group.units), dtype=bool), gain=gain, minimums=least[number])
         found.append(Curve(number, group.units[order.order], order.cost, np.cumsum(gain[order.order])))
     return found
 
@@ -222,8 +213,8 @@ def build_ladder(structure: Structure, found: Sequence[Curve], first: NDArray[np
     rest = ~np.isin(order, free)
     order, price = np.concatenate([free, order[rest]]), np.concatenate([np.zeros(len(free)), price[rest]])
     # A curve may end at a unit that goes for nothing: then another one of its axis stays in its place.
-    bounds = Bounds(structure)
-    possible = np.array([bounds.take(unit) for unit in order.tolist()], dtype=bool)
+    allowance = Allowance(structure.units, structure.minimums)
+    possible = np.array([allowance.take(unit) for unit in order.tolist()], dtype=bool)
     return Ladder(structure.units, order[possible], price[possible])
 
 

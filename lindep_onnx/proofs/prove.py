@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 from lindep_onnx.calibration.measure import features
 from lindep_onnx.calibration.statistics import ConsumerStatistics
 from lindep_onnx.errors import UsageError
-from lindep_onnx.linalg.elimination import COLLINEAR_KIND, CONSTANT, JOINT
+from lindep_onnx.linalg.elimination import Allowance
+from lindep_onnx.linalg.lossless import COLLINEAR, CONSTANT, JOINT
 from lindep_onnx.model.ir import Model
 from lindep_onnx.proofs.bounds import ROUNDING, ROUNDING_HALF, AffineForm, BoundsContext, ChannelBounds, output_bounds
 from lindep_onnx.structure.placement import equalized
 from lindep_onnx.structure.steps import ChannelSteps, Fold
-from lindep_onnx.structure.types import FROZEN, Bounds, Consumer, Group, Structure
+from lindep_onnx.structure.types import FROZEN, Consumer, Group, Structure
 
 Ranges = Mapping[str, tuple[float, float]]
 
@@ -111,14 +112,14 @@ def prove(structure: Structure, ranges: Ranges = MappingProxyType({}), *, half: 
         live = consumer.unit != FROZEN
         constant[consumer.unit[live & ~gone]] = False
     kind = np.zeros(structure.units, dtype=np.int8)
-    bounds = Bounds(structure)
+    bounds = Allowance(structure.units, structure.minimums)
     partner = np.full(structure.units, -1)
     for unit in np.flatnonzero(constant)[::-1].tolist():
         if bounds.take(unit):
             kind[unit] = CONSTANT
     for unit, other in _multiples(structure, seen, kind):
         if bounds.take(unit):
-            kind[unit], partner[unit] = COLLINEAR_KIND, other
+            kind[unit], partner[unit] = COLLINEAR, other
     combinations = [
         found for group in structure.groups for found in _combinations(structure, group, seen, kind, bounds)
     ]
@@ -244,7 +245,7 @@ def _multiples(structure: Structure, seen: list[_Seen], kind: NDArray[np.int8]) 
 
 
 def _combinations(
-    structure: Structure, group: Group, seen: list[_Seen], kind: NDArray[np.int8], bounds: Bounds
+    structure: Structure, group: Group, seen: list[_Seen], kind: NDArray[np.int8], bounds: Allowance
 ) -> Iterator[_Combination]:
     """Units that are the same combination of others at every site of the group that reads them.
 
@@ -276,7 +277,7 @@ def _combinations(
                 yield found
 
 
-def _dependent(units: NDArray[np.int64], vectors: NDArray[np.float64], bounds: Bounds) -> _Combination | None:
+def _dependent(units: NDArray[np.int64], vectors: NDArray[np.float64], bounds: Allowance) -> _Combination | None:
     """Which of the units are combinations of the others; `vectors` is (units, coefficients)."""
     length = np.linalg.norm(vectors, axis=1)
     if not np.isfinite(length).all() or not (length > 0).all():
@@ -323,7 +324,7 @@ def _folds(
                 back = removed[~gone[removed]]  # what has to stay for another reason
                 full[:, back] = np.eye(len(gone))[:, back]
         for unit, mine in places.items():
-            if kind[unit] == COLLINEAR_KIND:  # of a unit that may itself be a combination
+            if kind[unit] == COLLINEAR:  # of a unit that may itself be a combination
                 others = places[int(partner[unit])]
                 full[:, mine] = full[:, others] * (scale[mine] / scale[others])
         folds[index] = Fold(~gone, full[np.ix_(~gone, gone)])

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lindep_onnx.calibration.statistics import JOINT_ROWS, Statistics, problem
-from lindep_onnx.linalg.elimination import removal_cost
+from lindep_onnx.linalg.fold import removal_cost
 from lindep_onnx.planning.path import folds_of
 from lindep_onnx.planning.strategies import Chosen
 from lindep_onnx.proofs.prove import Proof

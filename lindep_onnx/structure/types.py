@@ -256,27 +256,3 @@ class Structure:
         """Parameters of the model that are left when the units in `removed` go; without biases that folds add."""
         sizes = {name: value.size for name, value in self.model.stored.items() if value.dtype.kind in "fV"}
         return sum(self.kept_elements(name, removed) for name, size in sizes.items() if size > 1)
-
-
-class Bounds:
-    """How many units of each set (`Structure.least`) may still go.
-
-    Args:
-        structure: of which nothing is gone yet.
-    """
-
-    def __init__(self, structure: Structure) -> None:
-        self._left = [len(members) - bound for members, bound in structure.minimums]
-        self._sets: dict[int, list[int]] = {}
-        for number, (members, _) in enumerate(structure.minimums):
-            for unit in members.tolist():
-                self._sets.setdefault(unit, []).append(number)
-
-    def take(self, unit: int) -> bool:
-        """Whether a unit may go without emptying an axis; counts it if so."""
-        own = self._sets.get(unit, ())
-        if any(self._left[number] <= 0 for number in own):
-            return False
-        for number in own:
-            self._left[number] -= 1
-        return True

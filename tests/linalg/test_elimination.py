@@ -9,18 +9,9 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from lindep_onnx.linalg.elimination import (
-    ConsumerProblem,
-    Elimination,
-    LosslessRemoval,
-    choose_ridge,
-    collinear_classes,
-    eliminate,
-    fold,
-    lossless_removals,
-    removal_cost,
-    residual_moments,
-)
+from lindep_onnx.linalg.elimination import Allowance, Elimination, Limits, eliminate
+from lindep_onnx.linalg.fold import ConsumerProblem, choose_ridge, fold, removal_cost, residual_moments
+from lindep_onnx.linalg.lossless import LosslessRemoval, collinear_classes, lossless_removals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +105,7 @@ def test_order_and_costs_are_those_of_trying_everything(layout: list[list[int]],
     consumers = [consumer(rng, unit) for unit in layout]
     units = everything(layout)
     steps = units - 1
-    found = eliminate(problems(consumers), units, candidates=np.ones(units, bool), limit=steps)
+    found = eliminate(problems(consumers), np.ones(units, bool), limits=Limits(steps))
     assert_same(found, brute_force(consumers, units, np.ones(units), steps))
     assert (np.diff(found.cost) >= 0).all() and found.cost[-1] > 0
 
@@ -125,11 +116,9 @@ def test_costs_are_weighed_by_the_gain(layout: list[list[int]], rng: np.random.G
     units = everything(layout)
     gain = rng.uniform(0.1, 10, units)
     ones = np.ones(units, bool)
-    found = eliminate(problems(consumers), units, candidates=ones, gain=gain, limit=units - 2)
+    found = eliminate(problems(consumers), ones, gain=gain, limits=Limits(units - 2))
     assert_same(found, brute_force(consumers, units, gain, units - 2))
-    assert (
-        found.order.tolist() != eliminate(problems(consumers), units, candidates=ones, limit=units - 2).order.tolist()
-    )
+    assert found.order.tolist() != eliminate(problems(consumers), ones, limits=Limits(units - 2)).order.tolist()
 
 
 @each_layout
@@ -137,10 +126,7 @@ def test_delayed_updates_change_nothing(layout: list[list[int]], rng: np.random.
     wide = [[unit + turn * everything(layout) for turn in range(6) for unit in part] for part in layout]
     consumers = [consumer(rng, unit, rows=500) for unit in wide]
     units = everything(wide)
-    runs = [
-        eliminate(problems(consumers), units, candidates=np.ones(units, bool), block=block)
-        for block in (1, 5, 64, 1000)
-    ]
+    runs = [eliminate(problems(consumers), np.ones(units, bool), block=block) for block in (1, 5, 64, 1000)]
     for other in runs[1:]:
         assert_same(other, runs[0], rtol=1e-7)
     assert len(runs[0].order) == units
@@ -148,7 +134,7 @@ def test_delayed_updates_change_nothing(layout: list[list[int]], rng: np.random.
 
 def test_the_sum_of_the_costs_is_the_error_of_the_whole_removal(rng: np.random.Generator) -> None:
     one = consumer(rng, list(range(120)), rows=400, outputs=30)
-    found = eliminate([one.problem], 120, candidates=np.ones(120, bool), limit=100)
+    found = eliminate([one.problem], np.ones(120, bool), limits=Limits(100))
     for count in (1, 10, 50, 100):
         expected = one.cost(found.order[:count].tolist())
         np.testing.assert_allclose(found.cost[count - 1], expected, rtol=1e-6)
@@ -157,64 +143,71 @@ def test_the_sum_of_the_costs_is_the_error_of_the_whole_removal(rng: np.random.G
 
 def test_weights_decide_and_not_only_the_inputs(rng: np.random.Generator) -> None:
     one = consumer(rng, list(range(8)))
-    first = eliminate([one.problem], 8, candidates=np.ones(8, bool), limit=1).order[0]
+    first = eliminate([one.problem], np.ones(8, bool), limits=Limits(1)).order[0]
     loud = dataclasses.replace(one, w=one.w * np.where(np.arange(8) == first, 1e3, 1.0))
-    assert eliminate([loud.problem], 8, candidates=np.ones(8, bool), limit=1).order[0] != first
+    assert eliminate([loud.problem], np.ones(8, bool), limits=Limits(1)).order[0] != first
 
 
 @pytest.mark.parametrize("outputs", [1, 2, 50])
 def test_few_or_many_outputs_are_alike(outputs: int, rng: np.random.Generator) -> None:
     one = consumer(rng, list(range(8)), outputs=outputs)
-    found = eliminate([one.problem], 8, candidates=np.ones(8, bool), limit=6)
+    found = eliminate([one.problem], np.ones(8, bool), limits=Limits(6))
     # With fewer outputs than features some removals cost nothing: the order is then up to rounding, the costs are not.
     np.testing.assert_allclose(found.cost[-1], one.cost(found.order.tolist()), rtol=1e-5, atol=1e-9)
 
 
 def test_only_candidates_go_and_the_cheapest_of_them_first(rng: np.random.Generator) -> None:
     one = consumer(rng, list(range(8)))
-    free = eliminate([one.problem], 8, candidates=np.ones(8, bool)).order
+    free = eliminate([one.problem], np.ones(8, bool)).order
     candidates = np.ones(8, bool)
     candidates[free[0]] = False
-    found = eliminate([one.problem], 8, candidates=candidates)
+    found = eliminate([one.problem], candidates)
     assert free[0] not in found.order and len(found.order) == 7
-    assert eliminate([one.problem], 8, candidates=np.zeros(8, bool)).order.size == 0
+    assert eliminate([one.problem], np.zeros(8, bool)).order.size == 0
 
 
 def test_it_stops_before_the_cost_or_the_count_is_passed(rng: np.random.Generator) -> None:
     one = consumer(rng, list(range(8)))
-    whole = eliminate([one.problem], 8, candidates=np.ones(8, bool))
+    whole = eliminate([one.problem], np.ones(8, bool))
     for count in range(8):
         between = whole.cost[count] - 1e-9 * whole.cost[count]
-        assert len(eliminate([one.problem], 8, candidates=np.ones(8, bool), stop=between).order) == count
-        assert len(eliminate([one.problem], 8, candidates=np.ones(8, bool), limit=count).order) == count
+        assert len(eliminate([one.problem], np.ones(8, bool), limits=Limits(cost=between)).order) == count
+        assert len(eliminate([one.problem], np.ones(8, bool), limits=Limits(count)).order) == count
 
 
 def test_so_many_of_every_set_survive(rng: np.random.Generator) -> None:
     one = consumer(rng, list(range(12)))
-    free = eliminate([one.problem], 12, candidates=np.ones(12, bool))
+    free = eliminate([one.problem], np.ones(12, bool))
     sets = [(np.sort(free.order[:6]), 4), (np.arange(12), 3), (free.order[6:7], 1)]
-    found = eliminate([one.problem], 12, candidates=np.ones(12, bool), minimums=sets)
+    found = eliminate([one.problem], np.ones(12, bool), minimums=sets)
     left = [np.setdiff1d(members, found.order).size for members, _ in sets]
     assert left == [4, 5, 1] and len(free.order) == 12
-    assert eliminate([one.problem], 12, candidates=np.ones(12, bool), minimums=[(np.arange(12), 20)]).order.size == 0
+    assert eliminate([one.problem], np.ones(12, bool), minimums=[(np.arange(12), 20)]).order.size == 0
+
+
+def test_an_allowance_counts_what_goes_from_every_set() -> None:
+    allowance = Allowance(5, [(np.array([0, 1, 2]), 1), (np.array([2, 3]), 1), (np.array([4]), 1)])
+    assert allowance.free.tolist() == [True, True, True, True, False]
+    assert [allowance.take(unit) for unit in (4, 3, 2, 0, 1)] == [False, True, False, True, True]
+    assert not allowance.free.any()
 
 
 def test_a_feature_that_is_always_zero_costs_nothing_and_goes_first(rng: np.random.Generator) -> None:
     one = consumer(rng, list(range(6)))
     one.z[:, 4] = 0
-    found = eliminate([one.problem], 6, candidates=np.ones(6, bool))
+    found = eliminate([one.problem], np.ones(6, bool))
     assert found.order[0] == 4 and found.cost[0] == 0 < found.cost[1]
 
 
 def test_a_unit_without_features_costs_nothing(rng: np.random.Generator) -> None:
-    found = eliminate([consumer(rng, [0, 1, 3, 4]).problem], 5, candidates=np.ones(5, bool))
+    found = eliminate([consumer(rng, [0, 1, 3, 4]).problem], np.ones(5, bool))
     assert found.order[0] == 2 and found.cost[0] == 0
 
 
 def test_exactly_dependent_features_leave_the_costs_finite(rng: np.random.Generator) -> None:
     base = rng.normal(size=(400, 5))
     one = Consumer(base @ rng.normal(size=(5, 12)), rng.normal(size=(6, 12)), np.arange(12))
-    found = eliminate([one.problem], 12, candidates=np.ones(12, bool))
+    found = eliminate([one.problem], np.ones(12, bool))
     assert np.isfinite(found.cost).all() and len(found.order) == 12
     assert found.cost[6] < 1e-8 < 1e-4 < found.cost[7]  # seven of twelve are superfluous, and no more
 
@@ -226,21 +219,21 @@ def test_moments_that_are_no_numbers_are_refused_instead_of_going_on_for_ever(
     posed = consumer(rng, [0, 1, 2]).problem
     posed.gram[0, 1] = posed.gram[1, 0] = bad
     with pytest.raises(ValueError, match="finite"):
-        eliminate([posed], 3, candidates=np.ones(3, bool))
+        eliminate([posed], np.ones(3, bool))
 
 
 def test_the_order_of_the_features_does_not_matter(rng: np.random.Generator) -> None:
     one = consumer(rng, [0, 1, 2, 3, 3, 4])
     turn = rng.permutation(6)
     turned = Consumer(one.z[:, turn], one.w[:, turn], one.unit[turn])
-    assert_same(*(eliminate([s.problem], 5, candidates=np.ones(5, bool), limit=4) for s in (turned, one)), rtol=1e-8)
+    assert_same(*(eliminate([s.problem], np.ones(5, bool), limits=Limits(4)) for s in (turned, one)), rtol=1e-8)
 
 
 def test_the_scale_of_the_features_does_not_matter(rng: np.random.Generator) -> None:
     one = consumer(rng, [0, 1, 2, 3, 3, 4])
     scale = 10.0 ** rng.uniform(-4, 4, 6)
     scaled = dataclasses.replace(one, z=one.z * scale, w=one.w / scale)
-    assert_same(*(eliminate([s.problem], 5, candidates=np.ones(5, bool), limit=4) for s in (scaled, one)), rtol=1e-8)
+    assert_same(*(eliminate([s.problem], np.ones(5, bool), limits=Limits(4)) for s in (scaled, one)), rtol=1e-8)
 
 
 # --------------------------------------------------------------------------------------------------------------- folds
@@ -385,7 +378,7 @@ def test_small_differences_do_not_add_up_along_a_chain(rng: np.random.Generator)
 
 
 def lossless(consumers: Sequence[Consumer], units: int, **options: object) -> LosslessRemoval:
-    return lossless_removals(problems(consumers), units, **{"candidates": np.ones(units, bool), **options})
+    return lossless_removals(problems(consumers), **{"candidates": np.ones(units, bool), **options})
 
 
 def assert_exact(consumers: Sequence[Consumer], result: LosslessRemoval, tolerance: float = 1e-5) -> None:
@@ -590,8 +583,8 @@ def test_inputs_are_never_changed(rng: np.random.Generator) -> None:
     candidates, gain, least = np.ones(10, bool), np.ones(10), [(np.arange(10), 2)]
     given = [posed.gram, posed.holdout, posed.outer, posed.unit, candidates, gain, least[0][0]]
     before = [array.copy() for array in given]
-    eliminate([posed], 10, candidates=candidates, gain=gain, minimums=least, block=2)
-    lossless_removals([posed], 10, candidates=candidates, constant=candidates, minimums=least)
+    eliminate([posed], candidates, gain=gain, minimums=least, block=2)
+    lossless_removals([posed], candidates, constant=candidates, minimums=least)
     fold(posed.gram, candidates)
     choose_ridge(posed, np.arange(10) < 6)
     collinear_classes(posed.gram, posed.holdout)
@@ -601,10 +594,10 @@ def test_inputs_are_never_changed(rng: np.random.Generator) -> None:
 
 def test_two_runs_give_the_same_bits(rng: np.random.Generator) -> None:
     posed = planted(rng).problem
-    one, other = (lossless_removals([posed], 10, candidates=np.ones(10, bool)) for _ in range(2))
+    one, other = (lossless_removals([posed], np.ones(10, bool)) for _ in range(2))
     assert one.kind.tobytes() == other.kind.tobytes()
     assert one.folds[0].tobytes() == other.folds[0].tobytes()
-    orders = [eliminate([posed], 10, candidates=np.ones(10, bool)) for _ in range(2)]
+    orders = [eliminate([posed], np.ones(10, bool)) for _ in range(2)]
     assert orders[0].order.tobytes() == orders[1].order.tobytes()
     assert orders[0].cost.tobytes() == orders[1].cost.tobytes()
 
@@ -624,6 +617,6 @@ def test_wide_sites_lose_features_in_the_order_of_the_plain_formula(rng: np.rand
         q = outer[:, chosen] - h * outer[chosen, chosen] / 2
         inverse = inverse - np.outer(h, h) * inverse[chosen, chosen]
         outer = outer - np.outer(h, q) - np.outer(q, h)
-    found = eliminate([one], 300, candidates=np.ones(300, bool), limit=150)
+    found = eliminate([one], np.ones(300, bool), limits=Limits(150))
     assert found.order.tolist() == order
     assert found.order.tolist() != sorted(order)

@@ -40,7 +40,7 @@ Key: TypeAlias = tuple[str, int, int]
 #: Of fewer samples nothing is concluded: what never changed in n of them may change in a share of 3 / n of all others.
 MIN_SAMPLES = 32
 #: Margins, in standard deviations, times the root of the number of samples: the more was seen, the nearer to it lies
-#: what may still come. Chosen by tools/margin_figures.py, whose table is in docs/architecture.md: with less, more
+#: what may still come. Chosen by bench_trust.py (margins), whose table is in docs/architecture.md: with less, more
 #: channels go, and more of them wake; with more, fewer go and as few wake.
 CERTAINTY = 32.0
 #: A quiet margin must exceed the largest that broke by half as many times.

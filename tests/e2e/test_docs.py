@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "tools" / "benchmarks"
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 #: Blocks that another test or tool runs: installation, by tools/newcomer.py.
@@ -109,6 +110,16 @@ def test_options_and_tools_that_a_page_names_exist(page: Path) -> None:
         tool = ROOT / line.split()[1]
         assert tool.is_file(), line
         assert all(f'"{flag}"' in tool.read_text("utf-8") for flag in re.findall(r"--[a-z][a-z-]+", line)), line
+    options = (BENCHMARKS / "conftest.py").read_text("utf-8")
+    for line in re.findall(r"python -m pytest tools/[^\n`]*", text):
+        assert (ROOT / line.split()[3]).exists(), line
+        assert all(f'"{flag}"' in options for flag in re.findall(r"--[a-z][a-z-]+", line)), line
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
+def test_figures_name_cases_that_exist(page: Path) -> None:
+    for bench, case in re.findall(r"`(bench_\w+\.py)`: `(\w+)`", page.read_text("utf-8")):
+        assert f"def test_{case}(" in (BENCHMARKS / bench).read_text("utf-8"), (bench, case)
 
 
 def test_links_and_pictures_lead_somewhere() -> None:

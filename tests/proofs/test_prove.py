@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import onnx
 import pytest
+from bench_trust import TOLERANCE, proven_in, worst_error
 from build import as_array, build, run, traced
 
 import lindep_onnx
@@ -344,10 +343,7 @@ def test_bounds_in_a_box_hold_for_what_is_computed(seed: int) -> None:
         assert (flat.min(1) >= facts[name].low).all() and (flat.max(1) <= facts[name].high).all(), name
 
 
-def test_the_search_for_counterexamples_finds_one_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "tools")
-    import proven_figures
-
+def test_the_search_for_counterexamples_finds_one_where_there_is_one() -> None:
     given = weights({})
     given["b"][3] = -0.6 * np.abs(given["w"][3]).sum()  # only near one corner of the box it wakes
     given["v"] = as_array("v", (4, 8, 3, 3))
@@ -356,13 +352,10 @@ def test_the_search_for_counterexamples_finds_one_where_there_is_one(monkeypatch
     one, two = (build(NETS["relu"][0], values, x=("N", 3, 6, 6)) for values in (given, wrong))
     x = np.random.default_rng(0).uniform(-1, 1, (500, 3, 6, 6)).astype(np.float32)
     assert (run(one, {"x": x})[0] == run(two, {"x": x})[0]).all()  # which random inputs do not show
-    found = [proven_figures.worst_error(one, other, (-1.0, 1.0), np.random.default_rng(0)) for other in (one, two)]
-    assert found[0] == 0 and found[1] > proven_figures.TOLERANCE
+    found = [worst_error(one, other, (-1.0, 1.0), np.random.default_rng(0)) for other in (one, two)]
+    assert found[0] == 0 and found[1] > TOLERANCE
 
 
-def test_planted_proofs_in_random_nets_are_found_and_not_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "tools")
-    import proven_figures
-
-    monkeypatch.setattr("sys.argv", ["proven_figures.py", "--nets", "20", "--seed", "500"])
-    assert proven_figures.main() == 0
+def test_planted_proofs_in_random_nets_are_found_and_not_refuted() -> None:
+    planted, found, worst = proven_in(range(500, 520))
+    assert found == planted and worst <= TOLERANCE

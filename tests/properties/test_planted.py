@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from bench_trust import planted_in
 from build import run
 from planted_net import images, net, widths
 
 from lindep_onnx.api import compress
-
-sys.path.append(str(Path(__file__).parents[2] / "tools"))
-planted_figures = importlib.import_module("planted_figures")
 
 SAMPLES = 64
 
@@ -37,7 +33,7 @@ def test_nothing_goes_from_a_small_net_without_dependence() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["squeezenet", "inception_v1"])
 def test_the_planted_channels_of_a_real_topology_go_and_nothing_else(name: str, tmp_path: Path) -> None:
-    found = planted_figures.figures(name, tmp_path, samples=SAMPLES, seed=0)
+    found = planted_in(name, tmp_path, samples=SAMPLES)
     assert found.recall >= 0.99
     assert found.error <= max(1e-5, 2 * found.rounding)
     assert (found.extra, found.plain, found.again) == (0, 0, 0)

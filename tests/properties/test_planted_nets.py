@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from pathlib import Path
 
 import onnx
 import pytest
@@ -14,14 +12,13 @@ from lindep_onnx.api import compress
 
 pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
-sys.path.append(str(Path(__file__).parents[2] / "tools"))
 planted_nets = importlib.import_module("planted_nets")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", planted_nets.NETS)
 def test_exactly_what_was_planted_goes(name: str) -> None:
-    found = planted_nets.figures(name)
+    found = planted_nets.found_in(name)
     # At bfloat16's two digits one more channel looks like a combination of others.
     assert found.planted <= found.removed <= found.planted + ("bfloat16" in name)
     assert found.error < (2e-2 if "bfloat16" in name else 2e-3 if "float16" in name else 1e-5)
@@ -30,7 +27,7 @@ def test_exactly_what_was_planted_goes(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in planted_nets.NETS if "dynamo" not in name])
 def test_nothing_goes_where_nothing_was_planted(name: str) -> None:
-    assert planted_nets.figures(name, dependent=False).removed == 0
+    assert planted_nets.found_in(name, dependent=False).removed == 0
 
 
 def _kept(model: onnx.ModelProto, net: planted_nets.Net) -> list[int]:

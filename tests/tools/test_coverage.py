@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
+import bench_coverage as coverage
 import numpy as np
 import onnx
 import pytest
@@ -16,9 +14,6 @@ from onnx import TensorProto, helper
 
 from lindep_onnx.api import compress
 from lindep_onnx.errors import ModelError
-
-sys.path.append(str(Path(__file__).parents[2] / "tools"))
-coverage = importlib.import_module("coverage")
 
 
 @pytest.fixture(autouse=True)

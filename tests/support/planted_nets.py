@@ -12,22 +12,14 @@ number of channels that go should be the number planted, and none of a net in wh
 | combination | the mean of others | what follows is linear |
 | unclipped | the mean of others that are never negative | what is read is not negative either, and a ReLU follows |
 
-| column | meaning |
-|---|---|
-| planted, removed | channels that were planted, and that went |
-| error | of the outputs on data that nothing has seen, relative to the largest |
-| plain | channels that go where nothing was planted |
-
-Usage: python tools/planted_nets.py [NAME ...]; needs PyTorch and onnxscript.
+Needs PyTorch and onnxscript.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import io
 import itertools
-import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import torch
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
@@ -44,10 +37,6 @@ from torch.nn import functional
 from lindep_onnx.api import compress
 from lindep_onnx.model.ir import load
 from lindep_onnx.model.precision import to_float32
-from lindep_onnx.planning import strategies as budget
-from lindep_onnx.runtime.backend import open_session
-
-__all__ = ["MODULES", "NETS", "Figures", "Net", "data", "exported", "figures"]
 
 SAMPLES = 256
 #: How far below zero a dead channel is, the level of a constant one, and how many others a combination adds up.
@@ -70,18 +59,17 @@ class Net:
 
 
 @dataclass(frozen=True)
-class Figures:
-    """One row; see the module for the meaning of the fields."""
+class Found:
+    """What came of one net.
 
-    name: str
+    Attributes:
+        planted, removed: channels that were planted, and that went.
+        error: of the outputs on data that nothing has seen, relative to the largest.
+    """
+
     planted: int
     removed: int
     error: float
-
-    @property
-    def recall(self) -> float:
-        """Share of the planted channels that went."""
-        return self.removed / self.planted if self.planted else 1.0
 
 
 def plant(
@@ -418,7 +406,7 @@ NETS: dict[str, Callable[[bool], Net]] = {
 }
 
 
-def figures(name: str, dependent: bool = True) -> Figures:
+def found_in(name: str, dependent: bool = True) -> Found:
     """Build, compress, compare.
 
     Args:
@@ -426,36 +414,15 @@ def figures(name: str, dependent: bool = True) -> Figures:
         dependent: whether anything is planted.
     """
     net = NETS[name](dependent)
-    budget.TIMED = 0.0
-    calib = data(net, SAMPLES, 1)
-    result = compress(net.model, calib, round_to=1)
-    removed = result.report.before.channels - result.report.after.channels
+    result = compress(net.model, data(net, SAMPLES, 1), round_to=1, benchmark=0.01)
     fresh = data(net, 32, 2)
-    outputs = []
-    for model in (net.model, result.model):
-        session = open_session(to_float32(load(model)).proto, providers=["CPUExecutionProvider"], threads=0)
-        outputs.append(session.run(None, fresh)[0])
-    error = float(np.abs(outputs[0] - outputs[1]).max() / np.abs(outputs[0]).max())
-    return Figures(name, net.planted, removed, error)
+    models = [to_float32(load(model)).proto for model in (net.model, result.model)]
+    one, other = (onnxruntime.InferenceSession(model.SerializeToString()).run(None, fresh)[0] for model in models)
+    removed = result.report.before.channels - result.report.after.channels
+    return Found(net.planted, removed, float(np.abs(one - other).max() / np.abs(one).max()))
 
 
 def data(net: Net, count: int, seed: int) -> dict[str, NDArray[np.float32]]:
     """Random inputs of a net."""
     values = np.random.default_rng(seed).normal(size=(count, *net.shape)).astype(np.float32)
     return {net.model.graph.input[0].name: values}
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Plant dependent channels in small nets and count what is found.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(NETS)}")
-    options = parser.parse_args(arguments)
-    logging.disable(logging.WARNING)
-    print("| net | planted | removed | recall | error | plain |", "|---" * 6 + "|", sep="\n", flush=True)
-    for name in options.names or NETS:
-        found, plain = figures(name), figures(name, dependent=False)
-        cells = (name, found.planted, found.removed, f"{found.recall:.1%}", f"{found.error:.1e}", plain.removed)
-        print(f"| {' | '.join(map(str, cells))} |", flush=True)
-
-
-if __name__ == "__main__":
-    main()

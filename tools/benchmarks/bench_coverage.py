@@ -14,13 +14,12 @@ The report has one row for each real model:
 | outcome | channels that went on random data, or the reason why none could |
 | refused | channels by reason |
 
-Usage: python tools/coverage.py MODELS... [--suite] [--out docs/coverage.md] [--samples 24] [--seconds 600]
-MODELS are ONNX files, or folders that are searched for them.
+`python -m pytest tools/benchmarks/bench_coverage.py -m slow --models MODELS --write docs/coverage.md` tries every model
+in a folder and every graph of the suite.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
 import multiprocessing
@@ -28,7 +27,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures import TimeoutError as Timeout
 from concurrent.futures.process import BrokenProcessPool
@@ -39,25 +38,27 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx
 import onnxruntime
+import pytest
 from numpy.typing import NDArray
+from subjects import ROOT, Places, session
 
 from lindep_onnx.api import compress
 from lindep_onnx.errors import LindepError
 from lindep_onnx.model.edit import METADATA_KEY
 from lindep_onnx.model.ir import load
 from lindep_onnx.model.shapes import resolve
-from lindep_onnx.planning import strategies as budget
 from lindep_onnx.structure.rules import supported
 from lindep_onnx.structure.trace import trace
 from lindep_onnx.structure.types import FROZEN, Structure
 
-__all__ = ["Outcome", "coverage", "sweep"]
-
 Array: TypeAlias = NDArray[Any]
 Feeds: TypeAlias = "dict[str, Array]"
 
+#: Random samples for each model, and seconds that one may take.
+SAMPLES, SECONDS = 16, 600.0
 #: Sizes tried for dimensions that a model leaves open, behind the batch.
 SIZES = (64, 32, 128, 224, 16, 512, 8, 4, 1)
+BAD = ("crash", "wrong")
 #: Relative error of an output on other data that counts as wrong.
 WRONG = 1e-2
 
@@ -157,7 +158,6 @@ def attempt(task: Task, samples: int) -> Outcome:
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     onnxruntime.set_default_logger_severity(4)
-    budget.TIMED = 0.0  # timings are not what this is about
     start = time.perf_counter()
     row: Coverage | None = None
     try:
@@ -165,15 +165,15 @@ def attempt(task: Task, samples: int) -> Outcome:
         model = load(proto)
         row = coverage(trace(model, resolve(model)))
         rng = np.random.default_rng(0)
-        session, feeds = _fitting(proto, task.feeds, rng)
-        if session is None:
+        running, feeds = _fitting(proto, task.feeds, rng)
+        if running is None:
             return _finished(task, "unrunnable", feeds, row, start)
         calib = [_varied(feeds, rng) for _ in range(samples)]
-        result = compress(proto, calib, round_to=1)
+        result = compress(proto, calib, round_to=1, benchmark=0.01)
         gone = result.report.before.channels - result.report.after.channels
         if gone == 0 and not _same(proto, result.model):
             return _finished(task, "wrong", "nothing went, and yet the model differs", row, start)
-        error = _error(session, result.model, [_varied(feeds, rng) for _ in range(3)]) if gone else 0.0
+        error = _error(running, result.model, [_varied(feeds, rng) for _ in range(3)]) if gone else 0.0
         if error > WRONG:
             return _finished(task, "wrong", f"error {error:.2g} with {gone} channels gone", row, start)
         return _finished(task, "verified" if gone else "unchanged", str(gone), row, start)
@@ -198,31 +198,25 @@ def _same(before: onnx.ModelProto, after: onnx.ModelProto) -> bool:
     return plain[0] == plain[1]
 
 
-def _session(proto: onnx.ModelProto) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
 def _fitting(
     proto: onnx.ModelProto, given: Feeds, rng: np.random.Generator
 ) -> tuple[onnxruntime.InferenceSession | None, Any]:
     """A session and inputs that it accepts; None and why not, if there are none."""
     reason = ""
     try:
-        session = _session(proto)
+        running = session(proto, 1)
         for size in SIZES if not given else SIZES[:1]:
             feeds = given or {
                 value.name: _random(value, size, rng)
                 for value in proto.graph.input
-                if value.name in {known.name for known in session.get_inputs()}
+                if value.name in {known.name for known in running.get_inputs()}
             }
             try:
-                session.run(None, feeds)
+                running.run(None, feeds)
             except Exception as error:  # ONNX Runtime raises many types
                 reason = reason or str(error)
             else:
-                return session, feeds
+                return running, feeds
     except Exception as error:  # and so do models it cannot load, and inputs that are no tensors
         reason = str(error)
     return None, reason.strip().splitlines()[0] if reason.strip() else "no inputs fit it"
@@ -249,11 +243,11 @@ def _varied(feeds: Feeds, rng: np.random.Generator) -> Feeds:
     }
 
 
-def _error(session: onnxruntime.InferenceSession, proto: onnx.ModelProto, data: Sequence[Feeds]) -> float:
-    other = _session(proto)
+def _error(original: onnxruntime.InferenceSession, proto: onnx.ModelProto, data: Sequence[Feeds]) -> float:
+    other = session(proto, 1)
     worst = 0.0
     for feeds in data:
-        for left, right in zip(session.run(None, feeds), other.run(None, feeds), strict=True):
+        for left, right in zip(original.run(None, feeds), other.run(None, feeds), strict=True):
             if isinstance(left, np.ndarray) and left.dtype.kind == "f":
                 difference = np.abs(left.astype(np.float64) - right).max(initial=0.0)
                 worst = max(worst, float(difference / (np.abs(left).max(initial=0.0) + 1e-12)))
@@ -265,14 +259,13 @@ def _error(session: onnxruntime.InferenceSession, proto: onnx.ModelProto, data: 
 # ---- many models --------------------------------------------------------------------------------------------------
 
 
-def sweep(tasks: Sequence[Task], samples: int, seconds: float, said: Callable[[Outcome], None]) -> list[Outcome]:
+def sweep(tasks: Iterable[Task], samples: int = SAMPLES, seconds: float = SECONDS) -> list[Outcome]:
     """Try all models, in another process, so that a crash or an endless loop is an outcome too.
 
     Args:
         tasks: the models.
         samples: random samples for each.
         seconds: that one model may take.
-        said: called with every outcome.
     """
     outcomes = []
     pool = _pool()
@@ -286,7 +279,8 @@ def sweep(tasks: Sequence[Task], samples: int, seconds: float, said: Callable[[O
         except BrokenProcessPool:
             outcome, pool = Outcome(task.name, "crash", "the process died"), _pool()
         outcomes.append(outcome)
-        said(outcome)
+        if outcome.kind in BAD:
+            print(f"{outcome.kind.upper()} {outcome.name}\n{outcome.text}", flush=True)
     pool.shutdown()
     return outcomes
 
@@ -295,10 +289,9 @@ def _pool() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
 
-def _files(places: Sequence[Path]) -> Iterator[Task]:
-    for place in places:
-        for path in sorted(place.rglob("*.onnx")) if place.is_dir() else [place]:
-            yield Task(path.stem if path.stem != "model" else f"{path.parent.name}/model", path)
+def _files(folder: Path) -> Iterator[Task]:
+    for path in sorted(folder.rglob("*.onnx")):
+        yield Task(path.stem if path.stem != "model" else f"{path.parent.name}/model", path)
 
 
 def _suite() -> Iterator[Task]:
@@ -330,13 +323,13 @@ def _stored(path: Path) -> Feeds:
 # ---- the report ---------------------------------------------------------------------------------------------------
 
 
-def report(models: Sequence[Outcome], suite: Sequence[Outcome], samples: int) -> str:
+def report(models: Sequence[Outcome], suite: Sequence[Outcome]) -> str:
     """The whole of `docs/coverage.md`."""
     lines = [
         "# Coverage",
         "",
-        f"Made by `python tools/coverage.py MODELS --suite --samples {samples} --out docs/coverage.md`; the columns "
-        "are explained there.",
+        "Made by `python -m pytest tools/benchmarks/bench_coverage.py -m slow --models MODELS --write FILE`;",
+        "the columns are explained there.",
         "",
         "## Operators",
         "",
@@ -386,30 +379,27 @@ def _summary(outcomes: Sequence[Outcome]) -> Iterator[str]:
         yield f"\n{reason}: {count}, for instance {example.name} ({example.text[len(reason) + 2 :][:150]})"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Say what can be removed from many models, and that none breaks.")
-    parser.add_argument("models", nargs="*", type=Path, metavar="MODELS", help="ONNX files, or folders of them")
-    parser.add_argument("--suite", action="store_true", help="also every graph of the test suite of onnx")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only models whose name contains this")
-    parser.add_argument("--out", type=Path, metavar="FILE.md", help="write the report here")
-    parser.add_argument("--samples", type=int, default=24, help="random samples for each model (default 24)")
-    parser.add_argument("--seconds", type=float, default=600, help="that one model may take (default 600)")
-    options = parser.parse_args(arguments)
-
-    def said(outcome: Outcome) -> None:
-        if outcome.kind in ("crash", "wrong"):
-            print(f"{outcome.kind.upper()} {outcome.name}\n{outcome.text}", flush=True)
-
-    found = []
-    for tasks in (_files(options.models), _suite() if options.suite else ()):
-        chosen = [task for task in tasks if options.only in task.name]
-        found.append(sweep(chosen, options.samples, options.seconds, said))
-    text = report(found[0], found[1], options.samples)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
-    print("\n".join(line for line in text.splitlines() if line.startswith("|")))
-    return int(any(outcome.kind in ("crash", "wrong") for outcomes in found for outcome in outcomes))
+@pytest.mark.slow
+def test_every_model_and_every_graph(
+    places: Places, row: Callable[..., None], once: Callable[..., Any], request: pytest.FixtureRequest
+) -> None:
+    models = once(sweep, _files(places.models) if places.models else ())
+    suite = sweep(_suite())
+    _tables(models, suite, row)
+    if request.config.getoption("write"):
+        request.config.getoption("write").write_text(report(models, suite) + "\n", encoding="utf-8")
+    assert not [outcome.name for outcome in (*models, *suite) if outcome.kind in BAD]
 
 
-if __name__ == "__main__":
-    raise SystemExit(main())
+def test_the_demonstration_model(row: Callable[..., None], once: Callable[..., Any]) -> None:
+    (found,) = once(sweep, _files(ROOT / "models"))
+    _tables([found], [], row)
+    assert found.kind == "verified"
+
+
+def _tables(models: Sequence[Outcome], suite: Sequence[Outcome], row: Callable[..., None]) -> None:
+    for outcome in models:
+        cells = _row(outcome).strip("| ").split(" | ")
+        row(**dict(zip(("model", "channels", "eligible", "parameters", "outcome", "refused"), cells, strict=False)))
+    for kind, count in Counter(outcome.kind for outcome in suite).items():
+        row(model=f"ONNX test suite: {count} graphs", outcome=kind)

@@ -1,38 +1,22 @@
-"""Proven channels on random small nets: are all planted ones found, and does any input show a proof to be wrong?
+"""Random small nets with redundancy that their weights prove.
 
-Every net has one kind of redundancy planted into each hidden layer, so that what the rules claim to cover follows from
-how it was made. A search then tries to find an input, in the declared range or of any size where none is declared, for
-which original and result differ: random ones, corners of the box, and hill climbing without gradients from the worst of
-them.
-
-    python tools/proven_figures.py [--nets 200] [--seed 0]
+Every net has one kind planted into each hidden layer, so that what the rules claim to cover follows from how it was
+made.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
-import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
-import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-import lindep_onnx
-
 Floats = NDArray[np.float64]
 
-#: A violation is a difference beyond this share of the largest output, and beyond so many times what the original's own
-#: output changes when the input changes by a rounding.
-TOLERANCE, ROUNDINGS = 2e-5, 8.0
 SIZE = 6
-#: Steps of the search and inputs tried in each.
-STEPS, TRIES = 25, 48
 INF = float("inf")
 
 
@@ -218,89 +202,3 @@ def make(seed: int) -> tuple[Net, tuple[float, float] | None]:
     else:
         net.add("Conv", rng.normal(size=(3, width, 1, 1)))
     return net, box
-
-
-def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
-def worst_error(
-    original: onnx.ModelProto, result: onnx.ModelProto, box: tuple[float, float], rng: np.random.Generator
-) -> float:
-    """The largest difference found in the box, as a share of the largest output in the box (some cancel to nothing).
-
-    Zero where it is no more than what rounding the input does to the original: values of thousands ahead of a Clip.
-    """
-    sessions = session(original), session(result)
-    largest = 0.0
-
-    def errors(x: Floats) -> Floats:
-        nonlocal largest
-        one, two = (s.run(None, {"x": x.astype(np.float32)})[0].reshape(len(x), -1).astype(float) for s in sessions)
-        largest = max(largest, float(np.abs(one).max()))
-        return np.abs(one - two).max(axis=1)
-
-    low, high = box
-    shape = (TRIES, 3, SIZE, SIZE)
-    every = np.concatenate(
-        [
-            rng.uniform(low, high, shape),
-            rng.choice([low, high], shape),
-            np.broadcast_to(rng.choice([low, high], (TRIES, 3, 1, 1)), shape),
-            *(np.full((1, *shape[1:]), end) for end in (low, high)),
-        ]
-    )
-    found = errors(every)
-    best, error = every[found.argmax()], float(found.max())
-    for step in range(STEPS):  # another value, or another corner, for a share of the coordinates
-        change = rng.choice([low, high], shape) if step % 2 else rng.uniform(low, high, shape)
-        candidates = np.where(rng.random(shape) < rng.uniform(0, 1) ** 2, change, best)
-        found = errors(candidates)
-        if found.max() > error:
-            best, error = candidates[found.argmax()], float(found.max())
-    near = best * (1 + rng.choice([-1, 1], shape) * 2.0**-23)
-    one, other = (sessions[0].run(None, {"x": x.astype(np.float32)})[0] for x in (near, best[None]))
-    noise = float(np.abs(one.astype(float) - other).max())
-    return error / (largest + 1e-30) if error > ROUNDINGS * noise or error < TOLERANCE * largest else 0.0
-
-
-def main() -> int:
-    """Make nets, count what is found, and search for violations."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nets", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    planted: Counter[str] = Counter()
-    recalled: Counter[str] = Counter()
-    violations, worst, removed, start = [], 0.0, 0, time.perf_counter()
-    for seed in range(options.seed, options.seed + options.nets):
-        net, box = make(seed)
-        model = net.model()
-        ranges = {"x": box} if box else {}
-        result = lindep_onnx.compress(model, proven_only=True, input_range=ranges)
-        groups = result.report.groups
-        removed += sum(group.removed for group in groups)
-        for (kind, count), group in zip(net.planted, groups, strict=True):
-            planted[kind] += count
-            recalled[kind] += min(count, group.removed)
-            if group.removed < count:
-                print(f"net {seed}: {group.removed} of {count} found of kind {kind!r} in {group.name}")
-        boxes = [box] if box else [(-size, size) for size in (1e-3, 1.0, 1e3)]
-        error = max(worst_error(model, result.model, each, np.random.default_rng(seed)) for each in boxes)
-        worst = max(worst, error)
-        if error > TOLERANCE:
-            violations.append(seed)
-            print(f"net {seed}: VIOLATION, an input in {box} changes the output by {error:.2g}")
-    for kind in sorted(planted):
-        print(f"{kind:20} {recalled[kind]:5} of {planted[kind]:5} planted channels found")
-    found, total = sum(recalled.values()), sum(planted.values())
-    print(f"{'all':20} {found:5} of {total:5} ({100 * found / total:.2f} %); {removed} removed in all")
-    print(f"violations: {len(violations)} of {options.nets} nets; largest difference found {worst:.2g} of the output")
-    print(f"{time.perf_counter() - start:.0f} s")
-    return int(bool(violations) or found < total)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

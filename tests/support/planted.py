@@ -23,17 +23,13 @@ on an axis that a grouped Conv reads or writes, that passes an LRN, a Softmax or
 graph output; so shufflenet, all of whose axes meet a grouped Conv, carries no planted channel at all.
 
 Images keep their 224 x 224 positions, since the topologies hold Reshape constants that assume them.
-
-Usage: python tools/planted.py NAME OUT.onnx --calib OUT.npz --samples 64 --seed 0
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,8 +40,6 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from lindep_onnx.errors import UsageError
-
-__all__ = ["KINDS", "NAMES", "Planted", "PlantedChannel", "build", "build_plain", "random_inputs"]
 
 Kind = Literal["copy", "dead", "combination", "constant"]
 Floats = NDArray[np.float32]
@@ -145,7 +139,7 @@ def build(name: str, *, seed: int, share: float = 0.25, samples: int = 64, kinds
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise UsageError(f"kinds must be among {', '.join(KINDS)}, not {unknown[0]!r}.")
     planting, weights, images = np.random.default_rng(seed).spawn(3)
-    topology = _Topology.load(name)
+    topology = Topology.load(name)
     plan = _plan(topology, share, samples, kinds, planting)
     inputs = _images(_TUNING_IMAGES, topology.shapes[topology.input.name][1:], images)
     parameters = _tune(topology, plan, inputs, weights)
@@ -226,7 +220,7 @@ class _Axis:
 
 
 @dataclass(frozen=True)
-class _Topology:
+class Topology:
     """A light model without its weights, and where the channels of each producer go.
 
     Attributes:
@@ -248,7 +242,7 @@ class _Topology:
     layout: dict[str, tuple[_Axis, ...]]
 
     @classmethod
-    def load(cls, name: str) -> _Topology:
+    def load(cls, name: str) -> Topology:
         """Read a light model of the `onnx` wheel and follow its channels."""
         folder = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
         source = onnx.load(folder / f"light_{name}.onnx")
@@ -414,7 +408,7 @@ class _Plant:
 _Plan = list[tuple[_Axis, tuple[_Plant, ...]]]
 
 
-def _plan(topology: _Topology, share: float, samples: int, kinds: Sequence[Kind], rng: np.random.Generator) -> _Plan:
+def _plan(topology: Topology, share: float, samples: int, kinds: Sequence[Kind], rng: np.random.Generator) -> _Plan:
     """Choose the planted channels of every axis; combinations first, since they tie the gains of their parents."""
     plan: _Plan = []
     for axis in topology.axes():
@@ -445,7 +439,7 @@ def _plan(topology: _Topology, share: float, samples: int, kinds: Sequence[Kind]
     return plan
 
 
-def _allows(topology: _Topology, axis: _Axis, kind: Kind, samples: int) -> bool:
+def _allows(topology: Topology, axis: _Axis, kind: Kind, samples: int) -> bool:
     """Whether a kind is exact, and can be found, at every reader of an axis."""
     if kind == "copy":
         return True
@@ -461,7 +455,7 @@ def _allows(topology: _Topology, axis: _Axis, kind: Kind, samples: int) -> bool:
     )
 
 
-def _records(topology: _Topology, plan: _Plan) -> tuple[PlantedChannel, ...]:
+def _records(topology: Topology, plan: _Plan) -> tuple[PlantedChannel, ...]:
     return tuple(
         PlantedChannel(
             kind=plant.kind,
@@ -518,7 +512,7 @@ class _Rows:
             gains[[row, *partners]] = gains[partners[0]] if partners else 1.0
 
 
-def _tune(topology: _Topology, plan: _Plan, images: Floats, rng: np.random.Generator) -> dict[str, Floats]:
+def _tune(topology: Topology, plan: _Plan, images: Floats, rng: np.random.Generator) -> dict[str, Floats]:
     """Draw all weights in one sweep from input to output, each tuned to the data that reaches it.
 
     Returns:
@@ -619,7 +613,7 @@ def _along(vector: NDArray[Any], ndim: int, axis: int) -> Floats:
     return vector.astype(np.float32).reshape([-1 if i == axis else 1 for i in range(ndim)])
 
 
-def _run(topology: _Topology, node: onnx.NodeProto, *inputs: Floats) -> Floats:
+def _run(topology: Topology, node: onnx.NodeProto, *inputs: Floats) -> Floats:
     """First output of one node on a batch of images; a Conv or Gemm without its bias."""
     single = onnx.NodeProto()
     single.CopyFrom(node)
@@ -643,33 +637,3 @@ def _run(topology: _Topology, node: onnx.NodeProto, *inputs: Floats) -> Floats:
     model = helper.make_model(graph, opset_imports=topology.source.opset_import, ir_version=4)
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return np.asarray(session.run(None, feeds)[0])
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Write a model with planted dependent channels and data for it.")
-    parser.add_argument("name", choices=NAMES, metavar="NAME", help=", ".join(NAMES))
-    parser.add_argument("out", type=Path, metavar="OUT.onnx", help="the planted channels go to OUT.json beside it")
-    parser.add_argument("--calib", type=Path, metavar="OUT.npz", help="write calibration images here")
-    parser.add_argument("--samples", type=int, default=64, help="number of calibration images (default 64)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--share", type=float, default=0.25, help="planted share of each axis (default 0.25)")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
-    options = parser.parse_args(arguments)
-    try:
-        planted = build(
-            options.name, seed=options.seed, share=options.share, samples=options.samples, kinds=options.kinds
-        )
-    except UsageError as error:
-        parser.error(str(error))
-    onnx.save(planted.model, options.out)
-    records = [asdict(channel) for channel in planted.channels]
-    options.out.with_suffix(".json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
-    if options.calib:
-        # Not the tuning images: those decided the weights.
-        np.savez(options.calib, allow_pickle=False, **planted.calibration(options.samples, options.seed + 1))
-    count = Counter(channel.kind for channel in planted.channels)
-    print(f"{options.name}: planted", ", ".join(f"{count[kind]} {kind}" for kind in KINDS))
-
-
-if __name__ == "__main__":
-    main()

@@ -5,7 +5,7 @@ onnx-graphsurgeon does it, which no other module imports.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias
 
@@ -17,7 +17,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from lindep_onnx.files import WeightsDir
 from lindep_onnx.model.ir import Model, first_name, model_of
-from lindep_onnx.model.weights import bodies, stand_in, with_weights, without_weights
+from lindep_onnx.model.weights import copy_fields, graphs, stand_in, with_weights, without_weights
 
 # graphsurgeon reports on its own logger, straight to the terminal; what matters is raised by us.
 gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.CRITICAL
@@ -91,82 +91,125 @@ def apply_edits(model: Model, edits: GraphEdits, metadata: str) -> Model:
 
 
 def _edited(model: Model, edits: GraphEdits) -> tuple[onnx.ModelProto, WeightsDir | None]:
-    original = without_weights(model.proto)
-    graph = gs.import_onnx(original)
-    tensors: dict[str, Any] = graph.tensors(check_duplicates=False)
-    by_output = {output.name: node for node in graph.nodes for output in node.outputs if output.name}
-    nodes = {node.index: by_output[first_name(node.outputs)] for node in model.nodes if any(node.outputs)}
-    taken = set(tensors)
-    ahead: dict[int, list[Any]] = {}  # what comes right before and right behind a node, by its id
-    behind: dict[int, list[Any]] = {}
-    new: dict[str, Array] = {}  # data that graphsurgeon does not see
+    changing = _Changing(model)
+    for name, value in edits.constants.items():
+        changing.set_constant(name, value)
+    for index, insertions in edits.before.items():
+        for insertion in insertions:
+            changing.insert_before(index, insertion)
+    for (index, position), given in edits.inputs.items():
+        changing.set_input(index, position, given)
+    for index, count in edits.dropped_inputs.items():
+        changing.nodes[index].inputs = list(changing.nodes[index].inputs)[:count]
+    for index, op in edits.ops.items():
+        changing.nodes[index].op = op
+    for (index, key), attribute in edits.attributes.items():
+        if attribute is None:
+            changing.nodes[index].attrs.pop(key, None)
+        else:
+            changing.nodes[index].attrs[key] = attribute
+    for name, insertion in edits.after.items():
+        changing.insert_after(name, insertion)
+    captured = {name for node in model.nodes for name in node.captures}
+    result = _restored(changing.original, changing.exported(), edits, captured)
+    return with_weights(result, lambda name: changing.data[name] if name in changing.data else model.stored[name])
 
-    def stored(name: str, value: Array) -> Any:
+
+class _Changing:
+    """A graph of graphsurgeon while it is changed.
+
+    Attributes:
+        original: the model without the data of large tensors.
+        nodes: by index in the model.
+        data: new values of large tensors, which graphsurgeon does not see.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.original = without_weights(model.proto)
+        self._graph = gs.import_onnx(self.original)
+        self._tensors: dict[str, Any] = self._graph.tensors(check_duplicates=False)
+        self._makers = {made.name: node for node in self._graph.nodes for made in node.outputs if made.name}
+        self.nodes = {node.index: self._makers[first_name(node.outputs)] for node in model.nodes if any(node.outputs)}
+        self.data: dict[str, Array] = {}
+        self._taken = set(self._tensors)
+        self._ahead: dict[int, list[Any]] = {}  # what comes right before and right behind a node, by its id
+        self._behind: dict[int, list[Any]] = {}
+
+    def set_constant(self, name: str, value: Array) -> None:
+        producer = self._makers.get(name)
+        if producer is None:
+            self._tensors[name].values = self._stored(name, value)
+        elif producer.op == "Constant":
+            producer.attrs = {"value": gs.Constant(name + "_value", _in_memory(value))}
+        else:  # in place of what was computed, for whoever reads it
+            tensor, constant = self._tensors[name], gs.Constant(name, self._stored(name, value))
+            for consumer in list(tensor.outputs):
+                consumer.inputs = [constant if read is tensor else read for read in consumer.inputs]
+            producer.outputs = [gs.Variable.empty() if made is tensor else made for made in producer.outputs]
+            self._tensors[name] = constant
+
+    def insert_before(self, index: int, insertion: Insertion) -> None:
+        output = gs.Variable(self._unused(insertion.output))
+        self._tensors[insertion.output] = output
+        operands = [self._operand(value, insertion.output + "_operand") for value in insertion.inputs]
+        added = gs.Node(insertion.op, insertion.output, dict(insertion.attributes), operands, [output])
+        self._ahead.setdefault(id(self.nodes[index]), []).append(added)
+
+    def insert_after(self, name: str, insertion: Insertion) -> None:
+        tensor = self._tensors[name]
+        inner = gs.Variable(self._unused(name + "_before_bias"), dtype=tensor.dtype)
+        producer = tensor.inputs[0]
+        producer.outputs = [inner if made is tensor else made for made in producer.outputs]
+        operands = [
+            inner if isinstance(value, str) else gs.Constant(self._unused(name + "_bias"), _in_memory(value))
+            for value in insertion.inputs
+        ]
+        output = self._unused(insertion.output)
+        added = gs.Node(insertion.op, output, dict(insertion.attributes), operands, [tensor])
+        self._behind.setdefault(id(producer), []).append(added)
+
+    def set_input(self, index: int, position: int, given: str | Array) -> None:
+        node = self.nodes[index]
+        while len(node.inputs) <= position:
+            node.inputs.append(gs.Variable.empty())
+        node.inputs[position] = self._operand(given, f"{node.outputs[0].name}_input{position}")
+
+    def exported(self) -> onnx.ModelProto:
+        """The new graph, without what nothing reads; nothing else of the model."""
+        self._graph.nodes = [
+            placed
+            for node in self._graph.nodes
+            for placed in (*self._ahead.get(id(node), ()), node, *self._behind.get(id(node), ()))
+        ]
+        self._graph.cleanup(remove_unused_node_outputs=False, recurse_subgraphs=False, recurse_functions=False)
+        attributes = (a for graph in graphs(self.original.graph) for node in graph.node for a in node.attribute)
+        unnamed = [a.t for a in attributes if a.type == onnx.AttributeProto.TENSOR and not a.t.HasField("name")]
+        exported: onnx.ModelProto = gs.export_onnx(self._graph, do_type_check=False)
+        for tensor in unnamed:  # graphsurgeon names tensors that are still those of the original
+            tensor.ClearField("name")
+        return exported
+
+    def _operand(self, value: str | Array, base: str) -> Any:
+        if isinstance(value, str):
+            return self._tensors[value]
+        name = self._unused(base)
+        return gs.Constant(name, self._stored(name, value))
+
+    def _stored(self, name: str, value: Array) -> Any:
         value = _in_memory(value)
         stand = stand_in(name, value)
         if stand is None:
             return value
-        new[name] = value
+        self.data[name] = value
         return LazyValues(stand)
 
-    def constant(base: str, value: Array) -> Any:
-        name = _unused(base, taken)
-        return gs.Constant(name, stored(name, value))
-
-    def operand(value: str | Array, base: str) -> Any:
-        return tensors[value] if isinstance(value, str) else constant(base, value)
-
-    for name, value in edits.constants.items():
-        producer = by_output.get(name)
-        if producer is None:
-            tensors[name].values = stored(name, value)
-        elif producer.op == "Constant":
-            producer.attrs = {"value": gs.Constant(name + "_value", _in_memory(value))}
-        else:
-            tensors[name] = _in_place_of(tensors[name], producer, gs.Constant(name, stored(name, value)))
-    for index, insertions in edits.before.items():
-        for insertion in insertions:
-            output = gs.Variable(_unused(insertion.output, taken))
-            tensors[insertion.output] = output
-            operands = [operand(value, insertion.output + "_operand") for value in insertion.inputs]
-            added = gs.Node(insertion.op, insertion.output, dict(insertion.attributes), operands, [output])
-            ahead.setdefault(id(nodes[index]), []).append(added)
-    for (index, position), given in edits.inputs.items():
-        node = nodes[index]
-        while len(node.inputs) <= position:
-            node.inputs.append(gs.Variable.empty())
-        node.inputs[position] = operand(given, f"{node.outputs[0].name}_input{position}")
-    for index, count in edits.dropped_inputs.items():
-        nodes[index].inputs = list(nodes[index].inputs)[:count]
-    for index, op in edits.ops.items():
-        nodes[index].op = op
-    for (index, key), attribute in edits.attributes.items():
-        if attribute is None:
-            nodes[index].attrs.pop(key, None)
-        else:
-            nodes[index].attrs[key] = attribute
-    for name, insertion in edits.after.items():
-        producer, added = _inserted_after(tensors, taken, name, insertion)
-        behind.setdefault(id(producer), []).append(added)
-    graph.nodes = [
-        placed for node in graph.nodes for placed in (*ahead.get(id(node), ()), node, *behind.get(id(node), ()))
-    ]
-
-    graph.cleanup(remove_unused_node_outputs=False, recurse_subgraphs=False, recurse_functions=False)
-    unnamed = [tensor for tensor in _attribute_tensors(original.graph) if not tensor.HasField("name")]
-    exported = gs.export_onnx(graph, do_type_check=False)
-    for tensor in unnamed:  # graphsurgeon names tensors that are still those of the original
-        tensor.ClearField("name")
-    captured = {name for node in model.nodes for name in node.captures}
-    result = _restored(original, exported, edits, captured)
-    return with_weights(result, lambda name: new[name] if name in new else model.stored[name])
-
-
-def _attribute_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    for node in graph.node:
-        yield from (attribute.t for attribute in node.attribute if attribute.type == onnx.AttributeProto.TENSOR)
-        for inner in bodies(node):
-            yield from _attribute_tensors(inner)
+    def _unused(self, base: str) -> str:
+        name, number = base, 0
+        while name in self._taken:
+            number += 1
+            name = f"{base}_{number}"
+        self._taken.add(name)
+        return name
 
 
 def _in_memory(value: Array) -> Array:
@@ -174,57 +217,17 @@ def _in_memory(value: Array) -> Array:
     return np.ascontiguousarray(value).reshape(np.shape(value))
 
 
-def _unused(base: str, taken: set[str]) -> str:
-    name, number = base, 0
-    while name in taken:
-        number += 1
-        name = f"{base}_{number}"
-    taken.add(name)
-    return name
-
-
-def _in_place_of(tensor: Any, producer: Any, replacement: Any) -> Any:
-    """A constant that whoever reads the tensor reads from now on."""
-    for consumer in list(tensor.outputs):
-        consumer.inputs = [replacement if read is tensor else read for read in consumer.inputs]
-    producer.outputs = [gs.Variable.empty() if made is tensor else made for made in producer.outputs]
-    return replacement
-
-
-def _inserted_after(tensors: dict[str, Any], taken: set[str], name: str, insertion: Insertion) -> tuple[Any, Any]:
-    """The node that computed the tensor so far, and the new one behind it."""
-    tensor = tensors[name]
-    inner = gs.Variable(_unused(name + "_before_bias", taken), dtype=tensor.dtype)
-    producer = tensor.inputs[0]
-    producer.outputs = [inner if made is tensor else made for made in producer.outputs]
-    operands = [
-        inner if isinstance(value, str) else gs.Constant(_unused(name + "_bias", taken), _in_memory(value))
-        for value in insertion.inputs
-    ]
-    added = gs.Node(insertion.op, _unused(insertion.output, taken), dict(insertion.attributes), operands, [tensor])
-    return producer, added
-
-
 def _restored(
     original: onnx.ModelProto, exported: onnx.ModelProto, edits: GraphEdits, captured: Collection[str]
 ) -> onnx.ModelProto:
     """The exported graph inside everything else of the original; bodies read what is `captured`."""
     result = onnx.ModelProto()
-    for descriptor, value in original.ListFields():
-        if descriptor.name == "graph":
-            continue
-        if descriptor.name in ("metadata_props", "opset_import", "functions", "training_info"):
-            getattr(result, descriptor.name).extend(value)
-        else:
-            setattr(result, descriptor.name, value)
+    copy_fields(original, result, "graph")
     graph, made = result.graph, exported.graph
-    graph.name, graph.doc_string = original.graph.name, original.graph.doc_string
+    graph.name, graph.doc_string = original.graph.name, original.graph.doc_string  # present even if they are empty
+    copy_fields(original.graph, graph, "name", "doc_string", "node", "initializer", "input", "value_info")
     graph.node.extend(made.node)
     graph.initializer.extend(made.initializer)
-    graph.sparse_initializer.extend(original.graph.sparse_initializer)
-    graph.quantization_annotation.extend(original.graph.quantization_annotation)
-    graph.metadata_props.extend(original.graph.metadata_props)
-    graph.output.extend(original.graph.output)
 
     before = {first_name(node.output): node for node in original.graph.node}
     for node in graph.node:
@@ -250,7 +253,6 @@ def _restored(
             tensor.ClearField("data_location")
     # graphsurgeon keeps what nodes read themselves, not what only their bodies read.
     graph.initializer.extend(tensor for name, tensor in remaining.items() if name in captured)
-
     _declare(original, result, edits)
     return result
 
@@ -284,20 +286,13 @@ def _declare(original: onnx.ModelProto, result: onnx.ModelProto, edits: GraphEdi
 
 def _keep_attributes(source: onnx.NodeProto, node: onnx.NodeProto, edits: GraphEdits) -> None:
     """Take attributes bit by bit from the original where they were not edited (sub-graphs, types, order)."""
-    edited = {key for _, key in edits.attributes}
-    current = {attribute.name: attribute for attribute in node.attribute}
     if node.op_type == "Constant" and node.output[0] in edits.constants:
         return
-    kept = [
-        (attribute if attribute.name not in edited else current.get(attribute.name)) for attribute in source.attribute
-    ]
+    edited = {key for _, key in edits.attributes}
+    current = {attribute.name: attribute for attribute in node.attribute}
     names = {attribute.name for attribute in source.attribute}
+    kept = [current.get(old.name) if old.name in edited else old for old in source.attribute]
     kept += [attribute for name, attribute in current.items() if name not in names]
-    copies = []
-    for attribute in kept:
-        if attribute is not None:
-            copy = onnx.AttributeProto()
-            copy.CopyFrom(attribute)
-            copies.append(copy)
+    new = onnx.NodeProto(attribute=[attribute for attribute in kept if attribute is not None])
     del node.attribute[:]
-    node.attribute.extend(copies)
+    node.attribute.extend(new.attribute)

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from lindep_onnx.distill.autodiff.rules import FLAT, Tape, Unsupported, gradient_rule
+from lindep_onnx.distill.autodiff.rules import FLAT, RULES
+from lindep_onnx.distill.autodiff.tape import Tape, Unsupported
 from lindep_onnx.files import WeightsDir
 from lindep_onnx.model.ir import Model
 from lindep_onnx.model.shapes import Shape, resolve
@@ -79,13 +80,13 @@ class _Stopped:
 
 def _walk(model: Model, tape: Tape, loss: str, active: Collection[str]) -> dict[str, str] | _Stopped:
     """Gradients of all active tensors, or the node at which there are none."""
-    flowing: dict[str, list[str]] = {loss: [tape.add("Expand", 1.0, np.asarray(tape.shape(loss), np.int64))]}
+    flowing: dict[str, list[str]] = {loss: [tape.Expand(1.0, np.asarray(tape.shape(loss), np.int64))]}
     total: dict[str, str] = {}
 
     def summed(name: str) -> str | None:
         if name not in total and flowing.get(name):
             parts = flowing[name]
-            total[name] = parts[0] if len(parts) == 1 else tape.add("Sum", *parts)
+            total[name] = parts[0] if len(parts) == 1 else tape.Sum(*parts)
         return total.get(name)
 
     for node in reversed(model.nodes):
@@ -94,7 +95,7 @@ def _walk(model: Model, tape: Tape, loss: str, active: Collection[str]) -> dict[
         captured = any(name in active for name in node.captures)
         if not (wanted or captured) or all(name is None for name in given) or node.op in FLAT:
             continue
-        rule = gradient_rule(node.op)
+        rule = RULES.get(node.op)
         if rule is None or captured:
             return _Stopped(node.index, "has no gradient rule")
         try:
@@ -141,8 +142,7 @@ def _assembled(
         node = nodes[next(filter(None, model.nodes[index].outputs))]
         node.output.extend([""] * (position + 1 - len(node.output)))
         node.output[position] = name
-    graph.node.extend(tape.nodes)
-    graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in tape.constants.items())
+    tape.append_to(graph)
     del graph.output[:]
     graph.output.extend(onnx.ValueInfoProto(name=name) for name in (loss, *gradients.values()))
     return result

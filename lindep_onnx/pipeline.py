@@ -39,6 +39,7 @@ from lindep_onnx.report.build import group_reports, summarise, verification_of
 from lindep_onnx.report.data_support import sentences, support
 from lindep_onnx.report.figures import spectra
 from lindep_onnx.report.values import Report, Spectrum, Support, Verification
+from lindep_onnx.structure.steps import ChannelSteps
 from lindep_onnx.structure.traced import TracedModel, inputs_of, load_and_trace, samples_per_run
 from lindep_onnx.structure.types import Structure
 from lindep_onnx.verify.group_errors import measure_groups
@@ -399,7 +400,8 @@ def _run(
     curves: dict[int, Spectrum] = {}
     if samples is not None and statistics is not None:
         with clock.stage("statistics"):
-            found = support(channels, statistics, chosen, proof)
+            steps = ChannelSteps(chosen.removed, chosen.kind, chosen.folds)
+            found = support(channels, statistics, steps, proof.steps.removed)
             curves = spectra(channels, statistics)
             kept = int((uncertain & statistics.inactive & ~chosen.removed).sum())
             notes = (*chosen.notes, *sentences(found, kept, len(samples)))

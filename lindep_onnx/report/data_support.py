@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lindep_onnx.calibration.statistics import JOINT_ROWS, Statistics, problem
-from lindep_onnx.linalg.fold import removal_cost
+from lindep_onnx.calibration.statistics import JOINT_ROWS, ConsumerStatistics, Statistics, problem
+from lindep_onnx.linalg.fold import ConsumerProblem, removal_cost
 from lindep_onnx.planning.path import folds_of
-from lindep_onnx.planning.strategies import Chosen
-from lindep_onnx.proofs.prove import Proof
 from lindep_onnx.report.values import Support
-from lindep_onnx.structure.steps import KINDS, Fold
+from lindep_onnx.structure.steps import KINDS, ChannelSteps, Fold
 from lindep_onnx.structure.types import Structure
 
 CONFIDENCE = 0.95
@@ -28,59 +26,57 @@ def never_seen_bound(samples: int) -> float:
     return 1.0 - (1.0 - CONFIDENCE) ** (1.0 / samples) if samples else 1.0
 
 
-def support(structure: Structure, statistics: Statistics, chosen: Chosen, proof: Proof) -> dict[int, Support]:
+def support(
+    structure: Structure, statistics: Statistics, steps: ChannelSteps, proven: NDArray[np.bool_]
+) -> dict[int, Support]:
     """The support of every group.
 
     Args:
         structure: the traced model.
         statistics: what the data says.
-        chosen: the result.
-        proof: what needs no data.
+        steps: the result.
+        proven: (units,) bool, what needs no data.
     """
-    folds = folds_of(structure, statistics, chosen.removed, chosen.folds)
-    silent = (chosen.kind == KINDS.index("constant")) & ~proof.steps.removed
-    bound = never_seen_bound(statistics.samples)
+    folds = folds_of(structure, statistics, steps.removed, steps.folds)
+    silent = steps.removed & (steps.kind == KINDS.index("constant")) & ~proven
     found = {}
     for number, group in enumerate(structure.groups):
-        errors: list[tuple[float, float | None]] = []
-        for index in group.consumers:
-            if index in folds and chosen.removed[group.units].any():
-                errors.append(_errors(structure, statistics, index, chosen.removed, folds))
         consumers = [statistics.consumers[index] for index in group.consumers]
-        least = min(consumers, key=lambda seen: seen.effective_rows / max(1, len(seen.unit)))
-        needed = None
-        if not least.joint and least.effective_rows:
-            short = JOINT_ROWS * len(least.unit) / least.effective_rows
-            needed = math.ceil(statistics.samples * short)
-        own = int((silent & chosen.removed)[group.units].sum())
-        heldout = [error for _, error in errors if error is not None]
-        found[number] = Support(
-            samples=statistics.samples,
-            rows=least.rows,
-            effective_rows=least.effective_rows,
-            features=len(least.unit),
-            fit_error=max((error for error, _ in errors), default=None),
-            heldout_error=max(heldout, default=None),
-            silent=own,
-            silent_bound=bound if own else None,
-            samples_needed=needed,
-        )
+        lost = [index for index in group.consumers if index in folds] if steps.removed[group.units].any() else []
+        problems = ((problem(structure, statistics.consumers[index], steps.removed), folds[index]) for index in lost)
+        errors = [(_error(posed, posed.gram, fold), _error(posed, posed.holdout, fold)) for posed, fold in problems]
+        found[number] = _support(statistics.samples, consumers, errors, int(silent[group.units].sum()))
     return found
 
 
-def _errors(
-    structure: Structure,
-    statistics: Statistics,
-    index: int,
-    removed: NDArray[np.bool_],
-    folds: Mapping[int, Fold],
-) -> tuple[float, float | None]:
-    posed, fold = problem(structure, statistics.consumers[index], removed), folds[index]
-    fit, held = (
-        None if gram is None else math.sqrt(removal_cost(gram, posed.outer, fold.kept, fold.matrix) / posed.energy)
-        for gram in (posed.gram, posed.holdout)
+def _support(
+    samples: int,
+    consumers: Sequence[ConsumerStatistics],
+    errors: Sequence[tuple[float | None, float | None]],
+    silent: int,
+) -> Support:
+    least = min(consumers, key=lambda seen: seen.effective_rows / max(1, len(seen.unit)))
+    needed = None
+    if not least.joint and least.effective_rows:
+        needed = math.ceil(samples * (JOINT_ROWS * len(least.unit) / least.effective_rows))
+    return Support(
+        samples=samples,
+        rows=least.rows,
+        effective_rows=least.effective_rows,
+        features=len(least.unit),
+        fit_error=max((fit or 0.0 for fit, _ in errors), default=None),
+        heldout_error=max((held for _, held in errors if held is not None), default=None),
+        silent=silent,
+        silent_bound=never_seen_bound(samples) if silent else None,
+        samples_needed=needed,
     )
-    return fit or 0.0, held
+
+
+def _error(posed: ConsumerProblem, gram: NDArray[np.float64] | None, fold: Fold) -> float | None:
+    """RMS error of a fold on the rows that these moments are of."""
+    if gram is None:
+        return None
+    return math.sqrt(removal_cost(gram, posed.outer, fold.kept, fold.matrix) / posed.energy)
 
 
 def sentences(found: Mapping[int, Support], uncertain: int, given: int) -> Iterator[str]:

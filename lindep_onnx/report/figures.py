@@ -19,7 +19,7 @@ from lindep_onnx.structure.types import Structure
 
 #: Points that a curve is told by.
 POINTS = 40
-#: Groups with more units, or sites with more features, are not drawn: both curves take cubic time.
+#: Groups with more units, or consumers with more features, are not drawn: both curves take cubic time.
 MAX_UNITS = 1024
 #: Smaller singular values are rounding: they are square roots of eigenvalues in float64.
 ROUNDING = 1e-8
@@ -49,17 +49,18 @@ def layers(structure: Structure, removed: NDArray[np.bool_]) -> Iterator[Layer]:
         )
 
 
-def spectra(structure: Structure, statistics: Statistics) -> dict[int, Spectrum]:
+def spectra(structure: Structure, statistics: Statistics, widest: int = MAX_UNITS) -> dict[int, Spectrum]:
     """The redundancy of every group that is not too wide.
 
     Args:
         structure: the traced model.
         statistics: what the data says.
+        widest: units of a group and features of a consumer that are not too many.
     """
     narrow = [
         number
         for number, group in enumerate(structure.groups)
-        if max(len(group.units), *(len(statistics.consumers[index].unit) for index in group.consumers)) <= MAX_UNITS
+        if max(len(group.units), *(len(statistics.consumers[index].unit) for index in group.consumers)) <= widest
     ]
     alike = np.ones(structure.units)
     # The errors are of the rows that were fitted: no unseen ones are needed to choose a ridge.

@@ -1,10 +1,15 @@
-"""The JSON schema of a report, made from the dataclasses that it consists of and from what their docstrings say."""
+"""The JSON schema of a report, made from the dataclasses that it consists of and from what their docstrings say.
+
+`python -m lindep_onnx.report.schema` prints it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -76,3 +81,7 @@ def _described(kind: type) -> dict[str, str]:
         names, _, text = entry.strip().partition(": ")
         found.update(dict.fromkeys(re.split(r",\s*", names), " ".join(text.split())))
     return found
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(report_schema(), indent=2) + "\n")

@@ -73,7 +73,7 @@ class Support:
     """What the data of one group is worth.
 
     Rows of one sample resemble each other, so that at most 16 of each count as effective. Rows and features are those
-    of the site that has the fewest effective rows for each feature.
+    of the consumer that has the fewest effective rows for each feature.
 
     Attributes:
         samples: number of samples that decisions were made on, those that only verify left out.
@@ -81,7 +81,7 @@ class Support:
         effective_rows: how many independent ones they are worth at most.
         features: how many channels a combination could be made of.
         fit_error: RMS error of the folds relative to the centred RMS of the output, on the rows they were fitted to;
-            worst site. None if nothing was removed.
+            worst consumer. None if nothing was removed.
         heldout_error: the same on rows that they were not fitted to; None if there are none.
         silent: how many of the removed channels never changed in the data, without a proof.
         silent_bound: with 95 % confidence each of them changes in no more than this share of samples like these.
@@ -128,11 +128,11 @@ class Spectrum:
     Attributes:
         rank: singular values that are no rounding.
         ranks: places of the singular values that are listed, from 1 on.
-        singular_values: of the group's centred input rows at the site with most features, largest first, as shares of
-            the largest.
+        singular_values: of the group's centred input rows at the consumer with most features, largest first, as shares
+            of the largest.
         removed: numbers of channels removed, ascending.
-        errors: RMS over the group's sites of the relative error once so many channels are gone, cheapest first, and the
-            others are refitted; on the rows that were fitted.
+        errors: RMS over the group's consumers of the relative error once so many channels are gone, cheapest first, and
+            the others are refitted; on the rows that were fitted.
     """
 
     rank: int

@@ -20,22 +20,18 @@ jsonschema = pytest.importorskip("jsonschema")
 
 
 @pytest.fixture(scope="module")
-def reports() -> list[dict[str, Any]]:
+def reports(result: lindep_onnx.Result, demo_data: dict[str, np.ndarray]) -> list[dict[str, Any]]:
     """Real ones: with a budget and stress data, lossless, and without data."""
-    data = dict(np.load(ROOT / "models" / "calib.npz"))
-    some = {name: value[:200] for name, value in data.items()}
     model = ROOT / "models" / "demo.onnx"
-    made = [
-        lindep_onnx.compress(model, some, params=0.5, min_agreement=0.1, stress=some),
-        lindep_onnx.compress(model, some),
-        lindep_onnx.compress(model, proven_only=True),
-    ]
-    return [json.loads(result.report.to_json()) for result in made]
+    made = [result, lindep_onnx.compress(model, demo_data), lindep_onnx.compress(model, proven_only=True)]
+    return [json.loads(one.report.to_json()) for one in made]
 
 
 def test_the_published_schema_is_made_from_the_dataclasses() -> None:
     text = json.dumps(report_schema(), indent=2) + "\n"
-    assert PUBLISHED.read_text(encoding="utf-8") == text, "run: python tools/schema.py docs/report.schema.json"
+    assert PUBLISHED.read_text(encoding="utf-8") == text, (
+        "run: python -m lindep_onnx.report.schema > docs/report.schema.json"
+    )
 
 
 def test_every_report_follows_it(reports: list[dict[str, Any]]) -> None:

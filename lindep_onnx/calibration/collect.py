@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lindep_onnx.calibration import inactive as silence
-from lindep_onnx.calibration.measure import Calibration, MeasuringPoint, StatisticsAccumulator, calibrate, features
+from lindep_onnx.calibration.measure import Calibration, MeasuringPoint, StatisticsAccumulator, calibrate
 from lindep_onnx.calibration.statistics import Extremes, Statistics, constant_features, statistics
 from lindep_onnx.data.samples import Part, Samples
+from lindep_onnx.structure.layout import features
 from lindep_onnx.structure.types import Structure
 
 Progress: TypeAlias = Callable[[str, int, int], None]

@@ -26,11 +26,11 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from lindep_onnx.calibration.measure import features
-from lindep_onnx.calibration.statistics import CONSTANT_TOLERANCE
+from lindep_onnx.calibration.moments import CONSTANT_TOLERANCE
 from lindep_onnx.data.samples import Batch
 from lindep_onnx.model.ir import Node
 from lindep_onnx.runtime.rows import reduction
+from lindep_onnx.structure.layout import features
 from lindep_onnx.structure.rules.saturation import Interval, flat_parts, may_flatten
 from lindep_onnx.structure.types import FROZEN, Structure
 

@@ -16,7 +16,8 @@ from lindep_onnx.data.samples import Batch, Part, Samples
 from lindep_onnx.errors import CalibrationError
 from lindep_onnx.runtime import backend as sessions
 from lindep_onnx.runtime.rows import ChannelAxis, DeviceMoments, Probe, RowSampler, summable
-from lindep_onnx.structure.types import Atoms, Consumer, ConsumerNode, Structure
+from lindep_onnx.structure.layout import features
+from lindep_onnx.structure.types import Consumer, ConsumerNode, Structure
 
 Array: TypeAlias = NDArray[Any]
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -28,30 +29,6 @@ MIN_POSITIONS = 16
 MAX_POSITIONS = 4096
 #: Taps of one sample that are looked at behind a Flatten.
 ROWS_OF_TAPS = 64
-
-
-@dataclass(frozen=True)
-class Features:
-    """How the places of a weight's input axis are features and taps.
-
-    Attributes:
-        atoms: (F,) atom of each feature.
-        index: (F, T) places of each feature. T is 1 but behind a Flatten, where the positions of a channel follow
-            each other: they are taps of one feature, so that the Gram matrix stays channels by channels.
-    """
-
-    atoms: Atoms
-    index: NDArray[np.int64]
-
-
-def features(columns: Atoms) -> Features:
-    """Group the places of an axis by atom; where atoms occur unequally often, every place is its own feature."""
-    atoms, inverse, counts = np.unique(columns, return_inverse=True, return_counts=True)
-    if (counts != counts[0]).any():
-        return Features(columns, np.arange(len(columns))[:, None])
-    places = np.argsort(inverse, kind="stable").reshape(len(atoms), int(counts[0]))
-    order = np.argsort(places[:, 0])
-    return Features(atoms[order], places[order])
 
 
 @dataclass(frozen=True)

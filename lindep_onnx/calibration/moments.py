@@ -19,8 +19,15 @@ from lindep_onnx.linalg.gram import add_gram
 
 #: Rows of one sample are alike: so many of them count, at most, as evidence.
 ROWS_PER_SAMPLE = 16
+#: What differs by less than this share of its size is constant: it is rounding.
+CONSTANT_TOLERANCE = 1e-6
 #: Rows that wait to be added up, or a quarter of the number of features if that is more.
 MIN_BUFFERED = 128
+
+
+def never_changes(low: NDArray[np.float64], high: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Whether smallest and largest values differ by no more than rounding."""
+    return np.asarray(high - low <= CONSTANT_TOLERANCE * np.maximum(np.abs(low), np.abs(high)))
 
 
 @dataclass(frozen=True)

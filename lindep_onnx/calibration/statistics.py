@@ -1,58 +1,51 @@
-"""From moments to linear algebra: the problem that every site poses, and the units that may be asked to go."""
+"""From moments to linear algebra: the problem that every consumer poses, and the units that may be asked to go."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lindep_onnx.calibration.measure import Calibration, MeasuringPoint, features, measuring_point
-from lindep_onnx.calibration.moments import Moments
+from lindep_onnx.calibration.measure import Calibration, MeasuringPoint, measuring_point
+from lindep_onnx.calibration.moments import Moments, never_changes
 from lindep_onnx.linalg.fold import ConsumerProblem
+from lindep_onnx.structure.layout import ConsumerLayout, features
 from lindep_onnx.structure.types import FROZEN, Consumer, Structure
 
-#: What differs by less than this share of its size is constant: it is rounding.
-CONSTANT_TOLERANCE = 1e-6
-#: Samples in which a feature must leave its rest before anything but silence is concluded from it; half, of fewer.
+#: Samples in which a feature must leave its rest before anything but inactivity is concluded from it; half, of fewer.
 MIN_ACTIVE_SAMPLES = 8
 #: Rows for each feature, at most 16 counted per sample, that a dependence on several others needs.
 JOINT_ROWS = 3.0
 
 
 @dataclass(frozen=True)
-class ConsumerStatistics:
-    """What is known about the input of one site.
+class ConsumerStatistics(ConsumerLayout):
+    """What is known about the input of one consumer.
 
     Attributes:
-        consumer: the site.
-        index: (F, T) places of each feature on the input axis of the site's part of the weight, by tap.
-        unit: (F,) unit of each feature, -1 where it stays.
-        mean: (F,) mean over the fit rows; zero where the site cannot absorb a constant.
+        consumer, index, unit: as in `ConsumerLayout`.
+        mean: (F,) mean over the fit rows; zero where the consumer cannot absorb a constant.
+        constant: (F,) bool, the feature never changed.
         gram: (F, F) second moments per row about `mean`, fit samples.
         holdout: the same over unseen samples, about the same `mean`; None if there are none.
         offset: (F,) mean over the fit rows, less `mean`.
-        constant: (F,) bool, the feature never changes.
         active: (F,) number of fit samples in which the feature leaves its rest (`Moments.moving`).
         joint: whether there are rows enough for dependence on several others.
         rows: number of rows that were fitted to.
         effective_rows: the same, but at most 16 for each sample.
     """
 
-    consumer: Consumer
-    index: NDArray[np.int64]
-    unit: NDArray[np.int64]
-    mean: NDArray[np.float64]
     gram: NDArray[np.float64]
     holdout: NDArray[np.float64] | None
     offset: NDArray[np.float64]
-    constant: NDArray[np.bool_]
     active: NDArray[np.int64]
     joint: bool
-    rows: int = 0
-    effective_rows: float = 0.0
+    rows: int
+    effective_rows: float
 
 
 @dataclass(frozen=True)
@@ -60,9 +53,9 @@ class Statistics:
     """What the data says about a model.
 
     Attributes:
-        consumers: in the order of `Structure.sites`.
-        constant: (units,) bool, constant at every site.
-        inactive: (units,) bool, constant at some site: only a margin tells whether it will stay so.
+        consumers: in the order of `Structure.consumers`.
+        constant: (units,) bool, constant at every consumer.
+        inactive: (units,) bool, constant at some consumer: only a margin tells whether it will stay so.
         active: (units,) bool, seen often enough to conclude something from its values.
         samples: number of fit and unseen samples.
     """
@@ -75,7 +68,7 @@ class Statistics:
 
 
 def statistics(structure: Structure, calibration: Calibration) -> Statistics:
-    """Put the moments of all readers of each site together."""
+    """Put the moments of all readers of each consumer together."""
     consumers = tuple(_consumer_statistics(structure, consumer, calibration) for consumer in structure.consumers)
     constant = np.ones(structure.units, dtype=bool)
     inactive = np.zeros(structure.units, dtype=bool)
@@ -102,33 +95,26 @@ class Extremes(Protocol):
 
 
 def constant_features(consumer: Consumer, *parts: Mapping[MeasuringPoint, Extremes]) -> NDArray[np.bool_]:
-    """(F,) bool, features of a site that never changed; more data can only make them fewer.
+    """(F,) bool, features of a consumer that never changed; more data can only make them fewer.
 
     Args:
-        consumer: the site.
-        parts: extremes by tap, of some samples and of others.
+        consumer: the consumer.
+        parts: extremes by measuring point, of some samples and of others.
     """
-    seen = [
-        part[measuring_point(consumer, reader)]
-        for part in parts
-        for reader in consumer.readers
-        if measuring_point(consumer, reader) in part
-    ]
-    low = np.min([own.low for own in seen], axis=0)
-    high = np.max([own.high for own in seen], axis=0)
-    return np.asarray(high - low <= CONSTANT_TOLERANCE * np.maximum(np.abs(low), np.abs(high)))
+    points = [measuring_point(consumer, reader) for reader in consumer.readers]
+    seen = [part[point] for part in parts for point in points if point in part]
+    return never_changes(np.min([own.low for own in seen], axis=0), np.max([own.high for own in seen], axis=0))
 
 
 def _consumer_statistics(structure: Structure, consumer: Consumer, calibration: Calibration) -> ConsumerStatistics:
     layout = features(consumer.columns)
-    fit = _merged([calibration.fit[measuring_point(consumer, reader)] for reader in consumer.readers])
-    unseen = None
-    if calibration.select is not None:
-        unseen = _merged([calibration.select[measuring_point(consumer, reader)] for reader in consumer.readers])
+    points = [measuring_point(consumer, reader) for reader in consumer.readers]
+    fit = functools.reduce(Moments.merge, (calibration.fit[point] for point in points))
     constant = constant_features(consumer, calibration.fit, calibration.select or {})
     mean = fit.mean if consumer.affine else np.zeros(len(constant))
-    gram = fit.about(mean)
-    holdout = None if unseen is None else unseen.about(mean)
+    gram, holdout = fit.about(mean), None
+    if calibration.select is not None:
+        holdout = functools.reduce(Moments.merge, (calibration.select[point] for point in points)).about(mean)
     if consumer.affine:
         # Rounding left over from the subtraction must not look like a signal.
         for matrix in (gram, holdout):
@@ -140,10 +126,10 @@ def _consumer_statistics(structure: Structure, consumer: Consumer, calibration: 
         index=layout.index,
         unit=structure.unit[layout.atoms],
         mean=mean,
+        constant=constant,
         gram=gram,
         holdout=holdout,
         offset=fit.mean - mean,
-        constant=constant,
         active=fit.moving,
         joint=fit.effective_rows >= JOINT_ROWS * len(constant),
         rows=fit.rows,
@@ -151,38 +137,12 @@ def _consumer_statistics(structure: Structure, consumer: Consumer, calibration: 
     )
 
 
-def _merged(parts: Sequence[Moments]) -> Moments:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total.merge(part)
-    return total
-
-
-def consumer_weight(structure: Structure, seen: ConsumerStatistics) -> NDArray[np.float64]:
-    """The weight of a site as (features, taps, outputs, kernel) in float64."""
-    weight = np.asarray(seen.consumer.part(structure.shape_info.constants[seen.consumer.weight]), dtype=np.float64)
-    first = np.moveaxis(weight, (seen.consumer.inputs, seen.consumer.outputs), (0, 1))
-    return first.reshape(*first.shape[:2], -1)[seen.index]
-
-
-def outer_product(structure: Structure, seen: ConsumerStatistics, removed: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """(F, F) sum of w w' over the taps and the outputs that survive `removed`."""
-    own = seen.consumer.part(structure.shape_info.constants[seen.consumer.weight])
-    weight = np.moveaxis(own, (seen.consumer.inputs, seen.consumer.outputs), (0, 1))
-    rows = structure.mask(seen.consumer.rows, removed)
-    total = np.zeros((len(seen.index), len(seen.index)))
-    for places in seen.index.T:  # tap by tap: the whole of a large weight in float64 is not needed
-        tap = weight[places].compress(rows, axis=1).reshape(len(places), -1).astype(np.float64)
-        total += tap @ tap.T
-    return total
-
-
 def problem(structure: Structure, seen: ConsumerStatistics, removed: NDArray[np.bool_]) -> ConsumerProblem:
-    """The least-squares problem of a site, without the outputs that are gone.
+    """The least-squares problem of a consumer, without the outputs that are gone.
 
     A feature that nothing multiplies counts as zero: what it does makes no difference.
     """
-    outer = outer_product(structure, seen, removed)
+    outer = _outer_product(structure, seen, removed)
     unread = np.diagonal(outer) == 0.0
     # The centred second moment is G - o o', so that the matrix need not be kept.
     energy = float(np.vdot(seen.gram, outer) - seen.offset @ outer @ seen.offset)
@@ -194,6 +154,18 @@ def problem(structure: Structure, seen: ConsumerStatistics, removed: NDArray[np.
         energy=energy if energy > 0 else 1.0,
         joint=seen.joint,
     )
+
+
+def _outer_product(structure: Structure, seen: ConsumerStatistics, removed: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """(F, F) sum of w w' over the taps and the outputs that survive `removed`."""
+    own = seen.consumer.part(structure.shape_info.constants[seen.consumer.weight])
+    weight = np.moveaxis(own, (seen.consumer.inputs, seen.consumer.outputs), (0, 1))
+    rows = structure.mask(seen.consumer.rows, removed)
+    total = np.zeros((len(seen.index), len(seen.index)))
+    for places in seen.index.T:  # tap by tap: the whole of a large weight in float64 is not needed
+        tap = weight[places].compress(rows, axis=1).reshape(len(places), -1).astype(np.float64)
+        total += tap @ tap.T
+    return total
 
 
 def _without(unread: NDArray[np.bool_], moments: NDArray[np.float64]) -> NDArray[np.float64]:

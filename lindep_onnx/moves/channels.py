@@ -8,10 +8,11 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from lindep_onnx.calibration.statistics import ConsumerStatistics, Statistics, problem
+from lindep_onnx.calibration.statistics import Statistics, problem
 from lindep_onnx.linalg.elimination import Minimums
 from lindep_onnx.linalg.fold import ConsumerProblem
 from lindep_onnx.linalg.lossless import lossless_removals
+from lindep_onnx.structure.layout import ConsumerLayout
 from lindep_onnx.structure.placement import equalized
 from lindep_onnx.structure.steps import ChannelSteps, Fold
 from lindep_onnx.structure.types import FROZEN, Group, Structure
@@ -48,9 +49,7 @@ def plan_lossless(
         keep = ~whole
 
 
-def part_of(
-    plan: ChannelSteps, consumers: Sequence[ConsumerStatistics], removed: NDArray[np.bool_]
-) -> ChannelSteps | None:
+def part_of(plan: ChannelSteps, consumers: Sequence[ConsumerLayout], removed: NDArray[np.bool_]) -> ChannelSteps | None:
     """A plan of which some units stay after all; None if it does not remove all the others.
 
     What is removed is made up for feature by feature, from those that stayed anyway: the rest is as it was.

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lindep_onnx.calibration.statistics import ConsumerStatistics, consumer_weight
+from lindep_onnx.structure.layout import ConsumerLayout, consumer_weight
 from lindep_onnx.structure.rewrite import Removal
 from lindep_onnx.structure.steps import Fold
 from lindep_onnx.structure.types import ConsumerNode, Structure
@@ -17,7 +17,7 @@ from lindep_onnx.structure.types import ConsumerNode, Structure
 def fold_weights(
     structure: Structure,
     folds: Mapping[int, Fold],
-    statistics: Sequence[ConsumerStatistics],
+    statistics: Sequence[ConsumerLayout],
     removed: NDArray[np.bool_],
 ) -> Removal:
     """Fold the removed features of every site into the kept ones.
@@ -46,9 +46,7 @@ def fold_weights(
 class _Folded(Mapping[str, NDArray[Any]]):
     """Folded weights by name, each made when it is asked for: all at once would be one more copy of the model."""
 
-    def __init__(
-        self, structure: Structure, folds: Mapping[int, Fold], statistics: Sequence[ConsumerStatistics]
-    ) -> None:
+    def __init__(self, structure: Structure, folds: Mapping[int, Fold], statistics: Sequence[ConsumerLayout]) -> None:
         self._structure, self._folds, self._statistics = structure, folds, statistics
         self._consumers: dict[str, list[int]] = {}
         for number in folds:
@@ -72,9 +70,7 @@ class _Folded(Mapping[str, NDArray[Any]]):
         return len(self._consumers)
 
 
-def _original_layout(
-    structure: Structure, seen: ConsumerStatistics, weight: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def _original_layout(structure: Structure, seen: ConsumerLayout, weight: NDArray[np.float64]) -> NDArray[np.float64]:
     """Undo `consumer_weight`."""
     consumer = seen.consumer
     shape = consumer.part(structure.shape_info.constants[consumer.weight]).shape

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lindep_onnx._version import __version__
-from lindep_onnx.calibration.statistics import ConsumerStatistics, Statistics
+from lindep_onnx.calibration.statistics import Statistics
 from lindep_onnx.data.samples import Batch, Part, Samples
 from lindep_onnx.errors import BudgetError, LindepError, UsageError, VerificationError
 from lindep_onnx.model import ir as graph
@@ -53,6 +53,7 @@ from lindep_onnx.proofs.prove import Proof
 from lindep_onnx.refit.sequential import refit
 from lindep_onnx.runtime import layer_latency as latency
 from lindep_onnx.runtime.backend import Session, crew, open_session
+from lindep_onnx.structure.layout import ConsumerLayout
 from lindep_onnx.structure.placement import equalized
 from lindep_onnx.structure.rewrite import Removal, rewrite
 from lindep_onnx.structure.steps import ChannelSteps, Fold
@@ -337,7 +338,7 @@ class Workshop:
             )
         return rest
 
-    def _carried_out(self, plan: ChannelSteps, statistics: tuple[ConsumerStatistics, ...], mode: str) -> Chosen:
+    def _carried_out(self, plan: ChannelSteps, statistics: tuple[ConsumerLayout, ...], mode: str) -> Chosen:
         with self._stage("rewrite"):
             model = rewrite(
                 self._structure, fold_weights(self._structure, plan.folds, statistics, plan.removed), self.metadata

@@ -15,13 +15,12 @@ import onnx
 import scipy.linalg
 from numpy.typing import NDArray
 
-from lindep_onnx.calibration.measure import features
-from lindep_onnx.calibration.statistics import ConsumerStatistics
 from lindep_onnx.errors import UsageError
 from lindep_onnx.linalg.elimination import Allowance
 from lindep_onnx.linalg.lossless import COLLINEAR, CONSTANT, JOINT
 from lindep_onnx.model.ir import Model
 from lindep_onnx.proofs.bounds import ROUNDING, ROUNDING_HALF, AffineForm, BoundsContext, ChannelBounds, output_bounds
+from lindep_onnx.structure.layout import ConsumerLayout, features
 from lindep_onnx.structure.placement import equalized
 from lindep_onnx.structure.steps import ChannelSteps, Fold
 from lindep_onnx.structure.types import FROZEN, Consumer, Group, Structure
@@ -50,7 +49,7 @@ class _Seen:
         forms: (F,) how each is an affine function of what a product reads, or None.
     """
 
-    statistics: ConsumerStatistics
+    statistics: ConsumerLayout
     keys: list[bytes]
     scale: NDArray[np.float64]
     forms: list[AffineForm | None]
@@ -81,7 +80,7 @@ class Proof:
 
     steps: ChannelSteps
     constant: NDArray[np.bool_]
-    statistics: tuple[ConsumerStatistics, ...]
+    statistics: tuple[ConsumerLayout, ...]
 
 
 @np.errstate(all="ignore")  # weights may be infinite
@@ -131,7 +130,7 @@ def prove(structure: Structure, ranges: Ranges = MappingProxyType({}), *, half: 
     return Proof(steps, constant, tuple(_of_removed_constants(entry.statistics, kind) for entry in seen))
 
 
-def _of_removed_constants(statistics: ConsumerStatistics, kind: NDArray[np.int8]) -> ConsumerStatistics:
+def _of_removed_constants(statistics: ConsumerLayout, kind: NDArray[np.int8]) -> ConsumerLayout:
     """Means of constants that go as such: all others are made up for as multiples and combinations, which are exact."""
     gone = np.append(kind == CONSTANT, False)[statistics.unit]
     return replace(statistics, mean=np.where(gone, statistics.mean, 0.0))
@@ -202,11 +201,7 @@ def _consumer(structure: Structure, consumer: Consumer, known: BoundsContext) ->
     mean = np.where(constant, low, 0.0) if consumer.affine else np.zeros(size)
     if not consumer.affine:
         constant = constant & (low == 0)
-    empty = np.zeros((0, 0))
-    statistics = ConsumerStatistics(
-        consumer=consumer, index=layout.index, unit=structure.unit[layout.atoms], mean=mean, gram=empty, holdout=None,
-        offset=np.zeros(size), constant=constant, active=np.zeros(size, dtype=np.int64), joint=False,
-    )  # fmt: skip
+    statistics = ConsumerLayout(consumer, layout.index, structure.unit[layout.atoms], mean, constant)
     return _Seen(statistics, keys, scale, forms)
 
 

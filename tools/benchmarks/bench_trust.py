@@ -58,12 +58,12 @@ from subjects import Places, every, model_of, session, shuffled
 
 import lindep_onnx
 from lindep_onnx.calibration import inactive
-from lindep_onnx.calibration.measure import features
 from lindep_onnx.data.inputs import InputSpec
 from lindep_onnx.data.samples import Part, open_samples
 from lindep_onnx.model.ir import load
 from lindep_onnx.model.shapes import resolve
 from lindep_onnx.runtime.rows import RowSampler
+from lindep_onnx.structure.layout import features
 from lindep_onnx.structure.trace import trace
 from lindep_onnx.structure.types import Structure
 from lindep_onnx.verify.compare import OutputComparison, OutputErrors

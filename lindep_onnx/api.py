@@ -12,11 +12,10 @@ import onnx
 
 from lindep_onnx.errors import UsageError
 from lindep_onnx.model.weights import embedded
-from lindep_onnx.options import Config
+from lindep_onnx.options import Config, DataOptions, MomentsOptions, Options, TraceOptions, declared
 from lindep_onnx.pipeline import (
     Calibrated,
     Clock,
-    Files,
     Outcome,
     Repeated,
     elsewhere,
@@ -56,8 +55,6 @@ def compress(
     stress: Any = None,
     client: Any = None,
     progress: Progress | None = None,
-    save_moments: str | Path | None = None,
-    load_moments: str | Path | None = None,
     **options: Any,
 ) -> Result:
     """Remove channels that are linear combinations of others, and move their weight onto the survivors.
@@ -70,8 +67,6 @@ def compress(
         stress: a second data set, in any of these forms, that the result has to match the original on as well.
         client: a `distributed.Client` whose workers calibrate, in the place of this process.
         progress: called with (stage, samples done, samples in all).
-        save_moments: a file to keep what calibration found in, for other budgets.
-        load_moments: such a file, in place of running the calibration; `calib` still chooses and verifies.
         **options: fields of `lindep_onnx.Config`.
 
     Raises:
@@ -81,9 +76,8 @@ def compress(
         VerificationError: the result differs by more than allowed (not raised with `force=True`).
         BudgetError: no plan meets the budgets.
     """
-    files = Files(save_moments=_path(save_moments), load_moments=_path(load_moments))
     config = _config(options)
-    outcome = run(model, calib, config, files=files, stress=stress, client=client, progress=progress or silent)
+    outcome = run(model, calib, config, stress=stress, client=client, progress=progress or silent)
     return _result(outcome, config)
 
 
@@ -139,8 +133,6 @@ def calibrate(
     *,
     client: Any = None,
     progress: Progress | None = None,
-    save_moments: str | Path | None = None,
-    load_moments: str | Path | None = None,
     **options: Any,
 ) -> Calibrated:
     """Run calibration data through a traced model, and keep what `plan` needs to know about it.
@@ -150,8 +142,6 @@ def calibrate(
         calib: calibration data, as in `compress`.
         client: a `distributed.Client` whose workers run the data, in the place of this process.
         progress: called with (stage, samples done, samples in all).
-        save_moments: a file to keep what was found in.
-        load_moments: such a file, in place of running the data.
         **options: fields of `lindep_onnx.Config`, for instance `max_samples` or `seed`.
 
     Returns:
@@ -161,16 +151,14 @@ def calibrate(
         UsageError: an option has no meaning, or belongs to `trace`.
         CalibrationError: the data, or the file of moments, does not fit the model.
     """
-    _refuse_late(options, TRACING, "trace")
-    files = Files(save_moments=_path(save_moments), load_moments=_path(load_moments))
-    config = replace(traced.config, **_known(options))
+    config = _later(traced.config, options, "trace", TraceOptions)
     clock, tell = Clock(), progress or silent
     with half_the_cores(), ExitStack() as stack:
         samples = opened(traced, calib, config, config.max_samples, clock, tell, stack)
         over = elsewhere(traced, calib, config, client)
-        calibrated = replace(learn(traced, samples, config, files, clock, tell, over), opened=stack.pop_all())
-    if files.save_moments is not None:
-        calibrated.save_moments(files.save_moments)
+        calibrated = replace(learn(traced, samples, config, clock, tell, over), opened=stack.pop_all())
+    if config.save_moments is not None:
+        calibrated.save_moments(config.save_moments)
     return calibrated
 
 
@@ -187,8 +175,7 @@ def plan(calibrated: Calibrated, *, progress: Progress | None = None, **options:
         VerificationError: what may go changes the outputs by more than allowed.
         BudgetError: no plan meets the budgets.
     """
-    _refuse_late(options, TRACING | SAMPLING, "trace or calibrate")
-    config = replace(calibrated.config, **_known(options))
+    config = _later(calibrated.config, options, "trace or calibrate", TraceOptions, DataOptions, MomentsOptions)
     if config.rounds > 1:
         raise UsageError("A plan is one cut, and rounds make several: use compress for rounds.")
     with half_the_cores():
@@ -198,21 +185,8 @@ def plan(calibrated: Calibrated, *, progress: Progress | None = None, **options:
     return to_plan(calibrated.understood.channels, chosen, config.described())
 
 
-#: Options that the first stages have used already.
-TRACING = frozenset(("include", "exclude", "min_channels", "input_range"))
-SAMPLING = frozenset(
-    ("seed", "holdout", "max_samples", "batch_size", "image_size", "resize", "scale", "mean", "std", "layout", "color")
-)
-
-
-def _refuse_late(options: Mapping[str, Any], early: frozenset[str], stage: str) -> None:
-    late = sorted(early & options.keys())
-    if late:
-        raise UsageError(f"{late[0]} comes too late here: give it to {stage}.")
-
-
 def _known(options: Mapping[str, Any]) -> Mapping[str, Any]:
-    unknown = options.keys() - Config.__dataclass_fields__.keys()
+    unknown = options.keys() - declared(Config).keys()
     if unknown:
         raise UsageError(f"Unknown option {sorted(unknown)[0]!r}; the options are the fields of lindep_onnx.Config.")
     return options
@@ -222,8 +196,12 @@ def _config(options: Mapping[str, Any]) -> Config:
     return Config(**_known(options))
 
 
-def _path(path: str | Path | None) -> Path | None:
-    return None if path is None else Path(path)
+def _later(config: Config, options: Mapping[str, Any], stage: str, *used: type[Options]) -> Config:
+    """The options with what is given now. Groups that the stages before have used already cannot change any more."""
+    late = sorted(name for group in used for name in declared(group) if name in options)
+    if late:
+        raise UsageError(f"{late[0]} comes too late here: give it to {stage}.")
+    return replace(config, **_known(options))
 
 
 def _result(outcome: Outcome, config: Config) -> Result:

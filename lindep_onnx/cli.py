@@ -6,14 +6,13 @@ import argparse
 import ctypes
 import difflib
 import logging
-import math
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -23,9 +22,19 @@ from lindep_onnx._version import __version__
 from lindep_onnx.data.sources import RANDOM, load_function
 from lindep_onnx.errors import LindepError, UsageError
 from lindep_onnx.integrations.dask import connected
-from lindep_onnx.options import Config
+from lindep_onnx.options import (
+    GROUPS,
+    Config,
+    DataOptions,
+    Option,
+    OutputOptions,
+    RefitOptions,
+    RuntimeOptions,
+    declared,
+    flag,
+    several,
+)
 from lindep_onnx.planning.plan_file import Plan, options_of
-from lindep_onnx.proofs.prove import EVERY_INPUT
 from lindep_onnx.report.terminal import render
 from lindep_onnx.report.writing import check_path, write_report
 
@@ -59,6 +68,98 @@ class _Parser(argparse.ArgumentParser):
         return " There is one IN.onnx and one OUT.onnx; everything else belongs to an option, such as --calib DATA."
 
 
+REFERENCE = """# Command line
+
+<!-- Made by `python -c "from lindep_onnx.cli import reference; print(reference(), end='')"`; do not edit. -->
+
+```text
+lindep-onnx IN.onnx [OUT.onnx] [options]
+```
+
+All but those that are about files, data and what is printed are fields of `lindep_onnx.Config` as well, and keywords of
+`lindep_onnx.compress`, with `_` for `-`. In brackets: what holds where the option is not given. Exit codes: 0 done,
+1 failure, 2 wrong usage, 3 budget or verification not met.
+"""
+#: What only the command line takes.
+RUN_OPTIONS = {
+    "calib": Option(
+        ".npz with input names as keys, .npy, a directory of shards, images or ONNX test_data_set_* folders, or "
+        "FILE.py:FUNC that yields dicts of arrays (FILE.py alone: its load_data)",
+        "DATA",
+        title=DataOptions.title,
+    ),
+    "stress": Option(
+        "a second data set that the result has to hold on, not fitted to", "DATA", title=DataOptions.title
+    ),
+    "plan": Option("carry out a plan that --save-plan wrote, edited or not", "FILE.json", title=RefitOptions.title),
+    "cluster": Option(
+        "calibrate on N processes or on a Dask scheduler's workers", "N|ADDRESS", title=RuntimeOptions.title
+    ),
+    "dry_run": Option("report only, write no model"),
+    "report": Option("write the report", "FILE.json|FILE.html"),
+    "save_plan": Option("write what goes, to be edited and given to --plan", "FILE.json"),
+    "save_as_external_data": Option("weights go into OUT.onnx.data"),
+    "verbose": Option("show every group and refusal"),
+    "quiet": Option("print nothing but errors"),
+    "debug": Option("full traceback on errors, log of all stages"),
+}
+
+
+def _by_title() -> dict[str, dict[str, Option]]:
+    """All options, in the parts of the usage text."""
+    found: dict[str, dict[str, Option]] = {group.title: {} for group in GROUPS}
+    for name, option in RUN_OPTIONS.items():
+        found[option.title or OutputOptions.title][name] = option
+    for group in GROUPS:
+        for name, option in declared(group).items():
+            found[option.title or group.title][name] = option
+    return found
+
+
+def parser() -> argparse.ArgumentParser:
+    """What reads the command line."""
+    made = _Parser(
+        prog="lindep-onnx",
+        description="Make a trained ONNX model smaller and faster: find channels that are linear combinations of "
+        "others, move their weight onto the survivors, and delete them.",
+        epilog="Without a budget only what changes nothing is removed (lossless mode). "
+        "Exit codes: 0 done, 1 failure, 2 wrong usage, 3 budget or verification not met.",
+        allow_abbrev=False,
+    )
+    made.add_argument("model", metavar="IN.onnx", help="the model to compress")
+    made.add_argument("output", metavar="OUT.onnx", nargs="?", help="where to write the result")
+    made.add_argument("--version", action="version", version=f"lindep-onnx {__version__}")
+    types = get_type_hints(Config)
+    for title, options in _by_title().items():
+        part = made.add_argument_group(title)
+        for name, option in options.items():
+            _add(part, name, option, types.get(name, bool if option.metavar is None else str))
+    return made
+
+
+def _add(part: argparse._ArgumentGroup, name: str, option: Option, kind: Any) -> None:
+    """Give the parser one option. What is not given is None, for the defaults are those of `Config`."""
+    flags = [f"-{name[0]}", flag(name)] if name in ("verbose", "quiet") else [flag(name)]
+    told = _told(name, option)
+    kinds = get_args(kind) or (kind,)
+    read = option.read or (int if int in kinds else _number if float in kinds else str)
+    if kind is bool:
+        part.add_argument(*flags, action="store_true", default=None, help=told)
+    elif option.metavar is None:  # one of the words of `Literal[...]`, or of `Literal[...] | None`
+        part.add_argument(*flags, choices=get_args(kinds[0]) or kinds, help=told)
+    elif option.nargs == "append":
+        part.add_argument(*flags, action="append", type=read, metavar=option.metavar, help=told)
+    else:
+        part.add_argument(*flags, nargs=option.nargs, type=read, metavar=option.metavar, help=told)
+
+
+def _told(name: str, option: Option) -> str:
+    """What an option does, and what it is where it is not given, if its help does not say so."""
+    default = getattr(Config, name, None)
+    known = default is not None and default is not False
+    return f"{option.help} ({', '.join(map(str, several(default)))})" if known and default != () else option.help
+
+
 def _number(text: str) -> float:
     try:
         return float(text)
@@ -67,100 +168,15 @@ def _number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"must be a number{hint}, not {text!r}") from None
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="lindep-onnx",
-        description="Make a trained ONNX model smaller and faster: find channels that are linear combinations of "
-        "others, move their weight onto the survivors, and delete them.",
-        epilog="Without a budget only what changes nothing is removed (lossless mode). "
-        "Exit codes: 0 done, 1 failure, 2 wrong usage, 3 budget or verification not met.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("model", metavar="IN.onnx", help="the model to compress")
-    parser.add_argument("output", metavar="OUT.onnx", nargs="?", help="where to write the result")
-    parser.add_argument("--version", action="version", version=f"lindep-onnx {__version__}")
-
-    data = parser.add_argument_group("calibration data")
-    data.add_argument(
-        "--calib",
-        metavar="DATA",
-        help=".npz with input names as keys, .npy, a directory of shards, images or ONNX test_data_set_* folders, or "
-        "FILE.py:FUNC that yields dicts of arrays (FILE.py alone: its load_data)",
-    )
-    data.add_argument(
-        "--random-calib", type=int, metavar="N", help="N random samples in place of data: a last resort, proves nothing"
-    )
-    data.add_argument(
-        "--stress", metavar="DATA", help="a second data set that the result has to hold on, not fitted to"
-    )
-    data.add_argument(
-        "--input-range",
-        action="append",
-        metavar="[NAME=]LO:HI",
-        help="lowest and highest value of an input, or of all: what holds for every input in there is proven",
-    )
-    data.add_argument("--image-size", metavar="H[xW]", help="images: crop to this (the size of the input)")
-    data.add_argument("--resize", type=int, metavar="N", help="images: shorter side before the crop (just covers it)")
-    data.add_argument("--scale", type=_number, metavar="S", help="images: divide pixels of 0 to 255 by S first (255)")
-    data.add_argument("--mean", metavar="M[,M,M]", help="images: then subtract this, in the order of --color (0)")
-    data.add_argument("--std", metavar="D[,D,D]", help="images: then divide by this (1)")
-    data.add_argument("--layout", choices=("nchw", "nhwc"), help="images: where the channels are (as in the input)")
-    data.add_argument("--color", choices=("rgb", "bgr", "gray"), help="images: which channels (rgb, or gray for one)")
-    data.add_argument("--max-samples", type=int, metavar="N", help="use at most N samples")
-    data.add_argument("--batch-size", type=int, metavar="N", help="samples per run, where the batch is dynamic")
-    data.add_argument("--holdout", type=_number, metavar="F", help="share of samples kept out of fitting (0.3)")
-    data.add_argument("--seed", type=int, metavar="N", help="of the split and of sampled positions (0)")
-
-    budget = parser.add_argument_group("budgets (none: lossless; several: all must hold)")
-    budget.add_argument("--max-error", type=_number, metavar="E", help="worst relative error of an output slice")
-    budget.add_argument("--min-agreement", type=_number, metavar="A", help="share of samples with the same arg-max")
-    budget.add_argument("--agreement-output", metavar="NAME[:AXIS]", help="the output that the arg-max is taken of")
-    budget.add_argument("--params", type=_number, metavar="F", help="keep at most this share of the parameters")
-    budget.add_argument("--macs", type=_number, metavar="F", help="keep at most this share of the MACs")
-    budget.add_argument("--size", type=_number, metavar="F", help="keep at most this share of the file size")
-    budget.add_argument("--channels", type=_number, metavar="F", help="keep at most this share of the output channels")
-    budget.add_argument("--latency", type=_number, metavar="F", help="keep at most this share of the measured latency")
-    budget.add_argument(
-        "--latency-table",
-        metavar="FILE.json",
-        help="latencies of layers: read if it is there, else measured and written",
-    )
-    budget.add_argument("--eval", metavar="FILE.py:FUNC", help="FUNC(session) -> float, higher is better")
-    budget.add_argument("--max-drop", type=_number, metavar="D", help="how far the --eval metric may fall")
-    budget.add_argument("--proven-only", action="store_true", default=None, help="only what the weights prove")
-
-    how = parser.add_argument_group("how")
-    how.add_argument("--refit", choices=("auto", "fold", "kernel", "sequential"), help="refit of the survivors")
-    how.add_argument("--rounds", type=int, metavar="N", help="contract in N rounds (1)")
-    how.add_argument("--recover", metavar="N|Nmin", help="train without labels: N steps or minutes after each round")
-    how.add_argument(
-        "--augment", metavar="mix|FILE.py:FUNC", help="vary what --recover trains on: FUNC(feeds, rng) -> feeds"
-    )
-    how.add_argument("--checkpoint", metavar="FILE", help="keep the state of --recover here, and take it up from here")
-    how.add_argument("--plan", metavar="FILE.json", help="carry out a plan that --save-plan wrote, edited or not")
-    how.add_argument("--load-moments", metavar="FILE", help="read what --save-moments kept; --calib still verifies")
-    how.add_argument("--min-channels", type=int, metavar="N", help="no channel axis is cut below N")
-    how.add_argument("--round-to", metavar="auto|N", help="round kept counts up to a multiple")
-    how.add_argument("--include", action="append", metavar="GLOB", help="touch only matching nodes")
-    how.add_argument("--exclude", action="append", metavar="GLOB", help="leave matching nodes alone")
-    how.add_argument("--providers", nargs="+", metavar="NAME", help="ONNX Runtime execution providers")
-    how.add_argument(
-        "--benchmark", type=_number, metavar="S", help="time both models against each other for S seconds (1)"
-    )
-    how.add_argument("--threads", type=int, metavar="N", help="threads of ONNX Runtime")
-    how.add_argument("--cluster", metavar="N|ADDRESS", help="calibrate on N processes or on a Dask scheduler's workers")
-
-    out = parser.add_argument_group("output")
-    out.add_argument("--dry-run", action="store_true", help="report only, write no model")
-    out.add_argument("--report", metavar="FILE.json|FILE.html", help="write the report")
-    out.add_argument("--save-plan", metavar="FILE.json", help="write what goes, to be edited and given to --plan")
-    out.add_argument("--save-moments", metavar="FILE", help="keep what calibration found, for other budgets")
-    out.add_argument("--save-as-external-data", action="store_true", help="weights go into OUT.onnx.data")
-    out.add_argument("--force", action="store_true", help="write OUT even if verification fails (exit code stays 3)")
-    out.add_argument("-v", "--verbose", action="store_true", help="show every group and refusal")
-    out.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
-    out.add_argument("--debug", action="store_true", help="full traceback on errors, log of all stages")
-    return parser
+def reference() -> str:
+    """`docs/cli.md`: every option with its default and its bounds."""
+    text = REFERENCE
+    for title, options in _by_title().items():
+        text += f"\n## {title[0].upper()}{title[1:]}\n\n"
+        for name, option in options.items():
+            words = "; ".join([_told(name, option), *(bound.words for bound in option.bounds)])
+            text += f"- `{flag(name)}{' ' + option.metavar if option.metavar else ''}`: {words}.\n"
+    return text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -176,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _give_memory_back()
     errors = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
     try:
-        options = _parser().parse_intermixed_args(given)  # OUT may come behind options
+        options = parser().parse_intermixed_args(given)  # OUT may come behind options
         logging.basicConfig(level=logging.DEBUG if options.debug else logging.ERROR, stream=sys.stderr)
         return _run(options, errors)
     except (Exception, KeyboardInterrupt) as error:
@@ -215,54 +231,8 @@ def _shortened(message: str) -> str:
 
 
 def _run(options: argparse.Namespace, errors: Console) -> int:
-    changed = {
-        name: getattr(options, name)
-        for name in Config.__dataclass_fields__
-        if getattr(options, name, None) is not None and name != "eval"
-    }
-    for name in ("include", "exclude", "providers"):
-        if name in changed:
-            changed[name] = tuple(changed[name])
-    if options.input_range is not None:
-        changed["input_range"] = _ranges(options.input_range)
-    if options.round_to is not None:
-        changed["round_to"] = _round_to(options.round_to)
-    if options.image_size is not None:
-        changed["image_size"] = _image_size(options.image_size)
-    for name in ("mean", "std"):
-        if name in changed:
-            changed[name] = _numbers(changed[name], "--" + name)
-    if options.eval is not None:
-        changed["eval"] = load_function(options.eval, "--eval")
-    if options.augment not in (None, "mix"):
-        changed["augment"] = load_function(options.augment, "--augment")
-    repeated = None
-    if options.plan is None:
-        config = Config(**changed)
-    else:
-        _check_name(options.plan)
-        saved = Plan.load(options.plan)
-        repeated, config = pipeline.Repeated(saved, changed), options_of(saved, changed)
-    written = (options.report, options.save_plan, options.save_moments, options.checkpoint)
-    read = (options.model, options.calib, options.stress, options.load_moments, options.plan)
-    for path in (*read, options.output, *written):
-        if path is not None:
-            _check_name(path)
-    if options.output is None and not options.dry_run:
-        raise UsageError("OUT.onnx is missing: name the file to write, or use --dry-run.")
-    report_path = Path(options.report) if options.report else None
-    if report_path is not None:
-        check_path(report_path)
-    checkpoint = Path(options.checkpoint) if options.checkpoint else None
-    output = Path(options.output) if options.output and not options.dry_run else None
-    save_moments, load_moments, save_plan = (
-        Path(path) if path else None for path in (options.save_moments, options.load_moments, options.save_plan)
-    )
-    _check_written([output, report_path, save_moments, save_plan, checkpoint], read)
-    if output is not None and output.suffix.lower() in NO_MODELS:
-        raise UsageError(
-            f"{output}: is no name for a model; data goes behind --calib, and OUT.onnx is what is written."
-        )
+    config, repeated = _config(options)
+    files, report_path = _files(options, config)
     if config.random_calib is not None and not options.quiet:
         errors.print(RANDOM, style="bold red", markup=False)
     with ExitStack() as stack:
@@ -272,7 +242,7 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
             options.model,
             options.calib,
             config,
-            files=pipeline.Files(output, options.save_as_external_data, save_moments, load_moments, save_plan),
+            files=files,
             stress=options.stress,
             client=client,
             progress=progress,
@@ -288,6 +258,46 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
     return OK
 
 
+def _config(options: argparse.Namespace) -> tuple[Config, pipeline.Repeated | None]:
+    """The options, and the plan that they are given beside."""
+    default, changed = Config(), {}
+    for name in declared(Config):
+        value = getattr(options, name)
+        if isinstance(value, list):
+            value = dict(value) if isinstance(getattr(default, name), Mapping) else tuple(value)
+        if name in ("eval", "augment") and value not in (None, "mix"):
+            value = load_function(value, flag(name))
+        if value is not None:
+            changed[name] = value
+    if options.plan is None:
+        return Config(**changed), None
+    _check_name(options.plan)
+    saved = Plan.load(options.plan)
+    return options_of(saved, changed), pipeline.Repeated(saved, changed)
+
+
+def _files(options: argparse.Namespace, config: Config) -> tuple[pipeline.Files, Path | None]:
+    """What is written beside what `config` names, and where the report goes, once all names of files make sense."""
+    read = (options.model, options.calib, options.stress, config.load_moments, options.plan)
+    written = (options.report, options.save_plan, config.save_moments, config.checkpoint)
+    for path in (*read, options.output, *written):
+        if path is not None:
+            _check_name(str(path))
+    if options.output is None and not options.dry_run:
+        raise UsageError("OUT.onnx is missing: name the file to write, or use --dry-run.")
+    report = Path(options.report) if options.report else None
+    if report is not None:
+        check_path(report)
+    output = Path(options.output) if options.output and not options.dry_run else None
+    _check_written([output, *(Path(path) for path in written if path)], read)
+    if output is not None and output.suffix.lower() in NO_MODELS:
+        raise UsageError(
+            f"{output}: is no name for a model; data goes behind --calib, and OUT.onnx is what is written."
+        )
+    save_plan = Path(options.save_plan) if options.save_plan else None
+    return pipeline.Files(output, bool(options.save_as_external_data), save_plan), report
+
+
 def _check_name(path: str) -> None:
     """Refuse what no file system takes: NUL characters, names that are too long."""
     try:
@@ -300,7 +310,7 @@ def _check_name(path: str) -> None:
         raise UsageError(f"{shown!r}: cannot be looked up ({reason}); name another file.") from error
 
 
-def _check_written(written: Sequence[Path | None], read: Sequence[str | None]) -> None:
+def _check_written(written: Sequence[Path | None], read: Sequence[str | Path | None]) -> None:
     """Nothing that is read may be overwritten, and nothing may be written twice."""
     taken = {Path(path).resolve() for path in read if path}
     for path in filter(None, written):
@@ -309,48 +319,6 @@ def _check_written(written: Sequence[Path | None], read: Sequence[str | None]) -
                 f"{path}: is the input model, the calibration data or the other output; name another file."
             )
         taken.add(path.resolve())
-
-
-def _ranges(texts: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """From `NAME=LO:HI`, or `LO:HI` for every input. A name may itself hold a colon or an equals sign."""
-    found = {}
-    for text in texts:
-        name, _, ends = text.rpartition("=")
-        low, _, high = ends.partition(":")
-        try:
-            found[name or EVERY_INPUT] = float(low), float(high)
-        except ValueError:
-            raise UsageError(f"--input-range takes NAME=LO:HI or LO:HI, such as image=0:1, not {text!r}.") from None
-    return found
-
-
-def _image_size(text: str) -> tuple[int, int]:
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and len(side) < 7 for side in sides):
-        raise UsageError(f"--image-size is one number, or HxW such as 224x192, not {text!r}.")
-    height, width = sides if len(sides) == 2 else sides * 2
-    return int(height), int(width)
-
-
-def _numbers(text: str, flag: str) -> tuple[float, ...]:
-    try:
-        found = tuple(map(float, text.split(",")))
-    except ValueError:
-        raise UsageError(
-            f"{flag} takes numbers with commas between, such as 0.485,0.456,0.406, not {text!r}."
-        ) from None
-    if not all(map(math.isfinite, found)):
-        raise UsageError(f"{flag} takes finite numbers, not {text!r}.")
-    return found
-
-
-def _round_to(text: str) -> int | str:
-    if text == "auto":
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise UsageError(f"--round-to must be a number or auto, not {text!r}.") from None
 
 
 class _progress:  # noqa: N801 - used like a function

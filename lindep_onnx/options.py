@@ -1,19 +1,28 @@
-"""All options with their defaults: the only place where a default is written down."""
+"""All options, each declared once: its default, its bounds, its help, how the command line writes it.
 
-from __future__ import annotations
+`Config` is made of groups; it is every one of them, so that a stage that names a group as what it takes can be handed a
+`Config`, and sees no other option. The command line, its reference in `docs/cli.md` and the check of saved plans are
+made from the declarations. (Which is why annotations are values here, and not put off.)
+"""
 
 import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
 
 from lindep_onnx.errors import UsageError
 
 #: An hour.
 MAX_SECONDS = 3600
+#: More random samples teach nothing.
+MAX_RANDOM = 100_000
+#: In place of the name of an input: every numeric input that is not named.
+EVERY_INPUT = "*"
 
 Refit = Literal["auto", "fold", "kernel", "sequential"]
 Layout = Literal["nchw", "nhwc"]
@@ -21,10 +30,192 @@ Color = Literal["rgb", "bgr", "gray"]
 
 #: RMS relative error that one site may gain in lossless mode, on samples that were not fitted.
 LOSSLESS_SITE_ERROR = 1e-5
-#: More random samples teach nothing.
-MAX_RANDOM = 100_000
 #: Output error at which a lossless result is verified.
 LOSSLESS_VERIFIED_ERROR = 1e-3
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What an option may be.
+
+    Attributes:
+        words: this, as it follows the name of the option in a message.
+        holds: whether a value is allowed; one that is not given always is.
+    """
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is said about an option, beside its type and its default.
+
+    Attributes:
+        help: what it does.
+        metavar: its value on the command line; None for a switch, and for one of few words.
+        bounds: what it may be.
+        read: makes a value of what the command line gives; None for what its type says.
+        nargs: "+" where one flag takes several values, "append" where each value has its flag.
+        recorded: whether the result, its report and its plan tell that it was given.
+        repeated: whether a plan is carried out with it again.
+        title: the part of the usage text that it belongs to; None for that of its group.
+    """
+
+    help: str
+    metavar: str | None = None
+    bounds: tuple[Bound, ...] = ()
+    read: Callable[[str], Any] | None = None
+    nargs: Literal["+", "append"] | None = None
+    recorded: bool = True
+    repeated: bool = True
+    title: str | None = None
+
+
+def flag(name: str) -> str:
+    """An option's name on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+# ---- bounds, and how values are written on the command line -------------------------------------------------------
+
+
+def several(value: Any) -> tuple[Any, ...]:
+    """A value that may be one for all, or one for each."""
+    return value if isinstance(value, tuple) else (value,)
+
+
+_FROM_0 = Bound("must be at least 0", lambda value: value >= 0)
+_FROM_1 = Bound("must be at least 1", lambda value: min(several(value)) >= 1)
+_KEPT = Bound("is a share to keep, above 0 and at most 1 (0.5 for half)", lambda value: 0 < value <= 1)
+_DIVIDES = Bound("divides, and must be above 0", lambda value: all(part > 0 for part in several(value)))
+
+_SECONDS = Bound(f"is a number of seconds, above 0 and at most {MAX_SECONDS:,}", lambda value: 0 < value <= MAX_SECONDS)
+
+
+def _range(text: str) -> tuple[str, tuple[float, float]]:
+    """From `NAME=LO:HI`, or `LO:HI` for every input. A name may itself hold a colon or an equals sign."""
+    name, _, ends = text.rpartition("=")
+    low, _, high = ends.partition(":")
+    try:
+        return name or EVERY_INPUT, (float(low), float(high))
+    except ValueError:
+        raise UsageError(f"--input-range takes NAME=LO:HI or LO:HI, such as image=0:1, not {text!r}.") from None
+
+
+def _size(text: str) -> tuple[int, int]:
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and len(side) < 7 for side in sides):
+        raise UsageError(f"--image-size is one number, or HxW such as 224x192, not {text!r}.")
+    height, width = sides if len(sides) == 2 else sides * 2
+    return int(height), int(width)
+
+
+def _numbers(name: str, text: str) -> tuple[float, ...]:
+    try:
+        found = tuple(map(float, text.split(",")))
+    except ValueError:
+        raise UsageError(
+            f"{name} takes numbers with commas between, such as 0.485,0.456,0.406, not {text!r}."
+        ) from None
+    if not all(map(math.isfinite, found)):
+        raise UsageError(f"{name} takes finite numbers, not {text!r}.")
+    return found
+
+
+def _multiple(text: str) -> int | str:
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise UsageError(f"--round-to must be a number or auto, not {text!r}.") from None
+
+
+# ---- the groups ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """A group of options, each annotated with what is said about it."""
+
+    title: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        """Refuse values without a meaning.
+
+        Raises:
+            UsageError: naming the option, what is allowed and what was given.
+        """
+        for name, option in declared(type(self)).items():
+            value = getattr(self, name)
+            for bound in option.bounds:
+                if value is not None and not bound.holds(value):
+                    given = repr(value) if isinstance(value, str) else value
+                    raise UsageError(f"{flag(name)} {bound.words}, not {given}.")
+
+
+def declared(group: type[Options]) -> Mapping[str, Option]:
+    """What is said about the options of a group, by name."""
+    hints = get_type_hints(group, include_extras=True)
+    return {entry.name: hints[entry.name].__metadata__[0] for entry in dataclasses.fields(group)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetOptions(Options):
+    """How small or how good the result has to be."""
+
+    title: ClassVar[str] = "budgets (none: lossless; several: all must hold)"
+
+    max_error: Annotated[float | None, Option("worst relative error of an output slice", "E", (_FROM_0,))] = None
+    min_agreement: Annotated[
+        float | None,
+        Option(
+            "share of samples whose arg-max must stay",
+            "A",
+            (Bound("is a share from 0 to 1", lambda value: 0 <= value <= 1),),
+        ),
+    ] = None
+    agreement_output: Annotated[
+        str | None, Option("the output, and its axis, that the arg-max is taken of (finds one)", "NAME[:AXIS]")
+    ] = None
+    params: Annotated[float | None, Option("keep at most this share of the parameters", "F", (_KEPT,))] = None
+    macs: Annotated[float | None, Option("keep at most this share of the MACs", "F", (_KEPT,))] = None
+    size: Annotated[float | None, Option("keep at most this share of the file size", "F", (_KEPT,))] = None
+    channels: Annotated[float | None, Option("keep at most this share of the output channels", "F", (_KEPT,))] = None
+    latency: Annotated[float | None, Option("keep at most this share of the measured latency", "F")] = None
+    latency_table: Annotated[
+        str | None,
+        Option("latencies of layers: read if the file is there, else measured and written; without, measured anew",
+               "FILE.json"),
+    ] = None  # fmt: skip
+    eval: Annotated[
+        Callable[[Any], float] | None,
+        Option("a metric of your own, FUNC(onnxruntime.InferenceSession) -> float; higher is better", "FILE.py:FUNC",
+               repeated=False),
+    ] = None  # fmt: skip
+    max_drop: Annotated[float | None, Option("how far the --eval metric may fall", "D", (_FROM_0,), repeated=False)] = (
+        None
+    )
+    proven_only: Annotated[bool, Option("remove only what the weights prove; needs no calibration data")] = False
+
+    @property
+    def sized(self) -> bool:
+        """Whether a size is asked for, so that rounds must reach it."""
+        return any(share is not None for share in (self.params, self.macs, self.size, self.channels, self.latency))
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether any budget is named."""
+        quality = (self.max_error, self.min_agreement, self.max_drop)
+        return self.sized or any(budget is not None for budget in quality)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.eval is None) != (self.max_drop is None):
+            raise UsageError("--eval and --max-drop belong together: give both or neither.")
+        if self.proven_only and self.budgeted:
+            raise UsageError("--proven-only removes what costs nothing: it takes no budget.")
+        if self.latency_table is not None and self.latency is None:
+            raise UsageError("--latency-table belongs to --latency: give both or neither.")
 
 
 @dataclass(frozen=True)
@@ -40,235 +231,30 @@ class TrainingBudget:
     seconds: float | None = None
 
 
-@dataclass(frozen=True)
-class Preprocessing:
-    """What to make of images; None leaves it to the input of the model.
-
-    Attributes:
-        size: (height, width) in pixels.
-        resize: length of the shorter side before the crop, in pixels; None covers `size` just so.
-        scale: what pixels of 0 to 255 are divided by first; None for 255.
-        mean: what is then subtracted, one number or one for each channel, in the order of `color`; None for 0.
-        std: what that is divided by; None for 1.
-        layout: where the channels are.
-        color: which channels there are, in this order.
-    """
-
-    size: tuple[int, int] | None = None
-    resize: int | None = None
-    scale: float | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    layout: Layout | None = None
-    color: Color | None = None
-
-    @property
-    def asked_for(self) -> bool:
-        """Whether any of it was given, so that the data must be images."""
-        return self != Preprocessing()
-
-
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """Options of one compression.
+class DistillOptions(Options):
+    """How what a budget costs is won back."""
 
-    Naming any of the budgets (`max_error`, `min_agreement`, `max_drop`, `params`, `macs`, `size`, `channels`,
-    `latency`) selects budgeted mode; several must all hold. Without one the mode is lossless.
+    title: ClassVar[str] = "rounds and recovery"
 
-    Attributes:
-        max_error: worst output error allowed, as `lindep_onnx.verify` defines it.
-        min_agreement: share of samples (0 to 1) whose arg-max must stay.
-        agreement_output: `NAME` or `NAME:AXIS`, the output and axis of the arg-max; None finds one.
-        params: share of the original parameters to keep at most (0 to 1].
-        macs: share of the original multiply-accumulates to keep at most (0 to 1].
-        size: share of the original bytes to keep at most (0 to 1].
-        channels: share of the original output channels to keep at most (0 to 1].
-        latency: share of the original's measured latency to keep at most (0 to 1].
-        latency_table: file with the latencies of layers; measured and written there if it does not exist, measured
-            anew without.
-        eval: a user metric, called with an `onnxruntime.InferenceSession`; higher is better.
-        max_drop: how far `eval` may fall.
-        proven_only: remove only what the weights prove; needs no calibration data.
-        input_range: lowest and highest value of inputs by name, `*` for all that are not named. What the weights imply
-            for every input in there counts as proven; data outside it is refused.
-        refit: how consumers are refitted; `auto` folds in lossless mode, else refits in sequence.
-        rounds: contract in so many rounds, each followed by refit and recovery.
-        recover: train against the original after each round, without labels: a number of steps, or `"5min"`.
-        augment: vary the samples that `recover` trains on: `"mix"` mixes pairs, a function takes the inputs of a run by
-            name and a `numpy.random.Generator` and returns inputs like them.
-        checkpoint: file in which `recover` keeps its state, to go on with after an interruption.
-        round_to: round kept counts up to this multiple; 1 leaves them as they are; `auto` rounds up to 8 or 16 where
-            the result is not measured to be faster without.
-        min_channels: no channel axis is cut below this.
-        include: glob on node names; when given, only matching consumers or producers are touched.
-        exclude: glob on node names that are left alone.
-        providers: ONNX Runtime execution providers.
-        threads: intra-op threads of ONNX Runtime; 0 lets it choose.
-        benchmark: seconds that original and result are timed against each other; None takes 0.4, or four for `latency`.
-        batch_size: samples per run for models with a dynamic batch; None bounds the memory of the activations.
-        max_samples: use at most this many calibration samples.
-        image_size: height and width that images are cropped to, one number for both; None takes those of the input.
-        resize: length of the shorter side of images before the crop; None covers `image_size` just so.
-        scale: what pixels from 0 to 255 are divided by first; None for 255, so that they go from 0 to 1.
-        mean: subtracted next, one number or one for each channel; None for 0.
-        std: divided by last, likewise; None for 1.
-        layout: `nchw` or `nhwc`; None takes that of the input.
-        color: `rgb`, `bgr` or `gray`; None for rgb, or gray where the input has one channel.
-        random_calib: draw so many random samples, in place of calibration data. They prove nothing: without a budget
-            only what the weights prove goes, and no budget on errors or agreement can be judged by them.
-        holdout: share of the samples kept out of fitting, half to select and half to verify.
-        seed: of the split and of the sampled positions.
-        force: keep a result that failed verification.
-    """
-
-    max_error: float | None = None
-    min_agreement: float | None = None
-    agreement_output: str | None = None
-    params: float | None = None
-    macs: float | None = None
-    size: float | None = None
-    channels: float | None = None
-    latency: float | None = None
-    latency_table: str | None = None
-    eval: Callable[[Any], float] | None = None
-    max_drop: float | None = None
-    proven_only: bool = False
-    input_range: Mapping[str, tuple[float, float]] = field(default_factory=lambda: MappingProxyType({}))
-    refit: Refit = "auto"
-    rounds: int = 1
-    recover: int | str | None = None
-    augment: Literal["mix"] | Callable[..., Any] | None = None
-    checkpoint: str | None = None
-    round_to: int | Literal["auto"] = 1
-    min_channels: int = 1
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    providers: tuple[str, ...] = ("CPUExecutionProvider",)
-    threads: int = 0
-    benchmark: float | None = None
-    batch_size: int | None = None
-    max_samples: int | None = None
-    image_size: int | tuple[int, int] | None = None
-    resize: int | None = None
-    scale: float | None = None
-    mean: float | tuple[float, ...] | None = None
-    std: float | tuple[float, ...] | None = None
-    layout: Layout | None = None
-    color: Color | None = None
-    random_calib: int | None = None
-    holdout: float = 0.3
-    seed: int = 0
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse values without a meaning.
-
-        Raises:
-            UsageError: naming the option, what is allowed and what was given.
-        """
-        positive = {"max_error": self.max_error, "max_drop": self.max_drop}
-        for name, value in positive.items():
-            if value is not None and not value >= 0:
-                raise UsageError(f"{_flag(name)} must be at least 0, not {value}.")
-        shares = {"params": self.params, "macs": self.macs, "size": self.size, "channels": self.channels}
-        for name, value in shares.items():
-            if value is not None and not 0 < value <= 1:
-                raise UsageError(
-                    f"{_flag(name)} is a share to keep, above 0 and at most 1 (0.5 for half), not {value}."
-                )
-        if self.min_agreement is not None and not 0 <= self.min_agreement <= 1:
-            raise UsageError(f"--min-agreement is a share from 0 to 1, not {self.min_agreement}.")
-        if (self.eval is None) != (self.max_drop is None):
-            raise UsageError("--eval and --max-drop belong together: give both or neither.")
-        if not 0 < self.holdout < 1:
-            raise UsageError(f"--holdout is a share between 0 and 1, not {self.holdout}.")
-        if self.proven_only and self.budgeted:
-            raise UsageError("--proven-only removes what costs nothing: it takes no budget.")
-        for name, ends in self.input_range.items():
-            if len(ends) != 2 or any(math.isnan(end) for end in ends) or not ends[0] <= ends[1]:
-                raise UsageError(f"--input-range of {name!r} goes from LO up to HI, not {':'.join(map(str, ends))}.")
-        if self.refit not in ("auto", "fold", "kernel", "sequential"):
-            raise UsageError(f"--refit is one of auto, fold, kernel, sequential, not {self.refit!r}.")
-        least = {
-            "rounds": self.rounds,
-            "round_to": 1 if self.round_to == "auto" else self.round_to,
-            "min_channels": self.min_channels,
-            "batch_size": self.batch_size,
-            "max_samples": self.max_samples,
-            "image_size": None if self.preprocessing.size is None else min(self.preprocessing.size),
-            "resize": self.resize,
-            "random_calib": self.random_calib,
-        }
-        for name, count in least.items():
-            if count is not None and count < 1:
-                raise UsageError(f"{_flag(name)} must be at least 1, not {count}.")
-        self._check_images()
-        if self.random_calib is not None:
-            self._check_random()
-        if self.latency is not None and self.rounds > 1:
-            raise UsageError("--latency is reached in one step: leave --rounds at 1.")
-        if self.latency_table is not None and self.latency is None:
-            raise UsageError("--latency-table belongs to --latency: give both or neither.")
-        if self.seed < 0:
-            raise UsageError(f"--seed must be at least 0, not {self.seed}.")
-        if self.benchmark is not None and not 0 < self.benchmark <= MAX_SECONDS:
-            raise UsageError(f"--benchmark is a number of seconds, above 0 and at most {MAX_SECONDS:,}.")
-        if self.threads < 0:
-            raise UsageError(f"--threads must be at least 0, not {self.threads}.")
-        if (self.rounds > 1 or self.effort is not None) and not self.budgeted:
-            raise UsageError(
-                "--rounds and --recover win back what a budget costs: name one, for instance --params 0.5."
-            )
-        if (self.augment is not None or self.checkpoint is not None) and self.recover is None:
-            raise UsageError("--augment and --checkpoint belong to --recover: say how long to train, such as 300.")
-        if not (self.augment in ("mix", None) or callable(self.augment)):
-            raise UsageError(f"--augment is mix or FILE.py:FUNC, not {self.augment!r}.")
-
-    def _check_images(self) -> None:
-        if self.image_size is not None and len(self.preprocessing.size or ()) != 2:
-            raise UsageError(f"--image-size is one number, or HxW, not {self.image_size!r}.")
-        for name, above in (("scale", (self.preprocessing.scale or 1.0,)), ("std", self.preprocessing.std or (1.0,))):
-            if not min(above) > 0:
-                raise UsageError(f"{_flag(name)} divides, and must be above 0, not {getattr(self, name)}.")
-        if self.layout not in (None, *get_args(Layout)):
-            raise UsageError(f"--layout is nchw or nhwc, not {self.layout!r}.")
-        if self.color not in (None, *get_args(Color)):
-            raise UsageError(f"--color is rgb, bgr or gray, not {self.color!r}.")
-
-    def _check_random(self) -> None:
-        if self.random_calib is not None and self.random_calib > MAX_RANDOM:
-            raise UsageError(f"--random-calib must be at most {MAX_RANDOM:,}, not {self.random_calib}.")
-        if self.proven_only:
-            raise UsageError("--proven-only needs no data: drop --random-calib.")
-        for name in ("max_error", "min_agreement"):
-            if getattr(self, name) is not None:
-                raise UsageError(
-                    f"{_flag(name)} cannot be judged on random inputs, which are nothing like real ones: give --calib "
-                    "DATA, or a budget on the size such as --params."
-                )
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        """What to make of images."""
-
-        def several(value: float | tuple[float, ...] | None) -> tuple[float, ...] | None:
-            return value if value is None or isinstance(value, tuple) else (value,)
-
-        size = (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
-        mean, std = several(self.mean), several(self.std)
-        return Preprocessing(size, self.resize, self.scale, mean, std, self.layout, self.color)
-
-    @property
-    def budgeted(self) -> bool:
-        """Whether any budget is named."""
-        sizes = (self.params, self.macs, self.size, self.channels, self.latency)
-        budgets = (self.max_error, self.min_agreement, self.max_drop, *sizes)
-        return any(budget is not None for budget in budgets)
-
-    @property
-    def sized(self) -> bool:
-        """Whether a size is asked for, so that rounds must reach it."""
-        return any(share is not None for share in (self.params, self.macs, self.size, self.channels, self.latency))
+    rounds: Annotated[int, Option("contract in N rounds, each followed by refit and recovery", "N", (_FROM_1,))] = 1
+    recover: Annotated[
+        int | str | None,
+        Option("train against the original after each round, without labels: N steps or minutes", "N|Nmin", read=str),
+    ] = None
+    augment: Annotated[
+        Literal["mix"] | Callable[..., Any] | None,
+        Option(
+            "vary what --recover trains on: mix mixes pairs; FUNC(feeds, rng) -> feeds takes the inputs of a run by "
+            "name and a numpy.random.Generator, and returns inputs like them",
+            "mix|FILE.py:FUNC",
+            (Bound("is mix or FILE.py:FUNC", lambda value: value == "mix" or callable(value)),),
+        ),
+    ] = None
+    checkpoint: Annotated[
+        str | None,
+        Option("keep the state of --recover in this file, and go on from there after an interruption", "FILE"),
+    ] = None
 
     @property
     def effort(self) -> TrainingBudget | None:
@@ -285,15 +271,229 @@ class Config:
             raise UsageError(f"--recover is a number of steps (300) or minutes (5min), not {self.recover!r}.")
         return TrainingBudget(seconds=60 * amount) if found[2] else TrainingBudget(steps=int(amount))
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.effort is None and (self.augment is not None or self.checkpoint is not None):
+            raise UsageError("--augment and --checkpoint belong to --recover: say how long to train, such as 300.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefitOptions(Options):
+    """How the survivors are made up for what went."""
+
+    title: ClassVar[str] = "how"
+
+    refit: Annotated[
+        Refit,
+        Option(
+            "refit of what reads the survivors; auto folds in lossless mode, and else refits in sequence",
+            bounds=(Bound("is one of auto, fold, kernel, sequential", lambda value: value in get_args(Refit)),),
+        ),
+    ] = "auto"
+    round_to: Annotated[
+        int | Literal["auto"],
+        Option(
+            "round kept counts up to a multiple; auto rounds up to 8 or 16 where the result is not measured to be "
+            "faster without",
+            "auto|N",
+            (Bound("must be at least 1", lambda value: value == "auto" or value >= 1),),
+            _multiple,
+        ),
+    ] = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceOptions(Options):
+    """What may go at all. Saved moments depend on every one of these."""
+
+    title: ClassVar[str] = "what may go"
+
+    include: Annotated[
+        tuple[str, ...], Option("touch only nodes whose names match, as producers or consumers", "GLOB", nargs="append")
+    ] = ()
+    exclude: Annotated[tuple[str, ...], Option("leave nodes whose names match alone", "GLOB", nargs="append")] = ()
+    min_channels: Annotated[int, Option("no channel axis is cut below N", "N", (_FROM_1,))] = 1
+    input_range: Annotated[
+        Mapping[str, tuple[float, float]],
+        Option(
+            "lowest and highest value of an input, or of all that are not named: what the weights imply for every "
+            "input in there is proven, and data outside it is refused",
+            "[NAME=]LO:HI",
+            read=_range,
+            nargs="append",
+        ),
+    ] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, ends in self.input_range.items():
+            if len(ends) != 2 or any(math.isnan(end) for end in ends) or not ends[0] <= ends[1]:
+                raise UsageError(f"--input-range of {name!r} goes from LO up to HI, not {':'.join(map(str, ends))}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeOptions(Options):
+    """What models are run with."""
+
+    title: ClassVar[str] = "execution"
+
+    providers: Annotated[tuple[str, ...], Option("ONNX Runtime execution providers", "NAME", nargs="+")] = (
+        "CPUExecutionProvider",
+    )
+    threads: Annotated[int, Option("intra-op threads of ONNX Runtime; 0 lets it choose", "N", (_FROM_0,))] = 0
+    benchmark: Annotated[
+        float | None,
+        Option("time original and result against each other for S seconds (0.4; 4 with --latency)", "S", (_SECONDS,)),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions(Options):
+    """What to make of images: (pixels / scale - mean) / std. None leaves it to the input of the model."""
+
+    image_size: Annotated[
+        int | tuple[int, int] | None,
+        Option(
+            "images: crop to this height and width, one number for both (the size of the input)",
+            "H[xW]",
+            (Bound("is one number, or HxW", lambda value: isinstance(value, int) or len(value) == 2), _FROM_1),
+            _size,
+        ),
+    ] = None
+    resize: Annotated[int | None, Option("images: shorter side before the crop (just covers it)", "N", (_FROM_1,))] = (
+        None
+    )
+    scale: Annotated[float | None, Option("images: divide pixels of 0 to 255 by S first (255)", "S", (_DIVIDES,))] = (
+        None
+    )
+    mean: Annotated[
+        float | tuple[float, ...] | None,
+        Option("images: then subtract this, one number or one for each channel, in the order of --color (0)",
+               "M[,M,M]", read=partial(_numbers, "--mean")),
+    ] = None  # fmt: skip
+    std: Annotated[
+        float | tuple[float, ...] | None,
+        Option("images: then divide by this, likewise (1)", "D[,D,D]", (_DIVIDES,), partial(_numbers, "--std")),
+    ] = None
+    layout: Annotated[
+        Layout | None,
+        Option("images: where the channels are (as in the input)",
+               bounds=(Bound("is nchw or nhwc", lambda value: value in get_args(Layout)),)),
+    ] = None  # fmt: skip
+    color: Annotated[
+        Color | None,
+        Option("images: which channels (rgb, or gray where the input has one)",
+               bounds=(Bound("is rgb, bgr or gray", lambda value: value in get_args(Color)),)),
+    ] = None  # fmt: skip
+
+    @property
+    def sides(self) -> tuple[int, int] | None:
+        """(height, width) in pixels."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+    @property
+    def asked_for(self) -> bool:
+        """Whether any of it was given, so that the data must be images."""
+        return any(getattr(self, name) is not None for name in declared(ImageOptions))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(ImageOptions):
+    """How calibration data is read, split and run. Samples depend on every one of these."""
+
+    title: ClassVar[str] = "calibration data"
+
+    random_calib: Annotated[
+        int | None,
+        Option(
+            "N random samples in place of data, a last resort: they prove nothing, so that without a budget only what "
+            "the weights prove goes, and no budget on errors or agreement can be judged by them",
+            "N",
+            (_FROM_1, Bound(f"must be at most {MAX_RANDOM:,}", lambda value: value <= MAX_RANDOM)),
+        ),
+    ] = None
+    max_samples: Annotated[int | None, Option("use at most N samples", "N", (_FROM_1,))] = None
+    batch_size: Annotated[
+        int | None,
+        Option("samples per run, where the batch is dynamic (bounds the memory of activations)", "N", (_FROM_1,)),
+    ] = None
+    holdout: Annotated[
+        float,
+        Option(
+            "share of samples kept out of fitting, half to select and half to verify",
+            "F",
+            (Bound("is a share between 0 and 1", lambda value: 0 < value < 1),),
+        ),
+    ] = 0.3
+    seed: Annotated[int, Option("of the split and of sampled positions", "N", (_FROM_0,))] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MomentsOptions(Options):
+    """What calibration found, kept for other runs."""
+
+    title: ClassVar[str] = DataOptions.title
+
+    save_moments: Annotated[
+        str | Path | None, Option("keep what calibration found in this file, for other budgets", "FILE", recorded=False)
+    ] = None
+    load_moments: Annotated[
+        str | Path | None,
+        Option(
+            "read what --save-moments kept, in place of running the calibration; --calib still chooses and verifies",
+            "FILE",
+            recorded=False,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions(Options):
+    """What is made of the result."""
+
+    title: ClassVar[str] = "output"
+
+    force: Annotated[bool, Option("write OUT even if verification fails (exit code stays 3)", repeated=False)] = False
+
+
+#: In the order of the usage text.
+GROUPS = (DataOptions, MomentsOptions, BudgetOptions, TraceOptions, RefitOptions, DistillOptions, RuntimeOptions,
+          OutputOptions)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(OutputOptions, MomentsOptions, DataOptions, RuntimeOptions, TraceOptions, RefitOptions, DistillOptions,
+             BudgetOptions):  # fmt: skip
+    """Options of one compression; `docs/cli.md` tells what each does and may be, as their declarations do.
+
+    Naming any of the budgets (`max_error`, `min_agreement`, `max_drop`, `params`, `macs`, `size`, `channels`,
+    `latency`) selects budgeted mode; several must all hold. Without one the mode is lossless.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.random_calib is not None:
+            if self.proven_only:
+                raise UsageError("--proven-only needs no data: drop --random-calib.")
+            for name in ("max_error", "min_agreement"):
+                if getattr(self, name) is not None:
+                    raise UsageError(
+                        f"{flag(name)} cannot be judged on random inputs, which are nothing like real ones: give "
+                        "--calib DATA, or a budget on the size such as --params."
+                    )
+        if self.latency is not None and self.rounds > 1:
+            raise UsageError("--latency is reached in one step: leave --rounds at 1.")
+        if (self.rounds > 1 or self.recover is not None) and not self.budgeted:
+            raise UsageError(
+                "--rounds and --recover win back what a budget costs: name one, for instance --params 0.5."
+            )
+
     def described(self) -> dict[str, Any]:
         """The options that differ from their defaults, as JSON values."""
         default = Config()
-        values = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        values = {name: getattr(self, name) for name, option in declared(Config).items() if option.recorded}
         changed = {name: value for name, value in values.items() if value != getattr(default, name)}
-        if self.input_range:
-            changed["input_range"] = dict(self.input_range)
-        return {name: getattr(value, "__name__", value) for name, value in changed.items()}
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+        return {
+            name: dict(value) if isinstance(value, Mapping) else getattr(value, "__name__", value)
+            for name, value in changed.items()
+        }

@@ -30,7 +30,7 @@ from lindep_onnx.model.checks import as_model_error, check_model, full_check_pas
 from lindep_onnx.model.edit import GraphEdits, apply_edits
 from lindep_onnx.model.save import save
 from lindep_onnx.model.weights import check_unchanged
-from lindep_onnx.options import Config
+from lindep_onnx.options import Config, ImageOptions, declared
 from lindep_onnx.planning.path import Prices
 from lindep_onnx.planning.plan_file import Plan, ResolvedPlan, resolve_plan, to_plan
 from lindep_onnx.planning.strategies import Workshop
@@ -71,20 +71,16 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Files:
-    """Where to write what, and what to read besides model and data; None for nothing.
+    """Where to write what; None for nothing.
 
     Attributes:
         output: the smaller model.
         external_data: whether its weights go into a file of their own.
-        save_moments: what calibration found.
-        load_moments: what it found before, in place of running it.
         save_plan: what went.
     """
 
     output: Path | None = None
     external_data: bool = False
-    save_moments: Path | None = None
-    load_moments: Path | None = None
     save_plan: Path | None = None
 
 
@@ -172,8 +168,9 @@ def run(
         raise UsageError("--save-plan: a plan is one cut, and --rounds makes several; drop one of them.")
     if files.output is not None:
         _check_output(source, files.output)
-    for path in filter(None, (files.save_moments, files.save_plan)):
-        _check_folder(path)
+    for path in (config.save_moments, files.save_plan):
+        if path is not None:
+            _check_folder(Path(path))
     clock = Clock()
     understood = load_and_trace(source, config, clock.stage)
     replayed = None if repeated is None else resolve_plan(repeated.plan, understood.channels, repeated.changed)
@@ -182,8 +179,8 @@ def run(
         samples = opened(understood, calib, config, config.max_samples, clock, progress, stack)
         stressing = opened(understood, stress, _for_stress(config, stress), None, clock, progress, stack)
         over = elsewhere(understood, calib, config, client)
-        calibrated = learn(understood, samples, config, files, clock, progress, over)
-        if files.save_moments is None and calibrated.learned is not None:  # as large as the evidence
+        calibrated = learn(understood, samples, config, clock, progress, over)
+        if config.save_moments is None and calibrated.learned is not None:  # as large as the evidence
             calibrated = replace(calibrated, learned=replace(calibrated.learned, calibration=None))
         return _run(calibrated, stressing, config, clock, files, progress, replayed, preview)
 
@@ -210,7 +207,8 @@ def _for_stress(config: Config, source: Any) -> Config:
     config = replace(config, random_calib=None)
     if isinstance(source, (str, Path)) and Path(source).is_dir():
         return config
-    return replace(config, image_size=None, resize=None, scale=None, mean=None, std=None, layout=None, color=None)
+    images: Mapping[str, Any] = dict.fromkeys(declared(ImageOptions))
+    return replace(config, **images)
 
 
 def opened(
@@ -235,7 +233,7 @@ def opened(
             holdout=config.holdout,
             max_samples=max_samples,
             batch_size=config.batch_size or samples_per_run(understood.channels.shape_info),
-            preprocessing=config.preprocessing,
+            preprocessing=config,
             progress=progress,
         )
     return stack.enter_context(samples)
@@ -263,7 +261,6 @@ def learn(
     understood: TracedModel,
     samples: Samples | None,
     config: Config,
-    files: Files,
     clock: Clock,
     progress: Progress,
     over: learning.ShardRunner | None,
@@ -273,15 +270,15 @@ def learn(
     learned: archive.SavedStatistics | None = None
     statistics: analysis.Statistics | None = None
     if samples is not None and len(samples.parts[Part.FIT]) and not config.proven_only and not random:
-        if files.load_moments is not None:
+        if config.load_moments is not None:
             with clock.stage("load moments"):
                 key = archive.key(understood.channels, samples, config)
-                learned = archive.load(files.load_moments, understood.channels, samples, key)
+                learned = archive.load(Path(config.load_moments), understood.channels, samples, key)
                 assert learned.calibration is not None
                 statistics = analysis.statistics(understood.channels, learned.calibration)
         else:
             learned, statistics = _observed(understood.channels, samples, config, clock, progress, over)
-    if learned is None and (files.save_moments or files.load_moments):
+    if learned is None and (config.save_moments or config.load_moments):
         raise UsageError(
             "--save-moments and --load-moments are about calibration, and none runs here (--proven-only, random inputs "
             "without a budget, or fewer than 3 samples); drop them."
@@ -371,8 +368,8 @@ def _run(
             chosen = workshop.choose()
     if preview and not chosen.frontier and replayed is None and config.random_calib is None:
         chosen = replace(chosen, frontier=workshop.preview())
-    if files.save_moments is not None:
-        calibrated.save_moments(files.save_moments, chosen.prices)
+    if config.save_moments is not None:
+        calibrated.save_moments(config.save_moments, chosen.prices)
     with clock.stage("verify"):
         result = workshop.stored(chosen.model)
         if half is not None and not chosen.removed.any():

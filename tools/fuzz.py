@@ -552,7 +552,7 @@ def records(rng: random.Random, corpus: Corpus) -> None:
 #: But for the one that starts processes and waits for other machines.
 FLAGS = tuple(
     flag
-    for action in cli._parser()._actions
+    for action in cli.parser()._actions
     for flag in action.option_strings
     if flag.startswith("--") and flag != "--cluster"
 )

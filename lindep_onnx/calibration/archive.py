@@ -22,7 +22,7 @@ from lindep_onnx.calibration.moments import Moments, load_moments_and_beside, sa
 from lindep_onnx.data.samples import Part, Samples
 from lindep_onnx.errors import CalibrationError
 from lindep_onnx.model.weights import fingerprint
-from lindep_onnx.options import Config
+from lindep_onnx.options import Config, TraceOptions, declared
 from lindep_onnx.planning.path import Curve, Prices, Saving
 from lindep_onnx.structure.types import Structure
 
@@ -62,8 +62,8 @@ class Key:
 
 def key(structure: Structure, samples: Samples, config: Config) -> Key:
     """The fingerprints of one run."""
-    options = [config.include, config.exclude, config.min_channels, config.seed, sorted(config.input_range.items())]
-    text = json.dumps(options).encode()
+    *traced, ranges = (getattr(config, name) for name in declared(TraceOptions))
+    text = json.dumps([*traced, config.seed, sorted(ranges.items())]).encode()
     digest = hashlib.blake2b(text, digest_size=16).hexdigest()
     return Key(fingerprint(structure.model.proto, structure.model.folder), samples.fingerprint, digest)
 

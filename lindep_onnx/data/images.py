@@ -21,7 +21,7 @@ import numpy as np
 
 from lindep_onnx.data.inputs import Array, InputSpec, kind_of, listed
 from lindep_onnx.errors import CalibrationError, UsageError
-from lindep_onnx.options import Color, Layout, Preprocessing
+from lindep_onnx.options import Color, ImageOptions, Layout, several
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 #: Larger images mean harm: a small file can hold them.
@@ -107,7 +107,7 @@ def images(
     folder: Path,
     files: Sequence[Path],
     specs: Sequence[InputSpec],
-    wanted: Preprocessing,
+    wanted: ImageOptions,
     *,
     seed: int,
     most: int | None,
@@ -141,7 +141,7 @@ def _rank(seed: int, index: int) -> bytes:
     return hashlib.blake2b(f"{seed}:{index}:image".encode(), digest_size=8).digest()
 
 
-def _input(folder: Path, specs: Sequence[InputSpec], wanted: Preprocessing) -> _Input:
+def _input(folder: Path, specs: Sequence[InputSpec], wanted: ImageOptions) -> _Input:
     if len(specs) != 1:
         names = listed([spec.name for spec in specs])
         raise CalibrationError(
@@ -172,7 +172,7 @@ def _input(folder: Path, specs: Sequence[InputSpec], wanted: Preprocessing) -> _
         )
     values = {}
     for flag, given, default in (("mean", wanted.mean, 0.0), ("std", wanted.std, 1.0)):
-        numbers = (default,) if given is None else given
+        numbers = (default,) if given is None else several(given)
         if len(numbers) not in (1, count):
             raise UsageError(f"--{flag} takes one number or {count} (the channels are {color}), not {len(numbers)}.")
         if max(numbers) > max(1.0, 255 / scale):
@@ -197,9 +197,9 @@ def _layout(where: str, shape: Sequence[int | str]) -> Layout:
     return "nchw" if first else "nhwc"
 
 
-def _size(where: str, shape: Sequence[int | str], axes: Sequence[int], wanted: Preprocessing) -> tuple[int, int]:
+def _size(where: str, shape: Sequence[int | str], axes: Sequence[int], wanted: ImageOptions) -> tuple[int, int]:
     found = [size if isinstance(size, int) else None for size in (shape[axis] for axis in axes)]
-    given = wanted.size or (None, None)
+    given = wanted.sides or (None, None)
     if any(size is None and other is None for size, other in zip(found, given, strict=True)):
         raise CalibrationError(f"{where} {_shown(shape)} takes any size; say which with --image-size H or HxW.")
     if any(size is not None and other is not None and size != other for size, other in zip(found, given, strict=True)):

@@ -33,7 +33,7 @@ from lindep_onnx.data.inputs import (
 from lindep_onnx.data.sources import MIN_SAMPLES, Progress, Reading, shards_of
 from lindep_onnx.errors import CalibrationError
 from lindep_onnx.files import Scratch
-from lindep_onnx.options import Preprocessing
+from lindep_onnx.options import ImageOptions
 
 EMPTY = np.empty(0, dtype=np.int64)
 
@@ -226,7 +226,7 @@ def open_samples(
     holdout: float,
     max_samples: int | None,
     batch_size: int,
-    preprocessing: Preprocessing | None = None,
+    preprocessing: ImageOptions | None = None,
     progress: Progress | None = None,
     parts: Mapping[Part, NDArray[np.int64]] | None = None,
 ) -> Samples:
@@ -252,7 +252,7 @@ def open_samples(
     folder = Scratch()
     try:
         reading = Reading(
-            inputs, Path(folder.name), max_samples, seed, preprocessing or Preprocessing(), progress or _inactive
+            inputs, Path(folder.name), max_samples, seed, preprocessing or ImageOptions(), progress or _inactive
         )
         found = shards_of(source, reading)
         plan = feeding(found.shards, inputs, batch_size)

@@ -36,7 +36,7 @@ from lindep_onnx.data.inputs import (
 from lindep_onnx.data.npz import UNREADABLE, npy_header, npz_headers
 from lindep_onnx.errors import CalibrationError, UsageError
 from lindep_onnx.files import suggestion
-from lindep_onnx.options import Preprocessing
+from lindep_onnx.options import ImageOptions
 
 #: What is said first where there is no real data.
 RANDOM = (
@@ -94,7 +94,7 @@ class Reading:
     folder: Path
     max_samples: int | None
     seed: int
-    preprocessing: Preprocessing
+    preprocessing: ImageOptions
     progress: Progress
 
 

@@ -11,7 +11,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from types import UnionType
+from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from lindep_onnx._version import __version__
 from lindep_onnx.errors import OutputError, UsageError
 from lindep_onnx.files import replacing
 from lindep_onnx.model.weights import fingerprint
-from lindep_onnx.options import Config
+from lindep_onnx.options import Config, declared
 from lindep_onnx.structure.placement import equalized
 from lindep_onnx.structure.types import FROZEN, Structure
 
@@ -30,8 +31,6 @@ FORMAT = 1
 MAX_BYTES = 1 << 26
 MODES = ("proven", "lossless", "budgeted")
 REFITS = ("fold", "kernel", "sequential")
-#: Options of the run that made a plan which say nothing about how it is carried out.
-NOT_REPEATED = ("eval", "max_drop", "force")
 
 
 @dataclass(frozen=True)
@@ -222,13 +221,14 @@ def options_of(plan: Plan, changed: Mapping[str, Any]) -> Config:
     Raises:
         UsageError: they have no meaning.
     """
+    types = get_type_hints(Config)
+    known = {name: option for name, option in declared(Config).items() if option.recorded}
     try:
-        own = {key: _frozen(value) for key, value in plan.options.items() if key not in NOT_REPEATED}
+        own = {key: _frozen(value) for key, value in plan.options.items() if known[key].repeated}
         for key, value in own.items():
-            if not _is_allowed(value, str(Config.__dataclass_fields__[key].type)):
+            if not _is_a(types[key], value):
                 raise TypeError(f"{key} is {str(value)[:40]!r}")
         config = Config(**{**own, **changed})
-        config.described()
     except (TypeError, ValueError, KeyError, OverflowError) as error:
         raise UsageError(f"This plan is damaged: its options are no options of this version ({error}).") from error
     if config.rounds > 1:
@@ -243,19 +243,19 @@ def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
-def _is_allowed(value: Any, annotation: str) -> bool:
-    """Whether a value from JSON has a type that the annotation of an option names."""
-    if isinstance(value, tuple):
-        part = str if "tuple[str" in annotation else (int, float)
-        return "tuple" in annotation and all(isinstance(entry, part) for entry in value)
-    if isinstance(value, bool) or value is None:
-        return type(value).__name__.removesuffix("Type") in annotation
-    if isinstance(value, dict):
-        ends = [end for pair in value.values() for end in (pair if isinstance(pair, tuple) else ("",))]
-        return "Mapping" in annotation and all(isinstance(end, (int, float)) for end in ends)
-    if isinstance(value, str):
-        return any(word in annotation for word in ("str", "Refit", "Literal", "Layout", "Color"))
-    return ("float" if isinstance(value, float) else "int") in annotation or "float" in annotation
+def _is_a(kind: Any, value: Any) -> bool:
+    """Whether a value from JSON has the type of an option; which words a word may be is for `Config` to say."""
+    parts = get_args(kind)
+    kind = get_origin(kind) or kind
+    if kind in (Union, UnionType):
+        return any(_is_a(part, value) for part in parts)
+    if kind is Literal:
+        return isinstance(value, str)
+    if kind is tuple:
+        return isinstance(value, tuple) and all(_is_a(parts[0], entry) for entry in value)
+    if kind is Mapping:
+        return isinstance(value, dict) and all(_is_a(parts[1], entry) for entry in value.values())
+    return type(value) in (int, float) if kind is float else type(value) is kind
 
 
 def resolve_plan(plan: Plan, structure: Structure, changed: Mapping[str, Any]) -> ResolvedPlan:

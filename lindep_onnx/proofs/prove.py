@@ -19,6 +19,7 @@ from lindep_onnx.errors import UsageError
 from lindep_onnx.linalg.elimination import Allowance
 from lindep_onnx.linalg.lossless import COLLINEAR, CONSTANT, JOINT
 from lindep_onnx.model.ir import Model
+from lindep_onnx.options import EVERY_INPUT
 from lindep_onnx.proofs.bounds import ROUNDING, ROUNDING_HALF, AffineForm, BoundsContext, ChannelBounds, output_bounds
 from lindep_onnx.structure.layout import ConsumerLayout, features
 from lindep_onnx.structure.placement import equalized
@@ -27,8 +28,6 @@ from lindep_onnx.structure.types import FROZEN, Consumer, Group, Structure
 
 Ranges = Mapping[str, tuple[float, float]]
 
-#: In place of the name of an input: every numeric input that is not named.
-EVERY_INPUT = "*"
 #: Channels are dependent if what is left of one is no more than what storing it and the others as float32 can change,
 #: twice that much for each at its factor. Larger factors, of channels of equal length, would turn rounding into error.
 ROUNDED, LARGEST_FACTOR = 2.0**-23, 32.0

@@ -12,7 +12,7 @@ import pytest
 from lindep_onnx.data.inputs import InputSpec
 from lindep_onnx.data.samples import open_samples
 from lindep_onnx.errors import CalibrationError, UsageError
-from lindep_onnx.options import Preprocessing
+from lindep_onnx.options import ImageOptions
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -37,7 +37,7 @@ def folder(path: Path, *pictures: np.ndarray) -> Path:
 
 def fed(source: Path, *inputs: InputSpec, most: int | None = None, **wanted: Any) -> np.ndarray:
     options = {"seed": 0, "holdout": 0.3, "max_samples": most, "batch_size": 4}
-    with open_samples(source, inputs or (NCHW,), preprocessing=Preprocessing(**wanted), **options) as samples:
+    with open_samples(source, inputs or (NCHW,), preprocessing=ImageOptions(**wanted), **options) as samples:
         return np.concatenate([batch.feeds["x"][: len(batch.samples)] for batch in samples.batches()])
 
 
@@ -77,8 +77,8 @@ def test_the_shorter_side_is_resized_and_the_centre_cropped(width: int, height: 
 
 def test_a_size_that_is_no_square_is_covered(tmp_path: Path) -> None:
     folder(tmp_path, picture(0, 30, 10))
-    assert fed(tmp_path, spec("N", 3, "h", "w"), size=(4, 10)).shape == (1, 3, 4, 10)
-    assert fed(tmp_path, spec("N", 3, 12, "w"), size=(12, 7)).shape == (1, 3, 12, 7)
+    assert fed(tmp_path, spec("N", 3, "h", "w"), image_size=(4, 10)).shape == (1, 3, 4, 10)
+    assert fed(tmp_path, spec("N", 3, 12, "w"), image_size=(12, 7)).shape == (1, 3, 12, 7)
 
 
 def test_an_image_that_was_held_sideways_is_turned_upright(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_class_folders_are_read_and_max_samples_spreads_over_them(tmp_path: Path
 
 def test_the_report_says_what_was_made_of_the_images(tmp_path: Path) -> None:
     options = {"seed": 0, "holdout": 0.3, "max_samples": None, "batch_size": 4}
-    wanted = Preprocessing(mean=(0.5,), std=(0.25,), resize=9)
+    wanted = ImageOptions(mean=(0.5,), std=(0.25,), resize=9)
     with open_samples(folder(tmp_path, *map(picture, range(3))), [NCHW], preprocessing=wanted, **options) as samples:
         assert (
             "3 images became shorter side 9, 8x8 from the centre, rgb, nchw, pixels / 255 - 0.5, / 0.25"
@@ -151,8 +151,18 @@ def test_sixteen_bits_a_channel_are_refused(tmp_path: Path) -> None:
 
 REFUSED: dict[str, tuple[tuple[InputSpec, ...], dict[str, Any], type, str]] = {
     "no size": ((spec("N", 3, "h", "w"),), {}, CalibrationError, r"\[N, 3, h, w\] takes any size; .*--image-size"),
-    "another size": ((NCHW,), {"size": (9, 8)}, UsageError, r"--image-size 9x8 does not fit input \[N, 3, 8, 8\]"),
-    "no layout": ((spec("N", "a", "b", "c"),), {"size": (8, 8)}, CalibrationError, "--layout nchw or --layout nhwc"),
+    "another size": (
+        (NCHW,),
+        {"image_size": (9, 8)},
+        UsageError,
+        r"--image-size 9x8 does not fit input \[N, 3, 8, 8\]",
+    ),
+    "no layout": (
+        (spec("N", "a", "b", "c"),),
+        {"image_size": (8, 8)},
+        CalibrationError,
+        "--layout nchw or --layout nhwc",
+    ),
     "two inputs": ((NCHW, spec("N", 2)), {}, CalibrationError, "the model has 2"),
     "no image": ((spec("N", 64),), {}, CalibrationError, r"float32 \[N, 64\], no batch of images"),
     "no pixels": ((spec("N", 3, 8, 8, dtype=np.int64),), {}, CalibrationError, "int64"),

@@ -100,9 +100,9 @@ def test_a_block_that_fails_is_noticed(folder: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_options_and_tools_that_a_page_names_exist(page: Path) -> None:
-    from lindep_onnx.cli import _parser
+    from lindep_onnx.cli import parser
 
-    flags = {flag for action in _parser()._actions for flag in action.option_strings}
+    flags = {flag for action in parser()._actions for flag in action.option_strings}
     text = page.read_text("utf-8")
     for line in re.findall(r"^lindep-onnx .*$|`--[^`]*`", text, flags=re.M):
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", line)) <= flags, line
@@ -120,6 +120,12 @@ def test_options_and_tools_that_a_page_names_exist(page: Path) -> None:
 def test_figures_name_cases_that_exist(page: Path) -> None:
     for bench, case in re.findall(r"`(bench_\w+\.py)`: `(\w+)`", page.read_text("utf-8")):
         assert f"def test_{case}(" in (BENCHMARKS / bench).read_text("utf-8"), (bench, case)
+
+
+def test_the_reference_of_the_command_line_is_made_from_the_options() -> None:
+    from lindep_onnx.cli import reference
+
+    assert (DOCS / "cli.md").read_text("utf-8") == reference()
 
 
 def test_links_and_pictures_lead_somewhere() -> None:

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from lindep_onnx.cli import _parser
+from lindep_onnx.cli import parser
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def flags() -> set[str]:
-    return {flag for action in _parser()._actions for flag in action.option_strings if flag.startswith("--")}
+    return {flag for action in parser()._actions for flag in action.option_strings if flag.startswith("--")}
 
 
 def test_every_option_is_in_the_readme_and_every_one_there_exists() -> None:

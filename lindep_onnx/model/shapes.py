@@ -8,11 +8,9 @@ same number; two different ones may be.
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -24,14 +22,13 @@ from onnx.reference import ReferenceEvaluator
 
 from lindep_onnx.model.checks import MAX_DECLARED, impossible_sizes
 from lindep_onnx.model.ir import Model, Node
+from lindep_onnx.model.shape_values import Known, follow
+from lindep_onnx.model.shape_values import Shape as Shape
 
 logger = logging.getLogger(__name__)
 
 Array: TypeAlias = NDArray[Any]
-Shape: TypeAlias = "tuple[int | str, ...]"
 
-#: Integer tensors up to this size are followed as possible shapes.
-SHAPE_VALUE_LIMIT = 4096
 #: Constants that nodes make out of nothing (ConstantOfShape, Expand, Range) are evaluated up to this size.
 MADE_LIMIT = 1 << 16
 #: Arithmetic on whole weights (a scale, a weight norm) is evaluated up to this size.
@@ -40,56 +37,14 @@ WEIGHT_LIMIT = 1 << 24
 #: Operators that compute the same from the same constants, evaluated by the ONNX reference implementation.
 FOLDABLE = frozenset(
     [
-        "Abs",
-        "Add",
-        "And",
-        "Cast",
-        "Ceil",
-        "Concat",
-        "ConstantOfShape",
-        "Div",
-        "Equal",
-        "Expand",
-        "Flatten",
-        "Floor",
-        "Gather",
-        "Greater",
-        "Identity",
-        "Less",
-        "Max",
-        "Min",
-        "Mod",
-        "Mul",
-        "Neg",
-        "Not",
-        "Or",
-        "Pow",
-        "Range",
-        "Reciprocal",
-        "ReduceL2",
-        "ReduceMean",
-        "ReduceProd",
-        "ReduceSum",
-        "ReduceSumSquare",
-        "Reshape",
-        "Shape",
-        "Size",
-        "Slice",
-        "Split",
-        "Sqrt",
-        "Squeeze",
-        "Sub",
-        "Tile",
-        "Transpose",
-        "Unsqueeze",
-        "Where",
+        *("Abs", "Add", "And", "Cast", "Ceil", "Concat", "ConstantOfShape", "Div", "Equal", "Expand", "Flatten"),
+        *("Floor", "Gather", "Greater", "Identity", "Less", "Max", "Min", "Mod", "Mul", "Neg", "Not", "Or", "Pow"),
+        *("Range", "Reciprocal", "ReduceL2", "ReduceMean", "ReduceProd", "ReduceSum", "ReduceSumSquare", "Reshape"),
+        *("Shape", "Size", "Slice", "Split", "Sqrt", "Squeeze", "Sub", "Tile", "Transpose", "Unsqueeze", "Where"),
     ]
 )
 #: Of these, the ones that only view what is there, and so may be of any size.
 REARRANGING = frozenset(["Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"])
-
-#: Operators that give floats in the shape of their input, of which ONNX's inference says nothing.
-SCALING = frozenset(["ai.onnx.ml::Normalizer", "ai.onnx.ml::Scaler"])
 
 
 @dataclass(frozen=True)
@@ -128,31 +83,26 @@ def resolve(model: Model, inputs: Mapping[str, Shape] = MappingProxyType({})) ->
         model: the model.
         inputs: shapes of graph inputs to assume instead of the ones the file declares.
     """
-    constants: dict[str, Array] = dict(model.stored)
-    for name in model.overridable:
-        del constants[name]
-    symbols = (f"?{number}" for number in itertools.count())
-    shapes: dict[str, Shape] = {}
-    values: dict[str, Array] = {}
-    dtypes: dict[str, int] = {}
-    _fold(model, constants)
+    known = Known(model.opset, {name: value for name, value in model.stored.items() if name not in model.overridable})
+    _fold(model, known.constants)
     for _ in range(8):
-        _infer(model, inputs, constants, shapes, dtypes, symbols)
-        known = len(constants), len(values), sum(_fixed(shape) for shape in shapes.values())
-        values = _follow(model, constants, shapes, dtypes, symbols)
-        _fold(model, constants)
-        if known == (len(constants), len(values), sum(_fixed(shape) for shape in shapes.values())):
+        _infer(model, inputs, known)
+        before = _progress(known)
+        follow(model, known)
+        _fold(model, known.constants)
+        if before == _progress(known):
             break
     return ShapeInfo(
-        constants=MappingProxyType(constants),
-        shapes=MappingProxyType(shapes),
-        values=MappingProxyType(values),
-        dtypes=MappingProxyType(dtypes),
+        constants=MappingProxyType(known.constants),
+        shapes=MappingProxyType(known.shapes),
+        values=MappingProxyType(known.values),
+        dtypes=MappingProxyType(known.dtypes),
     )
 
 
-def _fixed(shape: Shape) -> int:
-    return 1 + sum(isinstance(dim, int) for dim in shape)
+def _progress(known: Known) -> tuple[int, int, int]:
+    sizes = sum(1 + sum(isinstance(size, int) for size in shape) for shape in known.shapes.values())
+    return len(known.constants), len(known.values), sizes
 
 
 # ---- whole constants -------------------------------------------------------------------------------------------
@@ -197,35 +147,24 @@ def _evaluate(model: Model, node: Node, operands: Mapping[str, Array]) -> Sequen
         for name, value in operands.items()
     ]
     outputs = [onnx.helper.make_empty_tensor_value_info(name) for name in node.outputs if name]
-
-    made = onnx.helper.make_node(node.op, node.inputs, node.outputs, **_plain(node.attributes))
+    attributes = {
+        key: onnx.numpy_helper.from_array(value) if isinstance(value, np.ndarray) else value
+        for key, value in node.attributes.items()
+    }
+    made = onnx.helper.make_node(node.op, node.inputs, node.outputs, **attributes)
     graph = onnx.helper.make_graph([made], "constant", inputs, outputs)
     alone = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", model.opset)])
     return list(ReferenceEvaluator(alone).run(None, dict(operands)))
 
 
-def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: onnx.numpy_helper.from_array(value) if isinstance(value, np.ndarray) else value
-        for key, value in attributes.items()
-    }
-
-
 # ---- shapes ----------------------------------------------------------------------------------------------------
 
 
-def _infer(
-    model: Model,
-    inputs: Mapping[str, Shape],
-    constants: Mapping[str, Array],
-    shapes: dict[str, Shape],
-    dtypes: dict[str, int],
-    symbols: Iterator[str],
-) -> None:
+def _infer(model: Model, inputs: Mapping[str, Shape], known: Known) -> None:
     """ONNX shape inference on a skeleton: weights become inputs, so that no weight is copied or serialised."""
-    for name, value in constants.items():
-        shapes[name] = tuple(value.shape)
-    skeleton = _skeleton(model, inputs, constants, shapes, dtypes)
+    for name, value in known.constants.items():
+        known.shapes[name] = tuple(value.shape)
+    skeleton = _skeleton(model, inputs, known)
     try:
         inferred = onnx.shape_inference.infer_shapes(skeleton, data_prop=True).graph
     except Exception:  # it raises bare RuntimeErrors on graphs it cannot follow; what is unknown stays unknown
@@ -234,18 +173,17 @@ def _infer(
     for info in (*inferred.value_info, *inferred.input, *inferred.output):
         tensor = info.type.tensor_type
         if tensor.elem_type:
-            dtypes[info.name] = tensor.elem_type
+            known.dtypes[info.name] = tensor.elem_type
         if tensor.HasField("shape"):
-            found = tuple(_dim(dim, symbols) for dim in tensor.shape.dim)
-            shapes[info.name] = _merged(shapes.get(info.name), found)
+            known.merge_shape(info.name, tuple(_dim(dim, known.symbols) for dim in tensor.shape.dim))
     # What the file says of its inner tensors may be stale: it only completes what follows from the operators.
     for info in model.proto.graph.value_info:
         tensor = info.type.tensor_type
         if tensor.elem_type:
-            dtypes.setdefault(info.name, tensor.elem_type)
+            known.dtypes.setdefault(info.name, tensor.elem_type)
         if tensor.HasField("shape"):
-            said = tuple(_dim(dim, symbols) for dim in tensor.shape.dim)
-            shapes[info.name] = _completed(shapes.get(info.name), said)
+            said = tuple(_dim(dim, known.symbols) for dim in tensor.shape.dim)
+            known.shapes[info.name] = _completed(known.shapes.get(info.name), said)
 
 
 def _dim(dim: onnx.TensorShapeProto.Dimension, symbols: Iterator[str]) -> int | str:
@@ -258,14 +196,6 @@ def _dim(dim: onnx.TensorShapeProto.Dimension, symbols: Iterator[str]) -> int | 
     return name if name.strip("?") else next(symbols)
 
 
-def _merged(known: Shape | None, found: Shape) -> Shape:
-    if known is None or len(known) != len(found):
-        return found
-    return tuple(
-        old if isinstance(old, int) or not isinstance(new, int) else new for old, new in zip(known, found, strict=True)
-    )
-
-
 def _completed(known: Shape | None, said: Shape) -> Shape:
     if known is None:
         return said
@@ -274,13 +204,8 @@ def _completed(known: Shape | None, said: Shape) -> Shape:
     return tuple(old if isinstance(old, int) else new for old, new in zip(known, said, strict=True))
 
 
-def _skeleton(
-    model: Model,
-    inputs: Mapping[str, Shape],
-    constants: Mapping[str, Array],
-    shapes: Mapping[str, Shape],
-    dtypes: Mapping[str, int],
-) -> onnx.ModelProto:
+def _skeleton(model: Model, inputs: Mapping[str, Shape], known: Known) -> onnx.ModelProto:
+    constants, shapes, dtypes = known.constants, known.shapes, known.dtypes
     graph = onnx.GraphProto(name="skeleton")
     graph.output.extend(model.proto.graph.output)
     declared = {value.name for value in model.proto.graph.input if value.name not in constants}
@@ -311,194 +236,3 @@ def _skeleton(
     result.opset_import.extend(model.proto.opset_import)
     result.functions.extend(model.proto.functions)
     return result
-
-
-# ---- shape arithmetic ------------------------------------------------------------------------------------------
-
-
-def _follow(
-    model: Model,
-    constants: dict[str, Array],
-    shapes: dict[str, Shape],
-    dtypes: dict[str, int],
-    symbols: Iterator[str],
-) -> dict[str, Array]:
-    """Evaluate integer tensors element by element; wholly known results join `constants`."""
-    values: dict[str, Array] = {}
-
-    def read(name: str) -> Array:
-        if name in constants:
-            if constants[name].size > SHAPE_VALUE_LIMIT or constants[name].dtype.kind not in "iub":
-                raise KeyError(name)
-            return constants[name].astype(object)
-        return values[name]
-
-    unknown = (KeyError, ValueError, IndexError, TypeError)
-    for node in model.nodes:
-        if all(name in constants for name in node.outputs if name):
-            continue
-        if node.op in PARTIAL:
-            with contextlib.suppress(*unknown):
-                result = np.asarray(PARTIAL[node.op](node, read, shapes, model.opset, symbols), dtype=object)
-                if result.size <= SHAPE_VALUE_LIMIT:
-                    _record(node.outputs[0], result, constants, values)
-        if node.op in SCALING and node.inputs[0] in shapes:
-            shapes[node.outputs[0]] = _merged(shapes.get(node.outputs[0]), shapes[node.inputs[0]])
-            dtypes.setdefault(node.outputs[0], onnx.TensorProto.FLOAT)
-        if node.op in TARGETS:
-            with contextlib.suppress(*unknown):
-                found = TARGETS[node.op](node, read, shapes, symbols)
-                shapes[node.outputs[0]] = _merged(shapes.get(node.outputs[0]), found)
-    return values
-
-
-def _record(name: str, result: Array, constants: dict[str, Array], values: dict[str, Array]) -> None:
-    if all(isinstance(element, int | np.integer) for element in result.flat):
-        constants[name] = result.astype(np.int64)
-    else:
-        values[name] = result
-
-
-ConsumerNode: TypeAlias = Callable[[str], Array]
-
-
-def _shape(node: Node, read: ConsumerNode, shapes: Mapping[str, Shape], opset: int, symbols: Iterator[str]) -> Array:
-    dims = np.array(shapes[node.inputs[0]], dtype=object)
-    return dims[slice(node.attributes.get("start", 0), node.attributes.get("end"))]
-
-
-def _gather(node: Node, read: ConsumerNode, shapes: Mapping[str, Shape], opset: int, symbols: Iterator[str]) -> Array:
-    return np.take(read(node.inputs[0]), read(node.inputs[1]).astype(np.int64), axis=node.attributes.get("axis", 0))
-
-
-def _concat(node: Node, read: ConsumerNode, shapes: Mapping[str, Shape], opset: int, symbols: Iterator[str]) -> Array:
-    return np.concatenate([read(name) for name in node.inputs], axis=node.attributes["axis"])
-
-
-def _slice(node: Node, read: ConsumerNode, shapes: Mapping[str, Shape], opset: int, symbols: Iterator[str]) -> Array:
-    data = read(node.inputs[0])
-    names = ("starts", "ends", "axes", "steps")
-    if opset < 10:
-        given = [node.attributes.get(name) for name in names]
-    else:
-        given = [list(read(node.input(i + 1)).astype(np.int64)) if node.input(i + 1) else None for i in range(4)]
-    starts, ends, axes, steps = given
-    if starts is None or ends is None:
-        raise KeyError(node.name)
-    index: list[Any] = [slice(None)] * data.ndim
-    for place, axis in enumerate(axes if axes is not None else range(len(starts))):
-        step = int(steps[place]) if steps is not None else 1
-        stop = int(ends[place])
-        index[axis] = slice(int(starts[place]), None if step < 0 and stop < -data.shape[axis] else stop, step)
-    return np.asarray(data[tuple(index)])
-
-
-def _same(node: Node, read: ConsumerNode, shapes: Mapping[str, Shape], opset: int, symbols: Iterator[str]) -> Array:
-    if node.op == "Cast" and node.attributes.get("to") not in (
-        onnx.TensorProto.INT64,
-        onnx.TensorProto.INT32,
-    ):
-        raise KeyError(node.name)
-    return read(node.inputs[0])
-
-
-def _reshaped(node: Node, read: ConsumerNode, shapes: Mapping[str, Shape], opset: int, symbols: Iterator[str]) -> Array:
-    data = read(node.inputs[0])
-    if node.op == "Reshape":
-        return data.reshape([int(size) for size in read(node.inputs[1])])
-    axes = node.attributes.get("axes")
-    if axes is None and node.input(1):
-        axes = [int(axis) for axis in read(node.inputs[1])]
-    if node.op == "Squeeze":
-        return np.squeeze(data, None if axes is None else tuple(axes))
-    if axes is None:
-        raise KeyError(node.name)
-    return np.expand_dims(data, tuple(axes))
-
-
-def _arithmetic(
-    node: Node, read: ConsumerNode, shapes: Mapping[str, Shape], opset: int, symbols: Iterator[str]
-) -> Array:
-    left, right = np.broadcast_arrays(read(node.inputs[0]), read(node.inputs[1]))
-
-    def one(a: Any, b: Any) -> Any:
-        if isinstance(a, str) or isinstance(b, str):
-            neutral = {"Add": 0, "Sub": 0, "Mul": 1, "Div": 1}[node.op]
-            if b == neutral:
-                return a
-            return b if a == neutral and node.op in ("Add", "Mul") else next(symbols)
-        if node.op == "Div":
-            return int(a / b) if b else next(symbols)
-        return int({"Add": a + b, "Sub": a - b, "Mul": a * b}[node.op])
-
-    result = np.empty(left.shape, dtype=object)
-    for place in np.ndindex(*left.shape):
-        result[place] = one(left[place], right[place])
-    return result
-
-
-PARTIAL: Mapping[str, Callable[..., Array]] = {
-    "Shape": _shape,
-    "Gather": _gather,
-    "Concat": _concat,
-    "Slice": _slice,
-    "Cast": _same,
-    "Identity": _same,
-    "Reshape": _reshaped,
-    "Squeeze": _reshaped,
-    "Unsqueeze": _reshaped,
-    "Add": _arithmetic,
-    "Sub": _arithmetic,
-    "Mul": _arithmetic,
-    "Div": _arithmetic,
-}
-
-
-def _reshape_target(node: Node, read: ConsumerNode, shapes: Mapping[str, Shape], symbols: Iterator[str]) -> Shape:
-    data = shapes[node.inputs[0]]
-    target: list[int | str] = [
-        element if isinstance(element, str) else int(element) for element in read(node.inputs[1])
-    ]
-    if not node.attributes.get("allowzero", 0):
-        target = [data[axis] if size == 0 else size for axis, size in enumerate(target)]
-    if -1 in target:
-        place = target.index(-1)
-        target[place] = _inferred(list(data), target[:place] + target[place + 1 :], symbols)
-    return tuple(target)
-
-
-def _inferred(data: list[int | str], others: list[int | str], symbols: Iterator[str]) -> int | str:
-    """The size that -1 stands for: what is left of the data once the other sizes are divided out."""
-    left = list(data)
-    for size in [size for size in others if isinstance(size, str)]:
-        if size not in left:
-            return next(symbols)
-        left.remove(size)
-    fixed = math.prod(size for size in others if isinstance(size, int))
-    count = math.prod(size for size in left if isinstance(size, int))
-    free = [size for size in left if isinstance(size, str)]
-    if not free and fixed and count % fixed == 0:
-        return count // fixed
-    return free[0] if len(free) == 1 and count == fixed else next(symbols)
-
-
-def _expand_target(node: Node, read: ConsumerNode, shapes: Mapping[str, Shape], symbols: Iterator[str]) -> Shape:
-    data = list(shapes[node.inputs[0]])
-    target: list[int | str] = [
-        element if isinstance(element, str) else int(element) for element in read(node.inputs[1])
-    ]
-    rank = max(len(data), len(target))
-    data = [*[1] * (rank - len(data)), *data]
-    target = [*[1] * (rank - len(target)), *target]
-    return tuple(wanted if size == 1 else size for size, wanted in zip(data, target, strict=True))
-
-
-def _constant_target(node: Node, read: ConsumerNode, shapes: Mapping[str, Shape], symbols: Iterator[str]) -> Shape:
-    return tuple(element if isinstance(element, str) else int(element) for element in read(node.inputs[0]))
-
-
-TARGETS: Mapping[str, Callable[..., Shape]] = {
-    "Reshape": _reshape_target,
-    "Expand": _expand_target,
-    "ConstantOfShape": _constant_target,
-}

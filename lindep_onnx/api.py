@@ -11,11 +11,11 @@ from typing import Any, TypeAlias
 import onnx
 
 from lindep_onnx.errors import UsageError
+from lindep_onnx.log import Log
 from lindep_onnx.model.weights import embedded
 from lindep_onnx.options import Config, DataOptions, MomentsOptions, Options, TraceOptions, declared
 from lindep_onnx.pipeline import (
     Calibrated,
-    Clock,
     Outcome,
     Repeated,
     elsewhere,
@@ -24,7 +24,7 @@ from lindep_onnx.pipeline import (
     learn,
     opened,
     run,
-    silent,
+    runtime_of,
 )
 from lindep_onnx.planning.plan_file import Plan, options_of, to_plan
 from lindep_onnx.report.values import Report
@@ -77,7 +77,7 @@ def compress(
         BudgetError: no plan meets the budgets.
     """
     config = _config(options)
-    outcome = run(model, calib, config, stress=stress, client=client, progress=progress or silent)
+    outcome = run(model, calib, config, Log(progress), stress=stress, client=client)
     return _result(outcome, config)
 
 
@@ -109,7 +109,7 @@ def apply(
     """
     wanted = plan if isinstance(plan, Plan) else Plan.load(plan)
     config = options_of(wanted, _known(options))
-    outcome = run(model, calib, config, stress=stress, progress=progress or silent, repeated=Repeated(wanted, options))
+    outcome = run(model, calib, config, Log(progress), stress=stress, repeated=Repeated(wanted, options))
     return _result(outcome, config)
 
 
@@ -124,7 +124,7 @@ def trace(model: str | Path | onnx.ModelProto, **options: Any) -> TracedModel:
         UsageError: an option has no meaning.
         ModelError: the model cannot be read.
     """
-    return load_and_trace(model, _config(options))
+    return load_and_trace(model, _config(options), Log())
 
 
 def calibrate(
@@ -152,11 +152,12 @@ def calibrate(
         CalibrationError: the data, or the file of moments, does not fit the model.
     """
     config = _later(traced.config, options, "trace", TraceOptions)
-    clock, tell = Clock(), progress or silent
+    log = Log(progress)
     with half_the_cores(), ExitStack() as stack:
-        samples = opened(traced, calib, config, config.max_samples, clock, tell, stack)
+        samples = opened(traced, calib, config, config.max_samples, log, stack)
         over = elsewhere(traced, calib, config, client)
-        calibrated = replace(learn(traced, samples, config, clock, tell, over), opened=stack.pop_all())
+        learned = learn(traced, samples, config, runtime_of(config), log, over)
+        calibrated = replace(learned, opened=stack.pop_all())
     if config.save_moments is not None:
         calibrated.save_moments(config.save_moments)
     return calibrated
@@ -179,7 +180,7 @@ def plan(calibrated: Calibrated, *, progress: Progress | None = None, **options:
     if config.rounds > 1:
         raise UsageError("A plan is one cut, and rounds make several: use compress for rounds.")
     with half_the_cores():
-        chosen = first_round(calibrated, config, Clock(), progress or silent).choose()
+        chosen = first_round(calibrated, config, runtime_of(config), Log(progress)).choose()
     if chosen.failure is not None and not config.force:
         raise chosen.failure
     return to_plan(calibrated.understood.channels, chosen, config.described())

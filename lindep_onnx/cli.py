@@ -22,6 +22,7 @@ from lindep_onnx._version import __version__
 from lindep_onnx.data.sources import RANDOM, load_function
 from lindep_onnx.errors import LindepError, UsageError
 from lindep_onnx.integrations.dask import connected
+from lindep_onnx.log import Log
 from lindep_onnx.options import (
     GROUPS,
     Config,
@@ -242,10 +243,10 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
             options.model,
             options.calib,
             config,
+            Log(progress),
             files=files,
             stress=options.stress,
             client=client,
-            progress=progress,
             repeated=repeated,
             preview=options.dry_run,
         )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import onnx
@@ -25,6 +24,7 @@ from lindep_onnx.data.sources import RandomInputs
 from lindep_onnx.distill.rounds import contract_in_rounds
 from lindep_onnx.errors import LindepError, OutputError, UsageError, VerificationError
 from lindep_onnx.integrations import dask as cluster
+from lindep_onnx.log import Log
 from lindep_onnx.model import ir as graph
 from lindep_onnx.model.checks import as_model_error, check_model, full_check_passes
 from lindep_onnx.model.edit import GraphEdits, apply_edits
@@ -39,17 +39,12 @@ from lindep_onnx.report.build import group_reports, summarise, verification_of
 from lindep_onnx.report.data_support import sentences, support
 from lindep_onnx.report.figures import spectra
 from lindep_onnx.report.values import Report, Spectrum, Support, Verification
+from lindep_onnx.runtime.backend import Runtime
 from lindep_onnx.structure.steps import ChannelSteps
 from lindep_onnx.structure.traced import TracedModel, inputs_of, load_and_trace, samples_per_run
 from lindep_onnx.structure.types import Structure
 from lindep_onnx.verify.group_errors import measure_groups
 from lindep_onnx.verify.variants import Variant, compare_variants
-
-Progress: TypeAlias = Callable[[str, int, int], None]
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""
 
 
 @dataclass(frozen=True)
@@ -147,11 +142,11 @@ def run(
     source: str | Path | onnx.ModelProto,
     calib: Any,
     config: Config,
+    log: Log,
     *,
     files: Files = Files(),
     stress: Any = None,
     client: Any = None,
-    progress: Progress = silent,
     repeated: Repeated | None = None,
     preview: bool = False,
 ) -> Outcome:
@@ -171,18 +166,27 @@ def run(
     for path in (config.save_moments, files.save_plan):
         if path is not None:
             _check_folder(Path(path))
-    clock = Clock()
-    understood = load_and_trace(source, config, clock.stage)
+    runtime = runtime_of(config)
+    understood = load_and_trace(source, config, log)
     replayed = None if repeated is None else resolve_plan(repeated.plan, understood.channels, repeated.changed)
     with ExitStack() as stack:
         stack.enter_context(half_the_cores())
-        samples = opened(understood, calib, config, config.max_samples, clock, progress, stack)
-        stressing = opened(understood, stress, _for_stress(config, stress), None, clock, progress, stack)
+        samples = opened(understood, calib, config, config.max_samples, log, stack)
+        stressing = opened(understood, stress, _for_stress(config, stress), None, log, stack)
         over = elsewhere(understood, calib, config, client)
-        calibrated = learn(understood, samples, config, clock, progress, over)
+        calibrated = learn(understood, samples, config, runtime, log, over)
         if config.save_moments is None and calibrated.learned is not None:  # as large as the evidence
             calibrated = replace(calibrated, learned=replace(calibrated.learned, calibration=None))
-        return _run(calibrated, stressing, config, clock, files, progress, replayed, preview)
+        return _run(calibrated, stressing, config, files, runtime, log, replayed, preview)
+
+
+def runtime_of(config: Config) -> Runtime:
+    """What models run on.
+
+    Args:
+        config: the options.
+    """
+    return Runtime.named(config.providers, config.threads)
 
 
 def _check_output(source: str | Path | onnx.ModelProto, output: Path) -> None:
@@ -216,8 +220,7 @@ def opened(
     source: Any,
     config: Config,
     max_samples: int | None,
-    clock: Clock,
-    progress: Progress,
+    log: Log,
     stack: ExitStack,
 ) -> Samples | None:
     """Samples from a source; None without one."""
@@ -225,7 +228,7 @@ def opened(
         source = RandomInputs(config.random_calib)
     if source is None:
         return None
-    with clock.stage("read data"):
+    with log.stage("read data"):
         samples = open_samples(
             source,
             inputs_of(understood),
@@ -234,7 +237,7 @@ def opened(
             max_samples=max_samples,
             batch_size=config.batch_size or samples_per_run(understood.channels.shape_info),
             preprocessing=config,
-            progress=progress,
+            log=log,
         )
     return stack.enter_context(samples)
 
@@ -261,8 +264,8 @@ def learn(
     understood: TracedModel,
     samples: Samples | None,
     config: Config,
-    clock: Clock,
-    progress: Progress,
+    runtime: Runtime,
+    log: Log,
     over: learning.ShardRunner | None,
 ) -> Calibrated:
     """Run the data, here or elsewhere, or read what an earlier run found."""
@@ -271,13 +274,13 @@ def learn(
     statistics: analysis.Statistics | None = None
     if samples is not None and len(samples.parts[Part.FIT]) and not config.proven_only and not random:
         if config.load_moments is not None:
-            with clock.stage("load moments"):
+            with log.stage("load moments"):
                 key = archive.key(understood.channels, samples, config)
                 learned = archive.load(Path(config.load_moments), understood.channels, samples, key)
                 assert learned.calibration is not None
                 statistics = analysis.statistics(understood.channels, learned.calibration)
         else:
-            learned, statistics = _observed(understood.channels, samples, config, clock, progress, over)
+            learned, statistics = _observed(understood.channels, samples, config, runtime, log, over)
     if learned is None and (config.save_moments or config.load_moments):
         raise UsageError(
             "--save-moments and --load-moments are about calibration, and none runs here (--proven-only, random inputs "
@@ -290,14 +293,13 @@ def _observed(
     structure: Structure,
     samples: Samples,
     config: Config,
-    clock: Clock,
-    progress: Progress,
+    runtime: Runtime,
+    log: Log,
     over: learning.ShardRunner | None = None,
 ) -> tuple[archive.SavedStatistics, analysis.Statistics]:
-    runtime: dict[str, Any] = {"providers": config.providers, "threads": config.threads}
-    with clock.stage("calibrate"):
+    with log.stage("calibrate"):
         seen, statistics, uncertain = learning.collect_statistics(
-            structure, samples, seed=config.seed, progress=progress, over=over, **runtime
+            structure, samples, runtime, log, seed=config.seed, over=over
         )
     return archive.SavedStatistics(seen, uncertain, {}), statistics
 
@@ -305,8 +307,8 @@ def _observed(
 def first_round(
     calibrated: Calibrated,
     config: Config,
-    clock: Clock,
-    progress: Progress,
+    runtime: Runtime,
+    log: Log,
     replayed: ResolvedPlan | None = None,
 ) -> Workshop:
     """Where the first round decides.
@@ -314,8 +316,8 @@ def first_round(
     Args:
         calibrated: what the data says.
         config: the options.
-        clock: times the stages.
-        progress: called with (stage, done, all).
+        runtime: what models run on.
+        log: told of stages and how far they are.
         replayed: a plan to carry out; None to make one.
     """
     understood, learned = calibrated.understood, calibrated.learned
@@ -326,8 +328,8 @@ def first_round(
         understood.proof,
         calibrated.samples,
         config,
-        clock.stage,
-        progress,
+        runtime,
+        log,
         half=understood.half,
         prices=None if learned is None else learned.prices,
         replayed=replayed,
@@ -338,31 +340,30 @@ def _run(
     calibrated: Calibrated,
     stressing: Samples | None,
     config: Config,
-    clock: Clock,
     files: Files,
-    progress: Progress,
+    runtime: Runtime,
+    log: Log,
     replayed: ResolvedPlan | None,
     preview: bool,
 ) -> Outcome:
     understood, samples, statistics = calibrated.understood, calibrated.samples, calibrated.statistics
     channels, proof, half, uncertain = understood.channels, understood.proof, understood.half, calibrated.uncertain
-    runtime: dict[str, Any] = {"providers": config.providers, "threads": config.threads}
     original_passed = full_check_passes((half or channels.model).proto) is None
 
     def open_round(current: Structure, options: Config) -> Workshop:
         if current is channels:
-            return first_round(calibrated, options, clock, progress, replayed)
+            return first_round(calibrated, options, runtime, log, replayed)
         assert samples is not None
-        learned, found_out = _observed(current, samples, config, clock, progress)
+        learned, found_out = _observed(current, samples, config, runtime, log)
         known = prove(current, understood.ranges, half=half is not None)
         return Workshop(
             current, found_out, learned.uncertain, known, samples, options,
-            clock.stage, progress, half=half, reference=channels.model,
+            runtime, log, half=half, reference=channels.model,
         )  # fmt: skip
 
     with as_model_error(channels.model.proto) if samples is None else nullcontext():
         if samples is not None and (config.rounds > 1 or config.recover is not None):
-            workshop, chosen = contract_in_rounds(channels, samples, config, open_round, clock.stage, progress)
+            workshop, chosen = contract_in_rounds(channels, samples, config, open_round, runtime, log)
         else:
             workshop = open_round(channels, config)
             chosen = workshop.choose()
@@ -370,24 +371,24 @@ def _run(
         chosen = replace(chosen, frontier=workshop.preview())
     if config.save_moments is not None:
         calibrated.save_moments(config.save_moments, chosen.prices)
-    with clock.stage("verify"):
+    with log.stage("verify"):
         result = workshop.stored(chosen.model)
         if half is not None and not chosen.removed.any():
             result = apply_edits(half, GraphEdits(), workshop.metadata)
         check_model(result.proto, original_passed=original_passed)
-        errors = measure_groups(channels, chosen, samples, seed=config.seed, **runtime) if samples is not None else {}
+        errors: dict[int, float] = {}
         variants: tuple[Variant, ...] = ()
         if samples is not None:
+            errors = measure_groups(channels, chosen.removed, chosen.model, samples, runtime, seed=config.seed)
             variants = compare_variants(
                 channels.model, chosen.model, partial(workshop.sessions, chosen.model), samples,
-                inputs_of(understood), providers=config.providers, threads=workshop.crew.threads,
-                runs=workshop.crew.runs,
+                inputs_of(understood), workshop.shares,
             )  # fmt: skip
         chosen = replace(chosen, failure=chosen.failure or _variant_failure(variants))
     stressed: Verification | None = None
     failure = chosen.failure
     if stressing is not None:
-        with clock.stage("stress"):
+        with log.stage("stress"):
             compared = workshop.compared(chosen.model, stressing)
             stress_failure = workshop.stress_failure(compared)
             where = "the stress data, which nothing was fitted to or chosen by"
@@ -396,7 +397,7 @@ def _run(
     found: dict[int, Support] = {}
     curves: dict[int, Spectrum] = {}
     if samples is not None and statistics is not None:
-        with clock.stage("statistics"):
+        with log.stage("statistics"):
             steps = ChannelSteps(chosen.removed, chosen.kind, chosen.folds)
             found = support(channels, statistics, steps, proof.steps.removed)
             curves = spectra(channels, statistics)
@@ -404,7 +405,7 @@ def _run(
             notes = (*chosen.notes, *sentences(found, kept, len(samples)))
             chosen = replace(chosen, notes=notes)
     groups = tuple(group_reports(understood, chosen, errors, found, curves))
-    report = summarise(understood, workshop, chosen, groups, variants, stressed, samples, config, clock.seconds)
+    report = summarise(understood, workshop, chosen, groups, variants, stressed, samples, config, log.seconds)
     saved = to_plan(channels, chosen, workshop.options) if config.rounds == 1 else None
     check_unchanged((half or channels.model).folder)
     if failure is None or config.force:
@@ -423,19 +424,3 @@ def _variant_failure(variants: Sequence[Variant]) -> LindepError | None:
                 "as usual. Nothing was written; this is a fault of this package, please report it with the model."
             )
     return None
-
-
-class Clock:
-    """Seconds spent in each stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Count what is done inside as part of a stage."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

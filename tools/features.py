@@ -24,7 +24,7 @@ import onnx
 
 from lindep_onnx.model.cost import cost
 from lindep_onnx.model.ir import load
-from lindep_onnx.runtime.backend import open_session
+from lindep_onnx.runtime.backend import Runtime
 from lindep_onnx.verify.compare import OutputErrors
 
 ROOT = Path(__file__).parents[1]
@@ -99,9 +99,7 @@ def run(row: Row, folder: Path) -> tuple[int, float, str]:
 def measured(folder: Path) -> str:
     """Parameters, bytes and the worst output error of what was written."""
     result, data = folder / "out.onnx", dict(np.load(folder / "calib.npz"))
-    sessions = [
-        open_session(path, providers=("CPUExecutionProvider",), threads=0) for path in (folder / "demo.onnx", result)
-    ]
+    sessions = [Runtime().open(path) for path in (folder / "demo.onnx", result)]
     errors = OutputErrors()
     names = [output.name for output in sessions[0].get_outputs()]
     both = [dict(zip(names, session.run(names, data), strict=True)) for session in sessions]

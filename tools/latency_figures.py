@@ -28,8 +28,7 @@ from pathlib import Path
 import numpy as np
 import real_figures
 
-from lindep_onnx.runtime.backend import open_session
-from lindep_onnx.verify.compare import measure_latency
+from lindep_onnx.runtime.backend import Purpose, Runtime, measure_latency
 
 __all__ = ["main"]
 
@@ -39,9 +38,7 @@ KEPT = 0.85
 
 def _timed(original: Path, result: Path, samples: Path, turns: int) -> tuple[float, float, float]:
     """Median, least and largest of original over result."""
-    sessions = [
-        open_session(path, providers=["CPUExecutionProvider"], threads=0, timed=True) for path in (original, result)
-    ]
+    sessions = [Runtime().open(path, purpose=Purpose.TIME) for path in (original, result)]
     with np.load(samples) as stored:
         feeds = {name: stored[name][:1] for name in stored}
     ratios = []

@@ -26,7 +26,7 @@ from tasks import TASKS, open_task, outputs, score
 import lindep_onnx
 from lindep_onnx.model.cost import cost
 from lindep_onnx.model.ir import load
-from lindep_onnx.verify.compare import measure_latency
+from lindep_onnx.runtime.backend import measure_latency
 
 QUANTISATION_SAMPLES = 256
 

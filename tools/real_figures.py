@@ -44,7 +44,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from PIL import Image
 
-from lindep_onnx.runtime.backend import open_session
+from lindep_onnx.runtime.backend import Runtime
 from lindep_onnx.verify.compare import OutputErrors
 
 __all__ = ["MODELS", "Figures", "RealModel", "figures", "images", "prepared"]
@@ -262,7 +262,7 @@ def _batch(session: onnxruntime.InferenceSession) -> int:
 
 
 def _session(model: Path) -> onnxruntime.InferenceSession:
-    return open_session(model, providers=["CPUExecutionProvider"], threads=0)
+    return Runtime().open(model)
 
 
 def _write(name: str, data: Path, model: Path, numbers: Sequence[int], target: Path) -> None:

@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -37,10 +37,12 @@ from lindep_onnx.data.samples import Part, Samples, open_samples
 from lindep_onnx.data.sources import load_function
 from lindep_onnx.distill.augment import Augment, mix
 from lindep_onnx.distill.train import distill
+from lindep_onnx.log import Log
 from lindep_onnx.model import ir as graph
 from lindep_onnx.model.cost import cost
 from lindep_onnx.model.edit import GraphEdits, apply_edits
 from lindep_onnx.options import TrainingBudget
+from lindep_onnx.runtime.backend import Runtime
 
 __all__ = ["main", "row"]
 
@@ -59,7 +61,6 @@ COLUMNS = (
     "PyTorch",
     "its seconds",
 )
-RUNTIME: dict[str, Any] = {"providers": ("CPUExecutionProvider",), "threads": 0}
 
 
 def row(
@@ -108,10 +109,10 @@ def row(
                 student,
                 samples,
                 TrainingBudget(steps=steps),
+                Runtime(),
+                Log(),
                 augment=mix if augment == "mix" else augment,
                 seed=0,
-                progress=lambda *_: None,
-                **RUNTIME,
             )
         recovered = apply_edits(student, GraphEdits(constants=found.weights), "").proto
         best = min(found.history, key=lambda entry: entry[2])

@@ -38,11 +38,13 @@ from lindep_onnx.calibration import statistics as analysis
 from lindep_onnx.calibration.measure import StatisticsAccumulator, calibrate
 from lindep_onnx.data.inputs import InputSpec
 from lindep_onnx.data.samples import Samples, open_samples
+from lindep_onnx.log import Log
 from lindep_onnx.model import ir as graph
 from lindep_onnx.model.cost import cost
 from lindep_onnx.model.shapes import resolve
 from lindep_onnx.moves.fold_weights import fold_weights
 from lindep_onnx.planning.search import first_small_enough
+from lindep_onnx.runtime.backend import Runtime
 from lindep_onnx.structure.rewrite import Removal, rewrite
 from lindep_onnx.structure.steps import Fold
 from lindep_onnx.structure.trace import trace
@@ -106,9 +108,7 @@ def interpolative(model: onnx.ModelProto, calib: Path, target: int, *, streams: 
     channels = dataclasses.replace(traced, consumers=consumers)
     with _open(channels, calib) as samples:
         sums = StatisticsAccumulator(channels)
-        calibrate(
-            channels, samples, sums, providers=("CPUExecutionProvider",), threads=0, seed=0, progress=lambda *_: None
-        )
+        calibrate(channels, samples, sums, Runtime(), Log(), seed=0)
     statistics = analysis.statistics(channels, sums.result())
     roots = [_root(consumer.gram) for consumer in statistics.consumers]
     order = _evenly([_pivots(group, statistics, roots)[::-1] for group in _groups(channels, streams)])

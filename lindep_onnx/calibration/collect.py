@@ -9,9 +9,9 @@ samples would conclude.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +20,11 @@ from lindep_onnx.calibration import inactive as silence
 from lindep_onnx.calibration.measure import Calibration, MeasuringPoint, StatisticsAccumulator, calibrate
 from lindep_onnx.calibration.statistics import Extremes, Statistics, constant_features, statistics
 from lindep_onnx.data.samples import Part, Samples
+from lindep_onnx.log import Log
+from lindep_onnx.runtime.backend import Runtime
 from lindep_onnx.structure.layout import features
 from lindep_onnx.structure.types import Structure
 
-Progress: TypeAlias = Callable[[str, int, int], None]
 Ranges: TypeAlias = "dict[silence.Key, tuple[silence.WatchedTensor, silence.RangeStats]]"
 
 #: Samples that show what may be silent, and how much of the data is through when it is asked again what to watch: a
@@ -34,11 +35,10 @@ FIRST, SECOND = 32, 0.32
 def collect_statistics(
     structure: Structure,
     samples: Samples,
+    runtime: Runtime,
+    log: Log,
     *,
     seed: int,
-    progress: Progress,
-    providers: Sequence[str],
-    threads: int,
     over: ShardRunner | None = None,
 ) -> tuple[Calibration, Statistics, NDArray[np.bool_]]:
     """Run the FIT and SELECT samples, and say what they say.
@@ -46,10 +46,9 @@ def collect_statistics(
     Args:
         structure: the traced model.
         samples: the data.
+        runtime: what models run on.
+        log: told how far it is.
         seed: of the positions that are sampled.
-        progress: called with (stage, samples done, samples in all).
-        providers: execution providers of ONNX Runtime.
-        threads: intra-op threads, 0 for its own choice.
         over: runs all but the first samples, elsewhere for instance; None to run them here.
 
     Returns:
@@ -75,14 +74,11 @@ def collect_statistics(
         part = some_of(samples, {Part.FIT: phase, Part.SELECT: select if last else select[:0]})
         if not len(phase) and not (last and len(select)) and number:
             continue
-        options: dict[str, Any] = {
-            "fitted": len(fit), "seed": seed, "progress": _from(progress, done, total),
-            "providers": providers, "threads": threads,
-        }  # fmt: skip
+        own = _from(log, done, total)
         if over is None or number == 0:
-            more = collect_local(structure, part, watched, sums, **options)
+            more = collect_local(structure, part, watched, sums, runtime, own, fitted=len(fit), seed=seed)
         else:
-            found, more = over(structure, part, watched, **options)
+            found, more = over(structure, part, watched, runtime, own, fitted=len(fit), seed=seed)
             sums.absorb(found)
         done = sum(sums.samples.values())
         ranges = _merged(ranges, more) if ranges else more
@@ -109,13 +105,12 @@ class ShardRunner(Protocol):
         structure: Structure,
         samples: Samples,
         watched: tuple[silence.WatchedTensor, ...],
+        runtime: Runtime,
+        log: Log,
         /,
         *,
         fitted: int,
         seed: int,
-        progress: Progress,
-        providers: Sequence[str],
-        threads: int,
     ) -> tuple[Calibration, Ranges]:
         """Run the FIT and SELECT parts; the arguments are those of `calibrate` and `silence.RangeProbe`."""
 
@@ -125,11 +120,15 @@ def collect_local(
     samples: Samples,
     watched: tuple[silence.WatchedTensor, ...],
     sums: StatisticsAccumulator,
-    **options: Any,
+    runtime: Runtime,
+    log: Log,
+    *,
+    fitted: int,
+    seed: int,
 ) -> Ranges:
     """Run the FIT and SELECT parts in this process, and add them up; see `ShardRunner` for the other arguments."""
     watch = silence.RangeProbe(structure, watched) if watched else None
-    calibrate(structure, samples, sums, probe=watch, **options)
+    calibrate(structure, samples, sums, runtime, log, seed=seed, probe=watch, fitted=fitted)
     return watch.ranges() if watch is not None else {}
 
 
@@ -155,5 +154,6 @@ def _merged(ranges: Ranges, more: Ranges) -> Ranges:
     return merged
 
 
-def _from(progress: Progress, done: int, total: int) -> Progress:
-    return lambda stage, more, _: progress(stage, done + more, total)
+def _from(log: Log, done: int, total: int) -> Log:
+    """Tells how far all phases are, from what one of them tells."""
+    return Log(lambda stage, more, _: log.progress(stage, done + more, total))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from lindep_onnx.calibration.moments import Moments, MomentsAccumulator, batch_moments
 from lindep_onnx.data.samples import Batch, Part, Samples
 from lindep_onnx.errors import CalibrationError
-from lindep_onnx.runtime import backend as sessions
+from lindep_onnx.log import Log
+from lindep_onnx.runtime.backend import Runtime
 from lindep_onnx.runtime.rows import ChannelAxis, DeviceMoments, Probe, RowSampler, summable
 from lindep_onnx.structure.layout import features
 from lindep_onnx.structure.types import Consumer, ConsumerNode, Structure
 
 Array: TypeAlias = NDArray[Any]
-Progress: TypeAlias = Callable[[str, int, int], None]
 
 #: Rows collected for each feature of a site, at most. Three effective rows are the least that joint dependence needs.
 ROWS_PER_FEATURE = 8
@@ -140,11 +140,10 @@ def calibrate(
     structure: Structure,
     samples: Samples,
     sums: StatisticsAccumulator,
+    runtime: Runtime,
+    log: Log,
     *,
-    providers: Sequence[str],
-    threads: int,
     seed: int,
-    progress: Progress,
     probe: Probe | None = None,
     fitted: int | None = None,
 ) -> None:
@@ -157,10 +156,9 @@ def calibrate(
         structure: the traced model.
         samples: the data; its FIT and SELECT parts are used.
         sums: what to add to.
-        providers: execution providers of ONNX Runtime.
-        threads: intra-op threads, 0 for its own choice.
+        runtime: what models run on.
+        log: told how far it is.
         seed: of the positions that are sampled.
-        progress: called with (stage, samples done, samples in all).
         probe: what else is measured in the same runs; None for nothing.
         fitted: number of FIT samples in all, where `samples` are some of them.
 
@@ -180,17 +178,9 @@ def calibrate(
         sums.samples[part] += count
     if not most:
         return
-    crew = sessions.crew(threads, providers, structure.shape_info.activation_bytes * samples.batch)
-    summed = () if sessions.on_processor(providers) else _summed(structure, sums.taps)
-    sampler = RowSampler(
-        structure.model,
-        structure.shape_info,
-        most,
-        providers=providers,
-        threads=crew.threads,
-        probe=probe,
-        summed=summed,
-    )
+    shares = runtime.shares(structure.shape_info.activation_bytes * samples.batch)
+    summed = () if runtime.on_processor else _summed(structure, sums.taps)
+    sampler = RowSampler(structure.model, structure.shape_info, most, shares.each, probe=probe, summed=summed)
 
     def sampled(batch: Batch) -> tuple[dict[MeasuringPoint, Array], dict[MeasuringPoint, Moments], Sequence[Array]]:
         positions, columns = np.random.default_rng((seed, int(batch.samples[0]))).spawn(2)
@@ -205,9 +195,9 @@ def calibrate(
         return rows, moments, seen.probed
 
     done = 0
-    with crew.pool() as pool:
+    with shares.pool() as pool:
         for part, own in sums.parts.items():
-            for batch, (rows, moments, probed) in sessions.in_order(pool, sampled, samples.batches(part), crew.runs):
+            for batch, (rows, moments, probed) in pool.in_order(sampled, samples.batches(part)):
                 for at, found in moments.items():
                     own[at].absorb(found)
                 full = {at: own[at] for at, values in rows.items() if own[at].take(values)}
@@ -215,7 +205,7 @@ def calibrate(
                 if probe is not None:
                     probe.update(probed, batch)
                 done += len(batch.samples)
-                progress("calibrate", done, sum(counts.values()))
+                log.progress("calibrate", done, sum(counts.values()))
             list(pool.map(_add_up, own, own.values()))
 
 

@@ -30,9 +30,10 @@ from lindep_onnx.data.inputs import (
     outside,
     source_of,
 )
-from lindep_onnx.data.sources import MIN_SAMPLES, Progress, Reading, shards_of
+from lindep_onnx.data.sources import MIN_SAMPLES, Reading, shards_of
 from lindep_onnx.errors import CalibrationError
 from lindep_onnx.files import Scratch
+from lindep_onnx.log import Log
 from lindep_onnx.options import ImageOptions
 
 EMPTY = np.empty(0, dtype=np.int64)
@@ -227,7 +228,7 @@ def open_samples(
     max_samples: int | None,
     batch_size: int,
     preprocessing: ImageOptions | None = None,
-    progress: Progress | None = None,
+    log: Log | None = None,
     parts: Mapping[Part, NDArray[np.int64]] | None = None,
 ) -> Samples:
     """Open calibration data, hold it against the inputs of the model, and split it.
@@ -242,7 +243,7 @@ def open_samples(
         max_samples: use at most this many: spread over arrays and images, the first ones of a generator.
         batch_size: samples per run where the model leaves the batch free.
         preprocessing: what to make of images; None leaves all of it to the input of the model.
-        progress: called with (stage, samples done, samples in all) where it is known how many there are.
+        log: told how far it is, where it is known how many samples there are.
         parts: sample numbers of the parts, where they are known: then nothing is read to split the samples.
 
     Raises:
@@ -251,9 +252,7 @@ def open_samples(
     """
     folder = Scratch()
     try:
-        reading = Reading(
-            inputs, Path(folder.name), max_samples, seed, preprocessing or ImageOptions(), progress or _inactive
-        )
+        reading = Reading(inputs, Path(folder.name), max_samples, seed, preprocessing or ImageOptions(), log or Log())
         found = shards_of(source, reading)
         plan = feeding(found.shards, inputs, batch_size)
         samples = Samples(found.shards, plan, folder)
@@ -282,10 +281,6 @@ def _fingerprint(digests: Sequence[bytes], samples: Samples) -> str:
         total.update(f":{part.value}:".encode())
         total.update(samples.parts[part].astype("<i8").tobytes())
     return total.hexdigest()
-
-
-def _inactive(stage: str, done: int, total: int) -> None:
-    pass
 
 
 def _split(

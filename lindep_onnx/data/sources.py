@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
@@ -36,6 +36,7 @@ from lindep_onnx.data.inputs import (
 from lindep_onnx.data.npz import UNREADABLE, npy_header, npz_headers
 from lindep_onnx.errors import CalibrationError, UsageError
 from lindep_onnx.files import suggestion
+from lindep_onnx.log import Log
 from lindep_onnx.options import ImageOptions
 
 #: What is said first where there is no real data.
@@ -74,9 +75,6 @@ class Sources:
     notes: tuple[str, ...] = ()
 
 
-Progress: TypeAlias = Callable[[str, int, int], None]
-
-
 @dataclass(frozen=True)
 class Reading:
     """How a source is read.
@@ -87,7 +85,7 @@ class Reading:
         max_samples: use at most this many, where they have to be read one by one.
         seed: of choices and of random inputs.
         preprocessing: what to make of images.
-        progress: called with (stage, samples done, samples in all).
+        log: told how far it is.
     """
 
     specs: Sequence[InputSpec]
@@ -95,7 +93,7 @@ class Reading:
     max_samples: int | None
     seed: int
     preprocessing: ImageOptions
-    progress: Progress
+    log: Log
 
 
 def shards_of(source: Any, reading: Reading) -> Sources:
@@ -398,7 +396,7 @@ def _spooled(feeds: Iterator[Any], where: str, reading: Reading, total: int | No
                     f"{where}: cannot be kept in {reading.folder} ({error.strerror or error}); use --max-samples."
                 ) from error
             if total:
-                reading.progress("read data", min(count, total), total)
+                reading.log.progress("read data", min(count, total), total)
             if most is not None and count >= most:
                 break
     finally:

@@ -29,7 +29,7 @@ from lindep_onnx.distill.autodiff.differentiate import with_inputs
 from lindep_onnx.errors import LindepError, UsageError
 from lindep_onnx.model.ir import Model, load
 from lindep_onnx.model.weights import embedded
-from lindep_onnx.runtime.backend import open_session
+from lindep_onnx.runtime.backend import Runtime
 from lindep_onnx.verify.compare import decision
 
 Array: TypeAlias = NDArray[Any]
@@ -83,8 +83,7 @@ class Teacher:
         teacher: the original.
         samples: the data; FIT samples tell how much outputs vary.
         agreement_output: see `lindep_onnx.verify.OutputErrors`.
-        providers: execution providers of ONNX Runtime.
-        threads: intra-op threads, 0 for its own choice.
+        runtime: what models run on.
 
     Attributes:
         measures: of each output that varies, by name.
@@ -94,12 +93,11 @@ class Teacher:
         self,
         teacher: Model,
         samples: Samples,
+        runtime: Runtime,
         *,
         agreement_output: str | None,
-        providers: Sequence[str],
-        threads: int,
     ) -> None:
-        self._session = open_session(teacher.proto, teacher.folder, providers=providers, threads=threads)
+        self._session = runtime.open(teacher)
         self._samples = samples
         self._known: dict[int, list[Array]] = {}
         floats = [output.name for output in self._session.get_outputs() if output.type == "tensor(float)"]
@@ -190,8 +188,7 @@ class HeldOut:
         weights: names of the weights that are inputs.
         teacher: the targets.
         samples: the data, of which SELECT samples judge.
-        providers: execution providers of ONNX Runtime.
-        threads: intra-op threads, 0 for its own choice.
+        runtime: what models run on.
     """
 
     def __init__(
@@ -200,14 +197,12 @@ class HeldOut:
         weights: Collection[str],
         teacher: Teacher,
         samples: Samples,
-        *,
-        providers: Sequence[str],
-        threads: int,
+        runtime: Runtime,
     ) -> None:
         forward = with_inputs(student, weights)
         del forward.graph.output[:]
         forward.graph.output.append(onnx.ValueInfoProto(name=LOSS))
-        self._session = open_session(forward, student.folder, providers=providers, threads=threads)
+        self._session = runtime.open(forward, student.folder)
         self._teacher = teacher
         self._batches = [(batch.samples, batch.size) for batch in samples.batches(Part.SELECT, limit=HELD_OUT)]
 

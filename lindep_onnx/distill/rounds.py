@@ -16,7 +16,6 @@ import fnmatch
 import glob
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeAlias
 
@@ -27,22 +26,22 @@ from lindep_onnx.data.samples import Samples
 from lindep_onnx.distill.augment import checked, mix
 from lindep_onnx.distill.checkpoint import Checkpoint
 from lindep_onnx.distill.train import Recovered, distill
+from lindep_onnx.log import Log
 from lindep_onnx.model import ir as graph
 from lindep_onnx.model.shapes import resolve
 from lindep_onnx.options import Config, TrainingBudget
 from lindep_onnx.planning.strategies import SIZES, Chosen, Workshop
+from lindep_onnx.runtime.backend import Runtime
 from lindep_onnx.structure.trace import trace
 from lindep_onnx.structure.types import Structure
 from lindep_onnx.verify.group_errors import measure_groups
 
-Progress: TypeAlias = Callable[[str, int, int], None]
-Stage: TypeAlias = Callable[[str], AbstractContextManager[None]]
 #: Sets up one round: called with the model as the last round left it and the options of the round.
 Open: TypeAlias = Callable[[Structure, Config], Workshop]
 
 
 def contract_in_rounds(
-    original: Structure, samples: Samples, config: Config, open_round: Open, stage: Stage, progress: Progress
+    original: Structure, samples: Samples, config: Config, open_round: Open, runtime: Runtime, log: Log
 ) -> tuple[Workshop, Chosen]:
     """Compress a model in rounds.
 
@@ -51,8 +50,8 @@ def contract_in_rounds(
         samples: the data.
         config: the options; `rounds` and `recover` say how often and how long.
         open_round: sets up one round.
-        stage: times the stages.
-        progress: called with (stage, done, all).
+        runtime: what models run on.
+        log: told of stages and how far they are.
 
     Returns:
         The workshop of the first round, and the last result that is good; what it removed is counted in units of the
@@ -77,13 +76,13 @@ def contract_in_rounds(
             break
         gone = to_original_units(original, removed, current, chosen.removed)
         if config.effort is not None and gone.any():
-            with stage("recover"):
+            with log.stage("recover"):
                 chosen, notes = _recovered(
-                    workshop, chosen, original, samples, config, config.effort, checkpoint, number, progress
+                    workshop, chosen, original, samples, config, config.effort, checkpoint, number, runtime, log
                 )
             told.extend(notes)
         if best is not None and best.failure is None and chosen.failure is not None and not config.sized:
-            name = _worst(current, chosen, samples, config)
+            name = _worst(current, chosen, samples, config, runtime)
             told.append(
                 f"Round {number + 1} broke a budget and was undone; the channels of node {name!r}, where its error was "
                 "largest, were left alone from then on."
@@ -106,11 +105,9 @@ def _traced(model: graph.Model, config: Config, frozen: Sequence[str]) -> Struct
     return trace(model, resolve(model), include=config.include, exclude=exclude, min_channels=config.min_channels)
 
 
-def _worst(current: Structure, chosen: Chosen, samples: Samples, config: Config) -> str:
+def _worst(current: Structure, chosen: Chosen, samples: Samples, config: Config, runtime: Runtime) -> str:
     """The first producer of the group whose readers are furthest off."""
-    errors = measure_groups(
-        current, chosen, samples, seed=config.seed, providers=config.providers, threads=config.threads
-    )
+    errors = measure_groups(current, chosen.removed, chosen.model, samples, runtime, seed=config.seed)
     changed = [number for number, group in enumerate(current.groups) if chosen.removed[group.units].any()]
     return current.groups[max(changed, key=lambda number: errors.get(number, 0.0))].name
 
@@ -165,7 +162,8 @@ def _recovered(
     effort: TrainingBudget,
     checkpoint: Checkpoint | None,
     number: int,
-    progress: Progress,
+    runtime: Runtime,
+    log: Log,
 ) -> tuple[Chosen, tuple[str, ...]]:
     """The result with trained weights, or as it was if unseen samples turn those down, and what to tell the user."""
     student = chosen.model
@@ -175,14 +173,13 @@ def _recovered(
         student,
         samples,
         effort,
+        runtime,
+        log,
         frozen=[node.name for node in student.nodes if any(fnmatch.fnmatchcase(node.name, g) for g in config.exclude)],
         agreement_output=config.agreement_output,
         augment=augment,
         checkpoint=checkpoint,
-        providers=config.providers,
-        threads=config.threads,
         seed=config.seed + number,
-        progress=progress,
     )
     notes = tuple(_notes(found, number if config.rounds > 1 else None))
     if found.weights:

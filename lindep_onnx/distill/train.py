@@ -19,8 +19,7 @@ import functools
 import hashlib
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -33,15 +32,15 @@ from lindep_onnx.distill.autodiff.differentiate import differentiate
 from lindep_onnx.distill.checkpoint import Checkpoint, TrainingState
 from lindep_onnx.distill.loss import LOSS, HeldOut, Teacher, with_loss
 from lindep_onnx.errors import LindepError
+from lindep_onnx.log import Log
 from lindep_onnx.model.ir import Model
 from lindep_onnx.model.weighted import WEIGHTS
 from lindep_onnx.model.weights import fingerprint
 from lindep_onnx.options import TrainingBudget
-from lindep_onnx.runtime.backend import cores, open_session
+from lindep_onnx.runtime.backend import Runtime
 
 Array: TypeAlias = NDArray[Any]
 Weights: TypeAlias = Mapping[str, Array]
-Progress: TypeAlias = Callable[[str, int, int], None]
 
 #: Length of a step relative to the root mean square of a tensor, at its peak.
 RATE = 1e-2
@@ -93,15 +92,14 @@ def distill(
     student: Model,
     samples: Samples,
     effort: TrainingBudget,
+    runtime: Runtime,
+    log: Log,
     *,
     frozen: Collection[str] = (),
     agreement_output: str | None = None,
     augment: Augment | None = None,
     checkpoint: Checkpoint | None = None,
-    providers: Sequence[str],
-    threads: int,
     seed: int,
-    progress: Progress,
 ) -> Recovered:
     """Train a model towards the outputs of another.
 
@@ -110,24 +108,22 @@ def distill(
         student: the smaller model; inputs and outputs as the teacher's.
         samples: the data.
         effort: how long.
+        runtime: what models run on.
+        log: told how far it is, in steps or seconds.
         frozen: names of nodes whose weights stay as they are.
         agreement_output: see `lindep_onnx.verify.OutputErrors`.
         augment: makes other inputs of those of a run.
         checkpoint: where to keep the state, and to take it up.
-        providers: execution providers of ONNX Runtime.
-        threads: intra-op threads, 0 for its own choice.
         seed: of the order of the samples.
-        progress: called with (stage, done, all) in steps or seconds.
 
     Raises:
         UsageError: the checkpoint is of another training, or `augment` breaks its contract.
         OutputError: the checkpoint cannot be written.
     """
-    runtime: dict[str, Any] = {"providers": providers, "threads": threads}
     fitted = samples.parts[Part.FIT]
     if not samples.uniform or not len(fitted) or not len(samples.parts[Part.SELECT]):
         return _untrained("the samples differ in shape" if not samples.uniform else "there are too few samples")
-    guide = Teacher(teacher, samples, agreement_output=agreement_output, **runtime)
+    guide = Teacher(teacher, samples, runtime, agreement_output=agreement_output)
     if not guide.measures:
         return _untrained("no output of type float32 varies")
     try:
@@ -135,19 +131,18 @@ def distill(
         chosen = [name for name in trainable(student, frozen) if name in modern.stored]
         batch = min(samples.batch, len(fitted))
         whole = guide.feeds(fitted[:batch])
-        pieces = _pieces(whole, batch, samples, providers)
-        shapes = {name: value.shape for name, value in _split(whole, pieces)[0].items()}
+        shares = runtime.pieces(PIECES if _divides(whole, batch, samples) else 1)
+        shapes = {name: value.shape for name, value in _split(whole, shares.runs)[0].items()}
         backward = differentiate(modern, LOSS, chosen, shapes)
         notes = tuple(
             f"Weights in front of node {name!r} ({op}) were not trained: {why}." for name, op, why in backward.obstacles
         )
         if not backward.gradients:
             return Recovered({}, 0, (), notes or _untrained("no output depends on a float32 weight").notes)
-        own = threads if pieces == 1 else max(1, (threads or cores()) // pieces)
-        session = open_session(backward.proto, backward.folder, providers=providers, threads=own)
+        session = shares.each.open(backward.proto, backward.folder)
     except LindepError as error:  # the refit is worth keeping without it
         return _untrained(str(error))
-    held_out = HeldOut(modern, list(backward.gradients), guide, samples, **runtime)
+    held_out = HeldOut(modern, list(backward.gradients), guide, samples, runtime)
     order = _Order(fitted, batch, seed)
 
     def slopes(number: int, weights: Weights) -> tuple[float, dict[str, Array]]:
@@ -158,7 +153,7 @@ def distill(
             varied = augment(plain, rng)
             feeds = feeds if varied is plain else guide.taught(varied)
         wanted = [LOSS, *backward.gradients.values()]
-        runs = pool.map(lambda piece: session.run(wanted, {**piece, **weights}), _split(feeds, pieces))
+        runs = pool.map(lambda piece: session.run(wanted, {**piece, **weights}), _split(feeds, shares.runs))
         loss, *found = (functools.reduce(np.add, parts) for parts in zip(*runs, strict=True))
         return float(loss) / batch, dict(zip(backward.gradients, found, strict=True))
 
@@ -173,19 +168,16 @@ def distill(
         if checkpoint is not None:
             checkpoint.save(key, state)
 
-    with ThreadPoolExecutor(pieces) as pool:
-        state = _trained(state, effort, slopes, held_out.loss, _sizes(start), keep, progress)
+    with shares.pool() as pool:
+        state = _trained(state, effort, slopes, held_out.loss, _sizes(start), keep, log)
     changed = {name: value for name, value in state.best.items() if not np.array_equal(value, start[name])}
     return Recovered(changed, state.steps, state.history, notes)
 
 
-def _pieces(feeds: Mapping[str, Array], batch: int, samples: Samples, providers: Sequence[str]) -> int:
-    """In how many pieces a batch is run at the same time, see `lindep_onnx.runtime.backend`.
-
-    Not by the number of cores, which must not change what is found.
-    """
+def _divides(feeds: Mapping[str, Array], batch: int, samples: Samples) -> bool:
+    """Whether a batch can be run in pieces."""
     apart = samples.free_batch and all(value.ndim and len(value) == batch for value in feeds.values())
-    return PIECES if apart and batch % PIECES == 0 and set(providers) == {"CPUExecutionProvider"} else 1
+    return apart and batch % PIECES == 0
 
 
 def _split(feeds: Mapping[str, Array], pieces: int) -> list[dict[str, Array]]:
@@ -218,7 +210,7 @@ def _trained(
     held_out: Callable[[Weights], float],
     sizes: Mapping[str, float],
     keep: Callable[[TrainingState], None],
-    progress: Progress,
+    log: Log,
 ) -> TrainingState:
     """Train until the effort is spent.
 
@@ -229,7 +221,7 @@ def _trained(
         held_out: the loss that judges.
         sizes: by which each tensor moves.
         keep: called with a state now and then.
-        progress: see `recover`.
+        log: told how far it is.
     """
     begun = saved = time.monotonic()
     earlier, losses = state.seconds, []
@@ -251,9 +243,9 @@ def _trained(
         state = _moved(state, gradients, _rate(share()), sizes)
         state = replace(state, seconds=earlier + time.monotonic() - begun)
         if effort.steps is not None:
-            progress("recover", state.steps, effort.steps)
+            log.progress("recover", state.steps, effort.steps)
         else:
-            progress("recover", int(state.seconds), int(effort.seconds or 0))
+            log.progress("recover", int(state.seconds), int(effort.seconds or 0))
         if looks() > before or share() >= 1:
             state = _judged(state, float(np.mean(losses)), held_out(state.weights))
             losses = []
@@ -286,6 +278,8 @@ def trainable(model: Model, frozen: Collection[str]) -> list[str]:
 
     Args:
         model: the model.
+        runtime: what models run on.
+        log: told how far it is, in steps or seconds.
         frozen: names of nodes that keep theirs.
     """
     # Positions of the weights of each operator; constants of arithmetic count where they are vectors (biases).

@@ -24,14 +24,15 @@ from threadpoolctl import threadpool_limits
 
 from lindep_onnx import files
 from lindep_onnx.calibration import inactive as silence
-from lindep_onnx.calibration.collect import Progress, Ranges, collect_local
+from lindep_onnx.calibration.collect import Ranges, collect_local
 from lindep_onnx.calibration.measure import Calibration, StatisticsAccumulator
 from lindep_onnx.data.inputs import InputSpec
 from lindep_onnx.data.samples import Part, Samples, open_samples
 from lindep_onnx.errors import CalibrationError, LindepError, UsageError
+from lindep_onnx.log import Log
 from lindep_onnx.model import ir as graph
 from lindep_onnx.model.shapes import resolve
-from lindep_onnx.runtime.backend import cores
+from lindep_onnx.runtime.backend import Runtime, cores
 from lindep_onnx.structure.trace import trace
 from lindep_onnx.structure.types import Structure
 
@@ -63,7 +64,7 @@ class _Job:
     watched: tuple[silence.WatchedTensor, ...]
     fitted: int
     seed: int
-    runtime: tuple[tuple[str, ...], int]
+    runtime: Runtime
     sharing: int
 
 
@@ -96,17 +97,15 @@ class Workers:
         structure: Structure,
         samples: Samples,
         watched: tuple[silence.WatchedTensor, ...],
+        runtime: Runtime,
+        log: Log,
         *,
         fitted: int,
         seed: int,
-        progress: Progress,
-        providers: Sequence[str],
-        threads: int,
     ) -> tuple[Calibration, Ranges]:
         """Moments and ranges of the samples, as one process would take them; see `lindep_onnx.calibration.collect`."""
         model, folder = structure.model.proto.SerializeToString(deterministic=True), structure.model.folder
         beside = None if folder is None else str(folder.path)
-        runtime = tuple(providers), threads
         workers = self._client.scheduler_info()["workers"].values()
         sharing = max(Counter(worker["host"] for worker in workers).values(), default=1)
         job = _Job(
@@ -120,7 +119,7 @@ class Workers:
             for shard, (seen, ranges) in zip(shards, self._results(job, shards), strict=True):
                 found = (seen, ranges) if found is None else (found[0].merge(seen), _both(found[1], ranges))
                 done += sum(len(own) for own in shard.values())
-                progress("calibrate", done, done)
+                log.progress("calibrate", done, done)
         except LindepError:
             raise
         except Exception as error:
@@ -232,8 +231,6 @@ def _both(own: Ranges, more: Ranges) -> Ranges:
 def _run_shard(job: _Job, numbers: Numbers) -> tuple[Calibration, Ranges]:
     with threadpool_limits(max(1, cores() // (2 * job.sharing)), user_api="blas"):
         channels = _traced(job.model, job.folder, job.trace)
-        providers, threads = job.runtime
-        threads = threads or max(1, cores() // job.sharing)  # processes of one machine share its cores
         with open_samples(
             job.source,
             job.inputs,
@@ -249,10 +246,9 @@ def _run_shard(job: _Job, numbers: Numbers) -> tuple[Calibration, Ranges]:
                 samples,
                 job.watched,
                 sums,
-                providers=providers,
-                threads=threads,
+                job.runtime.beside(job.sharing),
+                Log(),
                 seed=job.seed,
-                progress=lambda *_: None,
                 fitted=job.fitted,
             )
     return sums.result(), ranges

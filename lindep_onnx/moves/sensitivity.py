@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,16 +13,15 @@ from lindep_onnx.calibration.statistics import Statistics, problem
 from lindep_onnx.data.samples import Part, Samples
 from lindep_onnx.linalg.elimination import Limits, eliminate
 from lindep_onnx.linalg.fold import ConsumerProblem, choose_ridge, removal_cost
+from lindep_onnx.log import Log
 from lindep_onnx.model.ir import Model
 from lindep_onnx.moves.fold_weights import fold_weights
 from lindep_onnx.planning.path import Curve, folds_of
-from lindep_onnx.runtime.backend import crew, open_session
+from lindep_onnx.runtime.backend import Runtime
 from lindep_onnx.structure.placement import equalized
 from lindep_onnx.structure.rewrite import rewrite
 from lindep_onnx.structure.steps import Fold
 from lindep_onnx.structure.types import Structure
-
-Progress: TypeAlias = Callable[[str, int, int], None]
 
 #: Squared relative error that is made at a site: large enough to stand out, small enough to be linear.
 PERTURBATION = 0.02
@@ -39,16 +38,12 @@ class PerturbationRunner:
         structure: the traced model.
         statistics: what the data says.
         samples: the data; SELECT samples are run.
-        providers: execution providers of ONNX Runtime.
-        threads: intra-op threads, 0 for its own choice.
+        runtime: what models run on.
     """
 
-    def __init__(
-        self, structure: Structure, statistics: Statistics, samples: Samples, *, providers: Sequence[str], threads: int
-    ) -> None:
+    def __init__(self, structure: Structure, statistics: Statistics, samples: Samples, runtime: Runtime) -> None:
         self._structure, self._statistics = structure, statistics
-        self._crew = crew(threads, providers, structure.shape_info.activation_bytes * samples.batch)
-        self._providers = providers
+        self._shares = runtime.shares(structure.shape_info.activation_bytes * samples.batch)
         self._batches = list(samples.batches(Part.SELECT, limit=SAMPLES))
         self._reference = self._outputs(structure.model)
         self._energy = {name: _energy(values) for name, values in self._reference.items()}
@@ -70,16 +65,16 @@ class PerturbationRunner:
         return float(np.mean(shares)) if shares else float("nan")
 
     def _outputs(self, model: Model) -> dict[str, list[NDArray[Any]]]:
-        session = open_session(model.proto, model.folder, providers=self._providers, threads=self._crew.threads)
+        session = self._shares.each.open(model)
         names = [output.name for output in session.get_outputs() if "float" in output.type or "double" in output.type]
         batches = self._batches if names else []
-        with self._crew.pool() as pool:
+        with self._shares.pool() as pool:
             runs = list(pool.map(lambda batch: session.run(names, dict(batch.feeds)), batches))
         return {name: [np.asarray(run[place], dtype=np.float64) for run in runs] for place, name in enumerate(names)}
 
 
 def consumer_sensitivity(
-    structure: Structure, statistics: Statistics, perturbations: PerturbationRunner, progress: Progress
+    structure: Structure, statistics: Statistics, perturbations: PerturbationRunner, log: Log
 ) -> list[float]:
     """Squared relative error of the outputs for a squared relative error of 1 at each site.
 
@@ -91,7 +86,7 @@ def consumer_sensitivity(
         structure: the traced model.
         statistics: what the data says.
         perturbations: of this model.
-        progress: called with (stage, sites done, sites in all).
+        log: told how far it is.
     """
     nothing = np.zeros(structure.units, dtype=bool)
     weighed = sorted(index for group in structure.groups if len(group.consumers) > 1 for index in group.consumers)
@@ -104,7 +99,7 @@ def consumer_sensitivity(
             value = perturbations.error({index: fold}, nothing) / made
             if np.isfinite(value) and value > 0:
                 measured[index] = value
-        progress("influence", done + 1, len(weighed))
+        log.progress("influence", done + 1, len(weighed))
     typical = float(np.median(list(measured.values()))) if measured else 1.0
     found.update({index: max(measured.get(index, typical), 1e-3 * typical) for index in weighed})
     return [found[index] for index in range(len(structure.consumers))]
@@ -115,7 +110,7 @@ def measured_curves(
     statistics: Statistics,
     curves: Sequence[Curve],
     perturbations: PerturbationRunner,
-    progress: Progress,
+    log: Log,
 ) -> list[Curve]:
     """Replace expected costs by measured ones: a group is removed in part, and the outputs tell what that does.
 
@@ -127,7 +122,7 @@ def measured_curves(
         statistics: what the data says.
         curves: expected costs.
         perturbations: of this model.
-        progress: called with (stage, groups done, groups in all).
+        log: told how far it is.
     """
     result = []
     for done, curve in enumerate(curves):
@@ -147,7 +142,7 @@ def measured_curves(
             # The cost of a longer removal is no smaller: both its parts and the ratio may wobble.
             curve = dataclasses.replace(curve, cost=np.maximum.accumulate(curve.cost * ratio))
         result.append(curve)
-        progress("price", done + 1, len(curves))
+        log.progress("price", done + 1, len(curves))
     return result
 
 

@@ -14,10 +14,9 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +25,7 @@ from lindep_onnx._version import __version__
 from lindep_onnx.calibration.statistics import Statistics
 from lindep_onnx.data.samples import Batch, Part, Samples
 from lindep_onnx.errors import BudgetError, LindepError, UsageError, VerificationError
+from lindep_onnx.log import Log
 from lindep_onnx.model import ir as graph
 from lindep_onnx.model.cost import Cost, cost
 from lindep_onnx.model.edit import GraphEdits, apply_edits
@@ -52,7 +52,7 @@ from lindep_onnx.planning.search import COARSE, first_small_enough, last_good_en
 from lindep_onnx.proofs.prove import Proof
 from lindep_onnx.refit.sequential import refit
 from lindep_onnx.runtime import layer_latency as latency
-from lindep_onnx.runtime.backend import Session, crew, open_session
+from lindep_onnx.runtime.backend import Runtime, Session
 from lindep_onnx.structure.layout import ConsumerLayout
 from lindep_onnx.structure.placement import equalized
 from lindep_onnx.structure.rewrite import Removal, rewrite
@@ -60,9 +60,6 @@ from lindep_onnx.structure.steps import ChannelSteps, Fold
 from lindep_onnx.structure.trace import trace
 from lindep_onnx.structure.types import Structure
 from lindep_onnx.verify import compare as verify
-
-Progress: TypeAlias = Callable[[str, int, int], None]
-Stage: TypeAlias = Callable[[str], AbstractContextManager[None]]
 
 #: What counts as lossless beside the bounds: at a site, in half precision, spacings of its numbers; at the outputs
 #: errors that the original itself makes when every weight moves to a neighbouring number or stays.
@@ -138,8 +135,8 @@ class Workshop:
         proof: what the weights alone prove.
         samples: the data; None if there are none.
         config: the options.
-        stage: times the stages.
-        progress: called with (stage, done, all).
+        runtime: what models run on.
+        log: told of stages and how far they are.
         half: the model in half precision of which `channels` is the widened copy; None for any other model.
         reference: what results are compared with, and their sizes are shares of; None if it is the traced model.
         prices: curves of this model that are known already, by currency.
@@ -154,8 +151,8 @@ class Workshop:
         proof: Proof,
         samples: Samples | None,
         config: Config,
-        stage: Stage,
-        progress: Progress,
+        runtime: Runtime,
+        log: Log,
         half: graph.Model | None = None,
         reference: graph.Model | None = None,
         prices: Prices | None = None,
@@ -169,10 +166,9 @@ class Workshop:
         self._structure, self._proof, self._samples, self._config = structure, proof, samples, config
         self._observed = statistics
         self._uncertain = uncertain & ~proof.constant
-        self._stage, self._progress = stage, progress
-        self._runtime: dict[str, Any] = {"providers": config.providers, "threads": config.threads}
+        self._runtime, self._log = runtime, log
         activations = structure.shape_info.activation_bytes * (1 if samples is None else samples.batch)
-        self.crew = crew(config.threads, config.providers, activations)
+        self.shares = runtime.shares(activations)
         original = self._opened(self._reference)  # first of all, for damaged models do not load
         self._original = original if self._reference.folder is None else None
         self._shapes, self._batch = _first_shapes(samples)
@@ -200,7 +196,7 @@ class Workshop:
         ladder = None
         priced: Sequence[Curve] = ()
         frontier: tuple[FrontierPoint, ...] = ()
-        with self._stage("plan"):
+        with self._log.stage("plan"):
             lossless = self._lossless_plan(self._uncertain)
             if self._config.budgeted:
                 prices = self._priced() if self._by_size else {}
@@ -230,7 +226,7 @@ class Workshop:
         """What budgets would cost, where none is asked for; empty without data."""
         if self._observed is None:
             return ()
-        with self._stage("plan"):
+        with self._log.stage("plan"):
             prices = self._priced()[self._currency]
             ladder = self._ladder(prices, self._lossless_plan(self._uncertain))
         return self._frontier(ladder, prices)
@@ -315,7 +311,7 @@ class Workshop:
             model, notes = self._refit(removed, model, wanted.refit) if wanted.refit != "fold" else (model, ())
             chosen = self._finished(model, removed, _budget_kind(removed), notes)
             return dataclasses.replace(chosen, refit=wanted.refit)
-        with self._stage("plan"):
+        with self._log.stage("plan"):
             plan = self._lossless_again(removed)
         return self._built(plan, wanted.refit)
 
@@ -339,7 +335,7 @@ class Workshop:
         return rest
 
     def _carried_out(self, plan: ChannelSteps, statistics: tuple[ConsumerLayout, ...], mode: str) -> Chosen:
-        with self._stage("rewrite"):
+        with self._log.stage("rewrite"):
             model = rewrite(
                 self._structure, fold_weights(self._structure, plan.folds, statistics, plan.removed), self.metadata
             )
@@ -354,7 +350,7 @@ class Workshop:
             return chosen
         inactive = self._statistics.inactive & ~self._proof.constant
         if (plan.removed & inactive).any():
-            with self._stage("plan"):
+            with self._log.stage("plan"):
                 conservative = self._lossless_plan(inactive)
             chosen = self._lossless(conservative, inactive, width)
         if chosen.failure is not None:
@@ -378,13 +374,13 @@ class Workshop:
             if (removed == plan.removed).all() and (asked is None or (removed == asked).all()):
                 return self._built(plan, self._config.refit)
             asked = removed
-            with self._stage("plan"):
+            with self._log.stage("plan"):
                 plan = self._lossless_plan(uncertain, ~removed)
 
     def _built(self, plan: ChannelSteps, refit: str) -> Chosen:
-        with self._stage("reconstruct"):
+        with self._log.stage("reconstruct"):
             new = fold_weights(self._structure, plan.folds, self._statistics.consumers, plan.removed)
-        with self._stage("rewrite"):
+        with self._log.stage("rewrite"):
             model = rewrite(self._structure, new, self.metadata)
         notes: tuple[str, ...] = ()
         refit = refit if refit in ("kernel", "sequential") else "fold"
@@ -417,10 +413,10 @@ class Workshop:
         return self._curves("macs", {layer.node.index: self._table.rate(layer) for layer in found})
 
     def _curves(self, kind: Saving, rates: Mapping[int, float]) -> tuple[Curve, ...]:
-        perturbations = PerturbationRunner(self._structure, self._statistics, self._data, **self._runtime)
-        sensitivity = consumer_sensitivity(self._structure, self._statistics, perturbations, self._progress)
+        perturbations = PerturbationRunner(self._structure, self._statistics, self._data, self._runtime)
+        sensitivity = consumer_sensitivity(self._structure, self._statistics, perturbations, self._log)
         expected = curves(self._structure, self._statistics, sensitivity, savings(self._structure, kind, rates))
-        return tuple(measured_curves(self._structure, self._statistics, expected, perturbations, self._progress))
+        return tuple(measured_curves(self._structure, self._statistics, expected, perturbations, self._log))
 
     def _ladder(self, prices: Sequence[Curve], lossless: ChannelSteps) -> Ladder:
         # Random inputs prove nothing: what never changed on them is priced like the rest.
@@ -430,7 +426,7 @@ class Workshop:
     def _frontier(self, ladder: Ladder, priced: Sequence[Curve]) -> tuple[FrontierPoint, ...]:
         """Measured with folds, which are cheap: a refit does better."""
         points = []
-        with self._stage("frontier"):
+        with self._log.stage("frontier"):
             whole = self._structure.kept_parameters(ladder.removed(0))
             for done, share in enumerate(FRONTIER):
                 order = ladder.order[: round(share * len(ladder))]
@@ -441,7 +437,7 @@ class Workshop:
                 expected = sum(float(np.append(0.0, curve.cost)[int(removed[curve.units].sum())]) for curve in priced)
                 channels = int(removed.sum())
                 points.append(FrontierPoint(left, found.relative_error, found.agreement, channels, expected**0.5))
-                self._progress("frontier", done + 1, len(FRONTIER))
+                self._log.progress("frontier", done + 1, len(FRONTIER))
         return tuple(points)
 
     def _in_time(self, ladder: Ladder, lossless: ChannelSteps) -> Chosen:
@@ -451,7 +447,7 @@ class Workshop:
         given = self._config.round_to
         widths = (given,) if isinstance(given, int) and given > 1 else WIDTHS[1:]  # others leave the fast kernels
         for width in widths if self._by_size else ():
-            with self._stage("search"):
+            with self._log.stage("search"):
                 count = first_small_enough(len(ladder), functools.partial(self._rung_is_small, ladder, width))
             if count is None or self._share_of_time(self._bare(ladder, count, width)) > SURE * allowed:
                 continue
@@ -459,7 +455,7 @@ class Workshop:
             if chosen.failure is None:
                 return chosen
         if self._by_size:
-            with self._stage("plan"):
+            with self._log.stage("plan"):
                 ladder = self._ladder(self._priced_by_time(), lossless)
         return self._budgeted(ladder, widths[0], allowed)
 
@@ -496,7 +492,7 @@ class Workshop:
         if self._config.sized:
             chosen = self._small_enough(ladder, width, build, refitted, allowed)
             return dataclasses.replace(chosen, refit=self._refit_mode if refitted else "fold")
-        with self._stage("search"):
+        with self._log.stage("search"):
             count, needs_refit = last_good_enough(
                 ladder.rungs(),
                 lambda rung: judged(build(rung, False)[0]),
@@ -535,7 +531,7 @@ class Workshop:
 
         best: Chosen | None = None
         for _ in range(CORRECTIONS if allowed is not None else 1):
-            with self._stage("search"):
+            with self._log.stage("search"):
                 count = first_small_enough(len(ladder), small)
             model, removed, notes = build(len(ladder) if count is None else count, refitted)
             # A refit may add a few biases that were not there.
@@ -585,9 +581,9 @@ class Workshop:
         path = Path(self._config.latency_table) if self._config.latency_table is not None else None
         if path is not None and path.exists():
             return latency.LatencyTable.load(path)
-        with self._stage("latency table"):
+        with self._log.stage("latency table"):
             found = latency.layers(self._structure.model, self._timed_shapes)
-            table = latency.measure_table(found, self._structure.model.opset, **self._runtime)
+            table = latency.measure_table(found, self._structure.model.opset, self._runtime)
         if path is not None:
             table.save(path)
         return table
@@ -616,7 +612,7 @@ class Workshop:
         def good(model: graph.Model) -> bool:
             measured = self._quality(model, self._compared(model, Part.SELECT))
             done = next(probes)
-            self._progress("search", done, max(done, PROBES))
+            self._log.progress("search", done, max(done, PROBES))
             return all(self._holds(kind, value) for kind, value in measured.items())
 
         return good
@@ -629,8 +625,8 @@ class Workshop:
             measured["min_agreement"] = None if found is None else found.agreement
         if self._config.eval is not None:
             if self._metric is None:
-                self._metric = float(self._config.eval(_open(self._reference, **self._runtime)))
-            measured["max_drop"] = self._metric - float(self._config.eval(_open(model, **self._runtime)))
+                self._metric = float(self._config.eval(self._runtime.open(self._reference)))
+            measured["max_drop"] = self._metric - float(self._config.eval(self._runtime.open(model)))
         return measured
 
     def _holds(self, kind: str, value: float | None) -> bool:
@@ -654,12 +650,12 @@ class Workshop:
     def _refit(self, removed: NDArray[np.bool_], model: graph.Model, mode: str) -> tuple[graph.Model, tuple[str, ...]]:
         if not removed.any():
             return model, ()
-        with self._stage("refit"):
+        with self._log.stage("refit"):
             traced = trace(model, resolve(model))
             found = refit(
-                self._structure, removed, traced, self._data,
+                self._structure, removed, traced, self._data, self._runtime, self._log,
                 mode="kernel" if mode == "kernel" else "sequential",
-                seed=self._config.seed, progress=self._progress, **self._runtime,
+                seed=self._config.seed,
             )  # fmt: skip
             notes = []
             if found.skipped:
@@ -705,7 +701,7 @@ class Workshop:
         return self._against(model, samples.batches(*parts))
 
     def _against(self, model: graph.Model, batches: Iterator[Batch]) -> verify.Comparison:
-        wanted, runs = self._config.agreement_output, self.crew.runs
+        wanted, runs = self._config.agreement_output, self.shares.runs
         return verify.compare(*self.sessions(model), batches, agreement_output=wanted, runs=runs)
 
     def sessions(self, model: graph.Model) -> tuple[Session, Session]:
@@ -714,7 +710,7 @@ class Workshop:
 
     def _opened(self, model: graph.Model) -> Session:
         """A session for several runs at a time."""
-        return _open(model, providers=self._config.providers, threads=self.crew.threads)
+        return self.shares.each.open(model)
 
     def stress_failure(self, found: verify.Comparison) -> LindepError | None:
         """Why a result must not be used after what was found on a second data set; None if all is well."""
@@ -741,7 +737,7 @@ class Workshop:
     def _finished(
         self, model: graph.Model, removed: NDArray[np.bool_], kind: NDArray[np.int8], notes: tuple[str, ...]
     ) -> Chosen:
-        with self._stage("verify"):
+        with self._log.stage("verify"):
             if self._half is not None:  # what is judged has been rounded like what is written
                 model = to_float32(self.stored(model))
             found = self._compared(model, Part.VERIFY)
@@ -781,15 +777,7 @@ class Workshop:
             return None
         feeds = next(iter(self._samples.batches(limit=1))).feeds
         seconds = self._config.benchmark or (TIMED if self._config.latency is None else DECISIVE)
-        models = self._reference, model
-
-        def timed(*models: graph.Model) -> tuple[float, ...]:
-            sessions = [_open(model, timed=True, **self._runtime) for model in models]
-            return verify.measure_latency(sessions, feeds, seconds=seconds * len(models) / 2)
-
-        # Weights that are timed are copies in memory: not of two large models at once.
-        together = self._reference.folder is None
-        before, after = timed(*models) if together else (*timed(models[0]), *timed(models[1]))
+        before, after = self._runtime.time((self._reference, model), feeds, seconds=seconds)
         return before, after
 
 
@@ -818,10 +806,6 @@ def rounded(
 
 def _budget_kind(removed: NDArray[np.bool_]) -> NDArray[np.int8]:
     return np.zeros(len(removed), dtype=np.int8)
-
-
-def _open(model: graph.Model, **options: Any) -> Session:
-    return open_session(model.proto, model.folder, **options)
 
 
 def _merit(chosen: Chosen) -> tuple[bool, float]:

@@ -17,7 +17,7 @@ so that the layer also makes up for the error of the other branch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -28,9 +28,11 @@ from numpy.typing import NDArray
 
 from lindep_onnx.data.samples import Part, Samples
 from lindep_onnx.files import Scratch
+from lindep_onnx.log import Log
 from lindep_onnx.model.edit import GraphEdits
 from lindep_onnx.model.ir import Node
 from lindep_onnx.model.weighted import Window
+from lindep_onnx.runtime.backend import Runtime
 from lindep_onnx.runtime.rows import ChannelAxis, RowSampler, rows_at
 from lindep_onnx.runtime.stages import Stages
 from lindep_onnx.structure.placement import Placement
@@ -38,7 +40,6 @@ from lindep_onnx.structure.types import Product, Structure
 
 Array: TypeAlias = NDArray[Any]
 Matrix: TypeAlias = NDArray[np.float64]
-Progress: TypeAlias = Callable[[str, int, int], None]
 
 #: Rows for each unknown of one output, rows at least, and bytes of patches at most.
 ROWS_PER_UNKNOWN = 16
@@ -91,12 +92,11 @@ def refit(
     removed: NDArray[np.bool_],
     compressed: Structure,
     samples: Samples,
+    runtime: Runtime,
+    log: Log,
     *,
     mode: Literal["kernel", "sequential"],
-    providers: Sequence[str],
-    threads: int,
     seed: int,
-    progress: Progress,
 ) -> Refitted:
     """Refit every product whose input is no longer that of the original.
 
@@ -105,13 +105,11 @@ def refit(
         removed: (units,) bool, what went.
         compressed: the result of folding, traced.
         samples: the data; FIT samples are fitted, SELECT samples choose the ridge.
+        runtime: what models run on.
+        log: told how far it is.
         mode: where the inputs of a layer come from, see the module.
-        providers: execution providers of ONNX Runtime.
-        threads: intra-op threads, 0 for its own choice.
         seed: of the positions that are sampled.
-        progress: called with (stage, products done, products in all).
     """
-    runtime: dict[str, Any] = {"providers": providers, "threads": threads}
     placement = Placement(original, removed)
     tasks, skipped = _tasks(original, placement, compressed, residual=mode == "sequential")
     edits: dict[str, Array] = {}
@@ -124,10 +122,10 @@ def refit(
     source = compressed if mode == "sequential" else original
     with (
         Scratch() as folder,
-        Stages(source.model, source.shape_info, samples.batches(Part.FIT), **runtime) as fit,
-        Stages(source.model, source.shape_info, samples.batches(Part.SELECT), **runtime) as select,
+        Stages(source.model, source.shape_info, samples.batches(Part.FIT), runtime) as fit,
+        Stages(source.model, source.shape_info, samples.batches(Part.SELECT), runtime) as select,
     ):
-        sampler = RowSampler(original.model, original.shape_info, most, **runtime)
+        sampler = RowSampler(original.model, original.shape_info, most, runtime)
         rng = np.random.default_rng(seed)
         targets = [_Targets(sampler, samples, part, rng, Path(folder) / part.value) for part in (Part.FIT, Part.SELECT)]
         for done, task in enumerate(tasks):
@@ -148,7 +146,7 @@ def refit(
                 operands[index, position] = value
                 for stages in (fit, select) if source is compressed else ():
                     stages.set_operand(compressed.model.nodes[index], position, value)
-            progress("refit", done + 1, len(tasks))
+            log.progress("refit", done + 1, len(tasks))
     return Refitted(GraphEdits(constants=edits, inputs=operands), errors, skipped)
 
 

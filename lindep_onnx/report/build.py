@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 import onnx
-import onnxruntime
 import scipy
 
 from lindep_onnx._version import __version__
@@ -28,6 +27,7 @@ from lindep_onnx.report.values import (
     Support,
     Verification,
 )
+from lindep_onnx.runtime import backend
 from lindep_onnx.structure.steps import KINDS
 from lindep_onnx.structure.traced import TracedModel
 from lindep_onnx.verify import compare as verify
@@ -83,7 +83,7 @@ def summarise(
         versions={
             "lindep_onnx": __version__,
             "onnx": onnx.__version__,
-            "onnxruntime": onnxruntime.__version__,
+            "onnxruntime": backend.version(),
             "numpy": np.__version__,
             "scipy": scipy.__version__,
             "python": platform.python_version(),

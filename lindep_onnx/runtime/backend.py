@@ -1,4 +1,4 @@
-"""Sessions of ONNX Runtime, and several runs of one at a time.
+"""Where and how models run: sessions of ONNX Runtime, devices, several runs of one session at a time, and timing.
 
 A run on one thread takes less of a processor than the same run on several, which wait for each other at every node. So
 many runs are made at the same time, each on few threads, and what they give is taken in one after the other, always in
@@ -7,21 +7,24 @@ the same order.
 
 from __future__ import annotations
 
+import enum
 import os
-import re
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
+import numpy as np
 import onnx
 import onnxruntime
 
-from lindep_onnx.errors import LindepError, ModelError, UsageError
+from lindep_onnx.errors import LindepError, ModelError, UsageError, one_line
 from lindep_onnx.files import WeightsDir
-from lindep_onnx.model import weights as storage
+from lindep_onnx.model.ir import Model
+from lindep_onnx.model.weights import read
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -29,49 +32,253 @@ Session: TypeAlias = onnxruntime.InferenceSession
 
 #: Option with the folder of the external data of a model that is handed over as a string of bytes.
 FOLDER = "session.model_external_initializers_file_folder_path"
-#: Bytes of activations that runs may have at the same time, all tensors counted; few are alive together.
-ACTIVATIONS = 1 << 30
+#: Options of providers where the caller sets no others. The products of TF32 have 10 bits: with them a result fails its
+#: own verification. And an exhaustive search for convolutions is made again for every shape.
+PROVIDER_OPTIONS: Mapping[str, Mapping[str, str]] = {
+    "CUDAExecutionProvider": {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"},
+}
+CPU = "CPUExecutionProvider"
+#: Others on the machine only ever make a run slower: the share of the runs that are taken for undisturbed.
+UNDISTURBED = 0.1
+
+
+class Purpose(enum.Enum):
+    """What a session is for.
+
+    RUN: many runs, beside other work. Waiting threads do not spin: between two runs they would take the cores from
+        NumPy (measured: least squares on two cores are 8 times slower). And weights in files are used where they lie,
+        not copied into an order that some kernels are faster with.
+    TIME: as ONNX Runtime does it by default.
+    AS_WRITTEN: the graph as it is written, without optimisations.
+    """
+
+    RUN = enum.auto()
+    TIME = enum.auto()
+    AS_WRITTEN = enum.auto()
 
 
 @dataclass(frozen=True)
-class Crew:
+class Provider:
+    """An execution provider of ONNX Runtime.
+
+    Attributes:
+        name: as ONNX Runtime knows it.
+        options: of the provider; those of `PROVIDER_OPTIONS` hold beside them.
+    """
+
+    name: str
+    options: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """All options by name."""
+        return {**PROVIDER_OPTIONS.get(self.name, {}), **dict(self.options)}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What models run on; made once, and handed to everything that runs one.
+
+    Attributes:
+        providers: in order of preference.
+        threads: that may be used; 0 for one on each core.
+        memory: bytes of activations that runs may have at the same time, all tensors counted; few are alive together.
+    """
+
+    providers: tuple[Provider, ...] = (Provider(CPU),)
+    threads: int = 0
+    memory: int = 1 << 30
+
+    @classmethod
+    def named(cls, providers: Iterable[str], threads: int = 0) -> Runtime:
+        """A runtime on providers by their names, with the options that suit them."""
+        return cls(tuple(map(Provider, providers)), threads)
+
+    @property
+    def on_processor(self) -> bool:
+        """Whether nothing but the processor runs models."""
+        return all(provider.name == CPU for provider in self.providers)
+
+    def shares(self, activations: int) -> Shares:
+        """As many runs at a time as there are cores and memory; on other devices one after the other.
+
+        Args:
+            activations: bytes of all tensors of a run.
+        """
+        if not self.on_processor:
+            return Shares(1, self)
+        own = self.threads or cores()
+        runs = max(1, min(own, self.memory // max(1, activations)))
+        return Shares(runs, replace(self, threads=own // runs))
+
+    def pieces(self, count: int) -> Shares:
+        """So many runs at a time whatever the number of cores, which must not change what is found.
+
+        Args:
+            count: of runs on the processor; on other devices a run is not cut into pieces.
+        """
+        if count == 1 or not self.on_processor:
+            return Shares(1, self)
+        return Shares(count, replace(self, threads=max(1, (self.threads or cores()) // count)))
+
+    def beside(self, processes: int) -> Runtime:
+        """What one of several processes on this machine uses: its part of the cores, if threads are not given."""
+        return replace(self, threads=self.threads or max(1, cores() // processes))
+
+    def open(
+        self,
+        model: Model | onnx.ModelProto | str | Path,
+        folder: WeightsDir | None = None,
+        *,
+        purpose: Purpose = Purpose.RUN,
+    ) -> Session:
+        """Make a model ready to run.
+
+        Args:
+            model: a model in memory, or a path.
+            folder: of the external data of a `ModelProto`.
+            purpose: what the session is for.
+
+        Raises:
+            UsageError: a provider is not available here.
+            ModelError: ONNX Runtime cannot load the model.
+        """
+        available = onnxruntime.get_available_providers()
+        for provider in self.providers:
+            if provider.name not in available:
+                raise UsageError(
+                    f"--providers: {provider.name!r} is not available here; choose from {', '.join(available)}."
+                )
+        source = model
+        try:
+            if isinstance(source, Model):
+                source, folder = source.proto, source.folder
+            if isinstance(source, onnx.ModelProto) and folder is None:
+                source, folder = read(source)  # a large one that was put together here goes by way of the disk
+            options = self._session_options(purpose, folder)
+            content = source.SerializeToString() if isinstance(source, onnx.ModelProto) else str(source)
+            return Session(content, options, providers=[(own.name, own.settings) for own in self.providers])
+        except LindepError:
+            raise
+        except Exception as error:  # ONNX Runtime's exceptions have no common base
+            raise ModelError(f"{_where(model)}: ONNX Runtime cannot load it: {one_line(error)}") from error
+
+    def _session_options(self, purpose: Purpose, folder: WeightsDir | None) -> onnxruntime.SessionOptions:
+        timed, optimised = purpose is Purpose.TIME, purpose is not Purpose.AS_WRITTEN
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = self.threads
+        options.enable_cpu_mem_arena = optimised  # an arena pays in many runs
+        # Planned memory is kept beside the arena, for every run that is made at the same time.
+        options.enable_mem_pattern = timed
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if timed else "0")
+        levels = onnxruntime.GraphOptimizationLevel
+        options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
+        if folder is not None:
+            options.add_session_config_entry(FOLDER, str(folder.path.absolute()))
+            if not timed:
+                options.add_session_config_entry("session.disable_prepacking", "1")
+                if optimised:
+                    options.graph_optimization_level = levels.ORT_ENABLE_EXTENDED
+        return options
+
+    def time(self, models: Sequence[Model], feeds: Mapping[str, Any], *, seconds: float) -> tuple[float, ...]:
+        """Time models against each other; large ones one after the other, for what is timed has copies of its weights.
+
+        Args:
+            models: what to time; all take the same feeds.
+            feeds: arrays by input name.
+            seconds: how long to measure, all models together.
+
+        Returns:
+            Milliseconds of a run that little disturbed, for each model.
+        """
+        if any(model.folder is not None for model in models) and len(models) > 1:
+            each = seconds / len(models)
+            return tuple(taken for model in models for taken in self.time([model], feeds, seconds=each))
+        return measure_latency([self.open(model, purpose=Purpose.TIME) for model in models], feeds, seconds=seconds)
+
+
+@dataclass(frozen=True)
+class Shares:
     """How the cores are shared out.
 
     Attributes:
         runs: at the same time.
-        threads: intra-op threads of each; 0 lets ONNX Runtime choose.
+        each: what one of them may use.
     """
 
     runs: int
-    threads: int
+    each: Runtime
 
-    def pool(self) -> ThreadPoolExecutor:
+    def pool(self) -> Pool:
         """Threads for the runs; a context manager."""
-        return ThreadPoolExecutor(self.runs)
+        return Pool(self.runs)
 
 
-def crew(threads: int, providers: Sequence[str], activations: int) -> Crew:
-    """As many runs at a time as there are cores and memory.
-
-    Args:
-        threads: that may be used; 0 for one on each core.
-        providers: execution providers; runs on other devices than the CPU are made one after the other.
-        activations: bytes of all tensors of a run.
-    """
-    if not on_processor(providers):
-        return Crew(1, threads)
-    own = threads or cores()
-    runs = max(1, min(own, ACTIVATIONS // max(1, activations)))
-    return Crew(runs, own // runs)
-
-
-def on_processor(providers: Sequence[str]) -> bool:
-    """Whether nothing but the processor runs models.
+class Pool(ThreadPoolExecutor):
+    """Threads that do some work beside the caller's own.
 
     Args:
-        providers: execution providers.
+        runs: how many.
     """
-    return all(provider == "CPUExecutionProvider" for provider in providers)
+
+    def __init__(self, runs: int) -> None:
+        super().__init__(runs)
+        self._runs = runs
+
+    def in_order(self, work: Callable[[Item], Found], items: Iterable[Item]) -> Iterator[tuple[Item, Found]]:
+        """Do some work for every item.
+
+        Args:
+            work: what to do; several threads do it at a time.
+            items: what to do it for; they are made in the caller's thread, a few ahead.
+
+        Yields:
+            Items and what was found, in the order of the items, whatever the order in which they are done.
+        """
+        waiting: deque[tuple[Item, Future[Found]]] = deque()
+        try:
+            for item in items:
+                waiting.append((item, self.submit(work, item)))
+                if len(waiting) > 2 * self._runs:
+                    done, future = waiting.popleft()
+                    yield done, future.result()
+            while waiting:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        finally:
+            for _, future in waiting:
+                future.cancel()
+
+
+def measure_latency(sessions: Sequence[Session], feeds: Mapping[str, Any], *, seconds: float) -> tuple[float, ...]:
+    """Time sessions against each other.
+
+    They take turns, forwards and backwards, so that whatever else the machine does falls on all of them alike.
+
+    Args:
+        sessions: what to time; all take the same feeds.
+        feeds: arrays by input name.
+        seconds: how long to measure, all sessions together; every one runs at least once after its warm-up.
+
+    Returns:
+        Milliseconds of a run that little disturbed, for each session: the lower decile.
+    """
+    inputs = dict(feeds)
+    for session in sessions:
+        session.run(None, inputs)
+    times: list[list[float]] = [[] for _ in sessions]
+    order = list(range(len(sessions)))
+    stop = time.perf_counter() + seconds
+    while True:
+        for index in order:
+            start = time.perf_counter()
+            sessions[index].run(None, inputs)
+            times[index].append(time.perf_counter() - start)
+        order.reverse()
+        if time.perf_counter() >= stop:
+            return tuple(float(np.quantile(taken, UNDISTURBED)) * 1e3 for taken in times)
 
 
 def cores() -> int:
@@ -79,99 +286,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_order(
-    pool: Executor, work: Callable[[Item], Found], items: Iterable[Item], runs: int
-) -> Iterator[tuple[Item, Found]]:
-    """Do some work for every item beside the caller's own.
-
-    Args:
-        pool: where it is done.
-        work: what to do; several threads do it at a time.
-        items: what to do it for; they are made in the caller's thread, a few ahead.
-        runs: how many may wait at a time, beside as many that are done or being done.
-
-    Yields:
-        Items and what was found, in the order of the items, whatever the order in which they are done.
-    """
-    waiting: deque[tuple[Item, Future[Found]]] = deque()
-    try:
-        for item in items:
-            waiting.append((item, pool.submit(work, item)))
-            if len(waiting) > 2 * runs:
-                done, future = waiting.popleft()
-                yield done, future.result()
-        while waiting:
-            done, future = waiting.popleft()
-            yield done, future.result()
-    finally:
-        for _, future in waiting:
-            future.cancel()
+def version() -> str:
+    """Of ONNX Runtime."""
+    return str(onnxruntime.__version__)
 
 
-def open_session(
-    model: onnx.ModelProto | str | Path,
-    folder: WeightsDir | None = None,
-    *,
-    providers: Sequence[str],
-    threads: int,
-    optimised: bool = True,
-    timed: bool = False,
-) -> Session:
-    """Make a model ready to run.
-
-    Args:
-        model: a model in memory, or a path.
-        folder: of the external data of a model in memory.
-        providers: execution providers, in order of preference.
-        threads: intra-op threads; 0 lets ONNX Runtime choose.
-        optimised: False runs the graph as it is written.
-        timed: True runs it as ONNX Runtime does by default. Else waiting threads do not spin: between two runs they
-            would take the cores from NumPy (measured: least squares on two cores are 8 times slower). And weights in
-            files are used where they lie, not copied into an order that some kernels are faster with.
-
-    Raises:
-        UsageError: a provider is not available here.
-        ModelError: ONNX Runtime cannot load the model.
-    """
-    available = onnxruntime.get_available_providers()
-    unknown = [name for name in providers if name not in available]
-    if unknown:
-        raise UsageError(f"--providers: {unknown[0]!r} is not available here; choose from {', '.join(available)}.")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads
-    options.enable_cpu_mem_arena = optimised  # an arena pays in many runs
-    # Planned memory is kept beside the arena, for every run that is made at the same time.
-    options.enable_mem_pattern = timed
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if timed else "0")
-    levels = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
-    try:
-        if not isinstance(model, onnx.ModelProto):
-            return Session(str(model), options, providers=list(providers))
-        if folder is None:  # a large one that was put together here goes by way of the disk, not of a string
-            model, folder = storage.read(model)
-        if folder is not None:
-            options.add_session_config_entry(FOLDER, str(folder.path.absolute()))
-            if not timed:
-                options.add_session_config_entry("session.disable_prepacking", "1")
-                if optimised:
-                    options.graph_optimization_level = levels.ORT_ENABLE_EXTENDED
-        return Session(model.SerializeToString(), options, providers=list(providers))
-    except LindepError:
-        raise
-    except Exception as error:  # ONNX Runtime's exceptions have no common base
-        raise ModelError(f"{_where(model)}: ONNX Runtime cannot load it: {one_line(error)}") from error
-
-
-def _where(model: onnx.ModelProto | str | Path) -> str:
-    return (model.graph.name or "the model") if isinstance(model, onnx.ModelProto) else str(model)
-
-
-def one_line(error: Exception) -> str:
-    """The first line of what a C++ library says, without error codes, source files and signatures."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
-    place = r"\S+\.(?:cc|cpp|cu|h):\d+ "
-    trimmed = re.sub(place + r".*?\) (?:const )?(?=[A-Z])", "", text, count=1)
-    return re.sub(place, "", trimmed) or text
+def _where(model: Model | onnx.ModelProto | str | Path) -> str:
+    if isinstance(model, (str, Path)):
+        return str(model)
+    return (model.proto if isinstance(model, Model) else model).graph.name or "the model"

@@ -28,7 +28,7 @@ from lindep_onnx.files import replacing
 from lindep_onnx.model.ir import Model, Node
 from lindep_onnx.model.shapes import Shape, ShapeInfo, resolve
 from lindep_onnx.model.weighted import Weighted, weighted
-from lindep_onnx.runtime.backend import open_session
+from lindep_onnx.runtime.backend import Purpose, Runtime
 
 Widths: TypeAlias = "tuple[int, int]"
 
@@ -170,14 +170,13 @@ def _macs(layer: Layer) -> float:
     return positions * pairs * math.prod(layer.kernel) / max(1, strides)
 
 
-def measure_table(found: Sequence[Layer], opset: int, *, providers: Sequence[str], threads: int) -> LatencyTable:
+def measure_table(found: Sequence[Layer], opset: int, runtime: Runtime) -> LatencyTable:
     """Time every kind of layer at a few widths.
 
     Args:
         found: the layers of a model.
         opset: its operator set.
-        providers: execution providers of ONNX Runtime.
-        threads: intra-op threads, 0 for its own choice.
+        runtime: what models run on.
     """
     widest: dict[str, Layer] = {}
     for layer in found:
@@ -193,7 +192,7 @@ def measure_table(found: Sequence[Layer], opset: int, *, providers: Sequence[str
                 if layer.depthwise and i != min(o, len(inputs) - 1):
                     continue
                 try:
-                    grid[i, o] = _time(layer, (before, after), opset, providers, threads)
+                    grid[i, o] = _time(layer, (before, after), opset, runtime)
                 except LindepError:  # a width that the operator does not take: as slow as the whole
                     grid[i, o] = np.nan
         if layer.depthwise:  # the two widths are one
@@ -208,7 +207,7 @@ def _grid(width: int, group: int) -> tuple[int, ...]:
     return tuple(sorted({min(width, -(-round(share * width) // step) * step) for share in SHARES}))
 
 
-def _time(layer: Layer, widths: Widths, opset: int, providers: Sequence[str], threads: int) -> float:
+def _time(layer: Layer, widths: Widths, opset: int, runtime: Runtime) -> float:
     """Seconds of one layer alone, the fastest of several runs."""
     before, after = widths
     group = before if layer.depthwise else layer.layout.group
@@ -228,7 +227,7 @@ def _time(layer: Layer, widths: Widths, opset: int, providers: Sequence[str], th
     if node.op == "Gemm" and opset < 11:
         graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(after, np.float32), "c"))
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=8)
-    session = open_session(model, providers=providers, threads=threads, timed=True)
+    session = runtime.open(model, purpose=Purpose.TIME)
     feeds = {"x": rng.standard_normal(shape, dtype=np.float32)}
     session.run(None, feeds)
     best, runs, stop = math.inf, 0, time.perf_counter() + TIMED

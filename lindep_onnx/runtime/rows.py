@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from lindep_onnx.data.samples import Batch
 from lindep_onnx.model.ir import Model
 from lindep_onnx.model.shapes import ShapeInfo
-from lindep_onnx.runtime.backend import open_session
+from lindep_onnx.runtime.backend import Runtime
 
 Array: TypeAlias = NDArray[Any]
 
@@ -108,8 +108,7 @@ class RowSampler:
         model: the model.
         shape_info: its shapes.
         most: for each place, the number of positions looked at in one sample, at most.
-        providers: execution providers of ONNX Runtime.
-        threads: intra-op threads, 0 for its own choice.
+        runtime: what models run on.
         probe: what else is measured; None for nothing.
         summed: places whose rows do not leave the graph, but their sums (`summable`).
     """
@@ -119,9 +118,8 @@ class RowSampler:
         model: Model,
         shape_info: ShapeInfo,
         most: Mapping[ChannelAxis, int],
+        runtime: Runtime,
         *,
-        providers: Sequence[str],
-        threads: int,
         probe: Probe | None = None,
         summed: Collection[ChannelAxis] = (),
     ) -> None:
@@ -161,7 +159,7 @@ class RowSampler:
             nodes.setdefault(tensor, []).extend(behind)
         proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self._probed)
         insert_behind(proto, nodes)
-        self._session = open_session(proto, model.folder, providers=providers, threads=threads)
+        self._session = runtime.open(proto, model.folder)
 
     def rows(self, batch: Batch, rng: np.random.Generator) -> dict[ChannelAxis, Rows]:
         """Run one batch.

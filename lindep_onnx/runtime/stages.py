@@ -20,7 +20,7 @@ from lindep_onnx.data.samples import Batch
 from lindep_onnx.files import Scratch
 from lindep_onnx.model.ir import Model, Node
 from lindep_onnx.model.shapes import ShapeInfo
-from lindep_onnx.runtime.backend import open_session
+from lindep_onnx.runtime.backend import Runtime
 
 Array: TypeAlias = NDArray[Any]
 
@@ -35,8 +35,7 @@ class Stages:
         model: the model.
         shape_info: its constants.
         batches: what to feed; read once.
-        providers: execution providers of ONNX Runtime.
-        threads: intra-op threads, 0 for its own choice.
+        runtime: what models run on.
         memory: bytes of frontier that stay in memory.
     """
 
@@ -45,14 +44,13 @@ class Stages:
         model: Model,
         shape_info: ShapeInfo,
         batches: Iterable[Batch],
+        runtime: Runtime,
         *,
-        providers: Sequence[str],
-        threads: int,
         memory: int = MEMORY_LIMIT,
     ) -> None:
         self._model = model
         self._constants = shape_info.constants
-        self._runtime: dict[str, Any] = {"providers": providers, "threads": threads}
+        self._runtime = runtime
         self._protos = {name: proto for proto in model.proto.graph.node for name in proto.output if name}
         self._position = 0
         self._weights: dict[str, Array] = {}
@@ -115,7 +113,7 @@ class Stages:
         for store in self._frontier:
             held = store.all()
             if session is None and wanted:
-                session = open_session(self._segment(nodes, inputs, wanted, held), **self._runtime)
+                session = self._runtime.open(self._segment(nodes, inputs, wanted, held))
             values = session.run(wanted, {name: held[name] for name in fed}) if session is not None else []
             held = {name: value for name, value in held.items() if self._last.get(name, -1) >= self._position}
             held.update(zip(wanted, values, strict=True))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import onnx
 
 from lindep_onnx.data.inputs import InputSpec
 from lindep_onnx.errors import ModelError
+from lindep_onnx.log import Log
 from lindep_onnx.model import ir as graph
 from lindep_onnx.model.checks import as_model_error
 from lindep_onnx.model.precision import epsilon, to_float32
@@ -46,28 +45,27 @@ class TracedModel:
     config: Config
 
 
-def load_and_trace(
-    source: str | Path | onnx.ModelProto, config: Config, stage: Callable[[str], Any] = nullcontext
-) -> TracedModel:
+def load_and_trace(source: str | Path | onnx.ModelProto, config: Config, log: Log | None = None) -> TracedModel:
     """Everything that needs no data.
 
     Raises:
         ModelError: the model cannot be read, or is not well formed.
         UsageError: an input range names no input.
     """
-    with stage("load"):
+    log = log or Log()
+    with log.stage("load"):
         model = graph.load(source)
         half = model if epsilon(model.proto) else None
     with as_model_error(model.proto, source):
-        with stage("load"):
+        with log.stage("load"):
             if half is not None:
                 model = to_float32(half)
             shape_info = resolve(model)
-        with stage("trace"):
+        with log.stage("trace"):
             channels = walk(
                 model, shape_info, include=config.include, exclude=config.exclude, min_channels=config.min_channels
             )
-        with stage("prove"):
+        with log.stage("prove"):
             ranges = ranges_of(model, config.input_range)
             proof = prove(channels, ranges, half=half is not None)
     name = Path(source).name if isinstance(source, (str, Path)) else model.proto.graph.name

@@ -18,17 +18,15 @@ cancel) and the sum of squared differences, in float64.
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lindep_onnx.errors import ModelError, UsageError, VerificationError
-from lindep_onnx.runtime.backend import Session, in_order, one_line
+from lindep_onnx.errors import ModelError, UsageError, VerificationError, one_line
+from lindep_onnx.runtime.backend import Pool, Session
 
 Array: TypeAlias = NDArray[Any]
 Floats: TypeAlias = NDArray[np.float64]
@@ -40,8 +38,6 @@ FLOOR = 1e-6
 #: A 4-D output with more channels than this is no map of class scores.
 MAX_CLASSES = 1000
 WORST_SAMPLES = 5
-#: Others on the machine only ever make a run slower.
-UNDISTURBED = 0.1
 #: Elements of an output that are worked on at a time, so that float64 copies of large outputs stay small.
 CHUNK = 1 << 20
 
@@ -428,8 +424,8 @@ def compare(
         except Exception as error:
             raise VerificationError(f"The result cannot run on data the original runs on: {one_line(error)}") from error
 
-    with ThreadPoolExecutor(runs) as pool:
-        for batch, (reference, candidate) in in_order(pool, both, batches, runs):
+    with Pool(runs) as pool:
+        for batch, (reference, candidate) in pool.in_order(both, batches):
             errors.update(reference, candidate, len(batch.samples), fed=getattr(batch, "size", None))
             numbers += batch.samples.tolist()
     found = errors.result()
@@ -453,37 +449,3 @@ def _array(value: Any) -> Array:
     if value and all(isinstance(item, np.ndarray) for item in value):
         return np.concatenate([item.ravel() for item in value])
     return np.asarray(value)
-
-
-def measure_latency(
-    sessions: Sequence[Session],
-    feeds: Mapping[str, Array],
-    *,
-    seconds: float = 1.0,
-) -> tuple[float, ...]:
-    """Time sessions against each other.
-
-    They take turns, forwards and backwards, so that whatever else the machine does falls on all of them alike.
-
-    Args:
-        sessions: what to time; all take the same feeds.
-        feeds: arrays by input name.
-        seconds: how long to measure, all sessions together; every one runs at least once after its warm-up.
-
-    Returns:
-        Milliseconds of a run that little disturbed, for each session: the lower decile.
-    """
-    inputs = dict(feeds)
-    for session in sessions:
-        session.run(None, inputs)
-    times: list[list[float]] = [[] for _ in sessions]
-    order = list(range(len(sessions)))
-    stop = time.perf_counter() + seconds
-    while True:
-        for index in order:
-            start = time.perf_counter()
-            sessions[index].run(None, inputs)
-            times[index].append(time.perf_counter() - start)
-        order.reverse()
-        if time.perf_counter() >= stop:
-            return tuple(float(np.quantile(taken, UNDISTURBED)) * 1e3 for taken in times)

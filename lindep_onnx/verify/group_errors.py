@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lindep_onnx.data.samples import Part, Samples
+from lindep_onnx.model.ir import Model
 from lindep_onnx.model.shapes import resolve
-from lindep_onnx.planning.strategies import Chosen
+from lindep_onnx.runtime.backend import Runtime
 from lindep_onnx.runtime.rows import ChannelAxis, RowSampler
 from lindep_onnx.structure.placement import Placement
 from lindep_onnx.structure.types import ConsumerNode, Structure
@@ -20,7 +20,7 @@ POSITIONS, SAMPLES = 64, 12
 
 
 def measure_groups(
-    structure: Structure, chosen: Chosen, samples: Samples, *, seed: int, providers: Sequence[str], threads: int
+    structure: Structure, removed: NDArray[np.bool_], smaller: Model, samples: Samples, runtime: Runtime, *, seed: int
 ) -> dict[int, float]:
     """RMS error of what the readers of each changed group compute, relative to its centred RMS, worst reader.
 
@@ -28,31 +28,29 @@ def measure_groups(
 
     Args:
         structure: the original model, traced.
-        chosen: the result.
+        removed: (units,) bool.
+        smaller: the model without them.
         samples: the data; VERIFY samples are run.
+        runtime: what models run on.
         seed: of the positions that are compared.
-        providers: execution providers of ONNX Runtime.
-        threads: intra-op threads, 0 for its own choice.
     """
-    runtime: dict[str, Any] = {"providers": providers, "threads": threads}
     wanted: dict[int, list[ChannelAxis]] = {}
     for number, group in enumerate(structure.groups):
-        if chosen.removed[group.units].any():
+        if removed[group.units].any():
             wanted[number] = [
                 _place(structure, reader)
                 for consumer in group.consumers
                 for reader in structure.consumers[consumer].readers
             ]
     most = {place: POSITIONS for places in wanted.values() for place in places}
-    smaller = chosen.model
     shape_info = resolve(smaller)
     most = {place: limit for place, limit in most.items() if place.tensor in smaller.producer}
     if not most or not len(samples.parts[Part.VERIFY]):
         return {}
-    before = RowSampler(structure.model, structure.shape_info, most, **runtime)
-    after = RowSampler(smaller, shape_info, most, **runtime)
+    before = RowSampler(structure.model, structure.shape_info, most, runtime)
+    after = RowSampler(smaller, shape_info, most, runtime)
     sums = {place: [0, 0.0, 0.0, 0.0] for place in most}
-    placement = Placement(structure, chosen.removed)
+    placement = Placement(structure, removed)
     kept = {place: placement.chosen_along(place.tensor, place.axis) for place in most}
 
     for batch in samples.batches(Part.VERIFY, limit=SAMPLES):

@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 
@@ -20,7 +19,7 @@ from lindep_onnx.data.samples import Batch, Samples
 from lindep_onnx.errors import ModelError, VerificationError
 from lindep_onnx.model.ir import Model
 from lindep_onnx.options import LOSSLESS_VERIFIED_ERROR
-from lindep_onnx.runtime.backend import Session, open_session
+from lindep_onnx.runtime.backend import Purpose, Runtime, Session, Shares
 from lindep_onnx.verify import compare as verify
 
 __all__ = ["Variant", "compare_variants"]
@@ -56,10 +55,7 @@ def compare_variants(
     usual: Callable[[], tuple[Session, Session]],
     samples: Samples,
     inputs: Sequence[InputSpec],
-    *,
-    providers: Sequence[str],
-    threads: int,
-    runs: int = 1,
+    shares: Shares,
 ) -> tuple[Variant, ...]:
     """Run a few samples through both models in every other way; ways that the original does not run in are left out.
 
@@ -69,18 +65,16 @@ def compare_variants(
         usual: opens sessions of both as they usually run.
         samples: the data.
         inputs: what the model declares.
-        providers: execution providers of ONNX Runtime.
-        threads: intra-op threads, 0 for its own choice.
-        runs: batches that are run at the same time.
+        shares: what runs of the usual sessions share.
     """
     # Before the usual sessions are opened: two at a time are enough to keep in memory.
-    plain = _error(lambda: _unoptimised(original, result, providers, threads), samples.batches(limit=SAMPLES), 1)
+    plain = _error(lambda: _unoptimised(original, result, shares.each), samples.batches(limit=SAMPLES), 1)
     sessions = usual()
-    error = verify.compare(*sessions, samples.batches(limit=SAMPLES), runs=runs).relative_error
+    error = verify.compare(*sessions, samples.batches(limit=SAMPLES), runs=shares.runs).relative_error
     allowed = 2 * error + LOSSLESS_VERIFIED_ERROR
     tried = [("without optimisations", plain, allowed)]
     for size in BATCHES if samples.free_batch else ():
-        found = _error(lambda: sessions, samples.batches(limit=SAMPLES, size=size), max(1, runs // size))
+        found = _error(lambda: sessions, samples.batches(limit=SAMPLES, size=size), max(1, shares.runs // size))
         tried.append((f"in batches of {size}", found, allowed))
     open_axes = {spec.name: _open_axes(spec) for spec in inputs}
     if any(open_axes.values()):
@@ -105,11 +99,10 @@ def _error(
     return found.samples, found.relative_error
 
 
-def _unoptimised(original: Model, result: Model, providers: Sequence[str], threads: int) -> tuple[Session, Session]:
-    runtime: dict[str, Any] = {"providers": providers, "threads": threads, "optimised": False}
-    first = open_session(original.proto, original.folder, **runtime)
+def _unoptimised(original: Model, result: Model, runtime: Runtime) -> tuple[Session, Session]:
+    first = runtime.open(original, purpose=Purpose.AS_WRITTEN)
     try:
-        return first, open_session(result.proto, result.folder, **runtime)
+        return first, runtime.open(result, purpose=Purpose.AS_WRITTEN)
     except ModelError as error:
         raise VerificationError(f"The result does not load where the original does: {error}") from error
 

@@ -14,7 +14,8 @@ from lindep_onnx.calibration.moments import Moments
 from lindep_onnx.data.inputs import InputSpec
 from lindep_onnx.data.samples import open_samples
 from lindep_onnx.errors import CalibrationError
-from lindep_onnx.runtime import backend as sessions
+from lindep_onnx.log import Log
+from lindep_onnx.runtime.backend import Runtime
 from lindep_onnx.runtime.rows import ChannelAxis, summable
 
 GPU = ("CUDAExecutionProvider", "CPUExecutionProvider")
@@ -42,9 +43,9 @@ def moments(
         monkeypatch.context() as patch,
         open_samples({"x": x}, [spec], seed=0, holdout=0.3, max_samples=None, batch_size=batch) as samples,
     ):
-        patch.setattr(sessions, "on_processor", lambda providers: not device)
+        patch.setattr(Runtime, "on_processor", not device)
         sums = StatisticsAccumulator(channels)
-        calibrate(channels, samples, sums, providers=CPU, threads=1, seed=3, progress=lambda *_: None)
+        calibrate(channels, samples, sums, Runtime(threads=1), Log(), seed=3)
         return sums.result()
 
 
@@ -112,7 +113,7 @@ def test_the_result_is_the_same_wherever_moments_are_made(monkeypatch: pytest.Mo
     weight[9:] = 2 * weight[:3]
     model = build(body, {**weights, "w": weight}, x=("N", 3, 6, 6))
     here = lindep_onnx.compress(model, {"x": data()})
-    monkeypatch.setattr(sessions, "on_processor", lambda providers: False)
+    monkeypatch.setattr(Runtime, "on_processor", False)
     there = lindep_onnx.compress(model, {"x": data()})
     assert here.report.before.channels - here.report.after.channels == 3
     assert here.report.after.channels == there.report.after.channels

@@ -13,10 +13,12 @@ from lindep_onnx.calibration import measure as calibration
 from lindep_onnx.calibration import statistics as analysis
 from lindep_onnx.data.inputs import InputSpec
 from lindep_onnx.data.samples import Batch, Part, open_samples
+from lindep_onnx.log import Log
+from lindep_onnx.runtime.backend import Runtime
 from lindep_onnx.runtime.rows import RowSampler
 
 NET = "h = Conv(x, w, b)\nr = Relu(h)\ny = Conv(r, v)"
-RUNTIME = {"providers": ("CPUExecutionProvider",), "threads": 0}
+RUNTIME = Runtime()
 
 
 def net(bias: np.ndarray, w: np.ndarray | None = None):
@@ -36,14 +38,14 @@ def seen(model, data: np.ndarray):
     specs = [InputSpec("x", np.dtype(np.float32), ("N", 3, 16, 16))]
     with open_samples({"x": data}, specs, seed=0, holdout=0.3, max_samples=None, batch_size=8) as samples:
         sums = calibration.StatisticsAccumulator(channels)
-        calibration.calibrate(channels, samples, sums, seed=0, progress=lambda *_: None, **RUNTIME)
+        calibration.calibrate(channels, samples, sums, RUNTIME, Log(), seed=0)
         found = sums.result()
         constant = [
             analysis.constant_features(consumer, found.fit, found.select or {}) for consumer in channels.consumers
         ]
         watched = silence.flats(channels, constant)
         watch = silence.RangeProbe(channels, watched)
-        sampler = RowSampler(channels.model, channels.shape_info, {}, probe=watch, **RUNTIME)
+        sampler = RowSampler(channels.model, channels.shape_info, {}, RUNTIME, probe=watch)
         for batch in samples.batches(Part.FIT, Part.SELECT):
             watch.update(sampler.run(batch, np.random.default_rng(0)).probed, batch)
         ranges = watch.ranges()
@@ -176,7 +178,7 @@ def test_a_few_channels_are_measured_apart_as_they_are_in_the_whole(body, w, cha
     places = np.array([3, 11])
     flat = silence.WatchedTensor("h", 1, ((-np.inf, 0.0),), places[:1], places[:1], np.isin(np.arange(16), places))
     watch = silence.RangeProbe(channels, [flat])
-    sampler = RowSampler(channels.model, channels.shape_info, {}, probe=watch, **RUNTIME)
+    sampler = RowSampler(channels.model, channels.shape_info, {}, RUNTIME, probe=watch)
     batch = Batch({"x": data}, np.arange(5), 6)  # the last sample is filler
     watch.update(sampler.run(batch, np.random.default_rng(0)).probed, batch)
     _, found = watch.ranges()[silence.key(flat)]
@@ -232,9 +234,7 @@ def test_one_pass_concludes_what_two_would(seed: int) -> None:
     statistics, watched, ranges = seen(model, data)
     specs = [InputSpec("x", np.dtype(np.float32), ("N", 3, 16, 16))]
     with open_samples({"x": data}, specs, seed=0, holdout=0.3, max_samples=None, batch_size=8) as samples:
-        _, found, uncertain = learning.collect_statistics(
-            traced(model), samples, seed=0, progress=lambda *_: None, **RUNTIME
-        )
+        _, found, uncertain = learning.collect_statistics(traced(model), samples, RUNTIME, Log(), seed=0)
     expected = silence.unexplained(24, watched, ranges, statistics.samples)
     assert (found.inactive == statistics.inactive).all()
     assert (uncertain == expected)[found.inactive].all()

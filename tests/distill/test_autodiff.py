@@ -12,7 +12,7 @@ from onnx.reference import ReferenceEvaluator
 from lindep_onnx.distill.autodiff.differentiate import Differentiated, differentiate
 from lindep_onnx.distill.autodiff.rules import RULES
 from lindep_onnx.model.ir import load
-from lindep_onnx.runtime.backend import open_session
+from lindep_onnx.runtime.backend import Runtime
 
 STEP = 1e-6
 #: The reference implementation rounds Erf to single precision.
@@ -67,7 +67,7 @@ def difference_quotient(model: onnx.ModelProto, x: np.ndarray, name: str, direct
 
 def derived(model: onnx.ModelProto, weights: list[str], x: np.ndarray) -> tuple[Differentiated, dict[str, np.ndarray]]:
     found = differentiate(load(model), "loss", weights, {"x": x.shape})
-    session = open_session(found.proto, providers=["CPUExecutionProvider"], threads=1)
+    session = Runtime(threads=1).open(found.proto)
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     values = session.run(list(found.gradients.values()), {"x": x, **{name: stored[name] for name in found.gradients}})
     return found, dict(zip(found.gradients, values, strict=True))

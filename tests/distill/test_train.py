@@ -21,9 +21,11 @@ from lindep_onnx.distill.augment import checked, mix
 from lindep_onnx.distill.checkpoint import Checkpoint, TrainingState
 from lindep_onnx.distill.train import RATE, Recovered, _judged, distill, trainable
 from lindep_onnx.errors import BudgetError, UsageError
+from lindep_onnx.log import Log
 from lindep_onnx.model import ir as graph
 from lindep_onnx.model.edit import GraphEdits, apply_edits
 from lindep_onnx.options import Config, TrainingBudget
+from lindep_onnx.runtime.backend import Runtime
 from lindep_onnx.structure.rewrite import Removal, rewrite
 
 BODY = """
@@ -43,6 +45,8 @@ WEIGHTS = {
 }  # fmt: skip
 TRAINED = {"w0", "b0", "scale", "shift", "w1", "b1", "w2", "b2"}
 
+RUNTIME = Runtime(threads=1)
+
 
 def samples(shape: tuple[int, ...] = (3, 6, 6), count: int = 200, model_batch: int | str = "N") -> Samples:
     x = np.random.default_rng(0).normal(size=(count, *shape)).astype(np.float32)
@@ -61,8 +65,8 @@ def recovered(teacher: onnx.ModelProto, student: onnx.ModelProto, steps: int = 6
     data = options.pop("data", None) or samples()
     with data:
         return distill(
-            graph.load(teacher), graph.load(student), data, TrainingBudget(steps=steps),
-            providers=["CPUExecutionProvider"], threads=1, seed=options.pop("seed", 0), progress=lambda *_: None, **options,
+            graph.load(teacher), graph.load(student), data, TrainingBudget(steps=steps), RUNTIME, Log(),
+            seed=options.pop("seed", 0), **options,
         )  # fmt: skip
 
 
@@ -353,14 +357,14 @@ def test_an_interrupted_training_ends_where_it_would_have_ended(teacher: onnx.Mo
 
     with samples() as data, pytest.raises(StoppedError):
         distill(
-            graph.load(teacher), graph.load(student), data, TrainingBudget(steps=60), providers=["CPUExecutionProvider"], threads=1, seed=0,
-            progress=stop, augment=mix, checkpoint=Checkpoint(path),
+            graph.load(teacher), graph.load(student), data, TrainingBudget(steps=60), RUNTIME, Log(stop),
+            seed=0, augment=mix, checkpoint=Checkpoint(path),
         )  # fmt: skip
     seen = []
     with samples() as data:
         rest = distill(
-            graph.load(teacher), graph.load(student), data, TrainingBudget(steps=60), providers=["CPUExecutionProvider"], threads=1, seed=0,
-            progress=lambda stage, done, total: seen.append(done), augment=mix, checkpoint=Checkpoint(path),
+            graph.load(teacher), graph.load(student), data, TrainingBudget(steps=60), RUNTIME,
+            Log(lambda stage, done, total: seen.append(done)), seed=0, augment=mix, checkpoint=Checkpoint(path),
         )  # fmt: skip
     assert seen[0] == 31 and rest.history[1:] == whole.history[1:]
     assert all(np.array_equal(value, rest.weights[name]) for name, value in whole.weights.items())

@@ -16,9 +16,11 @@ from lindep_onnx.data.inputs import InputSpec
 from lindep_onnx.data.samples import open_samples
 from lindep_onnx.errors import UsageError
 from lindep_onnx.integrations.dask import Workers, check_source, connected
+from lindep_onnx.log import Log
 from lindep_onnx.model import weights as storage
+from lindep_onnx.runtime.backend import Runtime
 
-RUNTIME = {"providers": ("CPUExecutionProvider",), "threads": 1, "seed": 0}
+RUNTIME = Runtime(threads=1)
 SPECS = [InputSpec("x", np.dtype(np.float32), ("N", 3, 16, 16))]
 
 
@@ -65,10 +67,9 @@ def test_two_workers_give_the_moments_and_the_plan_of_one_process(
         connected("2") as client,
         open_samples(str(path), SPECS, seed=0, holdout=0.3, max_samples=None, batch_size=8) as samples,
     ):
-        inactive = {"progress": lambda *_: None, **RUNTIME}
         over = Workers(wrap(client), str(path), SPECS, 8, ((), (), 1))
         (_, here, uncertain), (_, there, other) = (
-            learning.collect_statistics(channels, samples, **inactive, over=over) for over in (None, over)
+            learning.collect_statistics(channels, samples, RUNTIME, Log(), seed=0, over=over) for over in (None, over)
         )
         assert here.samples == there.samples and here.inactive.any()
         assert (uncertain == other).all()

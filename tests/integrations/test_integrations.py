@@ -13,7 +13,7 @@ import onnx
 import pytest
 
 import lindep_onnx
-from lindep_onnx.runtime.backend import open_session
+from lindep_onnx.runtime.backend import Runtime
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "demo.onnx"
@@ -31,7 +31,7 @@ def expected(data: dict[str, np.ndarray]) -> onnx.ModelProto:
 
 
 def outputs(model: Any, data: dict[str, np.ndarray]) -> np.ndarray:
-    session = open_session(model, providers=("CPUExecutionProvider",), threads=1)
+    session = Runtime(threads=1).open(model)
     return np.asarray(session.run(None, data)[0])
 
 

@@ -18,10 +18,10 @@ from lindep_onnx.files import WeightsDir
 from lindep_onnx.model import save as saving
 from lindep_onnx.model import weights as storage
 from lindep_onnx.model.ir import load
-from lindep_onnx.runtime.backend import open_session
+from lindep_onnx.runtime.backend import Purpose, Runtime
 
 BODY = "h = Conv<pads=[1,1,1,1]>(x, w, b)\nr = Relu(h)\nn = BatchNormalization(r, s, o, m, q)\ny = Conv(n, v)"
-CPU = {"providers": ("CPUExecutionProvider",), "threads": 1}
+RUNTIME = Runtime(threads=1)
 
 
 @pytest.fixture
@@ -77,8 +77,8 @@ def test_weights_are_mapped_and_nothing_is_lost(how: str, tmp_path: Path, large:
     assert isinstance(loaded.stored["w"].base, np.memmap) or isinstance(loaded.stored["w"].base.base, np.memmap)
     for name, value in values(proto).items():
         np.testing.assert_array_equal(loaded.stored[name], value)
-    for timed in (False, True):
-        found = open_session(loaded.proto, loaded.folder, timed=timed, **CPU).run(None, feeds)[0]
+    for purpose in (Purpose.RUN, Purpose.TIME):
+        found = RUNTIME.open(loaded, purpose=purpose).run(None, feeds)[0]
         np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="read-only"):
         loaded.stored["w"][0] = 0
@@ -207,7 +207,7 @@ def test_weights_in_constant_nodes_and_files_of_many_tensors(tmp_path: Path, lar
         assert len(list(Path("/proc/self/fd").iterdir())) <= descriptors + 2
     np.testing.assert_array_equal(loaded.stored[moved.name], numpy_helper.to_array(moved))
     feeds = {"x": np.ones((2, 8), np.float32)}
-    found = open_session(loaded.proto, loaded.folder, **CPU).run(None, feeds)[0]
+    found = RUNTIME.open(loaded.proto, loaded.folder).run(None, feeds)[0]
     np.testing.assert_allclose(found, run(proto, feeds)[0], rtol=1e-5)
 
 
@@ -261,4 +261,4 @@ def test_the_folder_stays_where_it_was(tmp_path: Path, large: None, monkeypatch:
     monkeypatch.chdir(tmp_path)
     loaded = load("m.onnx")
     monkeypatch.chdir("/")
-    open_session(loaded.proto, loaded.folder, **CPU).run(None, data(2))
+    RUNTIME.open(loaded.proto, loaded.folder).run(None, data(2))

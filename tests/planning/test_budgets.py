@@ -15,6 +15,7 @@ import lindep_onnx
 from lindep_onnx.errors import BudgetError, UsageError
 from lindep_onnx.planning.path import Curve, _hull, build_ladder, savings
 from lindep_onnx.planning.strategies import rounded
+from lindep_onnx.runtime.backend import Runtime
 from lindep_onnx.structure.rewrite import Removal, rewrite
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -150,7 +151,7 @@ def test_widths_of_a_lossless_result_are_rounded_without_losing_exactness(data) 
 
 @pytest.mark.parametrize(("after", "removed"), [(0.9, True), (2.0, False)])
 def test_automatic_widths_are_never_slower(model, data, monkeypatch, after: float, removed: bool) -> None:
-    monkeypatch.setattr(lindep_onnx.verify.compare, "measure_latency", lambda sessions, feeds, seconds: (1.0, after))
+    monkeypatch.setattr(Runtime, "time", lambda self, models, feeds, *, seconds: (1.0, after))
     report = lindep_onnx.compress(model, data, max_error=0.5, round_to="auto").report
     assert (report.after.parameters < report.before.parameters) == removed
     assert any("no width" in note for note in report.notes) != removed
@@ -256,11 +257,9 @@ def test_where_folds_are_exact_no_refit_adds_noise() -> None:
 
 def test_latencies_are_measured_for_as_long_as_asked(model, data, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(
-        "lindep_onnx.verify.compare.measure_latency", lambda *_, seconds: asked.append(seconds) or (2.0, 1.0)
-    )
+    monkeypatch.setattr(Runtime, "time", lambda *_, seconds: asked.append(seconds) or (2.0, 1.0))
     report = lindep_onnx.compress(model, data, params=0.8, refit="fold", benchmark=2.5).report
     lindep_onnx.compress(model, data, params=0.8, refit="fold")
-    assert asked == [2.5, 0.05] and report.before.latency_ms == 2 * report.after.latency_ms
+    assert asked == [2.5, 0.4] and report.before.latency_ms == 2 * report.after.latency_ms
     with pytest.raises(UsageError, match="--benchmark is a number of seconds"):
         lindep_onnx.compress(model, data, benchmark=0.0)

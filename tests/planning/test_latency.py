@@ -13,8 +13,9 @@ import lindep_onnx
 from lindep_onnx.errors import UsageError
 from lindep_onnx.model import ir as graph
 from lindep_onnx.runtime import layer_latency as latency
+from lindep_onnx.runtime.backend import Runtime
 
-RUNTIME = {"providers": ("CPUExecutionProvider",), "threads": 1}
+RUNTIME = Runtime(threads=1)
 NET = (
     "a = Conv<pads=[1,1,1,1]>(x, w)\nb = Relu(a)\nc = Conv<pads=[1,1,1,1], group=64>(b, k)\nd = Relu(c)\n"
     "e = Conv(d, v)\nf = GlobalAveragePool(e)\ng = Flatten(f)\ny = Gemm<transB=1>(g, u)"
@@ -63,7 +64,7 @@ def test_a_damaged_table_is_refused(tmp_path: Path, text: str) -> None:
 
 def test_measured_layers_cost_time_at_every_width() -> None:
     found = latency.layers(graph.load(net()), {"x": (1, 3, 24, 24)})
-    table = latency.measure_table(found, 17, **RUNTIME)
+    table = latency.measure_table(found, 17, RUNTIME)
     assert set(table.seconds) == {layer.kind for layer in found}
     assert all((grid > 0).all() for _, _, grid in table.seconds.values())
 
@@ -100,7 +101,7 @@ def test_time_is_a_price_only_where_the_sizes_alone_are_not_fast_enough(
     measured: list[int] = []
     table = latency.measure_table
     monkeypatch.setattr(latency, "measure_table", lambda *a, **k: measured.append(1) or table(*a, **k))
-    monkeypatch.setattr("lindep_onnx.verify.compare.measure_latency", lambda *_, **__: (1.0, share))
+    monkeypatch.setattr(Runtime, "time", lambda *_, **__: (1.0, share))
     options = {"macs": 0.7, "latency": 0.6, "refit": "fold", "force": True}
     report = lindep_onnx.compress(net(), {"x": images()}, **options).report
     assert bool(measured) is timed

@@ -9,11 +9,13 @@ from build import as_array, build, initializer, run, traced
 
 from lindep_onnx.data.inputs import InputSpec
 from lindep_onnx.data.samples import Samples, open_samples
+from lindep_onnx.log import Log
 from lindep_onnx.model.edit import apply_edits
 from lindep_onnx.refit import sequential as refit
+from lindep_onnx.runtime.backend import Runtime
 from lindep_onnx.structure.rewrite import Removal, rewrite
 
-RUNTIME = {"providers": ["CPUExecutionProvider"], "threads": 1}
+RUNTIME = Runtime(threads=1)
 
 
 def samples(shape: tuple[int, ...], count: int = 60, seed: int = 0) -> Samples:
@@ -33,7 +35,7 @@ def refitted(
     shape = tuple(d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim[1:])
     with samples(shape) as data:
         found = refit.refit(
-            channels, gone, traced(cut.proto), data, mode=mode, seed=0, progress=lambda *_: None, **RUNTIME
+            channels, gone, traced(cut.proto), data, RUNTIME, Log(), mode=mode, seed=0
         )  # fmt: skip
     result = apply_edits(cut, found.edits, "").proto
     onnx.checker.check_model(result, full_check=True)

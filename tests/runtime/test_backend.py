@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 
 import pytest
+from build import build
 
-from lindep_onnx.runtime import backend as sessions
-from lindep_onnx.runtime.backend import Crew, crew, in_order
-
-CPU = ("CPUExecutionProvider",)
+from lindep_onnx.model import ir as graph
+from lindep_onnx.runtime.backend import Pool, Provider, Purpose, Runtime, Shares, cores
 
 
 def test_results_come_in_the_order_of_the_items_whoever_is_done_first() -> None:
@@ -18,8 +18,8 @@ def test_results_come_in_the_order_of_the_items_whoever_is_done_first() -> None:
         time.sleep(0.02 if number % 3 == 0 else 0.0)
         return number * number
 
-    with Crew(3, 1).pool() as pool:
-        found = list(in_order(pool, slow, range(20), 3))
+    with Pool(3) as pool:
+        found = list(pool.in_order(slow, range(20)))
     assert found == [(number, number * number) for number in range(20)]
 
 
@@ -32,8 +32,8 @@ def test_several_are_done_at_a_time_and_only_a_few_are_made_ahead() -> None:
             made.append(number)
             yield number
 
-    with Crew(2, 1).pool() as pool:
-        results = in_order(pool, lambda number: together.wait() is None or number, items(), 2)
+    with Pool(2) as pool:
+        results = pool.in_order(lambda number: together.wait() is None or number, items())
         next(results)
         assert len(made) <= 6
         assert len(list(results)) == 9
@@ -46,24 +46,64 @@ def test_an_error_comes_in_its_turn_and_ends_the_work() -> None:
         return number
 
     taken = []
-    with pytest.raises(ValueError, match="three"), Crew(2, 1).pool() as pool:
-        for number, _ in in_order(pool, failing, range(1000), 2):
+    with pytest.raises(ValueError, match="three"), Pool(2) as pool:
+        for number, _ in pool.in_order(failing, range(1000)):
             taken.append(number)
     assert taken == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
-    ("threads", "activations", "expected"),
-    [
-        (8, 1, Crew(8, 1)),
-        (8, sessions.ACTIVATIONS // 2, Crew(2, 4)),
-        (8, 2 * sessions.ACTIVATIONS, Crew(1, 8)),
-        (1, 1, Crew(1, 1)),
-    ],
+    ("threads", "activations", "runs", "each"), [(8, 1, 8, 1), (8, 50, 2, 4), (8, 200, 1, 8), (1, 1, 1, 1)]
 )
-def test_cores_are_shared_out_as_memory_allows(threads: int, activations: int, expected: Crew) -> None:
-    assert crew(threads, CPU, activations) == expected
+def test_cores_are_shared_out_as_memory_allows(threads: int, activations: int, runs: int, each: int) -> None:
+    shares = Runtime(threads=threads, memory=100).shares(activations)
+    assert (shares.runs, shares.each.threads) == (runs, each)
 
 
 def test_other_devices_make_one_run_at_a_time() -> None:
-    assert crew(0, ("CUDAExecutionProvider", "CPUExecutionProvider"), 1) == Crew(1, 0)
+    runtime = Runtime.named(("CUDAExecutionProvider", "CPUExecutionProvider"))
+    assert not runtime.on_processor
+    assert runtime.shares(1) == runtime.pieces(2) == Shares(1, runtime)
+
+
+def test_pieces_do_not_depend_on_the_cores() -> None:
+    assert [Runtime(threads=threads).pieces(2) for threads in (1, 8)] == [
+        Shares(2, Runtime(threads=1)),
+        Shares(2, Runtime(threads=4)),
+    ]
+    assert Runtime(threads=8).pieces(1) == Shares(1, Runtime(threads=8))
+
+
+def test_processes_of_one_machine_share_its_cores() -> None:
+    assert Runtime().beside(2).threads == max(1, cores() // 2)
+    assert Runtime(threads=3).beside(2).threads == 3
+
+
+def test_products_on_cuda_are_not_shortened_unless_asked_for() -> None:
+    (plain, _), (asked,) = (
+        Runtime.named(("CUDAExecutionProvider", "CPUExecutionProvider")).providers,
+        Runtime((Provider("CUDAExecutionProvider", (("use_tf32", "1"), ("device_id", "1"))),)).providers,
+    )
+    assert plain.settings == {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+    assert asked.settings == {"use_tf32": "1", "cudnn_conv_algo_search": "HEURISTIC", "device_id": "1"}
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_large_models_are_timed_one_after_the_other(large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    model = build("y = Relu(x)", {}, x=("N", 3))
+    models = [dataclasses.replace(graph.load(model), folder=object() if large else None) for _ in range(2)]
+    monkeypatch.setattr(Runtime, "open", lambda self, model, purpose: opened.append(purpose) or Session(opened))
+    before, after = Runtime().time(models, {}, seconds=0.01)
+    assert opened[:2] == ([Purpose.TIME, "run"] if large else [Purpose.TIME, Purpose.TIME])
+    assert before >= 0 and after >= 0
+
+
+class Session:
+    """Says when it is run."""
+
+    def __init__(self, told: list[object]) -> None:
+        self._told = told
+
+    def run(self, names: None, feeds: dict[str, object]) -> None:
+        self._told.append("run")

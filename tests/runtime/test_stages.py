@@ -9,10 +9,11 @@ from build import build, feed, initializer, run, with_initializer
 from lindep_onnx.data.samples import Batch
 from lindep_onnx.model.ir import load
 from lindep_onnx.model.shapes import resolve
+from lindep_onnx.runtime.backend import Runtime
 from lindep_onnx.runtime.rows import ChannelAxis, RowSampler, rows_at
 from lindep_onnx.runtime.stages import Stages
 
-RUNTIME = {"providers": ["CPUExecutionProvider"], "threads": 1}
+RUNTIME = Runtime(threads=1)
 BODY = """
 a = Conv<pads=[1,1,1,1]>(x, w)
 b = Relu(a)
@@ -39,7 +40,7 @@ def test_stages_give_the_tensors_of_one_run(memory: int, stops: list[int]) -> No
     model = build(BODY, WEIGHTS, outputs="y")
     loaded = load(model)
     data = batches(model)
-    with Stages(loaded, resolve(loaded), data, memory=memory, **RUNTIME) as stages:
+    with Stages(loaded, resolve(loaded), data, RUNTIME, memory=memory) as stages:
         for stop in stops[:-1]:
             stages.run_to(stop)
         stages.run_to(7)
@@ -52,7 +53,7 @@ def test_stages_give_the_tensors_of_one_run(memory: int, stops: list[int]) -> No
 def test_only_what_is_still_read_is_kept_and_filler_is_left_out() -> None:
     model = build(BODY, WEIGHTS)
     loaded = load(model)
-    with Stages(loaded, resolve(loaded), batches(model, filler=3), **RUNTIME) as stages:
+    with Stages(loaded, resolve(loaded), batches(model, filler=3), RUNTIME) as stages:
         stages.run_to(5)  # behind the Add
         assert stages.tensor(0, "a") is None
         assert stages.tensor(0, "d").shape == (4, 6, 8, 8)
@@ -63,7 +64,7 @@ def test_a_weight_that_changes_on_the_way_takes_effect_from_there_on() -> None:
     loaded = load(model)
     new = initializer(model, "k") * 2
     data = batches(model, 1)
-    with Stages(loaded, resolve(loaded), data, **RUNTIME) as stages:
+    with Stages(loaded, resolve(loaded), data, RUNTIME) as stages:
         stages.run_to(3)
         stages.set_weight("k", new)
         stages.set_operand(loaded.nodes[3], 2, np.full(6, 3, np.float32))
@@ -81,7 +82,7 @@ def test_a_weight_that_changes_on_the_way_takes_effect_from_there_on() -> None:
 
 def sampled(model, place: ChannelAxis, most: int, filler: int = 0):
     loaded = load(model)
-    sampler = RowSampler(loaded, resolve(loaded), {place: most}, **RUNTIME)
+    sampler = RowSampler(loaded, resolve(loaded), {place: most}, RUNTIME)
     data = batches(model, 1, filler)[0]
     return sampler.rows(data, np.random.default_rng(3))[place], data
 
@@ -92,7 +93,7 @@ def test_rows_are_those_of_the_tensor_at_the_positions(x: tuple) -> None:
     data = Batch({"x": np.random.default_rng(0).normal(size=(6, 3, 8, 8)).astype(np.float32)}, np.arange(4), 6)
     loaded = load(model)
     place = ChannelAxis("a", 1, (2, 1))
-    rows = RowSampler(loaded, resolve(loaded), {place: 7}, **RUNTIME).rows(data, np.random.default_rng(1))[place]
+    rows = RowSampler(loaded, resolve(loaded), {place: 7}, RUNTIME).rows(data, np.random.default_rng(1))[place]
     (whole,) = run(build("a = Conv(x, w)\ny = Relu(a)", {"w": (5, 3, 1, 1)}, x=x, outputs="a"), data.feeds)
     assert rows.values.shape == (4, 7, 5)
     assert len(set(rows.positions.tolist())) == 7

@@ -15,11 +15,11 @@ from lindep_onnx.errors import ModelError, UsageError, VerificationError
 from lindep_onnx.model import weights as storage
 from lindep_onnx.model.checks import full_check_passes
 from lindep_onnx.model.ir import load
-from lindep_onnx.runtime.backend import open_session
+from lindep_onnx.runtime.backend import Purpose, Runtime, measure_latency
 from lindep_onnx.verify import compare as verify
 from lindep_onnx.verify.compare import Comparison, OutputErrors
 
-CPU = {"providers": ["CPUExecutionProvider"], "threads": 1}
+RUNTIME = Runtime(threads=1)
 
 
 def compared(y: np.ndarray, other: np.ndarray, **options: str) -> Comparison:
@@ -360,7 +360,7 @@ def test_a_model_equals_itself_and_differs_from_one_with_another_weight(
     model: onnx.ModelProto, rng: np.random.Generator
 ) -> None:
     changed = build("h = Gemm(x, v)\ny = Relu(h)", {"v": (6, 5)}, x=("N", 6))
-    original, same, other = (open_session(m, **CPU) for m in (model, model, changed))
+    original, same, other = (RUNTIME.open(m) for m in (model, model, changed))
     data = batches(rng)
     assert verify.compare(original, same, data).relative_error == 0.0
     found = verify.compare(original, other, data)
@@ -371,13 +371,13 @@ def test_a_model_equals_itself_and_differs_from_one_with_another_weight(
 
 def test_a_session_runs_from_a_path_without_optimisation(model: onnx.ModelProto, tmp_path, rng) -> None:
     onnx.save(model, tmp_path / "m.onnx")
-    plain = open_session(tmp_path / "m.onnx", **CPU, optimised=False)
-    assert verify.compare(open_session(model, **CPU), plain, batches(rng)).relative_error < 1e-5
+    plain = RUNTIME.open(tmp_path / "m.onnx", purpose=Purpose.AS_WRITTEN)
+    assert verify.compare(RUNTIME.open(model), plain, batches(rng)).relative_error < 1e-5
 
 
 def test_a_result_that_does_not_run_fails_verification(model: onnx.ModelProto, rng: np.random.Generator) -> None:
     narrow = build("h = Gemm(x, w)\ny = Relu(h)", {"w": (7, 5)}, x=("N", 7))
-    good, bad = open_session(model, **CPU), open_session(narrow, **CPU)
+    good, bad = RUNTIME.open(model), RUNTIME.open(narrow)
     with pytest.raises(VerificationError, match=r"result cannot run.*invalid dimensions"):
         verify.compare(good, bad, batches(rng))
     with pytest.raises(ModelError, match="original model cannot run"):
@@ -387,12 +387,12 @@ def test_a_result_that_does_not_run_fails_verification(model: onnx.ModelProto, r
 def test_a_model_that_cannot_be_loaded_is_one_line_without_source_paths(model: onnx.ModelProto, tmp_path) -> None:
     model.ir_version = 999
     with pytest.raises(ModelError) as raised:
-        open_session(model, **CPU)
+        RUNTIME.open(model)
     text = str(raised.value)
     assert "Unsupported model IR version: 999" in text
     assert not any(word in text for word in ("\n", ".cc", "::", "ONNXRuntimeError"))
     with pytest.raises(ModelError, match=r"none\.onnx: ONNX Runtime cannot load it"):
-        open_session(tmp_path / "none.onnx", **CPU)
+        RUNTIME.open(tmp_path / "none.onnx")
 
 
 def test_a_model_too_large_for_one_string_goes_by_way_of_the_disk(
@@ -400,25 +400,25 @@ def test_a_model_too_large_for_one_string_goes_by_way_of_the_disk(
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     before, feeds = model.SerializeToString(), feed(model)
-    plain = open_session(model, **CPU).run(None, feeds)
+    plain = RUNTIME.open(model).run(None, feeds)
     monkeypatch.setattr(storage, "IN_MEMORY", 0)
     monkeypatch.setattr(storage, "EXTERNAL_BYTES", 1)
     loaded = load(model)
     assert loaded.folder is not None and not any(t.raw_data for t in loaded.proto.graph.initializer)
-    for source, folder, timed in ((model, None, False), (loaded.proto, loaded.folder, False), (model, None, True)):
-        found = open_session(source, folder, timed=timed, **CPU).run(None, feeds)
+    for source, purpose in ((model, Purpose.RUN), (loaded, Purpose.RUN), (model, Purpose.TIME)):
+        found = RUNTIME.open(source, purpose=purpose).run(None, feeds)
         for one, two in zip(plain, found, strict=True):
             np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
     assert full_check_passes(model) is None
     with pytest.raises(ModelError):
-        open_session(storage.without_weights(model), **CPU)  # without its weights
+        RUNTIME.open(storage.without_weights(model))  # without its weights
     del loaded
     assert model.SerializeToString() == before and not list(tmp_path.iterdir())
 
 
 def test_an_unknown_provider_is_a_usage_error_that_lists_the_known_ones(model: onnx.ModelProto) -> None:
     with pytest.raises(UsageError, match=r"'NoProvider' is not available.*CPUExecutionProvider"):
-        open_session(model, providers=["NoProvider"], threads=1)
+        Runtime.named(["NoProvider"]).open(model)
 
 
 def test_sessions_are_timed_in_turns() -> None:
@@ -427,7 +427,7 @@ def test_sessions_are_timed_in_turns() -> None:
     def session(name: str) -> SimpleNamespace:
         return SimpleNamespace(run=lambda names, feeds: calls.append(name))
 
-    times = verify.measure_latency((session("a"), session("b")), {}, seconds=0.01)
+    times = measure_latency((session("a"), session("b")), {}, seconds=0.01)
     assert len(times) == 2 and all(0 <= t < 10 for t in times)
     assert calls[:6] == ["a", "b", "a", "b", "b", "a"]
     assert calls.count("a") == calls.count("b")
@@ -438,7 +438,7 @@ def test_the_slower_session_takes_longer() -> None:
 
     slow = SimpleNamespace(run=lambda names, feeds: time.sleep(0.02))
     fast = SimpleNamespace(run=lambda names, feeds: None)
-    first, second = verify.measure_latency((slow, fast), {}, seconds=0.1)
+    first, second = measure_latency((slow, fast), {}, seconds=0.1)
     assert first >= 20 > second
 
 
@@ -460,6 +460,6 @@ def test_the_worst_samples_have_their_numbers_in_the_data() -> None:
     x = np.ones((4, 3), np.float32)
     x[2] = 9
     batch = Batch({"x": x}, np.array([11, 25, 40, 77]), 4)
-    sessions = [open_session(m, providers=("CPUExecutionProvider",), threads=1) for m in (model, wrong)]
+    sessions = [RUNTIME.open(m) for m in (model, wrong)]
     found = verify.compare(*sessions, [batch])
     assert found.worst_samples == (40,) and found.outputs[0].worst_sample == 40

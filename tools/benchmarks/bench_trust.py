@@ -62,6 +62,7 @@ from lindep_onnx.data.inputs import InputSpec
 from lindep_onnx.data.samples import Part, open_samples
 from lindep_onnx.model.ir import load
 from lindep_onnx.model.shapes import resolve
+from lindep_onnx.runtime.backend import Runtime
 from lindep_onnx.runtime.rows import RowSampler
 from lindep_onnx.structure.layout import features
 from lindep_onnx.structure.trace import trace
@@ -325,10 +326,8 @@ def observe(model: Path, images: NDArray[np.float32]) -> Observed:
         return Observed(structure.units, (), [])
     spec = InputSpec(_input(model), np.dtype(np.float32), ("N", *images.shape[1:]))
     sampler = RowSampler(
-        *(structure.model, structure.shape_info, {}),
+        *(structure.model, structure.shape_info, {}, Runtime()),
         probe=inactive.RangeProbe(structure, watched),
-        providers=("CPUExecutionProvider",),
-        threads=0,
     )
     seen = []
     split = {"seed": 0, "holdout": 0.0, "max_samples": None, "batch_size": 1}

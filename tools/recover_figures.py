@@ -35,8 +35,8 @@ from lindep_onnx.api import compress
 from lindep_onnx.data.inputs import InputSpec
 from lindep_onnx.data.samples import Part, Samples, open_samples
 from lindep_onnx.data.sources import load_function
-from lindep_onnx.distill.augment import Augment, mix
-from lindep_onnx.distill.train import distill
+from lindep_onnx.distill.augment import Augment, augmentation
+from lindep_onnx.distill.train import Training, distill
 from lindep_onnx.log import Log
 from lindep_onnx.model import ir as graph
 from lindep_onnx.model.cost import cost
@@ -104,16 +104,8 @@ def row(
     if rounds == 1:
         student = graph.load(refitted)
         with _samples(task, original, holdout, batch) as samples:
-            found = distill(
-                original,
-                student,
-                samples,
-                TrainingBudget(steps=steps),
-                Runtime(),
-                Log(),
-                augment=mix if augment == "mix" else augment,
-                seed=0,
-            )
+            training = Training(original, student, TrainingBudget(steps=steps), seed=0, augment=augmentation(augment))
+            found = distill(training, samples, Runtime(), Log())
         recovered = apply_edits(student, GraphEdits(constants=found.weights), "").proto
         best = min(found.history, key=lambda entry: entry[2])
         losses = [f"{found.before:.4f}", f"{found.after:.4f}", f"{found.history[-1][1]:.4f}", f"{best[0]} of {steps}"]
@@ -132,7 +124,7 @@ def row(
                 np.concatenate([batch.feeds[task.input] for batch in samples.batches(part)])
                 for part in (Part.FIT, Part.SELECT)
             )
-        varied = mix if augment == "mix" else augment
+        varied = augmentation(augment)
         weights = distil(original, student, fit, held_out, steps=steps * rounds, augment=varied)
         models["PyTorch"] = apply_edits(student, GraphEdits(constants=weights), "").proto
         seconds.append((time.perf_counter() - start) / len(RATES))

@@ -10,14 +10,23 @@ from numpy.typing import NDArray
 
 from lindep_onnx.errors import UsageError
 
-__all__ = ["Augment", "checked", "mix"]
-
 Array: TypeAlias = NDArray[Any]
 #: Takes the inputs of one run by name, samples along the leading axis, and a generator; returns inputs like them.
 Augment: TypeAlias = Callable[[Mapping[str, Array], np.random.Generator], Mapping[str, Array]]
 
 #: Both parameters of the Beta distribution of the weight of a pair.
 EVENNESS = 0.3
+
+
+def augmentation(option: str | Augment | None) -> Augment | None:
+    """What `--augment` asks for.
+
+    Args:
+        option: "mix", a function, or nothing.
+    """
+    if option is None or isinstance(option, str):
+        return mix if option == "mix" else None
+    return checked(option)
 
 
 def mix(feeds: Mapping[str, Array], rng: np.random.Generator) -> Mapping[str, Array]:

@@ -10,7 +10,6 @@ import json
 import math
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,42 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lindep_onnx.data.npz import UNREADABLE
+from lindep_onnx.distill.optimizer import TrainingState, Weights
 from lindep_onnx.errors import OutputError, UsageError
 from lindep_onnx.files import replacing
 
 Array: TypeAlias = NDArray[Any]
-Weights: TypeAlias = Mapping[str, Array]
-Looks: TypeAlias = tuple[tuple[int, float, float], ...]
 
-_PARTS = ("weights", "best", "mean", "square")
-
-
-@dataclass(frozen=True)
-class TrainingState:
-    """All that a training has to know to go on.
-
-    Attributes:
-        weights: as they are.
-        best: as they were when held-out samples liked them best.
-        mean, square: running means of gradients and of their squares.
-        averaged: number of gradients in those.
-        norm: running mean of the norm of the gradient; 0 before the first.
-        rate: factor of the step length.
-        steps: taken so far.
-        seconds: spent so far.
-        history: see `lindep_onnx.distill.train.Recovered`.
-    """
-
-    weights: Weights
-    best: Weights
-    mean: Weights
-    square: Weights
-    averaged: int = 0
-    norm: float = 0.0
-    rate: float = 1.0
-    steps: int = 0
-    seconds: float = 0.0
-    history: Looks = ()
+PARTS = ("weights", "best", "mean", "square")
 
 
 class Checkpoint:
@@ -108,7 +78,7 @@ class Checkpoint:
         for number, one in enumerate(self._written.values()):
             arrays[f"{number}.numbers"] = np.array([one.averaged, one.norm, one.rate, one.steps, one.seconds])
             arrays[f"{number}.history"] = np.array(one.history, np.float64).reshape(-1, 3)
-            for part in _PARTS:
+            for part in PARTS:
                 for place, value in enumerate(getattr(one, part).values()):
                     arrays[f"{number}.{part}.{place}"] = value
         try:
@@ -133,7 +103,7 @@ def _read(data: Mapping[str, Array], number: int, like: Weights) -> TrainingStat
     history = tuple((int(step), trained, held_out) for step, trained, held_out in data[f"{number}.history"].tolist())
     if not history or not math.isfinite(rate):
         raise ValueError("it is incomplete")
-    parts = {part: weights(part) for part in _PARTS}
+    parts = {part: weights(part) for part in PARTS}
     return TrainingState(
         **parts, averaged=int(averaged), norm=norm, rate=rate, steps=int(steps), seconds=seconds, history=history
     )

@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 
 from lindep_onnx.data.samples import Part, Samples
 from lindep_onnx.distill.autodiff.differentiate import with_inputs
-from lindep_onnx.errors import LindepError, UsageError
+from lindep_onnx.distill.autodiff.tape import Writer
+from lindep_onnx.errors import LindepError, UsageError, one_line
 from lindep_onnx.model.ir import Model, load
 from lindep_onnx.model.weights import embedded
 from lindep_onnx.runtime.backend import Runtime
@@ -102,7 +103,7 @@ class Teacher:
         self._known: dict[int, list[Array]] = {}
         floats = [output.name for output in self._session.get_outputs() if output.type == "tensor(float)"]
         decides: tuple[str, int] | None = None
-        gathered: dict[str, list[_Seen]] = {}
+        gathered: dict[str, list[_Variation]] = {}
         taken = 0
         for batch in samples.batches(Part.FIT, limit=MEASURED) if floats else ():
             outputs = dict(zip(floats, self._session.run(floats, dict(batch.feeds)), strict=True))
@@ -113,7 +114,7 @@ class Teacher:
             for name, value in outputs.items():
                 if value.ndim:
                     axis = decides[1] if decides is not None and decides[0] == name else None
-                    gathered.setdefault(name, []).append(_Seen.of(value, axis))
+                    gathered.setdefault(name, []).append(_Variation.of(value, axis))
         measures = {name: _measure(parts, taken) for name, parts in gathered.items()}
         self.measures: Mapping[str, Measure] = {name: found for name, found in measures.items() if found is not None}
 
@@ -143,7 +144,7 @@ def _taught(feeds: Mapping[str, Array], targets: Sequence[Array]) -> dict[str, A
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _Variation:
     """An output in one run: count, sum and sum of squares of each slice, variance within decisions, decisions."""
 
     sums: Array
@@ -153,19 +154,19 @@ class _Seen:
     decisions: int
 
     @staticmethod
-    def of(value: Array, axis: int | None) -> _Seen:
+    def of(value: Array, axis: int | None) -> _Variation:
         exact = value.astype(np.float64)
         channel = slice_axis(value.shape)
         slices = np.moveaxis(exact, channel, 0).reshape(value.shape[channel], -1)
         sums = np.stack([np.full(len(slices), slices.shape[1]), slices.sum(axis=1), np.square(slices).sum(axis=1)])
         aligned = tuple(-1 if place == channel else 1 for place in range(value.ndim))
         if axis is None:
-            return _Seen(sums, aligned, None, 0.0, 0)
+            return _Variation(sums, aligned, None, 0.0, 0)
         variances = exact.var(axis=axis)
-        return _Seen(sums, aligned, axis, float(variances.sum()), variances.size)
+        return _Variation(sums, aligned, axis, float(variances.sum()), variances.size)
 
 
-def _measure(parts: Sequence[_Seen], samples: int) -> Measure | None:
+def _measure(parts: Sequence[_Variation], samples: int) -> Measure | None:
     """None for an output of varying size, or one that does not vary or is not finite."""
     if len({part.sums.shape for part in parts}) != 1:
         return None
@@ -234,12 +235,12 @@ def with_loss(student: Model, measures: Mapping[str, Measure]) -> Model:
         try:
             proto = onnx.version_converter.convert_version(proto, OPSET)
         except Exception as error:  # the converter's exceptions have no common base
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise LindepError(
-                f"operator set {student.opset} cannot be converted to {OPSET} for training: {first}"
+                f"operator set {student.opset} cannot be converted to {OPSET} for training: {one_line(error)}"
             ) from error
     graph = proto.graph
-    makers = {name: node for node in graph.node for name in node.output}
+    softmaxes = {node.output[0]: node for node in graph.node if node.op_type == "Softmax"}
+    write = Writer(f"{LOSS}_", np.dtype(np.float32))
     terms = []
     for number, (name, measure) in enumerate(measures.items()):
         target = f"{TARGET}{number}"
@@ -247,49 +248,31 @@ def with_loss(student: Model, measures: Mapping[str, Measure]) -> Model:
         value.CopyFrom(next(value for value in graph.output if value.name == name))
         value.name = target
         graph.input.append(value)
-        write = _Writer(graph, f"{LOSS}_{number}")
-        maker = makers.get(name)
-        if maker is not None and maker.op_type == "Softmax":
-            axis = next((attribute.i for attribute in maker.attribute if attribute.name == "axis"), -1)
-            own = write("Log", write("Max", target, 1e-30))
-            logs = write("LogSoftmax", maker.input[0], axis=axis)
-            terms.append(write.total(write("Mul", target, write("Sub", own, logs))))
-            continue
-        apart = write("Sub", name, target)
-        each = write("Mul", write("Mul", apart, apart), 1 / (measure.spread * measure.spread.size))
-        terms.append(write.total(each))
-        if measure.axis is not None:
-            own, logs = (
-                write("LogSoftmax", write("Mul", scores, measure.sharpness), axis=measure.axis)
-                for scores in (target, name)
-            )
-            each = write("Mul", write("Exp", own), write("Sub", own, logs))
-            terms[-1] = write("Add", terms[-1], write.total(write("Mul", each, 1 / measure.decisions)))
+        terms.append(
+            _divergence(write, target, softmaxes[name])
+            if name in softmaxes
+            else _distance(write, target, name, measure)
+        )
+    write.append_to(graph)
     graph.node.append(onnx.helper.make_node("Mean", terms, [LOSS]))
     return load(proto)
 
 
-class _Writer:
-    """Writes nodes of one output; numbers become float32 initializers."""
+def _divergence(write: Writer, target: str, softmax: onnx.NodeProto) -> str:
+    """Of what a Softmax puts out from the target."""
+    axis = next((attribute.i for attribute in softmax.attribute if attribute.name == "axis"), -1)
+    own = write.Log(write.Max(target, 1e-30))
+    logs = write.LogSoftmax(softmax.input[0], axis=axis)
+    return write.ReduceSum(write.Mul(target, write.Sub(own, logs)), keepdims=0)
 
-    def __init__(self, graph: onnx.GraphProto, prefix: str) -> None:
-        self._graph, self._prefix, self._count = graph, prefix, 0
 
-    def __call__(self, op: str, *inputs: str | float | Array, **attributes: Any) -> str:
-        names = [value if isinstance(value, str) else self._number(value) for value in inputs]
-        output = self._name()
-        self._graph.node.append(onnx.helper.make_node(op, names, [output], **attributes))
-        return output
-
-    def total(self, name: str) -> str:
-        """The sum of all elements."""
-        return self("ReduceSum", name, keepdims=0)
-
-    def _number(self, value: float | Array) -> str:
-        name = self._name()
-        self._graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(value, np.float32), name))
-        return name
-
-    def _name(self) -> str:
-        self._count += 1
-        return f"{self._prefix}_{self._count}"
+def _distance(write: Writer, target: str, name: str, measure: Measure) -> str:
+    """Of an output from the target: squares, and the divergence of decisions."""
+    apart = write.Sub(name, target)
+    each = write.Mul(write.Mul(apart, apart), 1 / (measure.spread * measure.spread.size))
+    squares = write.ReduceSum(each, keepdims=0)
+    if measure.axis is None:
+        return squares
+    own, logs = (write.LogSoftmax(write.Mul(scores, measure.sharpness), axis=measure.axis) for scores in (target, name))
+    each = write.Mul(write.Exp(own), write.Sub(own, logs))
+    return write.Add(squares, write.ReduceSum(write.Mul(each, 1 / measure.decisions), keepdims=0))

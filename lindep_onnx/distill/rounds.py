@@ -23,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lindep_onnx.data.samples import Samples
-from lindep_onnx.distill.augment import checked, mix
+from lindep_onnx.distill.augment import augmentation
 from lindep_onnx.distill.checkpoint import Checkpoint
-from lindep_onnx.distill.train import Recovered, distill
+from lindep_onnx.distill.train import Distilled, Training, distill
 from lindep_onnx.log import Log
 from lindep_onnx.model import ir as graph
 from lindep_onnx.model.shapes import resolve
@@ -167,20 +167,16 @@ def _recovered(
 ) -> tuple[Chosen, tuple[str, ...]]:
     """The result with trained weights, or as it was if unseen samples turn those down, and what to tell the user."""
     student = chosen.model
-    augment = mix if config.augment == "mix" else checked(config.augment) if config.augment is not None else None
-    found = distill(
-        original.model,
-        student,
-        samples,
-        effort,
-        runtime,
-        log,
+    training = Training(
+        teacher=original.model,
+        student=student,
+        budget=effort,
+        seed=config.seed + number,
         frozen=[node.name for node in student.nodes if any(fnmatch.fnmatchcase(node.name, g) for g in config.exclude)],
         agreement_output=config.agreement_output,
-        augment=augment,
-        checkpoint=checkpoint,
-        seed=config.seed + number,
+        augment=augmentation(config.augment),
     )
+    found = distill(training, samples, runtime, log, checkpoint)
     notes = tuple(_notes(found, number if config.rounds > 1 else None))
     if found.weights:
         trained = workshop.judge(student, found.weights, chosen)
@@ -190,7 +186,7 @@ def _recovered(
     return chosen, notes
 
 
-def _notes(found: Recovered, number: int | None) -> Iterator[str]:
+def _notes(found: Distilled, number: int | None) -> Iterator[str]:
     if not math.isnan(found.before):
         when = "" if number is None else f"Round {number + 1}: "
         yield (

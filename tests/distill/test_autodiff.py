@@ -141,43 +141,43 @@ AFTER = {
 
 
 @pytest.mark.parametrize("name", AFTER)
-def test_gradients_are_the_slopes_of_the_loss(name: str) -> None:
+def test_gradients_are_those_of_differences_of_the_loss(name: str) -> None:
     body, weights = AFTER[name]
     if "auto_pad" in body and tuple(map(int, onnx.__version__.split(".")[:2])) < (1, 23):
         pytest.skip("the reference implementation of this onnx pads wrongly")
     model = with_loss(build(f"{FIRST}\n{body}", {**C, **weights}, x=(3, 3, 6, 7)))
     trainable = [key for key in ("w", "b", "v", "c") if key in {**C, **weights}]
     x = np.random.default_rng(1).normal(size=(3, 3, 6, 7)).astype(np.float32)
-    found, slopes = derived(model, trainable, x)
-    assert not found.obstacles and set(slopes) == set(trainable)
+    found, gradients = derived(model, trainable, x)
+    assert not found.obstacles and set(gradients) == set(trainable)
     rng = np.random.default_rng(2)
-    for key, slope in slopes.items():
-        direction = rng.normal(size=slope.shape)
+    for key, gradient in gradients.items():
+        direction = rng.normal(size=gradient.shape)
         wanted = difference_quotient(model, x, key, direction, ROUGH.get(name, STEP))
-        scale = np.linalg.norm(slope) * np.linalg.norm(direction) / np.sqrt(slope.size)
-        assert float((slope * direction).sum()) == pytest.approx(wanted, abs=2e-4 * scale + 1e-6), key
+        scale = np.linalg.norm(gradient) * np.linalg.norm(direction) / np.sqrt(gradient.size)
+        assert float((gradient * direction).sum()) == pytest.approx(wanted, abs=2e-4 * scale + 1e-6), key
         assert scale > 1e-4  # a zero would pass for anything
 
 
 def test_a_wrong_gradient_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(RULES, "Tanh", RULES["Identity"])
     with pytest.raises(AssertionError):
-        test_gradients_are_the_slopes_of_the_loss("Tanh")
+        test_gradients_are_those_of_differences_of_the_loss("Tanh")
 
 
 def test_weights_behind_an_operator_without_a_rule_are_left_out_and_the_node_is_named() -> None:
     body = "a = MatMul(x, w)\nb = CumSum(a, axis)\nc = MatMul(a, u)\nd = Add(b, c)\ny = MatMul(d, v)"
     weights = {"w": (4, 5), "u": (5, 5), "v": (5, 2), "axis": np.array(1)}
     model = with_loss(build(body, weights, x=(3, 4)))
-    found, slopes = derived(model, ["w", "u", "v"], np.ones((3, 4), np.float32))
-    assert set(slopes) == {"u", "v"}  # w reaches the loss around the CumSum too, but that is half of its gradient
+    found, gradients = derived(model, ["w", "u", "v"], np.ones((3, 4), np.float32))
+    assert set(gradients) == {"u", "v"}  # w reaches the loss around the CumSum too, but that is half of its gradient
     assert found.obstacles == (("CumSum_1", "CumSum", "has no gradient rule"),)
 
 
 def test_a_weight_that_the_loss_does_not_depend_on_has_no_gradient() -> None:
     model = with_loss(build("a = MatMul(x, w)\nb = MatMul(a, v)\ny = Relu(a)", {"w": (4, 5), "v": (5, 2)}, x=(3, 4)))
-    found, slopes = derived(model, ["w", "v"], np.ones((3, 4), np.float32))
-    assert set(slopes) == {"w"} and not found.obstacles
+    found, gradients = derived(model, ["w", "v"], np.ones((3, 4), np.float32))
+    assert set(gradients) == {"w"} and not found.obstacles
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -193,10 +193,10 @@ def test_gradients_of_grouped_convolutions_are_those_of_pytorch(groups: int, tra
         for tensor in model.graph.initializer
     }
     x = np.random.default_rng(3).normal(size=(2, 4, 7, 6)).astype(np.float32)
-    _, slopes = derived(with_loss(model), ["w", "v"], x)
+    _, gradients = derived(with_loss(model), ["w", "v"], x)
     function = torch.nn.functional.conv_transpose2d if transposed else torch.nn.functional.conv2d
     y = torch.tanh(function(torch.tensor(x) * stored["w"], stored["v"], stride=2, padding=1, groups=groups))
     factor = torch.cos(torch.arange(y.numel(), dtype=torch.float64)).reshape(y.shape).float()
     ((y * factor).sum() + (y * y).mean()).backward()
-    for name, slope in slopes.items():
-        np.testing.assert_allclose(slope, stored[name].grad.numpy(), atol=2e-4 * np.abs(slope).max())
+    for name, gradient in gradients.items():
+        np.testing.assert_allclose(gradient, stored[name].grad.numpy(), atol=2e-4 * np.abs(gradient).max())

@@ -18,8 +18,9 @@ from lindep_onnx.data.inputs import InputSpec
 from lindep_onnx.data.samples import Part, Samples, open_samples
 from lindep_onnx.distill import rounds as anneal
 from lindep_onnx.distill.augment import checked, mix
-from lindep_onnx.distill.checkpoint import Checkpoint, TrainingState
-from lindep_onnx.distill.train import RATE, Recovered, _judged, distill, trainable
+from lindep_onnx.distill.checkpoint import Checkpoint
+from lindep_onnx.distill.optimizer import Optimizer, TrainingState
+from lindep_onnx.distill.train import Distilled, Training, distill, trainable
 from lindep_onnx.errors import BudgetError, UsageError
 from lindep_onnx.log import Log
 from lindep_onnx.model import ir as graph
@@ -61,13 +62,19 @@ def worn(model: onnx.ModelProto, name: str = "w1", seed: int = 7) -> onnx.ModelP
     return with_initializer(model, name, value + 0.5 * noise)
 
 
-def recovered(teacher: onnx.ModelProto, student: onnx.ModelProto, steps: int = 60, **options) -> Recovered:
-    data = options.pop("data", None) or samples()
-    with data:
-        return distill(
-            graph.load(teacher), graph.load(student), data, TrainingBudget(steps=steps), RUNTIME, Log(),
-            seed=options.pop("seed", 0), **options,
-        )  # fmt: skip
+def distilled(
+    teacher: onnx.ModelProto,
+    student: onnx.ModelProto,
+    steps: int = 60,
+    *,
+    data: Samples | None = None,
+    log: Log | None = None,
+    checkpoint: Path | None = None,
+    **options,
+) -> Distilled:
+    training = Training(graph.load(teacher), graph.load(student), TrainingBudget(steps=steps), **{"seed": 0, **options})
+    with data or samples() as taken:
+        return distill(training, taken, RUNTIME, log or Log(), Checkpoint(checkpoint) if checkpoint else None)
 
 
 def error(model: onnx.ModelProto, other: onnx.ModelProto) -> float:
@@ -83,7 +90,7 @@ def teacher() -> onnx.ModelProto:
 
 def test_training_brings_a_worn_model_back_towards_the_original(teacher: onnx.ModelProto) -> None:
     student = worn(teacher)
-    found = recovered(teacher, student)
+    found = distilled(teacher, student)
     assert set(found.weights) == TRAINED and not found.notes
     result = apply_edits(graph.load(student), GraphEdits(constants=found.weights), "").proto
     assert error(teacher, result) < 0.4 * error(teacher, student)
@@ -106,7 +113,7 @@ def test_the_loss_is_the_squared_error_relative_to_what_varies_and_the_divergenc
     sharpness = 4 / np.sqrt(all_t.var(axis=1).mean())
     p, q = softmax(sharpness * t, axis=1), softmax(sharpness * y, axis=1)
     divergence = (p * np.log(p / q)).sum(axis=1).mean()
-    found = recovered(teacher, student, 1).before
+    found = distilled(teacher, student, 1).before
     assert found == pytest.approx(squares + divergence, rel=1e-4)
     assert found != pytest.approx(squares, rel=1e-3)  # the term counts
 
@@ -123,7 +130,7 @@ def test_scores_that_never_decide_add_no_divergence(teacher: onnx.ModelProto) ->
         fit = np.concatenate([b.feeds["x"] for b in data.batches(Part.FIT)])
     (y,), (t,), (all_t,) = run(student, {"x": select}), run(flat, {"x": select}), run(flat, {"x": fit})
     wanted = np.square(y - t).sum(axis=(1, 2)).mean() / (1.01 * np.square(all_t - all_t.mean()).sum(axis=(1, 2)).mean())
-    assert recovered(flat, student, 1).before == pytest.approx(wanted, rel=1e-4)
+    assert distilled(flat, student, 1).before == pytest.approx(wanted, rel=1e-4)
 
 
 def test_the_loss_of_a_softmax_is_the_divergence(teacher: onnx.ModelProto) -> None:
@@ -135,23 +142,23 @@ def test_the_loss_of_a_softmax_is_the_divergence(teacher: onnx.ModelProto) -> No
             [b.feeds["x"] for part in data.parts if part.value == "select" for b in data.batches(part)]
         )
     (y,), (t,) = run(student, {"x": select}), run(original, {"x": select})
-    found = recovered(original, student)
+    found = distilled(original, student)
     assert found.before == pytest.approx(float((t * np.log(t / y)).sum() / len(t)), rel=1e-3)
     assert found.after < 0.3 * found.before
 
 
 def test_two_runs_are_the_same_and_another_seed_is_not(teacher: onnx.ModelProto) -> None:
-    first, second, third = (recovered(teacher, worn(teacher), 8, seed=seed) for seed in (0, 0, 1))
+    first, second, third = (distilled(teacher, worn(teacher), 8, seed=seed) for seed in (0, 0, 1))
     assert all(np.array_equal(first.weights[name], second.weights[name]) for name in first.weights)
     assert any(not np.array_equal(first.weights[name], third.weights[name]) for name in first.weights)
 
 
 def test_what_cannot_be_improved_stays_as_it_is(teacher: onnx.ModelProto) -> None:
-    assert not recovered(teacher, teacher, 5).weights  # every other state is worse on held-out samples
+    assert not distilled(teacher, teacher, 5).weights  # every other state is worse on held-out samples
 
 
 def test_frozen_nodes_and_shared_weights(teacher: onnx.ModelProto) -> None:
-    found = recovered(teacher, worn(teacher), 8, frozen=["Conv_0", "Gemm_8"])
+    found = distilled(teacher, worn(teacher), 8, frozen=["Conv_0", "Gemm_8"])
     assert set(found.weights) == TRAINED - {"w0", "b0", "w2", "b2"}
     tied = graph.load(build("a = Gemm(x, w)\nb = Relu(a)\nc = Gemm(b, w)\ny = Mul(c, w)", {"w": (4, 4)}, x=(4, 4)))
     assert trainable(tied, []) == []  # read as a factor too
@@ -166,11 +173,11 @@ def test_statistics_masks_and_bounds_are_no_weights() -> None:
 def test_what_stands_in_the_way_is_named() -> None:
     body = "a = Gemm(x, w)\nb = CumSum(a, axis)\ny = Gemm(b, v)"
     model = build(body, {"w": (4, 6), "v": (6, 3), "axis": np.array(1)}, x=("N", 4))
-    found = recovered(model, worn(model, "v"), data=samples((4,)))
+    found = distilled(model, worn(model, "v"), data=samples((4,)))
     assert set(found.weights) == {"v"}
     assert found.notes == ("Weights in front of node 'CumSum_1' (CumSum) were not trained: has no gradient rule.",)
     model = build("a = Gemm(x, w)\ny = CumSum(a, axis)", {"w": (4, 6), "axis": np.array(1)}, x=("N", 4))
-    found = recovered(model, worn(model, "w"), data=samples((4,)))
+    found = distilled(model, worn(model, "w"), data=samples((4,)))
     assert not found.weights and found.steps == 0 and "CumSum" in found.notes[0]
 
 
@@ -178,7 +185,7 @@ def test_a_fixed_batch_and_an_old_operator_set() -> None:
     model = build(
         "a = MatMul(x, w)\nb = Clip<min=0.0>(a)\ny = MatMul(b, v)", {"w": (4, 6), "v": (6, 3)}, x=(8, 4), opset=9
     )
-    found = recovered(model, worn(model, "v"), data=samples((4,), model_batch=8))
+    found = distilled(model, worn(model, "v"), data=samples((4,), model_batch=8))
     assert found.after < 0.5 * found.before
 
 
@@ -186,11 +193,11 @@ def test_a_fixed_batch_and_an_old_operator_set() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "effort"),
+    ("text", "budget"),
     [("300", TrainingBudget(steps=300)), (20, TrainingBudget(steps=20)), ("1.5min", TrainingBudget(seconds=90))],
 )
-def test_steps_or_minutes(text: str | int, effort: TrainingBudget) -> None:
-    assert Config(params=0.5, recover=text).effort == effort
+def test_steps_or_minutes(text: str | int, budget: TrainingBudget) -> None:
+    assert Config(params=0.5, recover=text).effort == budget
 
 
 @pytest.mark.parametrize("text", ["0", "5 hours", "2.5", "-3", "min"])
@@ -298,10 +305,10 @@ def test_a_model_that_cannot_be_trained_keeps_its_refit_and_says_why() -> None:
 
 def test_mixing_pairs_teaches_what_the_original_makes_of_mixtures(teacher: onnx.ModelProto) -> None:
     student = worn(teacher)
-    plain, mixed = recovered(teacher, student), recovered(teacher, student, augment=mix)
+    plain, mixed = distilled(teacher, student), distilled(teacher, student, augment=mix)
     assert mixed.after < 0.3 * mixed.before
     assert not np.array_equal(plain.weights["w1"], mixed.weights["w1"])
-    again = recovered(teacher, student, augment=mix)
+    again = distilled(teacher, student, augment=mix)
     assert all(np.array_equal(value, again.weights[name]) for name, value in mixed.weights.items())
 
 
@@ -328,7 +335,7 @@ def test_mixtures_lie_between_their_samples_and_integers_stay() -> None:
 )
 def test_a_function_that_breaks_its_contract_is_named(teacher: onnx.ModelProto, function, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        recovered(teacher, worn(teacher), 2, augment=checked(function))
+        distilled(teacher, worn(teacher), 2, augment=checked(function))
 
 
 def test_a_function_cannot_change_the_samples(teacher: onnx.ModelProto) -> None:
@@ -349,35 +356,29 @@ class StoppedError(Exception):
 
 def test_an_interrupted_training_ends_where_it_would_have_ended(teacher: onnx.ModelProto, tmp_path: Path) -> None:
     student, path = worn(teacher), tmp_path / "state"
-    whole = recovered(teacher, student, augment=mix)
+    whole = distilled(teacher, student, augment=mix)
 
     def stop(stage: str, done: int, total: int) -> None:
         if done == 33:
             raise StoppedError
 
-    with samples() as data, pytest.raises(StoppedError):
-        distill(
-            graph.load(teacher), graph.load(student), data, TrainingBudget(steps=60), RUNTIME, Log(stop),
-            seed=0, augment=mix, checkpoint=Checkpoint(path),
-        )  # fmt: skip
+    with pytest.raises(StoppedError):
+        distilled(teacher, student, augment=mix, checkpoint=path, log=Log(stop))
     seen = []
-    with samples() as data:
-        rest = distill(
-            graph.load(teacher), graph.load(student), data, TrainingBudget(steps=60), RUNTIME,
-            Log(lambda stage, done, total: seen.append(done)), seed=0, augment=mix, checkpoint=Checkpoint(path),
-        )  # fmt: skip
+    log = Log(lambda stage, done, total: seen.append(done))
+    rest = distilled(teacher, student, augment=mix, checkpoint=path, log=log)
     assert seen[0] == 31 and rest.history[1:] == whole.history[1:]
     assert all(np.array_equal(value, rest.weights[name]) for name, value in whole.weights.items())
-    assert recovered(teacher, student, augment=mix, checkpoint=Checkpoint(path)).steps == 60  # nothing left to do
+    assert distilled(teacher, student, augment=mix, checkpoint=path).steps == 60  # nothing left to do
 
 
 def test_the_checkpoint_of_another_training_is_refused_and_kept(teacher: onnx.ModelProto, tmp_path: Path) -> None:
     path = tmp_path / "state"
-    recovered(teacher, worn(teacher), 2, checkpoint=Checkpoint(path))
+    distilled(teacher, worn(teacher), 2, checkpoint=path)
     before = path.read_bytes()
     for other, seed in ((worn(teacher, seed=8), 0), (worn(teacher), 1)):
         with pytest.raises(UsageError, match="is of another run"):
-            recovered(teacher, other, 2, seed=seed, checkpoint=Checkpoint(path))
+            distilled(teacher, other, 2, seed=seed, checkpoint=path)
     assert path.read_bytes() == before
 
 
@@ -388,24 +389,22 @@ def test_a_file_that_is_no_checkpoint_is_refused_and_kept(
     path = tmp_path / "state"
     path.write_bytes(content)
     with pytest.raises(UsageError, match="is not a checkpoint"):
-        recovered(teacher, worn(teacher), 2, checkpoint=Checkpoint(path))
+        distilled(teacher, worn(teacher), 2, checkpoint=path)
     assert path.read_bytes() == content
 
 
 def test_steps_that_are_too_long_are_taken_back() -> None:
     old, new = {"w": np.zeros(2, np.float32)}, {"w": np.ones(2, np.float32)}
     state = TrainingState(new, old, new, new, averaged=5, norm=1.0, steps=10, history=((0, np.nan, 1.0),))
-    assert _judged(state, 0.0, 0.5).best is new
-    assert _judged(state, 0.0, 1.4).weights is new and _judged(state, 0.0, 1.4).rate == 1.0
-    back = _judged(state, 0.0, 1.6)
+    judged = Optimizer().judged
+    assert judged(state, 0.0, 0.5).best is new
+    assert judged(state, 0.0, 1.4).weights is new and judged(state, 0.0, 1.4).rate == 1.0
+    back = judged(state, 0.0, 1.6)
     assert back.weights is old and back.rate == 0.3 and back.averaged == 0 and not back.mean["w"].any()
 
 
-def test_a_model_that_steps_too_long_would_ruin_is_trained_all_the_same(
-    teacher: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lindep_onnx.distill.train.RATE", 100 * RATE)
-    found = recovered(teacher, worn(teacher), 240)
+def test_a_model_that_steps_too_long_would_ruin_is_trained_all_the_same(teacher: onnx.ModelProto) -> None:
+    found = distilled(teacher, worn(teacher), 240, optimizer=Optimizer(rate=100 * Optimizer().rate))
     assert max(entry[2] for entry in found.history) > 1.2 * found.before  # it did go wrong on the way
     assert found.after < 0.5 * found.before
 
@@ -425,13 +424,12 @@ def test_the_command_line_goes_on_where_it_was_interrupted(wide: onnx.ModelProto
     assert not (tmp_path / "c.onnx").exists()
 
 
-def test_a_batch_in_two_pieces_trains_like_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_in_two_pieces_trains_like_the_whole() -> None:
     teacher = build(BODY, WEIGHTS, x=("N", 3, 6, 6))
-    halves = recovered(teacher, worn(teacher))
-    monkeypatch.setattr("lindep_onnx.distill.train.PIECES", 1)
-    whole = recovered(teacher, worn(teacher))
+    halves = distilled(teacher, worn(teacher))
+    whole = distilled(teacher, worn(teacher), pieces=1)
     assert halves.weights.keys() == whole.weights.keys() and halves.after < 0.5 * halves.before
     assert halves.history[1][1] == pytest.approx(whole.history[1][1], rel=1e-5)  # the first step
     assert halves.after == pytest.approx(whole.after, rel=0.05)  # rounding grows in the many that follow
-    monkeypatch.setattr("lindep_onnx.distill.train.PIECES", 5)  # 16 samples cannot be cut like that
-    assert recovered(teacher, worn(teacher)).after == whole.after
+    uneven = distilled(teacher, worn(teacher), pieces=5)  # 16 samples cannot be cut like that
+    assert uneven.after == whole.after

@@ -20,7 +20,8 @@ from lindep_onnx.linalg.elimination import Allowance
 from lindep_onnx.linalg.lossless import COLLINEAR, CONSTANT, JOINT
 from lindep_onnx.model.ir import Model
 from lindep_onnx.options import EVERY_INPUT
-from lindep_onnx.proofs.bounds import ROUNDING, ROUNDING_HALF, AffineForm, BoundsContext, ChannelBounds, output_bounds
+from lindep_onnx.proofs.bounds import ROUNDING, ROUNDING_HALF, AffineForm, BoundsContext, ChannelBounds
+from lindep_onnx.proofs.rules import output_bounds
 from lindep_onnx.structure.layout import ConsumerLayout, features
 from lindep_onnx.structure.placement import equalized
 from lindep_onnx.structure.steps import ChannelSteps, Fold

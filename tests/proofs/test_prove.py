@@ -9,8 +9,9 @@ from bench_trust import TOLERANCE, proven_in, worst_error
 from build import as_array, build, run, traced
 
 import lindep_onnx
-from lindep_onnx.proofs.bounds import BoundsContext, output_bounds
+from lindep_onnx.proofs.bounds import BoundsContext
 from lindep_onnx.proofs.prove import prove
+from lindep_onnx.proofs.rules import output_bounds
 
 
 def shrunk(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:

@@ -11,21 +11,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lindep_onnx.calibration import inactive as silence
+from lindep_onnx.calibration.inactive import still_watched, uncertain_units, watched_tensors
 from lindep_onnx.calibration.measure import Calibration, MeasuringPoint, StatisticsAccumulator, calibrate
+from lindep_onnx.calibration.range_probe import RangeProbe, Ranges, WatchedTensor
 from lindep_onnx.calibration.statistics import Extremes, Statistics, constant_features, statistics
 from lindep_onnx.data.samples import Part, Samples
 from lindep_onnx.log import Log
 from lindep_onnx.runtime.backend import Runtime
 from lindep_onnx.structure.layout import features
 from lindep_onnx.structure.types import Structure
-
-Ranges: TypeAlias = "dict[silence.Key, tuple[silence.WatchedTensor, silence.RangeStats]]"
 
 #: Samples that show what may be silent, and how much of the data is through when it is asked again what to watch: a
 #: little more than the share of samples in which a seldom channel may be awake.
@@ -68,7 +67,7 @@ def collect_statistics(
     sums = StatisticsAccumulator(structure)
     ranges: Ranges = {}
     everything = [np.ones(len(features(consumer.columns).atoms), dtype=bool) for consumer in structure.consumers]
-    watched = silence.flats(structure, everything)
+    watched = watched_tensors(structure, everything)
     for number, phase in enumerate(phases):
         last = number == len(phases) - 1
         part = some_of(samples, {Part.FIT: phase, Part.SELECT: select if last else select[:0]})
@@ -83,16 +82,16 @@ def collect_statistics(
         done = sum(sums.samples.values())
         ranges = _merged(ranges, more) if ranges else more
         if done < total:
-            watched = silence.flats(structure, _constant(structure, sums.parts.values()))
-            watched = silence.still_watched(watched, ranges, total) if number else watched
+            watched = watched_tensors(structure, _constant(structure, sums.parts.values()))
+            watched = still_watched(watched, ranges, total) if number else watched
     seen = sums.result()
     found_out = statistics(structure, seen)
-    final = silence.flats(structure, _constant(structure, (seen.fit, seen.select or {})))
-    pairs = [(flat, ranges[silence.key(flat)]) for flat in final if silence.key(flat) in ranges]
-    measured = [seen_of.of(own, flat) for flat, (own, seen_of) in pairs]
-    uncertain = silence.unexplained(structure.units, [flat for flat, _ in pairs], measured, found_out.samples)
+    final = watched_tensors(structure, _constant(structure, (seen.fit, seen.select or {})))
+    pairs = [(flat, ranges[flat.key]) for flat in final if flat.key in ranges]
+    measured = [seen_of.only(own, flat) for flat, (own, seen_of) in pairs]
+    uncertain = uncertain_units(structure.units, [flat for flat, _ in pairs], measured, found_out.samples)
     for flat in final:
-        if silence.key(flat) not in ranges:  # nobody looked
+        if flat.key not in ranges:  # nobody looked
             uncertain[flat.units] = True
     return seen, found_out, uncertain
 
@@ -104,7 +103,7 @@ class ShardRunner(Protocol):
         self,
         structure: Structure,
         samples: Samples,
-        watched: tuple[silence.WatchedTensor, ...],
+        watched: tuple[WatchedTensor, ...],
         runtime: Runtime,
         log: Log,
         /,
@@ -112,13 +111,13 @@ class ShardRunner(Protocol):
         fitted: int,
         seed: int,
     ) -> tuple[Calibration, Ranges]:
-        """Run the FIT and SELECT parts; the arguments are those of `calibrate` and `silence.RangeProbe`."""
+        """Run the FIT and SELECT parts; the arguments are those of `calibrate` and `RangeProbe`."""
 
 
 def collect_local(
     structure: Structure,
     samples: Samples,
-    watched: tuple[silence.WatchedTensor, ...],
+    watched: tuple[WatchedTensor, ...],
     sums: StatisticsAccumulator,
     runtime: Runtime,
     log: Log,
@@ -127,7 +126,7 @@ def collect_local(
     seed: int,
 ) -> Ranges:
     """Run the FIT and SELECT parts in this process, and add them up; see `ShardRunner` for the other arguments."""
-    watch = silence.RangeProbe(structure, watched) if watched else None
+    watch = RangeProbe(structure, watched) if watched else None
     calibrate(structure, samples, sums, runtime, log, seed=seed, probe=watch, fitted=fitted)
     return watch.ranges() if watch is not None else {}
 
@@ -150,7 +149,7 @@ def _merged(ranges: Ranges, more: Ranges) -> Ranges:
     merged = dict(ranges)
     for key, (flat, seen) in more.items():
         own, known = ranges[key]
-        merged[key] = flat, known.of(own, flat).merge(seen)
+        merged[key] = flat, known.only(own, flat).merge(seen)
     return merged
 
 

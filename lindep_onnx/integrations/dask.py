@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from lindep_onnx import files
-from lindep_onnx.calibration import inactive as silence
-from lindep_onnx.calibration.collect import Ranges, collect_local
+from lindep_onnx.calibration.collect import collect_local
 from lindep_onnx.calibration.measure import Calibration, StatisticsAccumulator
+from lindep_onnx.calibration.range_probe import Ranges, WatchedTensor
 from lindep_onnx.data.inputs import InputSpec
 from lindep_onnx.data.samples import Part, Samples, open_samples
 from lindep_onnx.errors import CalibrationError, LindepError, UsageError
@@ -61,7 +61,7 @@ class _Job:
     source: Any
     inputs: tuple[InputSpec, ...]
     batch_size: int
-    watched: tuple[silence.WatchedTensor, ...]
+    watched: tuple[WatchedTensor, ...]
     fitted: int
     seed: int
     runtime: Runtime
@@ -96,7 +96,7 @@ class Workers:
         self,
         structure: Structure,
         samples: Samples,
-        watched: tuple[silence.WatchedTensor, ...],
+        watched: tuple[WatchedTensor, ...],
         runtime: Runtime,
         log: Log,
         *,

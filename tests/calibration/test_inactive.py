@@ -7,10 +7,11 @@ import pytest
 from build import as_array, build, run, traced
 
 import lindep_onnx
-from lindep_onnx.calibration import collect as learning
-from lindep_onnx.calibration import inactive as silence
-from lindep_onnx.calibration import measure as calibration
-from lindep_onnx.calibration import statistics as analysis
+from lindep_onnx.calibration.collect import collect_statistics
+from lindep_onnx.calibration.inactive import MIN_SAMPLES, margin, uncertain_units, violated_margin, watched_tensors
+from lindep_onnx.calibration.measure import StatisticsAccumulator, calibrate
+from lindep_onnx.calibration.range_probe import RangeProbe, RangeStats, WatchedTensor
+from lindep_onnx.calibration.statistics import constant_features, statistics
 from lindep_onnx.data.inputs import InputSpec
 from lindep_onnx.data.samples import Batch, Part, open_samples
 from lindep_onnx.log import Log
@@ -37,19 +38,17 @@ def seen(model, data: np.ndarray):
     channels = traced(model)
     specs = [InputSpec("x", np.dtype(np.float32), ("N", 3, 16, 16))]
     with open_samples({"x": data}, specs, seed=0, holdout=0.3, max_samples=None, batch_size=8) as samples:
-        sums = calibration.StatisticsAccumulator(channels)
-        calibration.calibrate(channels, samples, sums, RUNTIME, Log(), seed=0)
+        sums = StatisticsAccumulator(channels)
+        calibrate(channels, samples, sums, RUNTIME, Log(), seed=0)
         found = sums.result()
-        constant = [
-            analysis.constant_features(consumer, found.fit, found.select or {}) for consumer in channels.consumers
-        ]
-        watched = silence.flats(channels, constant)
-        watch = silence.RangeProbe(channels, watched)
+        constant = [constant_features(consumer, found.fit, found.select or {}) for consumer in channels.consumers]
+        watched = watched_tensors(channels, constant)
+        watch = RangeProbe(channels, watched)
         sampler = RowSampler(channels.model, channels.shape_info, {}, RUNTIME, probe=watch)
         for batch in samples.batches(Part.FIT, Part.SELECT):
             watch.update(sampler.run(batch, np.random.default_rng(0)).probed, batch)
         ranges = watch.ranges()
-        return analysis.statistics(channels, found), watched, [ranges[silence.key(flat)][1] for flat in watched]
+        return statistics(channels, found), watched, [ranges[flat.key][1] for flat in watched]
 
 
 def removed(model, data: np.ndarray, **options: object) -> int:
@@ -91,12 +90,12 @@ def test_channels_that_woke_show_how_far_is_not_far_enough() -> None:
     w = np.tile(as_array("w", (1, 3, 1, 1)), (8, 1, 1, 1)).astype(np.float32)
     model = net(-np.geomspace(400, 25, 8), w)
     calm, wild = images(120), images(120, tails=1.5)
-    (_, _, tame), (statistics, watched, ranges) = seen(model, calm), seen(model, wild)
-    assert silence.broken_margin(tame) == 0.0  # nothing woke
-    assert silence.broken_margin(ranges) > 0.0
-    uncertain = silence.unexplained(8, watched, ranges, 120)
+    (_, _, tame), (found, watched, ranges) = seen(model, calm), seen(model, wild)
+    assert violated_margin(tame) == 0.0  # nothing woke
+    assert violated_margin(ranges) > 0.0
+    uncertain = uncertain_units(8, watched, ranges, 120)
     assert uncertain.tolist() == [False, False, False, True, True, False, False, False]  # the last three are awake
-    assert statistics.inactive.tolist() == [True] * 5 + [False] * 3
+    assert found.inactive.tolist() == [True] * 5 + [False] * 3
     assert (removed(model, calm), removed(model, wild)) == (7, 3)
 
 
@@ -114,9 +113,9 @@ def test_the_statistics_of_batches_add_up(pieces: int) -> None:
     rng = np.random.default_rng(1)
     low = rng.normal(size=(40, 6)) - 1.0
     high = low + rng.random((40, 6))
-    flat = silence.WatchedTensor("x", 1, ((-np.inf, 0.0), (2.0, np.inf)), np.arange(6), np.arange(6))
+    flat = WatchedTensor("x", 1, ((-np.inf, 0.0), (2.0, np.inf)), np.arange(6), np.arange(6))
     parts = [
-        silence._range(flat, [{"low": a, "high": b, "sum": a + b, "square": a * a + b * b}], 2)
+        RangeStats.of(flat, [{"low": a, "high": b, "sum": a + b, "square": a * a + b * b}], 2)
         for a, b in zip(np.array_split(low, pieces), np.array_split(high, pieces), strict=True)
     ]
     whole = parts[0]
@@ -125,30 +124,30 @@ def test_the_statistics_of_batches_add_up(pieces: int) -> None:
     inside = high <= 0
     distance = np.where(inside, -high, np.nan)
     margin = np.nanmin(distance, axis=0) / np.nanstd(distance, axis=0)
-    np.testing.assert_array_equal(whole.quiet[0].count, inside.sum(axis=0))
-    np.testing.assert_allclose(whole.quiet[0].margin, margin, rtol=1e-9)
+    np.testing.assert_array_equal(whole.margins[0].count, inside.sum(axis=0))
+    np.testing.assert_allclose(whole.margins[0].margin, margin, rtol=1e-9)
     assert whole.samples == 40 and whole.rows == 80
 
 
 def test_a_part_without_an_end_counts_nobody_and_warns_of_nothing() -> None:
-    flat = silence.WatchedTensor("x", 1, ((-np.inf, np.inf),), np.arange(2), np.arange(2))
+    flat = WatchedTensor("x", 1, ((-np.inf, np.inf),), np.arange(2), np.arange(2))
     values = np.ones((3, 2))
-    found = silence._range(flat, [dict.fromkeys(("low", "high", "sum", "square"), values)], 1)
-    assert found.quiet[0].count.tolist() == [0, 0] and np.isinf(found.quiet[0].margin).all()
+    found = RangeStats.of(flat, [dict.fromkeys(("low", "high", "sum", "square"), values)], 1)
+    assert found.margins[0].count.tolist() == [0, 0] and np.isinf(found.margins[0].margin).all()
 
 
 def test_after_four_times_as_many_samples_half_the_margin_is_enough() -> None:
-    flat = silence.WatchedTensor("x", 1, ((-np.inf, 0.0),), np.arange(1), np.arange(1))
+    flat = WatchedTensor("x", 1, ((-np.inf, 0.0),), np.arange(1), np.arange(1))
 
     def uncertain(samples: int, distance: float) -> bool:
         values = -distance + np.resize([-1.0, 1.0], (samples, 1))  # deviation 1, nearest to 0 by distance - 1
-        seen = silence._range(flat, [{"low": values, "high": values, "sum": values, "square": values**2}], 1)
-        return bool(silence.unexplained(1, [flat], [seen], samples)[0])
+        seen = RangeStats.of(flat, [{"low": values, "high": values, "sum": values, "square": values**2}], 1)
+        return bool(uncertain_units(1, [flat], [seen], samples)[0])
 
-    assert silence.margin(64) == 2 * silence.margin(256) == 4.0
+    assert margin(64) == 2 * margin(256) == 4.0
     assert (uncertain(64, 4.9), uncertain(64, 5.1)) == (True, False)
     assert (uncertain(256, 2.9), uncertain(256, 3.1)) == (True, False)
-    assert uncertain(silence.MIN_SAMPLES - 1, 1e6)
+    assert uncertain(MIN_SAMPLES - 1, 1e6)
 
 
 PADDED = "p = Pad(x, pads, zero)\n"
@@ -176,12 +175,12 @@ def test_a_few_channels_are_measured_apart_as_they_are_in_the_whole(body, w, cha
     data = np.random.default_rng(0).normal(size=(6, channels, 9, 9)).astype(np.float32)
     channels = traced(model)
     places = np.array([3, 11])
-    flat = silence.WatchedTensor("h", 1, ((-np.inf, 0.0),), places[:1], places[:1], np.isin(np.arange(16), places))
-    watch = silence.RangeProbe(channels, [flat])
+    flat = WatchedTensor("h", 1, ((-np.inf, 0.0),), places[:1], places[:1], np.isin(np.arange(16), places))
+    watch = RangeProbe(channels, [flat])
     sampler = RowSampler(channels.model, channels.shape_info, {}, RUNTIME, probe=watch)
     batch = Batch({"x": data}, np.arange(5), 6)  # the last sample is filler
     watch.update(sampler.run(batch, np.random.default_rng(0)).probed, batch)
-    _, found = watch.ranges()[silence.key(flat)]
+    _, found = watch.ranges()[flat.key]
     copy = type(model).FromString(model.SerializeToString())
     added = [node for node in watch.extend(copy)[0].get("h", ()) if node.op_type == "Gather"]
     assert bool(added) is not apart  # else this is no test of it
@@ -194,11 +193,11 @@ def test_a_few_channels_are_measured_apart_as_they_are_in_the_whole(body, w, cha
 
 
 def test_a_channel_whose_extremes_are_no_numbers_is_doubted() -> None:
-    flat = silence.WatchedTensor("x", 1, ((-np.inf, 0.0),), np.arange(1), np.arange(1))
+    flat = WatchedTensor("x", 1, ((-np.inf, 0.0),), np.arange(1), np.arange(1))
     for value, doubted in ((np.nan, True), (np.inf, True), (-5.0, False)):
         values = np.full((64, 1), value)
-        seen = silence._range(flat, [dict.fromkeys(("low", "high", "sum", "square"), values)], 1)
-        assert bool(silence.unexplained(1, [flat], [seen], 64)[0]) is doubted
+        seen = RangeStats.of(flat, [dict.fromkeys(("low", "high", "sum", "square"), values)], 1)
+        assert bool(uncertain_units(1, [flat], [seen], 64)[0]) is doubted
 
 
 @pytest.mark.parametrize(("samples", "goes"), [(40, 0), (80, 1)])
@@ -231,15 +230,15 @@ def test_one_pass_concludes_what_two_would(seed: int) -> None:
     model = build(
         NET, {"w": w, "b": -np.geomspace(3000, 0.1, 24).astype(np.float32), "v": (4, 24, 1, 1)}, x=("N", 3, 16, 16)
     )
-    statistics, watched, ranges = seen(model, data)
+    two, watched, ranges = seen(model, data)
     specs = [InputSpec("x", np.dtype(np.float32), ("N", 3, 16, 16))]
     with open_samples({"x": data}, specs, seed=0, holdout=0.3, max_samples=None, batch_size=8) as samples:
-        _, found, uncertain = learning.collect_statistics(traced(model), samples, RUNTIME, Log(), seed=0)
-    expected = silence.unexplained(24, watched, ranges, statistics.samples)
-    assert (found.inactive == statistics.inactive).all()
+        _, found, uncertain = collect_statistics(traced(model), samples, RUNTIME, Log(), seed=0)
+    expected = uncertain_units(24, watched, ranges, two.samples)
+    assert (found.inactive == two.inactive).all()
     assert (uncertain == expected)[found.inactive].all()
     assert 0 < expected[found.inactive].sum() <= found.inactive.sum() < 24
-    for one, other in zip(found.consumers, statistics.consumers, strict=True):
+    for one, other in zip(found.consumers, two.consumers, strict=True):
         np.testing.assert_allclose(one.gram, other.gram, rtol=1e-12, atol=1e-12 * other.gram.max())
 
 
@@ -248,6 +247,6 @@ def test_several_readers_of_one_tensor_are_told_apart() -> None:
     body = "h = Conv(x, w, b)\nr = Relu(h)\np = MaxPool<kernel_shape=[2,2]>(r)\ny = Conv(p, v)\nz = Conv(r, u)"
     model = build(body, {"w": w, "b": b, "v": (4, 8, 1, 1), "u": (4, 8, 1, 1)}, x=("N", 3, 16, 16), outputs="y z")
     _, watched, ranges = seen(model, images(120))
-    assert len({silence.key(flat) for flat in watched}) == len(watched) == len(ranges) >= 3
+    assert len({flat.key for flat in watched}) == len(watched) == len(ranges) >= 3
     assert {flat.tensor for flat in watched} >= {"h", "r"} and sum(flat.tensor == "r" for flat in watched) == 2
     assert removed(model, images(120)) == 3

@@ -58,6 +58,7 @@ from subjects import Places, every, model_of, session, shuffled
 
 import lindep_onnx
 from lindep_onnx.calibration import inactive
+from lindep_onnx.calibration.range_probe import RangeProbe, RangeStats, WatchedTensor
 from lindep_onnx.data.inputs import InputSpec
 from lindep_onnx.data.samples import Part, open_samples
 from lindep_onnx.model.ir import load
@@ -300,8 +301,8 @@ class Observed:
     """
 
     units: int
-    watched: tuple[inactive.WatchedTensor, ...]
-    samples: list[tuple[inactive.RangeStats, ...]]
+    watched: tuple[WatchedTensor, ...]
+    samples: list[tuple[RangeStats, ...]]
 
 
 @pytest.mark.parametrize("name", MARGINS)
@@ -321,23 +322,23 @@ def observe(model: Path, images: NDArray[np.float32]) -> Observed:
     """
     structure = _traced(model)
     everything = [np.ones(len(features(consumer.columns).atoms), dtype=bool) for consumer in structure.consumers]
-    watched = tuple(flat for flat in inactive.flats(structure, everything) if flat.parts)
+    watched = tuple(flat for flat in inactive.watched_tensors(structure, everything) if flat.parts)
     if not watched:
         return Observed(structure.units, (), [])
     spec = InputSpec(_input(model), np.dtype(np.float32), ("N", *images.shape[1:]))
     sampler = RowSampler(
         *(structure.model, structure.shape_info, {}, Runtime()),
-        probe=inactive.RangeProbe(structure, watched),
+        probe=RangeProbe(structure, watched),
     )
     seen = []
     split = {"seed": 0, "holdout": 0.0, "max_samples": None, "batch_size": 1}
     with open_samples({spec.name: images}, [spec], **split) as samples:
         for batch in samples.batches(Part.FIT, Part.SELECT):
-            alone = inactive.RangeProbe(structure, watched)
+            alone = RangeProbe(structure, watched)
             alone.extend(onnx.ModelProto())  # only to learn what it asks for
             alone.update(sampler.run(batch, np.random.default_rng(0)).probed, batch)
             ranges = alone.ranges()
-            seen.append(tuple(ranges[inactive.key(flat)][1] for flat in watched))
+            seen.append(tuple(ranges[flat.key][1] for flat in watched))
     return Observed(structure.units, watched, seen)
 
 
@@ -350,7 +351,7 @@ def tried(model: Observed, draws: int) -> Iterator[dict[str, str]]:
     """
     count, rng = len(model.samples), np.random.default_rng(0)
     awake = [
-        [np.stack([seen[place].quiet[part].count == 0 for seen in model.samples]) for part in range(len(flat.parts))]
+        [np.stack([seen[place].margins[part].count == 0 for seen in model.samples]) for part in range(len(flat.parts))]
         for place, flat in enumerate(model.watched)
     ]
     for size in (size for size in SIZES if size + MIN_UNSEEN <= count):
@@ -365,14 +366,14 @@ def _judged(
     model: Observed, awake: list[list[NDArray[np.bool_]]], chosen: NDArray[np.int64], others: NDArray[np.int64]
 ) -> list[float]:
     """Silent channels; for each constant those trusted, those of them that wake, and the share of samples with one."""
-    known = [reduce(inactive.RangeStats.merge, seen) for seen in zip(*(model.samples[i] for i in chosen), strict=True)]
+    known = [reduce(RangeStats.merge, seen) for seen in zip(*(model.samples[i] for i in chosen), strict=True)]
     found: list[float] = []
     for certainty in CERTAINTIES:
-        uncertain = inactive.unexplained(model.units, model.watched, known, len(chosen), certainty)
+        uncertain = inactive.uncertain_units(model.units, model.watched, known, len(chosen), certainty)
         silent = trusted = woke = 0
         touched = np.zeros(len(others), dtype=bool)
         for flat, seen, woken in zip(model.watched, known, awake, strict=True):
-            for part, own in zip(seen.quiet, woken, strict=True):
+            for part, own in zip(seen.margins, woken, strict=True):
                 quiet = part.count[flat.inactive] == len(chosen)
                 goes = flat.inactive[quiet & ~uncertain[flat.units]]
                 later = own[np.ix_(others, goes)]

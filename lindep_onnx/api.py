@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import onnx
 
+from lindep_onnx.calibration.shards import elsewhere
 from lindep_onnx.errors import UsageError
 from lindep_onnx.log import Log
 from lindep_onnx.model.weights import embedded
@@ -18,7 +19,6 @@ from lindep_onnx.pipeline import (
     Calibrated,
     Outcome,
     Repeated,
-    elsewhere,
     first_round,
     half_the_cores,
     learn,
@@ -77,7 +77,7 @@ def compress(
         BudgetError: no plan meets the budgets.
     """
     config = _config(options)
-    outcome = run(model, calib, config, Log(progress), stress=stress, client=client)
+    outcome = run(model, calib, config, Log(progress), stress=stress, over=elsewhere(client, calib, config))
     return _result(outcome, config)
 
 
@@ -155,8 +155,7 @@ def calibrate(
     log = Log(progress)
     with half_the_cores(), ExitStack() as stack:
         samples = opened(traced, calib, config, config.max_samples, log, stack)
-        over = elsewhere(traced, calib, config, client)
-        learned = learn(traced, samples, config, runtime_of(config), log, over)
+        learned = learn(traced, samples, config, runtime_of(config), log, elsewhere(client, calib, config))
         calibrated = replace(learned, opened=stack.pop_all())
     if config.save_moments is not None:
         calibrated.save_moments(config.save_moments)

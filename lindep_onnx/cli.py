@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lindep_onnx import pipeline
 from lindep_onnx._version import __version__
+from lindep_onnx.calibration.shards import elsewhere
 from lindep_onnx.data.sources import RANDOM, load_function
 from lindep_onnx.errors import LindepError, UsageError
 from lindep_onnx.integrations.dask import connected
@@ -246,7 +247,7 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
             Log(progress),
             files=files,
             stress=options.stress,
-            client=client,
+            over=elsewhere(client, options.calib, config),
             repeated=repeated,
             preview=options.dry_run,
         )

@@ -23,7 +23,6 @@ from lindep_onnx.data.samples import Part, Samples, open_samples
 from lindep_onnx.data.sources import RandomInputs
 from lindep_onnx.distill.rounds import contract_in_rounds
 from lindep_onnx.errors import LindepError, OutputError, UsageError, VerificationError
-from lindep_onnx.integrations import dask as cluster
 from lindep_onnx.log import Log
 from lindep_onnx.model import ir as graph
 from lindep_onnx.model.checks import as_model_error, check_model, full_check_passes
@@ -146,7 +145,7 @@ def run(
     *,
     files: Files = Files(),
     stress: Any = None,
-    client: Any = None,
+    over: learning.ShardRunner | None = None,
     repeated: Repeated | None = None,
     preview: bool = False,
 ) -> Outcome:
@@ -173,7 +172,6 @@ def run(
         stack.enter_context(half_the_cores())
         samples = opened(understood, calib, config, config.max_samples, log, stack)
         stressing = opened(understood, stress, _for_stress(config, stress), None, log, stack)
-        over = elsewhere(understood, calib, config, client)
         calibrated = learn(understood, samples, config, runtime, log, over)
         if config.save_moments is None and calibrated.learned is not None:  # as large as the evidence
             calibrated = replace(calibrated, learned=replace(calibrated.learned, calibration=None))
@@ -240,15 +238,6 @@ def opened(
             log=log,
         )
     return stack.enter_context(samples)
-
-
-def elsewhere(understood: TracedModel, calib: Any, config: Config, client: Any) -> learning.ShardRunner | None:
-    """Who runs the calibration in the place of this process, if anyone does."""
-    if client is None or calib is None:
-        return None
-    options = config.include, config.exclude, config.min_channels
-    batch_size = config.batch_size or samples_per_run(understood.channels.shape_info)
-    return cluster.Workers(client, calib, inputs_of(understood), batch_size, options)
 
 
 def half_the_cores() -> AbstractContextManager[Any]:

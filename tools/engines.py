@@ -11,9 +11,11 @@ import argparse
 import time
 from collections.abc import Sequence
 
+from lindep_onnx.calibration.shards import Job, run_shard, shards_of
 from lindep_onnx.data.samples import open_samples
-from lindep_onnx.integrations import dask as cluster
+from lindep_onnx.integrations.dask import connected
 from lindep_onnx.options import Config
+from lindep_onnx.runtime.backend import Runtime
 from lindep_onnx.structure import traced as understanding
 
 __all__ = ["main"]
@@ -37,23 +39,23 @@ def _row(given: argparse.Namespace, workers: int) -> str:
     understood = understanding.load_and_trace(given.model, Config())
     specs = tuple(understanding.inputs_of(understood))
     with open_samples(given.calib, specs, seed=0, holdout=0.3, max_samples=given.samples, batch_size=1) as samples:
-        shards = cluster._shards(samples, SHARDS)
+        shards = shards_of(samples, SHARDS)
     model = understood.channels.model.proto.SerializeToString()
-    runtime = ("CPUExecutionProvider",), 1
-    job = cluster._Job(model, ((), (), 1), given.calib, specs, 1, (), given.samples, 0, runtime, workers)
+    runtime = Runtime.named(("CPUExecutionProvider",), 1)
+    job = Job(model, None, ((), (), 1), given.calib, specs, 1, (), given.samples, 0, runtime, workers)
     start = time.perf_counter()
     if given.engine == "dask":
-        with cluster.connected(str(workers)) as client:
+        with connected(str(workers)) as client:
             up = time.perf_counter()
             everywhere = client.scatter(job, broadcast=True, hash=False)
-            found = client.gather([client.submit(cluster._run_shard, everywhere, one, pure=False) for one in shards])
+            found = client.gather([client.submit(run_shard, everywhere, one, pure=False) for one in shards])
             done = time.perf_counter()
     else:
         import ray
 
         ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False)
         up = time.perf_counter()
-        everywhere, run = ray.put(job), ray.remote(max_retries=3)(cluster._run_shard)
+        everywhere, run = ray.put(job), ray.remote(max_retries=3)(run_shard)
         found = ray.get([run.remote(everywhere, one) for one in shards])
         done = time.perf_counter()
     fitted = sum(seen.samples[0] for seen, _ in found)

@@ -77,7 +77,7 @@ def collect_statistics(
         if over is None or number == 0:
             more = collect_local(structure, part, watched, sums, runtime, own, fitted=len(fit), seed=seed)
         else:
-            found, more = over(structure, part, watched, runtime, own, fitted=len(fit), seed=seed)
+            found, more = over(structure, part, watched, runtime, own, fitted=len(fit))
             sums.absorb(found)
         done = sum(sums.samples.values())
         ranges = _merged(ranges, more) if ranges else more
@@ -109,7 +109,6 @@ class ShardRunner(Protocol):
         /,
         *,
         fitted: int,
-        seed: int,
     ) -> tuple[Calibration, Ranges]:
         """Run the FIT and SELECT parts; the arguments are those of `calibrate` and `RangeProbe`."""
 

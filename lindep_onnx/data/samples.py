@@ -94,6 +94,11 @@ class Samples:
         self._folder.cleanup()
 
     @property
+    def inputs(self) -> Sequence[InputSpec]:
+        """What the model declares."""
+        return self._plan.specs
+
+    @property
     def free_batch(self) -> bool:
         """Whether the model takes any number of samples in a run."""
         return self._plan.fixed_batch is None

@@ -12,12 +12,14 @@ from build import as_array, build, traced
 
 import lindep_onnx
 from lindep_onnx.calibration import collect as learning
+from lindep_onnx.calibration.shards import elsewhere
 from lindep_onnx.data.inputs import InputSpec
 from lindep_onnx.data.samples import open_samples
 from lindep_onnx.errors import UsageError
-from lindep_onnx.integrations.dask import Workers, check_source, connected
+from lindep_onnx.integrations.dask import connected
 from lindep_onnx.log import Log
 from lindep_onnx.model import weights as storage
+from lindep_onnx.options import Config
 from lindep_onnx.runtime.backend import Runtime
 
 RUNTIME = Runtime(threads=1)
@@ -67,7 +69,7 @@ def test_two_workers_give_the_moments_and_the_plan_of_one_process(
         connected("2") as client,
         open_samples(str(path), SPECS, seed=0, holdout=0.3, max_samples=None, batch_size=8) as samples,
     ):
-        over = Workers(wrap(client), str(path), SPECS, 8, ((), (), 1))
+        over = elsewhere(wrap(client), str(path), Config())
         (_, here, uncertain), (_, there, other) = (
             learning.collect_statistics(channels, samples, RUNTIME, Log(), seed=0, over=over) for over in (None, over)
         )
@@ -90,8 +92,8 @@ def test_two_workers_give_the_moments_and_the_plan_of_one_process(
 
 def test_data_that_workers_cannot_read_is_refused() -> None:
     with pytest.raises(UsageError, match="not a generator"):
-        check_source(iter([{"x": images(3)}]))
-    check_source({"x": images(3)})
+        elsewhere(object(), iter([{"x": images(3)}]), Config())
+    elsewhere(object(), {"x": images(3)}, Config())
 
 
 def test_an_address_that_nothing_answers_at_is_one_clear_error() -> None:

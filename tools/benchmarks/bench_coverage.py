@@ -27,7 +27,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures import TimeoutError as Timeout
 from concurrent.futures.process import BrokenProcessPool
@@ -39,8 +39,9 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from measure import Bench
 from numpy.typing import NDArray
-from subjects import ROOT, Places, session
+from tasks import ROOT, session
 
 from lindep_onnx.api import compress
 from lindep_onnx.errors import LindepError
@@ -341,7 +342,7 @@ def report(models: Sequence[Outcome], suite: Sequence[Outcome]) -> str:
     ]
     if models:
         lines += ["## Models", "", "| model | channels | eligible | parameters | outcome | refused |", "|---" * 6 + "|"]
-        lines += [_row(outcome) for outcome in models] + [""]
+        lines += [f"| {' | '.join(_row(outcome).values())} |" for outcome in models] + [""]
         rows = [outcome.coverage for outcome in models if outcome.coverage is not None]
         messages = dict(message for row in rows for message in row.messages)
         lines += ["Why channels are refused:", ""]
@@ -352,13 +353,20 @@ def report(models: Sequence[Outcome], suite: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def _row(outcome: Outcome) -> str:
+def _row(outcome: Outcome) -> dict[str, str]:
     row = outcome.coverage or Coverage(0, 0, 0.0, ())
     text = f"{outcome.text} channels went" if outcome.kind == "verified" else outcome.kind
     if outcome.kind in ("reason", "unrunnable"):
         text += ": " + outcome.text.replace("|", "/")[:120]
     refused = ", ".join(f"{code} {count}" for code, count in row.refused)
-    return f"| {outcome.name} | {row.channels} | {row.eligible} | {row.parameters:.1%} | {text} | {refused} |"
+    return {
+        "model": outcome.name,
+        "channels": str(row.channels),
+        "eligible": str(row.eligible),
+        "parameters": f"{row.parameters:.1%}",
+        "outcome": text,
+        "refused": refused,
+    }
 
 
 def _summary(outcomes: Sequence[Outcome]) -> Iterator[str]:
@@ -380,26 +388,23 @@ def _summary(outcomes: Sequence[Outcome]) -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_every_model_and_every_graph(
-    places: Places, row: Callable[..., None], once: Callable[..., Any], request: pytest.FixtureRequest
-) -> None:
-    models = once(sweep, _files(places.models) if places.models else ())
+def test_every_model_and_every_graph(bench: Bench) -> None:
+    models = bench.once(sweep, _files(bench.places.models) if bench.places.models else ())
     suite = sweep(_suite())
-    _tables(models, suite, row)
-    if request.config.getoption("write"):
-        request.config.getoption("write").write_text(report(models, suite) + "\n", encoding="utf-8")
+    _tables(models, suite, bench)
+    if bench.write is not None:
+        bench.write.write_text(report(models, suite) + "\n", encoding="utf-8")
     assert not [outcome.name for outcome in (*models, *suite) if outcome.kind in BAD]
 
 
-def test_the_demonstration_model(row: Callable[..., None], once: Callable[..., Any]) -> None:
-    (found,) = once(sweep, _files(ROOT / "models"))
-    _tables([found], [], row)
+def test_the_demonstration_model(bench: Bench) -> None:
+    (found,) = bench.once(sweep, _files(ROOT / "models"))
+    _tables([found], [], bench)
     assert found.kind == "verified"
 
 
-def _tables(models: Sequence[Outcome], suite: Sequence[Outcome], row: Callable[..., None]) -> None:
+def _tables(models: Sequence[Outcome], suite: Sequence[Outcome], bench: Bench) -> None:
     for outcome in models:
-        cells = _row(outcome).strip("| ").split(" | ")
-        row(**dict(zip(("model", "channels", "eligible", "parameters", "outcome", "refused"), cells, strict=False)))
+        bench.row(**_row(outcome))
     for kind, count in Counter(outcome.kind for outcome in suite).items():
-        row(model=f"ONNX test suite: {count} graphs", outcome=kind)
+        bench.row(model=f"ONNX test suite: {count} graphs", outcome=kind)

@@ -33,6 +33,9 @@ will stay silent, and the others tell. One column for each value of the constant
 that the rule lets go; how many of these woke in some other sample; share of the other samples in which one did. All are
 means over the draws.
 
+`budgets`: no budget is exceeded, sizes being counted again; from the mildest limit to the most severe the result never
+grows; the same options give the same bytes.
+
 `proofs`: small nets in which every redundancy follows from the weights, `tests/support/proven_nets.py`; is it found,
 and does any input show a proof to be wrong?
 """
@@ -41,9 +44,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +55,17 @@ import onnx
 import planted
 import proven_nets
 import pytest
-from measure import apart, command
+from measure import Bench, apart, command
 from numpy.typing import NDArray
-from subjects import Places, every, model_of, session, shuffled
+from tasks import Places, every, model_of, open_task, session, shuffled
 
 import lindep_onnx
 from lindep_onnx.calibration import inactive
 from lindep_onnx.calibration.range_probe import RangeProbe, RangeStats, WatchedTensor
 from lindep_onnx.data.inputs import InputSpec
 from lindep_onnx.data.samples import Part, open_samples
+from lindep_onnx.errors import BudgetError
+from lindep_onnx.model.cost import cost
 from lindep_onnx.model.ir import load
 from lindep_onnx.model.shapes import resolve
 from lindep_onnx.runtime.backend import Runtime
@@ -83,21 +88,17 @@ FEW = ("efficientnet_lite0", "mobilenetv2", "resnet56", "resnet20", "cifar10_ker
 
 
 @pytest.mark.parametrize("name", LOSSLESS)
-def test_lossless(
-    name: str, places: Places, row: Callable[..., None], once: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_lossless(bench: Bench, name: str) -> None:
     calib, test = LOSSLESS[name]
-    samples = shuffled(name, places)
-    row(**once(_compressed, name, places, samples[:calib], samples[calib:][-test:], tmp_path))
+    samples = shuffled(name, bench.places)
+    bench.row(**bench.once(_compressed, name, bench.places, samples[:calib], samples[calib:][-test:], bench.folder))
 
 
 @pytest.mark.parametrize("calib", [16, 64, 256])
 @pytest.mark.parametrize("name", ["demo", *FEW])
-def test_few_samples(
-    name: str, calib: int, places: Places, row: Callable[..., None], once: Callable[..., Any], tmp_path: Path
-) -> None:
-    samples = shuffled(name, places)
-    row(**once(_compressed, name, places, samples[:calib], samples[calib:], tmp_path))
+def test_few_samples(bench: Bench, name: str, calib: int) -> None:
+    samples = shuffled(name, bench.places)
+    bench.row(**bench.once(_compressed, name, bench.places, samples[:calib], samples[calib:], bench.folder))
 
 
 def _compressed(name: str, places: Places, calib: NDArray[Any], test: NDArray[Any], folder: Path) -> dict[str, str]:
@@ -167,9 +168,9 @@ class Found:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", planted.NAMES)
-def test_planted_topologies(name: str, row: Callable[..., None], once: Callable[..., Any], tmp_path: Path) -> None:
-    found = once(planted_in, name, tmp_path)
-    row(
+def test_planted_topologies(bench: Bench, name: str) -> None:
+    found = bench.once(planted_in, name, bench.folder)
+    bench.row(
         topology=name,
         planted=found.planted,
         removed=found.removed,
@@ -186,12 +187,12 @@ def test_planted_topologies(name: str, row: Callable[..., None], once: Callable[
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(17))
-def test_planted_nets(number: int, row: Callable[..., None], once: Callable[..., Any]) -> None:
+def test_planted_nets(bench: Bench, number: int) -> None:
     planted_nets = pytest.importorskip("planted_nets", reason="PyTorch makes these")
     name = list(planted_nets.NETS)[number]
-    found, plain = once(planted_nets.found_in, name), planted_nets.found_in(name, dependent=False)
+    found, plain = bench.once(planted_nets.found_in, name), planted_nets.found_in(name, dependent=False)
     recall = f"{found.removed / found.planted:.1%}"
-    row(
+    bench.row(
         net=name,
         planted=found.planted,
         removed=found.removed,
@@ -306,11 +307,11 @@ class Observed:
 
 
 @pytest.mark.parametrize("name", MARGINS)
-def test_margins(name: str, places: Places, row: Callable[..., None], once: Callable[..., Any]) -> None:
+def test_margins(bench: Bench, name: str) -> None:
     draws, most = (2, 300) if name == "demo" else (DRAWS, MOST)
-    model = once(observe, model_of(name, places), every(name, places)[:most])
+    model = bench.once(observe, model_of(name, bench.places), every(name, bench.places)[:most])
     for cells in tried(model, draws) if model.watched else [{"samples": "no activation is flat anywhere"}]:
-        row(model=name, **cells)
+        bench.row(model=name, **cells)
 
 
 def observe(model: Path, images: NDArray[np.float32]) -> Observed:
@@ -383,6 +384,44 @@ def _judged(
     return [silent, *found]
 
 
+# ---- budgets ----------------------------------------------------------------------------------------------------
+
+#: A share is severe where it is small, an error where it is large: that asks for the smaller model.
+SWEEPS = {
+    "params": (0.97, 0.9, 0.8, 0.65, 0.5),
+    "macs": (0.97, 0.9, 0.8, 0.65, 0.5),
+    "max_error": (0.003, 0.01, 0.03, 0.1, 0.3),
+}
+
+
+@pytest.mark.parametrize("name", ["demo", "resnet56", "efficientnet_lite0", "mobilenetv2", "hed_vgg16"])
+def test_budgets(bench: Bench, name: str) -> None:
+    task = open_task(name, bench.places)
+    calib, shapes = {task.input: task.calib}, {task.input: (1, *task.calib.shape[1:])}
+    before = cost(load(task.model), shapes)
+    smaller = partial(lindep_onnx.compress, task.model, calib, refit="fold")
+    for kind, limits in SWEEPS.items():
+        last: int | None = None
+        for limit in limits:
+            try:
+                result = smaller(**{kind: limit})
+            except BudgetError as problem:
+                bench.row(model=name, budget=kind, limit=limit, achieved=str(problem))
+                # A milder error than one that was met can be met; a smaller share need not be.
+                assert last is None or kind != "max_error", problem
+                continue
+            after = cost(load(result.model), shapes)
+            size = after.macs if kind == "macs" else after.parameters
+            (budget,) = (budget for budget in result.report.budget if budget.kind == kind)
+            share = {"params": after.parameters / before.parameters, "macs": after.macs / before.macs}
+            reached = share.get(kind, budget.achieved)
+            bench.row(model=name, budget=kind, limit=limit, achieved=f"{reached:.5f}", parameters=after.parameters)
+            assert reached <= limit and (last is None or size <= last)
+            last = size
+    one, other = (smaller(params=0.8).model.SerializeToString() for _ in range(2))
+    assert bench.once(lambda: one == other)
+
+
 # ---- proofs -----------------------------------------------------------------------------------------------------
 
 #: A violation is a difference beyond this share of the largest output, and beyond so many times what the original's own
@@ -393,11 +432,11 @@ STEPS, TRIES = 25, 48
 
 
 @pytest.mark.parametrize("nets", [20, pytest.param(200, marks=pytest.mark.slow)])
-def test_proofs(nets: int, row: Callable[..., None], once: Callable[..., Any]) -> None:
-    wanted, found, worst = once(proven_in, range(nets))
+def test_proofs(bench: Bench, nets: int) -> None:
+    wanted, found, worst = bench.once(proven_in, range(nets))
     for kind in sorted(wanted):
-        row(kind=kind, planted=wanted[kind], found=found[kind])
-    row(kind="all", planted=wanted.total(), found=found.total(), largest_difference=f"{worst:.2g} of the output")
+        bench.row(kind=kind, planted=wanted[kind], found=found[kind])
+    bench.row(kind="all", planted=wanted.total(), found=found.total(), largest_difference=f"{worst:.2g} of the output")
     assert found == wanted and worst <= TOLERANCE
 
 

@@ -1,4 +1,4 @@
-"""Options, and tables: what a case hands to `row` is printed at the end and lands in the JSON of the benchmark.
+"""Options, and tables: what a case hands to `Bench.row` is printed at the end and lands in the JSON of the benchmark.
 
     python -m pytest tools/benchmarks                                     quick cases, on the demonstration model
     python -m pytest tools/benchmarks --models MODELS --data DATA         all whose model and images are there
@@ -10,20 +10,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import pytest
-from subjects import MissingError, Places
+from measure import Bench
+from tasks import MissingError, Places
 
-Row: TypeAlias = Callable[..., None]
 TABLES = pytest.StashKey[dict[str, list[dict[str, str]]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("benchmarks of lindep_onnx")
-    group.addoption("--models", type=Path, metavar="DIR", help="models, see tools/benchmarks/subjects.py")
+    group.addoption("--models", type=Path, metavar="DIR", help="models, see tools/benchmarks/tasks.py")
     group.addoption("--data", type=Path, metavar="DIR", help="cifar10_jpeg.npz and imagenet/*.jpg")
     group.addoption("--fashion", type=Path, metavar="DIR", help="the four idx files of Fashion-MNIST")
     group.addoption("--held-out", action="store_true", help="judge by held-out calibration images, not by test images")
@@ -58,33 +58,19 @@ def _quiet() -> Iterator[None]:
 
 
 @pytest.fixture
-def places(request: pytest.FixtureRequest) -> Places:
-    """Where models and images are."""
-    return Places(*(request.config.getoption(name) for name in ("models", "data", "fashion")))
-
-
-@pytest.fixture
-def row(request: pytest.FixtureRequest, benchmark: Any) -> Row:
-    """Called with the cells of a row by column; several rows of one case are several calls."""
-    tables = request.config.stash[TABLES]
+def bench(request: pytest.FixtureRequest, benchmark: Any, tmp_path: Path) -> Bench:
+    """What a case works with."""
+    option = request.config.getoption
     title = f"{request.node.path.stem}, {request.node.originalname.removeprefix('test_').replace('_', ' ')}"
-
-    def add(**cells: object) -> None:
-        texts = {column: str(cell) for column, cell in cells.items()}
-        tables.setdefault(title, []).append(texts)
-        benchmark.extra_info.setdefault("rows", []).append(texts)
-
-    return add
-
-
-@pytest.fixture
-def once(benchmark: Any) -> Callable[..., Any]:
-    """Calls a function one time and measures it."""
-    return lambda call, *arguments, **options: benchmark.pedantic(call, arguments, options, rounds=1, iterations=1)
+    rows = request.config.stash[TABLES].setdefault(title, [])
+    places = Places(*(option(name) for name in ("models", "data", "fashion")))
+    return Bench(benchmark, rows, tmp_path, places, option("held_out"), option("write"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     for title, rows in config.stash[TABLES].items():
+        if not rows:
+            continue
         columns = list(dict.fromkeys(column for cells in rows for column in cells))
         terminalreporter.write_line(f"\n## {title}\n")
         terminalreporter.write_line(f"| {' | '.join(column.replace('_', ' ') for column in columns)} |")

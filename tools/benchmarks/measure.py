@@ -1,4 +1,4 @@
-"""Processes of their own: what a call or a command takes there, in seconds and memory."""
+"""What a case works with, and processes of their own: what a call or a command takes there."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from tasks import Places
 
 #: Starts a process and writes down what it took. A process counts the memory of the one that started it, so that must
 #: be a small one.
@@ -22,6 +25,37 @@ with open(sys.argv[1], "w") as figures:
     print(time.perf_counter() - start, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024 / 1e6, file=figures)
 sys.exit(os.waitstatus_to_exitcode(status))
 """
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a case works with.
+
+    Attributes:
+        benchmark: that of pytest-benchmark.
+        rows: of the table that is printed in the end.
+        folder: to write to.
+        places: where models and images are.
+        held_out: whether to judge by held-out calibration images, not by test images.
+        write: a file to write to; None for none.
+    """
+
+    benchmark: Any
+    rows: list[dict[str, str]]
+    folder: Path
+    places: Places
+    held_out: bool
+    write: Path | None
+
+    def once(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Call a function one time and measure it."""
+        return self.benchmark.pedantic(call, arguments, options, rounds=1, iterations=1)
+
+    def row(self, **cells: object) -> None:
+        """Add a row, cells by column, to the table and to the JSON."""
+        texts = {column: str(cell) for column, cell in cells.items()}
+        self.rows.append(texts)
+        self.benchmark.extra_info.setdefault("rows", []).append(texts)
 
 
 class Taken(NamedTuple):

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
+import onnx
 import torch
 import torch.nn.functional as functional
 from numpy.typing import NDArray
@@ -19,8 +20,6 @@ from lindep_onnx.distill.augment import Augment
 from lindep_onnx.distill.train import trainable
 from lindep_onnx.model.ir import Model, Node
 from lindep_onnx.model.shapes import ShapeInfo, resolve
-
-__all__ = ["distil", "evaluate"]
 
 Array: TypeAlias = NDArray[Any]
 
@@ -62,8 +61,8 @@ def distil(
     *,
     steps: int,
     augment: Augment | None = None,
-) -> dict[str, Array]:
-    """New weights of a model that is trained to put out what another does: Adam, cosine schedule, squared error.
+) -> onnx.ModelProto:
+    """A model that is trained to put out what another does: Adam, cosine schedule, squared error.
 
     As usual, the rate is chosen among `RATES` by what the result makes of images that it was not trained on.
 
@@ -85,7 +84,12 @@ def distil(
             loss = float(_loss(_outputs(student, name, held_out, weights), wanted, wanted.var(0)))
         if loss < best[0] or not best[1]:
             best = loss, found
-    return best[1]
+    trained = onnx.ModelProto()
+    trained.CopyFrom(student.proto)
+    for tensor in trained.graph.initializer:
+        if tensor.name in best[1]:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(best[1][tensor.name], tensor.name))
+    return trained
 
 
 def _trained(
@@ -163,7 +167,7 @@ def _output(node: Node, inputs: list[Any], shape_info: ShapeInfo) -> Tensor:
         "Identity": lambda: x,
     }
     if node.op not in plain:
-        raise NotImplementedError(f"{node.name}: {node.op} is not known to tools/torch_recover.py")
+        raise NotImplementedError(f"{node.name}: {node.op} is not known to torch_rival.py")
     return plain[node.op]()
 
 

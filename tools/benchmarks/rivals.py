@@ -50,8 +50,6 @@ from lindep_onnx.structure.steps import Fold
 from lindep_onnx.structure.trace import trace
 from lindep_onnx.structure.types import FROZEN, Group, Structure
 
-__all__ = ["RIVALS", "UnreachedError", "interpolative", "magnitude", "onnxsim", "parameters"]
-
 Matrix: TypeAlias = NDArray[np.float64]
 Rival: TypeAlias = Callable[[onnx.ModelProto, Path, int], onnx.ModelProto]
 

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import bench_quality
 import numpy as np
 import onnx
 import pytest
+import rivals
+import tasks
+from bench_quality import build as made
 from build import as_array, build, run, traced
 
 from lindep_onnx.model.checks import full_check_passes
-from lindep_onnx.runtime.backend import Runtime
-
-sys.path.append(str(Path(__file__).parents[2] / "tools"))
-budget_checks, frontier, rivals, tasks = (
-    importlib.import_module(name) for name in ("budget_checks", "frontier", "rivals", "tasks")
-)
 
 #: A chain, a depthwise convolution, a residual Add and a dense layer.
 NET = """
@@ -68,19 +64,14 @@ def files(net: onnx.ModelProto, images: np.ndarray, tmp_path_factory: pytest.Tem
     return folder / "model.onnx", folder / "calib.npz"
 
 
-@pytest.fixture(autouse=True)
-def no_stopwatch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of the time of a small compression goes into timing the result."""
-    monkeypatch.setattr(Runtime, "time", lambda *_, **__: (1.0, 1.0))
-
-
 @pytest.fixture
 def unseen() -> np.ndarray:
     return np.random.default_rng(2).normal(size=(64, 3, 8, 8)).astype(np.float32)
 
 
 def built(method: str, files: tuple[Path, Path], target: int, tmp_path: Path) -> onnx.ModelProto:
-    frontier.build(method, *files, target, tmp_path / "out.onnx")
+    share = target / rivals.parameters(onnx.load(files[0]))
+    made(method, *files, target, tmp_path / "out.onnx", {"params": share})
     return onnx.load(tmp_path / "out.onnx")
 
 
@@ -145,9 +136,9 @@ def test_ours_beats_its_rivals_where_redundancy_is_not_small_weights(files, net,
     for method in ("fold", "kernel", "sequential", "magnitude-all", "interpolative-all"):
         result = built(method, files, target, tmp_path)
         errors[method] = tasks.error(exact, run(result, {"x": unseen})[0])
-        ours = method in frontier.REFITS
+        ours = method in bench_quality.REFITS
         assert (rivals.parameters(result) <= target) if ours else (rivals.parameters(result) >= target)
-    assert max(errors[method] for method in frontier.REFITS) < 0.5 * errors["magnitude-all"]
+    assert max(errors[method] for method in bench_quality.REFITS) < 0.5 * errors["magnitude-all"]
     assert errors["sequential"] < errors["interpolative-all"]
 
 
@@ -179,66 +170,58 @@ def test_onnxsim_is_brought_to_the_count(method, net, files, unseen, tmp_path):
 
 def test_budget_of_a_number_of_neurons(files):
     for removed in (10, 3):
-        target, share = frontier.neuron_target(*files, removed)
-        report = frontier.compress(*files, channels=share, refit="fold").report
+        before = bench_quality.compress(*files, proven_only=True).report.before.channels
+        share = (before - removed) / before
+        target = bench_quality.neuron_target(*files, share)
+        report = bench_quality.compress(*files, channels=share, refit="fold").report
         assert report.before.channels - report.after.channels == removed
         assert report.after.parameters == target
 
 
-def recipe(images: np.ndarray, folder: Path, test: bool) -> tuple[np.ndarray, np.ndarray]:
-    count = 40 if test else 100
-    return images[:count] + (100 if test else 0), np.arange(count)
+@pytest.fixture
+def tiny(images: np.ndarray, files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> tasks.Places:
+    def load(_: tasks.Places, test: bool) -> tuple[np.ndarray, np.ndarray]:
+        count = 40 if test else 100
+        return images[:count] + (100 if test else 0), np.arange(count)
+
+    subject = tasks.Subject("model.onnx", load, lambda pixels: pixels, "agreement", (0.7,))
+    monkeypatch.setitem(tasks.SUBJECTS, "tiny", subject)
+    return tasks.Places(files[0].parent)
 
 
-def test_test_images_stay_closed_until_the_final_run(images, files, monkeypatch):
-    monkeypatch.setitem(tasks.TASKS, "tiny", tasks.Recipe(partial(recipe, images), "accuracy", (0.5,)))
-    task = tasks.open_task("tiny", files[0], Path(), final=False, samples=30, limit=10)
+def test_test_images_stay_closed_until_the_final_run(tiny, images):
+    task = tasks.open_task("tiny", tiny, final=False, samples=30, limit=10)
     assert task.input == "x" and len(task.calib) == 30 and len(task.judged) == len(task.labels) == 10
     assert not {image.tobytes() for image in task.calib} & {image.tobytes() for image in task.judged}
     assert task.judged.max() < 50
     np.testing.assert_array_equal(task.judged, images[task.labels])
-    final = tasks.open_task("tiny", files[0], Path(), final=True)
+    final = tasks.open_task("tiny", tiny)
     assert len(final.calib) == 100 and len(final.judged) == 40 and final.judged.min() > 50
+
+
+def test_a_model_that_was_not_given_is_named():
+    with pytest.raises(tasks.MissingError, match=r"resnet56\.onnx"):
+        tasks.open_task("resnet56", tasks.Places())
 
 
 def test_scores():
     reference = np.array([[0.1, 0.9], [0.8, 0.2], [0.4, 0.6]], dtype=np.float32)
     found = np.array([[0.7, 0.3], [0.8, 0.2], [0.4, 0.6]], dtype=np.float32)
-    task = SimpleNamespace(metric="agreement", labels=None)
-    assert tasks.score(task, reference, found) == pytest.approx(2 / 3)
-    task = SimpleNamespace(metric="accuracy", labels=np.array([0, 0, 0]))
-    assert tasks.score(task, reference, found) == pytest.approx(2 / 3)
-    task = SimpleNamespace(metric="edges", labels=None)
-    assert tasks.score(task, reference, found) == pytest.approx(4 / 6)
+    assert tasks.score("agreement", reference, found) == pytest.approx(2 / 3)
+    assert tasks.score("accuracy", reference, found, np.array([0, 0, 0])) == pytest.approx(2 / 3)
+    assert tasks.score("edges", reference, found) == pytest.approx(4 / 6)
     assert tasks.error(reference, reference) == 0.0
     assert tasks.error(reference, np.full_like(reference, reference.mean())) == pytest.approx(1.0)
 
 
-def test_table_and_picture(files, images, monkeypatch, tmp_path, capsys):
-    """End to end, but for the processes; a method that fails is named and does not end the run."""
-    pytest.importorskip("matplotlib")
-    monkeypatch.setitem(tasks.TASKS, "tiny", tasks.Recipe(partial(recipe, images), "agreement", (0.7,)))
-    monkeypatch.setattr(frontier, "_measured", frontier._build)
-    monkeypatch.setitem(frontier.RIVALS, "interpolative", lambda *_: (_ for _ in ()).throw(rivals.UnreachedError("no")))
-    arguments = ["tiny", str(files[0]), "-", "--methods", "fold", "magnitude-all", "interpolative"]
-    assert frontier.main([*arguments, "--out", str(tmp_path / "picture.png")]) == 0
-    printed = capsys.readouterr().out
-    assert "100.00%" in printed and "| fold | 70% |" in printed and "| magnitude-all | 70% |" in printed
-    assert "No comparison: interpolative at 70%: UnreachedError: no" in printed
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+def test_a_method_that_cannot_be_compared_is_named(tiny, tmp_path, monkeypatch):
+    def unable(*_: object) -> None:
+        raise rivals.UnreachedError("no")
 
-
-def test_budget_checks_pass_and_can_fail(files, images, monkeypatch, capsys):
-    check = partial(budget_checks.check_budgets, files[0], {"x": images}, "fold")
-    sweeps = {"params": (0.9, 0.01), "macs": (0.8,), "max_error": (0.5,)}
-    assert check(sweeps)
-    assert "Budgets hold." in capsys.readouterr().out
-    original = budget_checks.compress
-
-    def generous(*args: Any, **options: Any) -> Any:
-        return original(*args, **{**options, "params": min(1.0, 1.3 * options["params"])})
-
-    monkeypatch.setattr(budget_checks, "compress", generous)
-    assert not check({"params": (0.5, 0.9)})
-    printed = capsys.readouterr().out
-    assert "is exceeded" in printed and "of the limit before it" in printed
+    monkeypatch.setitem(bench_quality.RIVALS, "interpolative", unable)
+    task = tasks.open_task("tiny", tiny)
+    here = partial(bench_quality.frontier, task, folder=tmp_path, measured=lambda call, *given: (call(*given), 0.0, 0))
+    (row,) = here("fold")
+    assert row["point"] == "70%" and float(row["params"].rstrip("%")) <= 70 and row["original"] == "100.00%"
+    (row,) = here("interpolative")
+    assert row["score"] == "no comparison: no"

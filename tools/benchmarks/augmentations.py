@@ -1,6 +1,6 @@
-"""Variations of images for `--augment`: what the models of `tools/tasks.py` met in training, or nearly.
+"""Variations of images for `--augment`: what the models of `tasks.py` met in training, or nearly.
 
-Use: python -m lindep_onnx IN.onnx OUT.onnx ... --recover 600 --augment tools/augmentations.py:flips_and_shifts
+Use: lindep-onnx IN.onnx OUT.onnx ... --recover 600 --augment tools/benchmarks/augmentations.py:flips_and_shifts
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-
-__all__ = ["flips_and_shifts", "mixtures_and_noise"]
 
 Array: TypeAlias = NDArray[Any]
 

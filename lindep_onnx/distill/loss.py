@@ -90,14 +90,7 @@ class Teacher:
         measures: of each output that varies, by name.
     """
 
-    def __init__(
-        self,
-        teacher: Model,
-        samples: Samples,
-        runtime: Runtime,
-        *,
-        agreement_output: str | None,
-    ) -> None:
+    def __init__(self, teacher: Model, samples: Samples, runtime: Runtime, *, agreement_output: str | None) -> None:
         self._session = runtime.open(teacher)
         self._samples = samples
         self._known: dict[int, list[Array]] = {}
@@ -117,30 +110,24 @@ class Teacher:
                     gathered.setdefault(name, []).append(_Variation.of(value, axis))
         measures = {name: _measure(parts, taken) for name, parts in gathered.items()}
         self.measures: Mapping[str, Measure] = {name: found for name, found in measures.items() if found is not None}
+        self._targets = [f"{TARGET}{number}" for number in range(len(self.measures))]
 
     def feeds(self, numbers: NDArray[np.int64]) -> dict[str, Array]:
         """What a training graph reads for some samples: the inputs, and what the teacher makes of them."""
-        feeds = dict(self._samples.take(numbers))
-        if not all(int(number) in self._known for number in numbers):
-            targets = self._answers(feeds)
-            whole = all(len(target) == len(numbers) for target in targets)  # no filler, samples along the first axis
-            if whole and (len(self._known) + len(numbers)) * sum(t[0].nbytes for t in targets) <= REMEMBERED:
-                self._known.update((int(number), [t[row] for t in targets]) for row, number in enumerate(numbers))
-            return _taught(feeds, targets)
-        rows = [self._known[int(number)] for number in numbers]
-        return _taught(feeds, [np.stack(column) for column in zip(*rows, strict=True)])
+        feeds = self._samples.take(numbers)
+        rows = [self._known[number] for number in numbers.tolist() if number in self._known]
+        if len(rows) == len(numbers):
+            return {**feeds, **dict(zip(self._targets, map(np.stack, zip(*rows, strict=True)), strict=True))}
+        taught = self.taught(feeds)
+        targets = [taught[name] for name in self._targets]
+        whole = all(len(target) == len(numbers) for target in targets)  # no filler, samples along the first axis
+        if whole and (len(self._known) + len(numbers)) * sum(t[0].nbytes for t in targets) <= REMEMBERED:
+            self._known.update(zip(numbers.tolist(), map(list, zip(*targets, strict=True)), strict=True))
+        return taught
 
     def taught(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """The same for inputs that are no samples."""
-        return _taught(feeds, self._answers(feeds))
-
-    def _answers(self, feeds: Mapping[str, Array]) -> list[Array]:
-        answers: list[Array] = self._session.run(list(self.measures), dict(feeds))
-        return answers
-
-
-def _taught(feeds: Mapping[str, Array], targets: Sequence[Array]) -> dict[str, Array]:
-    return {**feeds, **{f"{TARGET}{number}": target for number, target in enumerate(targets)}}
+        return {**feeds, **dict(zip(self._targets, self._session.run(list(self.measures), dict(feeds)), strict=True))}
 
 
 @dataclass(frozen=True)
@@ -200,10 +187,7 @@ class HeldOut:
         samples: Samples,
         runtime: Runtime,
     ) -> None:
-        forward = with_inputs(student, weights)
-        del forward.graph.output[:]
-        forward.graph.output.append(onnx.ValueInfoProto(name=LOSS))
-        self._session = runtime.open(forward, student.folder)
+        self._session = runtime.open(with_inputs(student, weights, [LOSS]), student.folder)
         self._teacher = teacher
         self._batches = [(batch.samples, batch.size) for batch in samples.batches(Part.SELECT, limit=HELD_OUT)]
 

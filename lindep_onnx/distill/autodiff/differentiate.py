@@ -130,35 +130,33 @@ def _ancestors(model: Model, names: Collection[str]) -> set[str]:
 def _assembled(
     model: Model, tape: Tape, loss: str, gradients: Mapping[str, str], inputs: Mapping[str, Shape]
 ) -> onnx.ModelProto:
-    result = with_inputs(model, gradients)
+    result = with_inputs(model, gradients, [loss, *gradients.values()])
     graph = result.graph
     for value in graph.input:
         if value.name in inputs:
-            del value.type.tensor_type.shape.dim[:]
-            for size in inputs[value.name]:
-                value.type.tensor_type.shape.dim.add(dim_value=int(size))
+            kind = value.type.tensor_type.elem_type
+            value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, kind, inputs[value.name]))
     nodes = {next(filter(None, node.output)): node for node in graph.node if any(node.output)}
     for (index, position), name in tape.extra.items():
         node = nodes[next(filter(None, model.nodes[index].outputs))]
         node.output.extend([""] * (position + 1 - len(node.output)))
         node.output[position] = name
     tape.append_to(graph)
-    del graph.output[:]
-    graph.output.extend(onnx.ValueInfoProto(name=name) for name in (loss, *gradients.values()))
     return result
 
 
-def with_inputs(model: Model, weights: Collection[str]) -> onnx.ModelProto:
+def with_inputs(model: Model, weights: Collection[str], outputs: Collection[str]) -> onnx.ModelProto:
     """A copy of a model that reads some of its stored tensors as inputs.
 
     Args:
         model: not changed.
         weights: their names.
+        outputs: what it puts out.
     """
     result = onnx.ModelProto()
     result.CopyFrom(model.proto)
     graph, wanted = result.graph, set(weights)
-    del graph.value_info[:]
+    del graph.value_info[:], graph.output[:]
     for tensor in [tensor for tensor in graph.initializer if tensor.name in wanted]:
         graph.initializer.remove(tensor)
     for node in [node for node in graph.node if node.op_type == "Constant" and node.output[0] in wanted]:
@@ -169,4 +167,5 @@ def with_inputs(model: Model, weights: Collection[str]) -> onnx.ModelProto:
         stored = model.stored[name]
         kind = onnx.helper.np_dtype_to_tensor_dtype(stored.dtype)
         graph.input.append(onnx.helper.make_tensor_value_info(name, kind, stored.shape))
+    graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
     return result

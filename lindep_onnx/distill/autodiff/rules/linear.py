@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lindep_onnx.distill.autodiff.rules.registry import gradients_of_inputs
 from lindep_onnx.distill.autodiff.tape import Tape, Unsupported
@@ -71,25 +72,17 @@ class Convolution:
         return {
             "strides": window.strides,
             "dilations": window.dilations,
-            "pads": [*self._before, *self._after],
+            "pads": np.ravel(window.pads, order="F").tolist(),
             "group": self.group,
             "kernel_shape": window.kernel,
         }
 
     @property
-    def _before(self) -> list[int]:
-        return [begin for begin, _ in self.window.pads]
-
-    @property
-    def _after(self) -> list[int]:
-        return [end for _, end in self.window.pads]
-
-    @property
-    def _left(self) -> list[int]:
+    def _left(self) -> NDArray[np.int64]:
         """Positions at the end of each spatial axis that the strides leave over."""
         last = np.subtract(self.out[2:], 1) * self.window.strides
         reach = last + np.subtract(self.window.kernel, 1) * self.window.dilations + 1
-        left: list[int] = (np.add(self.data[2:], np.sum(self.window.pads, axis=1)) - reach).tolist()
+        left: NDArray[np.int64] = np.add(self.data[2:], np.sum(self.window.pads, axis=1)) - reach
         return left
 
     def adjoint(self, tape: Tape, dy: str, weight: str) -> str:
@@ -109,7 +102,7 @@ class Convolution:
         batch, channels = self.data[:2]
         outputs, positions = self.out[1], math.prod(self.out[2:])
         if self.window.padded:
-            data = tape.Pad(data, [0, 0, *self._before, 0, 0, *self._after])
+            data = _padded(tape, data, *np.transpose(self.window.pads))
         taps = []
         for tap in itertools.product(*map(range, self.window.kernel)):
             starts = np.multiply(tap, self.window.dilations)
@@ -125,11 +118,12 @@ class Convolution:
     def _depthwise(self, tape: Tape, data: str, dy: str) -> str:
         """The same as one convolution, each channel of each sample a group; strides and dilations trade places."""
         batch, channels, *sizes = self.data
-        before, after = self._before, np.subtract(self._after, self._left).tolist()
+        before, after = np.transpose(self.window.pads)
+        after = after - self._left
         if min(after) < 0:
-            data = tape.Pad(data, [0, 0, *before, 0, 0, *after])
-            sizes = np.sum([sizes, before, after], axis=0).tolist()
-            before = after = [0] * len(sizes)
+            data = _padded(tape, data, before, after)
+            sizes = [*(sizes + before + after)]
+            before = after = np.zeros_like(before)
         found = tape.Conv(
             tape.reshape(data, [1, batch * channels, *sizes]),
             tape.reshape(dy, [batch * self.out[1], 1, *self.out[2:]]),
@@ -140,6 +134,10 @@ class Convolution:
         )
         each = tape.reshape(found, [batch, self.out[1], 1, *self.window.kernel])
         return tape.reshape(tape.sum(each, [0]), self.weight)
+
+
+def _padded(tape: Tape, data: str, before: Iterable[int], after: Iterable[int]) -> str:
+    return tape.Pad(data, [0, 0, *before, 0, 0, *after])
 
 
 @gradients_of_inputs("Gemm")

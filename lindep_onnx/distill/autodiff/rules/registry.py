@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TypeAlias
 
 from lindep_onnx.distill.autodiff.tape import Tape, Unsupported
@@ -35,12 +36,10 @@ def gradient_of_data(*ops: str, others: str = "") -> Callable[[DataRule], DataRu
     """
 
     def register(rule: DataRule) -> DataRule:
-        def full(node: Node, given: Sequence[str | None], wanted: frozenset[int], tape: Tape) -> Mapping[int, str]:
-            if others and wanted - {0}:
-                raise Unsupported(others)
-            return {0: rule(node, _only(given), tape)}
+        def inputs(node: Node, dy: str, tape: Tape) -> Mapping[int, Callable[[], str]]:
+            return {0: partial(rule, node, dy, tape)}
 
-        registering(RULES, ops)(full)
+        gradients_of_inputs(*ops, others=others)(inputs)
         return rule
 
     return register

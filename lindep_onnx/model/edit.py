@@ -39,7 +39,7 @@ class Insertion:
 
 @dataclass(frozen=True)
 class GraphEdits:
-    """All changes to a graph, decided beforehand; `edit` carries them out.
+    """All changes to a graph, decided beforehand; `apply_edits` carries them out.
 
     Attributes:
         constants: new values of constant tensors, for all of their readers. The name may also be a tensor that a

@@ -1,7 +1,7 @@
 """Half precision: models in float16 and bfloat16 are worked on in single precision, and rounded once, at the end.
 
 ONNX Runtime has few bfloat16 kernels, and the rounding of half precision would hide what depends exactly on what. So
-`widened` makes a float32 copy of a model, node by node, which is traced, run and cut like any other; `narrowed` gives
+`to_float32` makes a copy of a model, node by node, which is traced, run and cut like any other; `to_stored_dtype` gives
 every tensor of the result the type that it has in the original.
 """
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lindep_onnx.model.checks import impossible_sizes
 from lindep_onnx.model.ir import Model, model_of
-from lindep_onnx.model.weights import is_external, weights_as_inputs, with_weights, without_weights
+from lindep_onnx.model.weights import graphs, is_external, weights_as_inputs, with_weights, without_weights
 
 Array: TypeAlias = NDArray[Any]
 
@@ -46,7 +46,7 @@ def to_float32(model: Model) -> Model:
     for tensor in _tensors(copy.graph):
         if tensor.data_type in NARROW:
             _cast(tensor, onnx.TensorProto.FLOAT)
-    for graph in _graphs(copy.graph):
+    for graph in graphs(copy.graph):
         for value in (*graph.input, *graph.output, *graph.value_info):
             if value.type.tensor_type.elem_type in NARROW:
                 value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
@@ -63,7 +63,7 @@ def to_stored_dtype(result: Model, original: Model) -> Model:
     What the original does not have (a bias, a copy of a shared vector) gets the type of the node that reads it.
 
     Args:
-        result: made from `widened(original)`.
+        result: made from `to_float32(original)`.
         original: in half precision.
     """
     copy = without_weights(result.proto)
@@ -96,7 +96,7 @@ def to_stored_dtype(result: Model, original: Model) -> Model:
 
 
 def _of_values(proto: onnx.ModelProto, source: Model) -> Model:
-    """A light copy of a model with its data, as the types of the copy."""
+    """A copy of a model without data, given its data, as the types of the copy."""
     types = {tensor.name: _numpy_type(tensor.data_type) for tensor in proto.graph.initializer}
     return model_of(*with_weights(proto, lambda name: np.asarray(source.stored[name], dtype=types[name])))
 
@@ -135,16 +135,8 @@ def _types(proto: onnx.ModelProto) -> dict[str, int]:
     return {name: kind for name, kind in found.items() if kind in FLOATS}
 
 
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                yield from _graphs(inner)
-
-
 def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    for inner in _graphs(graph):
+    for inner in graphs(graph):
         yield from inner.initializer
         for node in inner.node:
             for attribute in node.attribute:

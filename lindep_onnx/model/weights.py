@@ -278,8 +278,8 @@ def _lies_outside(part: Any) -> bool:
 def without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
     """A copy without the data of large initializers: what a graph is changed in, so that no weight is copied.
 
-    Such a tensor keeps its name, type and sizes, and says that its data is elsewhere, but not where. `filled` puts data
-    back.
+    Such a tensor keeps its name, type and sizes, and says that its data is elsewhere, but not where. `with_weights`
+    puts data back.
 
     Args:
         proto: the model; not changed.
@@ -343,7 +343,7 @@ def stand_in(name: str, value: Array) -> onnx.TensorProto | None:
 
 
 def with_weights(proto: onnx.ModelProto, value_of: Callable[[str], Array]) -> tuple[onnx.ModelProto, WeightsDir | None]:
-    """Put the data that `light` left out in place: inside, or in a temporary file if it is much.
+    """Put the data that `without_weights` left out in place: inside, or in a temporary file if it is much.
 
     Args:
         proto: a model whose external tensors say nothing of where they are; changed in place.

@@ -40,7 +40,7 @@ MAX_WORK = 2e11
 
 @dataclass(frozen=True)
 class _Seen:
-    """What is known of the features of one site.
+    """What is known of the features of one consumer.
 
     Attributes:
         statistics: what folding needs.
@@ -74,8 +74,8 @@ class Proof:
 
     Attributes:
         steps: removes every unit that is proven redundant.
-        constant: (units,) bool, units that are constant at every site, whatever the input.
-        statistics: what folding needs to know of each site.
+        constant: (units,) bool, units that are constant at every consumer, whatever the input.
+        statistics: what folding needs to know of each consumer.
     """
 
     steps: ChannelSteps
@@ -85,7 +85,7 @@ class Proof:
 
 @np.errstate(all="ignore")  # weights may be infinite
 def prove(structure: Structure, ranges: Ranges = MappingProxyType({}), *, half: bool = False) -> Proof:
-    """Propagate bounds and identities through the graph, and see what they mean at the sites.
+    """Propagate bounds and identities through the graph, and see what they mean at the consumers.
 
     Args:
         structure: the traced model.
@@ -179,7 +179,7 @@ def _bounded(known: BoundsContext, name: str, low: float, high: float) -> Channe
 
 
 def _consumer(structure: Structure, consumer: Consumer, known: BoundsContext) -> _Seen:
-    """The site's features as evidence, and what ties them to each other."""
+    """The layout of a consumer, and what ties them to each other."""
     layout = features(consumer.columns)
     index = layout.index + consumer.first_column
     size = len(index)
@@ -221,7 +221,7 @@ def _common(forms: list[AffineForm | None]) -> AffineForm | None:
 
 
 def _multiples(structure: Structure, seen: list[_Seen], kind: NDArray[np.int8]) -> list[tuple[int, int]]:
-    """(unit, the unit it is a multiple of) at every site it is read at."""
+    """(unit, the unit it is a multiple of) at every consumer it is read at."""
     found = []
     for group in structure.groups:
         signature: dict[int, list[object]] = {int(unit): [] for unit in group.units if not kind[unit]}
@@ -242,10 +242,10 @@ def _multiples(structure: Structure, seen: list[_Seen], kind: NDArray[np.int8]) 
 def _combinations(
     structure: Structure, group: Group, seen: list[_Seen], kind: NDArray[np.int8], bounds: Allowance
 ) -> Iterator[_Combination]:
-    """Units that are the same combination of others at every site of the group that reads them.
+    """Units that are the same combination of others at every consumer of the group that reads them.
 
-    A unit's vector holds the coefficients of its form at every site, end to end. A dependence between vectors is one
-    between the channels themselves, at every position and for every input.
+    A unit's vector holds the coefficients of its form at every consumer, end to end. A dependence between vectors is
+    one between the channels themselves, at every position and for every input.
     """
     forms: dict[int, list[tuple[int, AffineForm]] | None] = {int(unit): [] for unit in group.units if not kind[unit]}
     for index in group.consumers:
@@ -254,7 +254,7 @@ def _combinations(
             own = forms.get(unit)
             if own is None:
                 continue
-            if form is None or unit in counted:  # two features of one unit at a site: not looked into
+            if form is None or unit in counted:  # two features of one unit at a consumer: not looked into
                 forms[unit] = None
             else:
                 counted.add(unit)

@@ -25,7 +25,7 @@ class EditBuilder:
     """
 
     def __init__(self, structure: Structure, removed: NDArray[np.bool_]) -> None:
-        self.channels = structure
+        self.structure = structure
         self.placement = Placement(structure, removed)
         self._constants: dict[str, Array] = {}
         self._inputs: dict[tuple[int, int], str | Array] = {}
@@ -43,11 +43,11 @@ class EditBuilder:
 
     def constant(self, name: str) -> Array | None:
         """Original value of a constant tensor, None for others."""
-        return self.channels.shape_info.constants.get(name)
+        return self.structure.shape_info.constants.get(name)
 
     def shape(self, name: str) -> tuple[int | str, ...]:
         """Original shape."""
-        return self.channels.shape_info.shapes[name]
+        return self.structure.shape_info.shapes[name]
 
     def new_shape(self, name: str) -> tuple[int | str, ...]:
         """Shape once the units are gone."""
@@ -94,7 +94,7 @@ class EditBuilder:
 
     def _apply_elements(self) -> None:
         for (index, position), elements in self._elements.items():
-            node = self.channels.model.nodes[index]
+            node = self.structure.model.nodes[index]
             name = node.input(position)
             value = self.constant(name)
             if value is not None:

@@ -1,8 +1,9 @@
 """Which channel sits where once others are gone.
 
-A grouped convolution needs as many channels in each group, attention as many in each head. So places vanish in bundles,
-one from each group (`Structure.bundle`), while the channels that go may sit anywhere in theirs. Channels of one cell
-(`Structure.cell`) can trade places, so those that go move onto the places that vanish, and nothing else changes:
+A grouped convolution needs as many channels in each group, attention as many in each head. So places vanish in aligned
+sets, one from each group (`Structure.aligned`), while the channels that go may sit anywhere in theirs. Channels of one
+interchangeable set (`Structure.interchangeable`) can trade places, so those that go move onto the places that vanish,
+and nothing else changes:
 
     group 0    a B c d         a d c           B and E go: d moves to the second place, f to the fourth,
     group 1    e f g E    ->   e f g           and the last column vanishes.
@@ -41,14 +42,14 @@ def equalized(
 
 
 def _places(structure: Structure, removed: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """(units,) bool: the places that vanish, in whole bundles, so many of each cell as `removed` has units there."""
+    """(units,) bool: places that vanish: whole aligned sets, as many of each interchangeable one as `removed` has."""
     several = np.bincount(structure.aligned, minlength=1)[structure.aligned] > 1
     result = removed & ~several
     members = np.flatnonzero(several)
     members = members[np.argsort(structure.aligned[members], kind="stable")]
     aligned_sets = np.split(members, np.flatnonzero(np.diff(structure.aligned[members])) + 1)
     left = np.bincount(structure.interchangeable[removed], minlength=structure.units)
-    # Bundles that go as they are come first, so that nothing moves without need.
+    # Sets that go as they are come first, so that nothing moves without need.
     for aligned in sorted(aligned_sets, key=lambda aligned: -float(removed[aligned].mean()) if len(aligned) else 0.0):
         interchangeable_sets, counts = np.unique(structure.interchangeable[aligned], return_counts=True)
         if (left[interchangeable_sets] >= counts).all():
@@ -62,10 +63,10 @@ class Placement:
 
     Args:
         structure: the traced model.
-        removed: (units,) bool, balanced.
+        removed: (units,) bool, `equalized`.
 
     Raises:
-        ValueError: the removal leaves groups of different sizes; see `balanced`.
+        ValueError: the removal leaves groups of different sizes; see `equalized`.
     """
 
     def __init__(self, structure: Structure, removed: NDArray[np.bool_]) -> None:
@@ -75,11 +76,11 @@ class Placement:
         self._source = np.arange(len(structure.unit))
         if (self.gone == removed).all():
             return
-        # The channels of each cell in their order, first those that stay, fill the places that stay, then the others.
+        # In each interchangeable set the channels that stay fill the places that stay, in order, then the others.
         channel = np.lexsort((removed, structure.interchangeable))
         place = np.lexsort((self.gone, structure.interchangeable))
         if (removed[channel] != self.gone[place]).any():
-            raise ValueError("a removal must leave equal counts in every group: pass it through `balanced` first")
+            raise ValueError("a removal must leave equal counts in every group: pass it through `equalized` first")
         given = np.empty(structure.units, dtype=np.int64)
         given[place] = channel
         atoms = np.argsort(structure.unit, kind="stable")

@@ -24,9 +24,9 @@ class Removal:
 
     Attributes:
         removed: (units,) bool, with equal counts in every group (`lindep_onnx.structure.placement.equalized`).
-        weights: new values of site weights in their original shape and type; what lies on removed rows and columns
-            does not matter.
-        shifts: (site outputs,) float64, what to add to the output of a reader, by the reader.
+        weights: new values of the weights of consumers in their original shape and type; what lies on removed rows and
+            columns does not matter.
+        shifts: (outputs of a consumer,) float64, what to add to the output of a reader, by the reader.
     """
 
     removed: NDArray[np.bool_]
@@ -64,8 +64,8 @@ def _rewrite_constant(
     biases: Mapping[tuple[int, int], NDArray[np.float64]],
 ) -> None:
     """Slice a constant for its readers: in place where they agree, else with a copy for each."""
-    model = builder.channels.model
-    original = builder.channels.shape_info.constants[name]
+    model = builder.structure.model
+    original = builder.structure.shape_info.constants[name]
     values = {}
     for (index, position), axes in readers.items():
         value = biases.get((index, position), original if weight is None else weight)
@@ -92,7 +92,7 @@ def _same(left: Array, right: Array) -> bool:
 def _biases(builder: EditBuilder, new: Removal) -> dict[tuple[int, int], NDArray[np.float64]]:
     """New values, in their original shape, of constants that take a shift; missing ones are added to the graph."""
     found = {}
-    weights = {reader: consumer.weight for consumer in builder.channels.consumers for reader in consumer.readers}
+    weights = {reader: consumer.weight for consumer in builder.structure.consumers for reader in consumer.readers}
     for reader, shift in new.shifts.items():
         bias = reader.bias
         if bias is None or not shift.any():
@@ -100,9 +100,9 @@ def _biases(builder: EditBuilder, new: Removal) -> dict[tuple[int, int], NDArray
         if bias.name:
             found[bias.node or 0, bias.position] = _shifted(builder, reader, bias, shift)
             continue
-        model = builder.channels.model
+        model = builder.structure.model
         chosen = builder.placement.chosen_along(reader.output, reader.output_axis)
-        dtype = builder.channels.shape_info.constants[weights[reader]].dtype
+        dtype = builder.structure.shape_info.constants[weights[reader]].dtype
         value = ((shift if chosen is None else shift[chosen]) * bias.scale).astype(dtype)
         if bias.node is not None:
             builder.set_input(model.nodes[bias.node], bias.position, value)
@@ -115,8 +115,8 @@ def _biases(builder: EditBuilder, new: Removal) -> dict[tuple[int, int], NDArray
 
 def _shifted(builder: EditBuilder, reader: ConsumerNode, bias: Bias, shift: NDArray[np.float64]) -> NDArray[np.float64]:
     """The constant that is there plus the shift, in a shape that still broadcasts."""
-    current = builder.channels.shape_info.constants[bias.name].astype(np.float64)
-    op = builder.channels.model.nodes[bias.node or 0].op
+    current = builder.structure.shape_info.constants[bias.name].astype(np.float64)
+    op = builder.structure.model.nodes[bias.node or 0].op
     if op == "Add":
         behind = len(builder.shape(reader.output)) - reader.output_axis - 1
         return current + (shift * bias.scale).reshape(-1, *(1,) * behind)

@@ -1,11 +1,11 @@
-"""The walk over the graph that finds units, sites, groups and refusals (see `structure.types` for the words)."""
+"""The walk over the graph that finds units, consumers, groups and refusals (see `structure.types` for the words)."""
 
 from __future__ import annotations
 
 import dataclasses
 import fnmatch
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from types import MappingProxyType
 
 import numpy as np
@@ -23,7 +23,6 @@ from lindep_onnx.structure.types import (
     Atoms,
     Consumer,
     Group,
-    Labelling,
     Refusal,
     Structure,
 )
@@ -54,7 +53,7 @@ def trace(
     exclude: Sequence[str] = (),
     min_channels: int = 1,
 ) -> Structure:
-    """Find units, sites, groups and refusals of a model.
+    """Find units, consumers, groups and refusals of a model.
 
     Args:
         model: the model.
@@ -77,8 +76,8 @@ def trace(
     for name in model.outputs:
         tracer.freeze_tensor(name, reasons.GRAPH_OUTPUT, model.producer.get(name))
     _check_claims(tracer)
-    channels = _components(tracer, min_channels)
-    return channels if quantised is None else dataclasses.replace(channels, refusals=(quantised,))
+    structure = _components(tracer, min_channels)
+    return structure if quantised is None else dataclasses.replace(structure, refusals=(quantised,))
 
 
 def _quantised(model: Model, shape_info: ShapeInfo) -> Refusal | None:
@@ -195,29 +194,29 @@ def _components(tracer: Tracer, min_channels: int) -> Structure:
     read = np.zeros(len(aligned), dtype=bool)
     for consumer in consumers:
         read[component[consumer.columns]] = True
-    whole = np.ones(len(cause), dtype=bool)  # a bundle of which a part cannot go stays
+    whole = np.ones(len(cause), dtype=bool)  # an aligned set of which a part cannot go stays
     whole[aligned[~read]] = False
     free = whole[aligned] & (cause[aligned] < 0)
     number = np.where(free, np.cumsum(free) - 1, FROZEN)
     unit = number[component] if count else np.empty(0, np.int64)
     units = int(free.sum())
     consumers = [consumer for consumer in consumers if (unit[consumer.columns] != FROZEN).any()]
-    labels = MappingProxyType(dict(tracer.labels))
+    lines = list(_lines(tracer))
     return Structure(
         model=tracer.model,
         shape_info=tracer.shape_info,
-        labels=labels,
+        labels=MappingProxyType(dict(tracer.labels)),
         reads=MappingProxyType(dict(tracer.claims)),
         unit=unit,
         units=units,
         aligned=aligned[free],
-        interchangeable=_cells(labels, tracer.claims, unit, aligned[free]),
+        interchangeable=_interchangeable(lines, unit, aligned[free]),
         consumers=tuple(consumers),
         products=tuple(tracer.products),
         producers=tuple(tracer.producers),
         groups=_groups(tracer, consumers, unit, units),
         refusals=_refusals(tracer, together, cause),
-        minimums=_minimums(labels, tracer.claims, unit, min_channels),
+        minimums=_minimums(lines, unit, min_channels),
     )
 
 
@@ -254,22 +253,16 @@ def _consumers(tracer: Tracer) -> list[Consumer]:
     return consumers
 
 
-def _cells(
-    labels: Mapping[str, tuple[Labelling, ...]],
-    reads: Mapping[str, Mapping[tuple[int, int], Mapping[int, Atoms]]],
-    unit: Atoms,
-    aligned: Atoms,
-) -> Atoms:
+def _interchangeable(lines: Sequence[Atoms], unit: Atoms, aligned: Atoms) -> Atoms:
     """(units,) which units can trade places: those whose atoms occur along the very same axes equally often.
 
     What reads an axis without telling its places apart does not notice the trade, and what tells them apart (a Slice,
-    one group of a convolution, one head) has an axis of its own. Only bundles of several units have use for it.
+    one group of a convolution, one head) has an axis of its own. Only aligned sets of several have use for it.
     """
     interchangeable = np.arange(len(aligned))
     several = np.bincount(aligned, minlength=1)[aligned] > 1 if len(aligned) else np.zeros(0, dtype=bool)
     if not several.any():
         return interchangeable
-    lines = list(_lines(labels, reads))
     atoms = np.concatenate(lines)
     line = np.repeat(np.arange(len(lines)), [len(one) for one in lines])
     wanted = np.append(several, False)[unit[atoms]]
@@ -286,16 +279,13 @@ def _cells(
     return interchangeable
 
 
-def _lines(
-    labels: Mapping[str, tuple[Labelling, ...]],
-    reads: Mapping[str, Mapping[tuple[int, int], Mapping[int, Atoms]]],
-) -> Iterator[Atoms]:
+def _lines(tracer: Tracer) -> Iterator[Atoms]:
     """The atoms along every axis of every tensor and constant, one line for each index along the other axes."""
-    for tensor in sorted(labels):
-        for label in labels[tensor]:
+    for tensor in sorted(tracer.labels):
+        for label in tracer.labels[tensor]:
             yield from label.rows()
-    for name in sorted(reads):
-        for axes in reads[name].values():
+    for name in sorted(tracer.claims):
+        for axes in tracer.claims[name].values():
             for atoms in axes.values():
                 yield from np.atleast_2d(atoms)
 
@@ -309,9 +299,8 @@ def _groups(tracer: Tracer, consumers: Sequence[Consumer], unit: Atoms, units: i
         right.append(np.full(len(met), units + index))
     rows, columns = np.concatenate(left), np.concatenate(right)
     size = units + len(consumers)
-    member = connected_components(coo_array((np.ones(len(rows)), (rows, columns)), shape=(size, size)), directed=False)[
-        1
-    ]
+    edges = coo_array((np.ones(len(rows)), (rows, columns)), shape=(size, size))
+    member = connected_components(edges, directed=False)[1]
     owner: dict[int, str] = {}
     for producer in tracer.producers:
         made = unit[producer.atoms]
@@ -342,15 +331,10 @@ def _refusals(tracer: Tracer, component: Atoms, cause: Atoms) -> tuple[Refusal, 
     return tuple(sorted(refusals, key=lambda refusal: (-refusal.channels, refusal.reason.code, refusal.nodes)))
 
 
-def _minimums(
-    labels: Mapping[str, tuple[Labelling, ...]],
-    reads: Mapping[str, Mapping[tuple[int, int], Mapping[int, Atoms]]],
-    unit: Atoms,
-    min_channels: int,
-) -> tuple[tuple[NDArray[np.int64], int], ...]:
+def _minimums(lines: Sequence[Atoms], unit: Atoms, min_channels: int) -> tuple[tuple[NDArray[np.int64], int], ...]:
     """Sets of units that make up a whole axis: something of it has to stay."""
     found: dict[bytes, tuple[NDArray[np.int64], int]] = {}
-    for atoms in _lines(labels, reads):
+    for atoms in lines:
         on_axis = unit[atoms]
         members = np.unique(on_axis[on_axis != FROZEN])
         # An axis of n places made of fewer units cannot promise more places than each unit brings at least.

@@ -1,4 +1,4 @@
-"""Which channels must go together: atoms, units, sites, groups and refusals.
+"""Which channels must go together: atoms, units, consumers, groups and refusals.
 
 A tensor carries labellings. A labelling gives every element along some axes an atom id; elements that share an id, or
 whose ids are linked, live and die together. `structure.trace` walks the graph once, forward, and asks the rule of
@@ -76,7 +76,7 @@ class Bias:
 
 @dataclass(frozen=True)
 class ConsumerNode:
-    """One node that multiplies the weight of a site.
+    """One node that multiplies the weight of a consumer.
 
     Attributes:
         node: index of the node.
@@ -176,12 +176,12 @@ class Producer:
 
 @dataclass(frozen=True)
 class Group:
-    """Units that meet at common sites.
+    """Units that meet at common consumers.
 
     Attributes:
         name: the first producer's node name.
         units: unit numbers, ascending.
-        consumers: indices into `Structure.sites`, in topological order.
+        consumers: indices into `Structure.consumers`, in topological order.
     """
 
     name: str
@@ -215,13 +215,14 @@ class Structure:
         reads: for each constant, the atoms along its axes as each (node index, input position) reads them.
         unit: unit number of every atom; -1 where it always stays.
         units: number of units.
-        aligned: (units,) units of one bundle have aligned places: as many go from each part of a group, or from each
-            head (see `lindep_onnx.structure.placement`). Most bundles hold one unit.
-        interchangeable: (units,) units of one cell can trade places without changing what the model computes.
+        aligned: (units,) the aligned set of each unit, whose places vanish together: as many go from each part of a
+            group, or from each head (see `lindep_onnx.structure.placement`). Most sets hold one unit.
+        interchangeable: (units,) the interchangeable set of each unit, whose units can trade places without changing
+            what the model computes.
         consumers: in topological order of their first reader.
         products: in topological order.
         producers: in topological order.
-        groups: in topological order of their first site.
+        groups: in topological order of their first consumer.
         refusals: the most costly first.
         minimums: sets of units of which at least that many must survive.
     """

@@ -9,9 +9,6 @@ from lindep_onnx.structure.rules.saturation import may_flatten
 from lindep_onnx.structure.tracer import Tracer
 from lindep_onnx.structure.types import Labelling
 
-__all__ = ["broadcast"]
-
-
 UNARY = (
     *("Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "BitwiseNot", "Cast", "Ceil", "Celu", "Cos", "Cosh"),
     *("Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity", "IsInf", "IsNaN", "LeakyRelu"),

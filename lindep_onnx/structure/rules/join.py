@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import numpy as np
 
 from lindep_onnx.model.edit import Insertion
@@ -10,14 +13,15 @@ from lindep_onnx.structure import reasons
 from lindep_onnx.structure.edit_builder import EditBuilder
 from lindep_onnx.structure.rules.registry import rewrites, traces
 from lindep_onnx.structure.tracer import Tracer
-from lindep_onnx.structure.types import Atoms
-
-__all__: list[str] = []
-
+from lindep_onnx.structure.types import Array, Atoms
 
 #: Channels that a Pad may add: arrays over more would take longer than all else.
 MAX_PADDED = 1 << 20
 END = np.iinfo(np.int64).max
+#: Inputs of a Slice behind the data, once attributes.
+RANGES = ("starts", "ends", "axes", "steps")
+
+Constants: TypeAlias = Callable[[str], Array | None]
 
 
 @traces("Concat")
@@ -31,19 +35,18 @@ def concat(node: Node, tracer: Tracer) -> None:
     across = _linked_across(node, tracer, joined)
     labels = dict(across)
     if any(joined in tracer.axes(name) for name in node.inputs):
-        parts = [_part(node, tracer, position, joined) for position in range(len(node.inputs))]
-        if all(part is not None for part in parts):
-            labels[joined] = tracer.distinct(np.concatenate([part for part in parts if part is not None]))
+        found = [_part(node, tracer, position, joined) for position in range(len(node.inputs))]
+        parts = [part for part in found if part is not None]
+        if len(parts) == len(found):
+            labels[joined] = tracer.distinct(np.concatenate(parts))
             for position, part in enumerate(parts):
-                if tracer.constant(node.inputs[position]) is not None and part is not None:
-                    tracer.claim(node, position, {**across, joined: part})
+                tracer.claim(node, position, {**across, joined: part})
         else:
             for name in node.inputs:
                 tracer.freeze_tensor(name, reasons.FROZEN_OPERAND, node, [joined])
     else:
-        for position, name in enumerate(node.inputs):
-            if tracer.constant(name) is not None:
-                tracer.claim(node, position, across)
+        for position in range(len(node.inputs)):
+            tracer.claim(node, position, across)
     tracer.label_axes(node.outputs[0], labels)
 
 
@@ -52,12 +55,8 @@ def _linked_across(node: Node, tracer: Tracer, joined: int) -> dict[int, Atoms]:
     result: dict[int, Atoms] = {}
     for name in data:
         for axis, atoms in tracer.axes(name).items():
-            if axis == joined:
-                continue
-            if axis in result:
-                tracer.link(result[axis], atoms)
-            else:
-                result[axis] = atoms
+            if axis != joined:
+                tracer.link(result.setdefault(axis, atoms), atoms)
     for axis, atoms in result.items():
         if any(axis not in tracer.axes(name) for name in data):
             tracer.freeze(atoms, reasons.FROZEN_OPERAND, node)
@@ -113,7 +112,7 @@ def split_sizes(node: Node, builder: EditBuilder) -> None:
     if axis not in builder.kept(node.inputs[0]):
         return
     sizes = [int(builder.new_shape(name)[axis]) for name in node.outputs]
-    if builder.channels.model.opset >= 13:
+    if builder.structure.model.opset >= 13:
         builder.set_input(node, 1, np.array(sizes, dtype=np.int64))
         if "num_outputs" in node.attributes:
             builder.set_attribute(node, "num_outputs", None)
@@ -192,15 +191,14 @@ def slice_(node: Node, tracer: Tracer) -> None:
     tracer.label_axes(result, labels)
 
 
-def _ranges(node: Node, constant: object, opset: int, rank: int) -> dict[int, slice] | None:
+def _ranges(node: Node, constant: Constants, opset: int, rank: int) -> dict[int, slice] | None:
     """The slice of each axis, None if something is only known at run time."""
-    names = ("starts", "ends", "axes", "steps")
     given: list[list[int] | None] = []
-    for position, name in enumerate(names, start=1):
+    for position, name in enumerate(RANGES, start=1):
         if opset < 10:
             given.append(node.attributes.get(name))
             continue
-        value = constant(node.input(position))  # type: ignore[operator]
+        value = constant(node.input(position))
         if value is None and node.input(position):
             return None
         given.append(None if value is None else [int(element) for element in value.ravel()])
@@ -219,7 +217,7 @@ def _ranges(node: Node, constant: object, opset: int, rank: int) -> dict[int, sl
 @rewrites("Slice")
 def slice_ranges(node: Node, builder: EditBuilder) -> None:
     """A range stays a range of the survivors; a range with a step becomes a Gather."""
-    opset = builder.channels.model.opset
+    opset = builder.structure.model.opset
     shape = builder.shape(node.inputs[0])
     ranges = _ranges(node, builder.constant, opset, len(shape))
     kept = builder.kept(node.inputs[0])
@@ -236,7 +234,7 @@ def slice_ranges(node: Node, builder: EditBuilder) -> None:
         if axis in stepped:
             if len(ranges) == 1:
                 builder.set_op(node, "Gather", 2)
-                for name in ("starts", "ends", "axes", "steps"):
+                for name in RANGES:
                     builder.set_attribute(node, name, None)
                 builder.set_attribute(node, "axis", axis)
                 builder.set_input(node, 1, chosen)
@@ -252,19 +250,15 @@ def slice_ranges(node: Node, builder: EditBuilder) -> None:
     order = list(ranges)
     new = {
         "starts": [starts.get(axis, ranges[axis].start) for axis in order],
-        "ends": [ends.get(axis, _end(ranges[axis])) for axis in order],
+        "ends": [ends.get(axis, -END if ranges[axis].stop is None else int(ranges[axis].stop)) for axis in order],
         "axes": order,
         "steps": [1 if axis in stepped else ranges[axis].step for axis in order],
     }
-    for position, name in enumerate(("starts", "ends", "axes", "steps"), start=1):
+    for position, name in enumerate(RANGES, start=1):
         if opset >= 10:
             builder.set_input(node, position, np.array(new[name], dtype=np.int64))
         elif name != "steps":
             builder.set_attribute(node, name, new[name])
-
-
-def _end(taken: slice) -> int:
-    return -END if taken.stop is None else int(taken.stop)
 
 
 @traces("Pad")
@@ -292,12 +286,12 @@ def pad(node: Node, tracer: Tracer) -> None:
 
 
 def _pad_sizes(
-    node: Node, constant: object, known: list[int | str] | None, rank: int, opset: int
+    node: Node, constant: Constants, known: list[int | str] | None, rank: int, opset: int
 ) -> dict[int, tuple[int | str, int | str]] | None:
     flat = node.attributes.get("pads") if opset < 11 else known
     if flat is None:
         return None
-    axes = constant(node.input(3))  # type: ignore[operator]
+    axes = constant(node.input(3))
     if node.input(3) and axes is None:
         return None
     order = range(rank) if axes is None else [int(axis) % rank for axis in axes]
@@ -312,8 +306,8 @@ def pad_sizes(node: Node, builder: EditBuilder) -> None:
     """As much padding on each side as survives of it."""
     kept = builder.kept(node.outputs[0])
     rank = len(builder.shape(node.inputs[0]))
-    opset = builder.channels.model.opset
-    integers = builder.channels.shape_info.integers(node.input(1))
+    opset = builder.structure.model.opset
+    integers = builder.structure.shape_info.integers(node.input(1))
     pads = _pad_sizes(node, builder.constant, integers, rank, opset)
     if pads is None:
         return

@@ -9,7 +9,10 @@ from lindep_onnx.structure import reasons
 from lindep_onnx.structure.rules.registry import traces
 from lindep_onnx.structure.tracer import Tracer
 
-__all__: list[str] = []
+REDUCTIONS = (
+    *("ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd"),
+    *("ReduceSum", "ReduceSumSquare"),
+)
 
 
 @traces("BatchNormalization")
@@ -107,31 +110,17 @@ def _mix(node: Node, tracer: Tracer, axes: Iterable[int]) -> None:
         tracer.label_axes(name, passing)
 
 
-@traces(
-    "ReduceL1",
-    "ReduceL2",
-    "ReduceLogSum",
-    "ReduceLogSumExp",
-    "ReduceMax",
-    "ReduceMean",
-    "ReduceMin",
-    "ReduceProd",
-    "ReduceSum",
-    "ReduceSumSquare",
-)
+@traces(*REDUCTIONS)
 def reduce(node: Node, tracer: Tracer) -> None:
     """Mixes the reduced axes, which vanish or become 1."""
     data = node.inputs[0]
     rank = tracer.rank(data)
     if rank is None:
         return
-    reduced = node.attributes.get("axes")
+    reduced, unknown = node.attributes.get("axes"), False
     if reduced is None and node.input(1):
         given = tracer.constant(node.input(1))
-        reduced = None if given is None else [int(axis) for axis in given.ravel()]
-        unknown = given is None
-    else:
-        unknown = False
+        reduced, unknown = None if given is None else [int(axis) for axis in given.ravel()], given is None
     if not reduced and not unknown and node.attributes.get("noop_with_empty_axes", 0):
         tracer.label_axes(node.outputs[0], tracer.axes(data))
         return

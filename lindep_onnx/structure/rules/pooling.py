@@ -8,8 +8,6 @@ from lindep_onnx.structure.edit_builder import EditBuilder
 from lindep_onnx.structure.rules.registry import rewrites, traces
 from lindep_onnx.structure.tracer import Tracer
 
-__all__: list[str] = []
-
 
 @traces("AveragePool", "GlobalAveragePool", "GlobalLpPool", "GlobalMaxPool", "LpPool", "MaxPool")
 def pool(node: Node, tracer: Tracer) -> None:

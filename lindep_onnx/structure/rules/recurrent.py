@@ -8,8 +8,6 @@ from lindep_onnx.structure.rules.registry import traces
 from lindep_onnx.structure.tracer import Tracer
 from lindep_onnx.structure.types import ConsumerNode, Product
 
-__all__: list[str] = []
-
 
 @traces("LSTM", "GRU", "RNN")
 def recurrent(node: Node, tracer: Tracer) -> None:

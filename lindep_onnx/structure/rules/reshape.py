@@ -14,9 +14,6 @@ from lindep_onnx.structure.rules.registry import rewrites, traces
 from lindep_onnx.structure.tracer import Tracer
 from lindep_onnx.structure.types import Atoms, Labelling
 
-__all__: list[str] = []
-
-
 #: Channels that an Expand, Tile or ConstantOfShape may make.
 MAX_MADE = 1 << 20
 
@@ -150,7 +147,7 @@ def reshape_target(node: Node, builder: EditBuilder) -> None:
     data_kept = builder.kept(node.inputs[0])
     if not kept and not data_kept:
         return
-    target = builder.channels.shape_info.integers(node.inputs[1])
+    target = builder.structure.shape_info.integers(node.inputs[1])
     new = builder.new_shape(result)
     old_data, new_data = builder.shape(node.inputs[0]), builder.new_shape(node.inputs[0])
     zero_copies = not node.attributes.get("allowzero", 0)
@@ -175,7 +172,7 @@ def squeeze_axes(node: Node, builder: EditBuilder) -> None:
     if named or not builder.kept(node.inputs[0]):
         return
     axes = [axis for axis, size in enumerate(builder.shape(node.inputs[0])) if size == 1]
-    if builder.channels.model.opset >= 13:
+    if builder.structure.model.opset >= 13:
         builder.set_input(node, 1, np.array(axes, dtype=np.int64))
     else:
         builder.set_attribute(node, "axes", axes)
@@ -237,7 +234,7 @@ def _made(tracer: Tracer, sizes: Mapping[int, int | str]) -> dict[int, Atoms]:
 @rewrites("Expand")
 def expand_target(node: Node, builder: EditBuilder) -> None:
     """The number of channels, where the target names it."""
-    target = builder.channels.shape_info.integers(node.inputs[1])
+    target = builder.structure.shape_info.integers(node.inputs[1])
     shape = builder.shape(node.inputs[1])
     offset = len(builder.shape(node.outputs[0])) - int(shape[0])
     elements = {}
@@ -282,7 +279,7 @@ def original_numbers(node: Node, builder: EditBuilder) -> None:
     axes = range(len(shape))[slice(node.attributes.get("start", 0), node.attributes.get("end"))]
     kept = builder.kept(node.inputs[0])
     changed = {axes.index(axis): int(shape[axis]) for axis in kept if axis in axes}
-    for reader in builder.channels.model.consumers.get(result, ()) if changed else ():
+    for reader in builder.structure.model.consumers.get(result, ()) if changed else ():
         for position, name in enumerate(reader.inputs):
             if name == result and not _picks_others(reader, position, len(axes), changed, builder):
                 builder.set_elements(reader, position, changed)

@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 
 from lindep_onnx.model.ir import Node
 
-__all__ = ["Interval", "flat_parts", "may_flatten"]
-
 Interval: TypeAlias = "tuple[float, float]"
 Constant: TypeAlias = Callable[[str], "NDArray[Any] | None"]
 

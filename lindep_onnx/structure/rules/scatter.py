@@ -10,8 +10,6 @@ from lindep_onnx.structure.rules.registry import traces
 from lindep_onnx.structure.tracer import Tracer
 from lindep_onnx.structure.types import Atoms
 
-__all__: list[str] = []
-
 
 @traces("ScatterND")
 def scatter_nd(node: Node, tracer: Tracer) -> None:

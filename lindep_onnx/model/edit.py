@@ -116,13 +116,7 @@ def _edited(model: Model, edits: GraphEdits) -> tuple[onnx.ModelProto, WeightsDi
 
 
 class _Changing:
-    """A graph of graphsurgeon while it is changed.
-
-    Attributes:
-        original: the model without the data of large tensors.
-        nodes: by index in the model.
-        data: new values of large tensors, which graphsurgeon does not see.
-    """
+    """A graph of graphsurgeon while it is changed; `data` holds new values of large tensors, which it does not see."""
 
     def __init__(self, model: Model) -> None:
         self.original = without_weights(model.proto)

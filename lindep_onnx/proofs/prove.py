@@ -42,11 +42,7 @@ MAX_WORK = 2e11
 class _Seen:
     """What is known of the features of one consumer.
 
-    Attributes:
-        statistics: what folding needs.
-        keys: (F,) features of equal key are multiples of each other; empty where nothing is known.
-        scale: (F,) by these factors.
-        forms: (F,) how each is an affine function of what a product reads, or None.
+    Features of equal key are multiples of each other by their scales; a key is empty where nothing is known.
     """
 
     statistics: ConsumerLayout

@@ -61,11 +61,7 @@ def elements(node: Node, tracer: Tracer) -> None:
 def _together(node: Node, tracer: Tracer, operands: Sequence[tuple[int, int]], axes: Sequence[int]) -> dict[int, Atoms]:
     """Link operands along some axes of the first one, slice constants alike, and freeze the other axes.
 
-    Args:
-        node: the node.
-        tracer: written to.
-        operands: position of each, and what to add to an axis of the first one to have its own.
-        axes: of the first one.
+    Operands are their position, and what to add to an axis of the first one to have their own.
     """
     result: dict[int, Atoms] = {}
     computed = [

@@ -227,16 +227,9 @@ def opened(
     if source is None:
         return None
     with log.stage("read data"):
-        samples = open_samples(
-            source,
-            inputs_of(understood),
-            seed=config.seed,
-            holdout=config.holdout,
-            max_samples=max_samples,
-            batch_size=config.batch_size or samples_per_run(understood.channels.shape_info),
-            preprocessing=config,
-            log=log,
-        )
+        batch_size = config.batch_size or samples_per_run(understood.channels.shape_info)
+        options = replace(config, max_samples=max_samples, batch_size=batch_size)
+        samples = open_samples(source, inputs_of(understood), options, log)
     return stack.enter_context(samples)
 
 

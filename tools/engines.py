@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from lindep_onnx.calibration.shards import Job, run_shard, shards_of
 from lindep_onnx.data.samples import open_samples
 from lindep_onnx.integrations.dask import connected
-from lindep_onnx.options import Config
+from lindep_onnx.options import Config, DataOptions
 from lindep_onnx.runtime.backend import Runtime
 from lindep_onnx.structure import traced as understanding
 
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _row(given: argparse.Namespace, workers: int) -> str:
     understood = understanding.load_and_trace(given.model, Config())
     specs = tuple(understanding.inputs_of(understood))
-    with open_samples(given.calib, specs, seed=0, holdout=0.3, max_samples=given.samples, batch_size=1) as samples:
+    with open_samples(given.calib, specs, DataOptions(max_samples=given.samples, batch_size=1)) as samples:
         shards = shards_of(samples, SHARDS)
     model = understood.channels.model.proto.SerializeToString()
     runtime = Runtime.named(("CPUExecutionProvider",), 1)

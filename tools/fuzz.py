@@ -46,7 +46,7 @@ from lindep_onnx.data.samples import open_samples
 from lindep_onnx.errors import LindepError
 from lindep_onnx.model.checks import as_model_error, full_check_passes
 from lindep_onnx.moves.fold_weights import fold_weights
-from lindep_onnx.options import Config
+from lindep_onnx.options import Config, DataOptions
 from lindep_onnx.planning.plan_file import Plan, options_of, resolve_plan
 from lindep_onnx.report.values import Report, Size
 from lindep_onnx.structure import traced as understanding
@@ -522,7 +522,7 @@ def calibration(rng: random.Random, corpus: Corpus) -> None:
     dtype = np.dtype(rng.choice((np.float32, np.float32, np.float16, np.int64, np.uint8, np.bool_, np.str_, object)))
     spec = InputSpec("x", dtype, shape, rng.choice((None, (0.0, 1.0))) if dtype.kind in "fiub" else None)
     most = rng.choice((None, 1, 5))
-    with open_samples(source, [spec], seed=0, holdout=0.3, max_samples=most, batch_size=rng.choice((1, 4))) as samples:
+    with open_samples(source, [spec], DataOptions(max_samples=most, batch_size=rng.choice((1, 4)))) as samples:
         for _ in samples.batches():
             pass
 

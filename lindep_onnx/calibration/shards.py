@@ -32,7 +32,7 @@ from lindep_onnx.errors import CalibrationError, LindepError, UsageError
 from lindep_onnx.log import Log
 from lindep_onnx.model import ir as graph
 from lindep_onnx.model.shapes import resolve
-from lindep_onnx.options import Config
+from lindep_onnx.options import Config, DataOptions
 from lindep_onnx.runtime.backend import Runtime, cores
 from lindep_onnx.structure.trace import trace
 from lindep_onnx.structure.types import Structure
@@ -198,15 +198,8 @@ def run_shard(job: Job, numbers: Numbers) -> tuple[Calibration, Ranges]:
     """Moments and ranges of some samples, on a worker."""
     with threadpool_limits(max(1, cores() // (2 * job.sharing)), user_api="blas"):
         channels = _traced(job.model, job.folder, job.trace)
-        with open_samples(
-            job.source,
-            job.inputs,
-            seed=job.seed,
-            holdout=0.5,
-            max_samples=None,
-            batch_size=job.batch_size,
-            parts=numbers,
-        ) as samples:
+        options = DataOptions(batch_size=job.batch_size)
+        with open_samples(job.source, job.inputs, options, parts=numbers) as samples:
             sums = StatisticsAccumulator(channels)
             ranges = collect_local(
                 channels,

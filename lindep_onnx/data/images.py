@@ -21,7 +21,7 @@ import numpy as np
 
 from lindep_onnx.data.inputs import Array, InputSpec, kind_of, listed
 from lindep_onnx.errors import CalibrationError, UsageError
-from lindep_onnx.options import Color, ImageOptions, Layout, several
+from lindep_onnx.options import Color, DataOptions, ImageOptions, Layout, several
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 #: Larger images mean harm: a small file can hold them.
@@ -107,10 +107,7 @@ def images(
     folder: Path,
     files: Sequence[Path],
     specs: Sequence[InputSpec],
-    wanted: ImageOptions,
-    *,
-    seed: int,
-    most: int | None,
+    wanted: DataOptions,
 ) -> tuple[int, Iterator[dict[str, Array]], str]:
     """How many images are used, their feeds in the order of the files, and a sentence on what was made of them.
 
@@ -118,9 +115,8 @@ def images(
         folder: where they are, for messages.
         files: the images.
         specs: inputs of the model; there must be one.
-        wanted: what to make of them.
-        seed: of the choice.
-        most: use at most so many, chosen by a seeded hash: files sorted by class must not give the first class alone.
+        wanted: what to make of them. At most `max_samples` are used, chosen by a seeded hash: files sorted by class
+            must not give the first class alone.
 
     Raises:
         UsageError: Pillow is missing, or an option does not fit the input.
@@ -131,9 +127,9 @@ def images(
         import PIL.Image  # noqa: F401
     except ImportError as error:
         raise UsageError("Images are read with Pillow, which is missing: pip install 'lindep-onnx[images]'.") from error
-    if most is not None:
-        ranked = sorted(range(len(files)), key=lambda index: _rank(seed, index))
-        files = [files[index] for index in sorted(ranked[:most])]
+    if wanted.max_samples is not None:
+        ranked = sorted(range(len(files)), key=lambda index: _rank(wanted.seed, index))
+        files = [files[index] for index in sorted(ranked[: wanted.max_samples])]
     return len(files), ({found.spec.name: found.array(path)} for path in files), found.described(len(files))
 
 

@@ -34,7 +34,7 @@ from lindep_onnx.data.sources import MIN_SAMPLES, Reading, shards_of
 from lindep_onnx.errors import CalibrationError
 from lindep_onnx.files import Scratch
 from lindep_onnx.log import Log
-from lindep_onnx.options import ImageOptions
+from lindep_onnx.options import DataOptions
 
 EMPTY = np.empty(0, dtype=np.int64)
 
@@ -227,12 +227,7 @@ class Samples:
 def open_samples(
     source: Any,
     inputs: Sequence[InputSpec],
-    *,
-    seed: int,
-    holdout: float,
-    max_samples: int | None,
-    batch_size: int,
-    preprocessing: ImageOptions | None = None,
+    options: DataOptions,
     log: Log | None = None,
     parts: Mapping[Part, NDArray[np.int64]] | None = None,
 ) -> Samples:
@@ -243,11 +238,8 @@ def open_samples(
             `FILE.py:NAME` of a function, a class or an object, a dict of arrays, an array for the only input, an
             iterable of either, or an object with `get_next()`.
         inputs: what the model declares.
-        seed: of the split.
-        holdout: share of the samples that is not fitted: half of it selects, half verifies.
-        max_samples: use at most this many: spread over arrays and images, the first ones of a generator.
-        batch_size: samples per run where the model leaves the batch free.
-        preprocessing: what to make of images; None leaves all of it to the input of the model.
+        options: how to read, split and feed it. `max_samples` are spread over arrays and images, and the first ones of
+            a generator. Without `batch_size` they are run one by one, where the model leaves the batch free.
         log: told how far it is, where it is known how many samples there are.
         parts: sample numbers of the parts, where they are known: then nothing is read to split the samples.
 
@@ -257,9 +249,9 @@ def open_samples(
     """
     folder = Scratch()
     try:
-        reading = Reading(inputs, Path(folder.name), max_samples, seed, preprocessing or ImageOptions(), log or Log())
+        reading = Reading(inputs, Path(folder.name), options, log or Log())
         found = shards_of(source, reading)
-        plan = feeding(found.shards, inputs, batch_size)
+        plan = feeding(found.shards, inputs, options.batch_size or 1)
         samples = Samples(found.shards, plan, folder)
         total = int(samples._starts[-1])
         if not total:
@@ -267,7 +259,7 @@ def open_samples(
         split_notes: tuple[str, ...] = ()
         if parts is None:
             digests = samples.digests()
-            samples.parts, split_notes = _split(digests, seed, holdout, max_samples)
+            samples.parts, split_notes = _split(digests, options)
             samples.fingerprint = _fingerprint(digests, samples)
         else:
             samples.parts = MappingProxyType({part: parts.get(part, EMPTY) for part in Part})
@@ -288,10 +280,9 @@ def _fingerprint(digests: Sequence[bytes], samples: Samples) -> str:
     return total.hexdigest()
 
 
-def _split(
-    digests: Sequence[bytes], seed: int, holdout: float, max_samples: int | None
-) -> tuple[Mapping[Part, NDArray[np.int64]], tuple[str, ...]]:
+def _split(digests: Sequence[bytes], options: DataOptions) -> tuple[Mapping[Part, NDArray[np.int64]], tuple[str, ...]]:
     """Part of every sample by a seeded hash of its number; identical samples share the number of the first."""
+    seed, holdout, max_samples = options.seed, options.holdout, options.max_samples
     first: dict[bytes, int] = {}
     number = np.array([first.setdefault(digest, index) for index, digest in enumerate(digests)])
     ranks = {index: _hash(seed, index) for index in first.values()}

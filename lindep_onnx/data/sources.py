@@ -37,7 +37,7 @@ from lindep_onnx.data.npz import UNREADABLE, npy_header, npz_headers
 from lindep_onnx.errors import CalibrationError, UsageError
 from lindep_onnx.files import suggestion
 from lindep_onnx.log import Log
-from lindep_onnx.options import ImageOptions
+from lindep_onnx.options import DataOptions
 
 #: What is said first where there is no real data.
 RANDOM = (
@@ -82,17 +82,13 @@ class Reading:
     Attributes:
         specs: inputs of the model.
         folder: for temporary files.
-        max_samples: use at most this many, where they have to be read one by one.
-        seed: of choices and of random inputs.
-        preprocessing: what to make of images.
+        options: what to make of images, and how many samples to use, where they have to be read one by one.
         log: told how far it is.
     """
 
     specs: Sequence[InputSpec]
     folder: Path
-    max_samples: int | None
-    seed: int
-    preprocessing: ImageOptions
+    options: DataOptions
     log: Log
 
 
@@ -111,7 +107,7 @@ def shards_of(source: Any, reading: Reading) -> Sources:
         found = _from_text(str(source), reading)
         if found is not None:
             return found
-    if reading.preprocessing.asked_for:
+    if reading.options.asked_for:
         raise UsageError(
             "--image-size, --resize, --scale, --mean, --std, --layout and --color are for folders of images, and the "
             "calibration data is none; drop them, or prepare the data there."
@@ -146,14 +142,12 @@ def _from_text(text: str, reading: Reading) -> Sources | None:
         path.exists()
     except (OSError, ValueError) as error:  # no name for a file: too long, or with a NUL in it
         raise CalibrationError(f"{text[:80]!r}: cannot be looked up ({error}).") from error
-    if not is_folder or (_has_arrays(path) and not reading.preprocessing.asked_for):
+    if not is_folder or (_has_arrays(path) and not reading.options.asked_for):
         return None
     files = image_files(path)
     if not files:
         return None
-    count, feeds, note = images(
-        path, files, reading.specs, reading.preprocessing, seed=reading.seed, most=reading.max_samples
-    )
+    count, feeds, note = images(path, files, reading.specs, reading.options)
     return Sources(_spooled(feeds, str(path), reading, count), (note,))
 
 
@@ -194,7 +188,7 @@ def _needed_arguments(named: Any) -> list[str]:
 
 def _random_feeds(count: int, reading: Reading) -> Iterator[dict[str, Array]]:
     """Standard normal values, or evenly spread ones where a range is known."""
-    rng = np.random.default_rng(reading.seed)
+    rng = np.random.default_rng(reading.options.seed)
     shapes = {}
     for spec in reading.specs:
         shape = spec.shape
@@ -367,7 +361,7 @@ def _by_name(item: Any, where: str, specs: Sequence[InputSpec]) -> Mapping[str, 
 
 def _spooled(feeds: Iterator[Any], where: str, reading: Reading, total: int | None = None) -> list[Shard]:
     """Write what a generator yields to disk; dicts of the same layout follow each other in one shard."""
-    specs, most = reading.specs, reading.max_samples
+    specs, most = reading.specs, reading.options.max_samples
     total = min((number for number in (total, most) if number is not None), default=0)
     runs: list[_Spool] = []
     count = 0

@@ -15,6 +15,7 @@ from lindep_onnx.data.inputs import InputSpec
 from lindep_onnx.data.samples import open_samples
 from lindep_onnx.errors import CalibrationError
 from lindep_onnx.log import Log
+from lindep_onnx.options import DataOptions
 from lindep_onnx.runtime.backend import Runtime
 from lindep_onnx.runtime.rows import ChannelAxis, summable
 
@@ -41,7 +42,7 @@ def moments(
     spec = InputSpec("x", np.dtype(np.float32), channels.shape_info.shapes["x"])
     with (
         monkeypatch.context() as patch,
-        open_samples({"x": x}, [spec], seed=0, holdout=0.3, max_samples=None, batch_size=batch) as samples,
+        open_samples({"x": x}, [spec], DataOptions(batch_size=batch)) as samples,
     ):
         patch.setattr(Runtime, "on_processor", not device)
         sums = StatisticsAccumulator(channels)

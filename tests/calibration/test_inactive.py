@@ -15,6 +15,7 @@ from lindep_onnx.calibration.statistics import constant_features, statistics
 from lindep_onnx.data.inputs import InputSpec
 from lindep_onnx.data.samples import Batch, Part, open_samples
 from lindep_onnx.log import Log
+from lindep_onnx.options import DataOptions
 from lindep_onnx.runtime.backend import Runtime
 from lindep_onnx.runtime.rows import RowSampler
 
@@ -37,7 +38,7 @@ def images(count: int, seed: int = 0, *, tails: float = 0.0) -> np.ndarray:
 def seen(model, data: np.ndarray):
     channels = traced(model)
     specs = [InputSpec("x", np.dtype(np.float32), ("N", 3, 16, 16))]
-    with open_samples({"x": data}, specs, seed=0, holdout=0.3, max_samples=None, batch_size=8) as samples:
+    with open_samples({"x": data}, specs, DataOptions(batch_size=8)) as samples:
         sums = StatisticsAccumulator(channels)
         calibrate(channels, samples, sums, RUNTIME, Log(), seed=0)
         found = sums.result()
@@ -71,7 +72,7 @@ def speaking_in(part: Part) -> np.ndarray:
     """Images of which one, in this part of the split, wakes channel 0 of the net at one position."""
     data = images(100)
     specs = [InputSpec("x", np.dtype(np.float32), ("N", 3, 16, 16))]
-    with open_samples({"x": data}, specs, seed=0, holdout=0.3, max_samples=None, batch_size=8) as samples:
+    with open_samples({"x": data}, specs, DataOptions(batch_size=8)) as samples:
         one = samples.parts[part][0]
     w = as_array("w", (8, 3, 1, 1))[0, :, 0, 0]
     data[one, :, 3, 5] = 100 * w / np.square(w).sum()
@@ -232,7 +233,7 @@ def test_one_pass_concludes_what_two_would(seed: int) -> None:
     )
     two, watched, ranges = seen(model, data)
     specs = [InputSpec("x", np.dtype(np.float32), ("N", 3, 16, 16))]
-    with open_samples({"x": data}, specs, seed=0, holdout=0.3, max_samples=None, batch_size=8) as samples:
+    with open_samples({"x": data}, specs, DataOptions(batch_size=8)) as samples:
         _, found, uncertain = collect_statistics(traced(model), samples, RUNTIME, Log(), seed=0)
     expected = uncertain_units(24, watched, ranges, two.samples)
     assert (found.inactive == two.inactive).all()

@@ -12,7 +12,7 @@ import pytest
 from lindep_onnx.data.inputs import InputSpec
 from lindep_onnx.data.samples import open_samples
 from lindep_onnx.errors import CalibrationError, UsageError
-from lindep_onnx.options import ImageOptions
+from lindep_onnx.options import DataOptions
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -36,8 +36,8 @@ def folder(path: Path, *pictures: np.ndarray) -> Path:
 
 
 def fed(source: Path, *inputs: InputSpec, most: int | None = None, **wanted: Any) -> np.ndarray:
-    options = {"seed": 0, "holdout": 0.3, "max_samples": most, "batch_size": 4}
-    with open_samples(source, inputs or (NCHW,), preprocessing=ImageOptions(**wanted), **options) as samples:
+    options = {"max_samples": most, "batch_size": 4}
+    with open_samples(source, inputs or (NCHW,), DataOptions(**options, **wanted)) as samples:
         return np.concatenate([batch.feeds["x"][: len(batch.samples)] for batch in samples.batches()])
 
 
@@ -98,9 +98,8 @@ def test_class_folders_are_read_and_max_samples_spreads_over_them(tmp_path: Path
 
 
 def test_the_report_says_what_was_made_of_the_images(tmp_path: Path) -> None:
-    options = {"seed": 0, "holdout": 0.3, "max_samples": None, "batch_size": 4}
-    wanted = ImageOptions(mean=(0.5,), std=(0.25,), resize=9)
-    with open_samples(folder(tmp_path, *map(picture, range(3))), [NCHW], preprocessing=wanted, **options) as samples:
+    wanted = DataOptions(mean=(0.5,), std=(0.25,), resize=9, batch_size=4)
+    with open_samples(folder(tmp_path, *map(picture, range(3))), [NCHW], wanted) as samples:
         assert (
             "3 images became shorter side 9, 8x8 from the centre, rgb, nchw, pixels / 255 - 0.5, / 0.25"
             in samples.notes[0]

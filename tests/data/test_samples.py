@@ -21,9 +21,9 @@ from lindep_onnx.data.inputs import InputSpec
 from lindep_onnx.data.samples import Part, Samples, open_samples
 from lindep_onnx.data.sources import load_function
 from lindep_onnx.errors import CalibrationError, UsageError
+from lindep_onnx.options import DataOptions
 
 X = InputSpec("x", np.dtype(np.float32), ("N", 3))
-OPTIONS: dict[str, Any] = {"seed": 0, "holdout": 0.3, "max_samples": None, "batch_size": 4}
 
 
 def spec(name: str, *shape: int | str, dtype: Any = np.float32) -> InputSpec:
@@ -31,7 +31,7 @@ def spec(name: str, *shape: int | str, dtype: Any = np.float32) -> InputSpec:
 
 
 def opened(source: Any, *inputs: InputSpec, **options: Any) -> Samples:
-    return open_samples(source, inputs or (X,), **{**OPTIONS, **options})
+    return open_samples(source, inputs or (X,), DataOptions(**{"batch_size": 4, **options}))
 
 
 def rows(count: int, *rest: int, first: int = 0) -> np.ndarray:

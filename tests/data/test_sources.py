@@ -17,15 +17,14 @@ from lindep_onnx.data.inputs import InputSpec
 from lindep_onnx.data.samples import open_samples
 from lindep_onnx.data.sources import RandomInputs
 from lindep_onnx.errors import CalibrationError, UsageError
-from lindep_onnx.options import Config
+from lindep_onnx.options import Config, DataOptions
 
 X = InputSpec("x", np.dtype(np.float32), ("N", 3))
 VALUES = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)
 
 
 def fed(source: Any, *inputs: InputSpec, **options: Any) -> dict[str, np.ndarray]:
-    given = {"seed": 0, "holdout": 0.3, "max_samples": None, "batch_size": 4, **options}
-    with open_samples(source, inputs or (X,), **given) as samples:
+    with open_samples(source, inputs or (X,), DataOptions(batch_size=4, **options)) as samples:
         batches = list(samples.batches())
     return {
         name: np.concatenate([np.atleast_1d(b.feeds[name])[: len(b.samples)] for b in batches])

@@ -25,7 +25,7 @@ from lindep_onnx.errors import BudgetError, UsageError
 from lindep_onnx.log import Log
 from lindep_onnx.model import ir as graph
 from lindep_onnx.model.edit import GraphEdits, apply_edits
-from lindep_onnx.options import Config, TrainingBudget
+from lindep_onnx.options import Config, DataOptions, TrainingBudget
 from lindep_onnx.runtime.backend import Runtime
 from lindep_onnx.structure.rewrite import Removal, rewrite
 
@@ -52,7 +52,7 @@ RUNTIME = Runtime(threads=1)
 def samples(shape: tuple[int, ...] = (3, 6, 6), count: int = 200, model_batch: int | str = "N") -> Samples:
     x = np.random.default_rng(0).normal(size=(count, *shape)).astype(np.float32)
     spec = InputSpec("x", np.dtype(np.float32), (model_batch, *shape))
-    return open_samples({"x": x}, [spec], seed=0, holdout=0.3, max_samples=None, batch_size=16)
+    return open_samples({"x": x}, [spec], DataOptions(batch_size=16))
 
 
 def worn(model: onnx.ModelProto, name: str = "w1", seed: int = 7) -> onnx.ModelProto:

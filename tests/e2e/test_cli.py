@@ -26,6 +26,7 @@ from lindep_onnx.data.inputs import InputSpec
 from lindep_onnx.data.samples import Part, open_samples
 from lindep_onnx.model import ir as graph
 from lindep_onnx.model.edit import METADATA_KEY
+from lindep_onnx.options import DataOptions
 from lindep_onnx.planning import strategies as budget
 
 ROOT = Path(__file__).parents[2]
@@ -674,7 +675,7 @@ def treacherous(folder: Path) -> Path:
     model.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(weights["w"], "w"))
     data[:, 5] = 0
     inputs = [InputSpec("x", np.dtype(np.float32), ("N", 6))]
-    with open_samples({"x": data}, inputs, seed=0, holdout=0.3, max_samples=None, batch_size=16) as opened:
+    with open_samples({"x": data}, inputs, DataOptions(batch_size=16)) as opened:
         data[opened.parts[Part.VERIFY][3], 5] = 10.0
     onnx.save(model, "in.onnx")
     np.savez("data.npz", x=data)

@@ -19,7 +19,7 @@ from lindep_onnx.errors import UsageError
 from lindep_onnx.integrations.dask import connected
 from lindep_onnx.log import Log
 from lindep_onnx.model import weights as storage
-from lindep_onnx.options import Config
+from lindep_onnx.options import Config, DataOptions
 from lindep_onnx.runtime.backend import Runtime
 
 RUNTIME = Runtime(threads=1)
@@ -67,7 +67,7 @@ def test_two_workers_give_the_moments_and_the_plan_of_one_process(
     channels = traced(model)
     with (
         connected("2") as client,
-        open_samples(str(path), SPECS, seed=0, holdout=0.3, max_samples=None, batch_size=8) as samples,
+        open_samples(str(path), SPECS, DataOptions(batch_size=8)) as samples,
     ):
         over = elsewhere(wrap(client), str(path), Config())
         (_, here, uncertain), (_, there, other) = (

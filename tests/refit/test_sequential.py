@@ -11,6 +11,7 @@ from lindep_onnx.data.inputs import InputSpec
 from lindep_onnx.data.samples import Samples, open_samples
 from lindep_onnx.log import Log
 from lindep_onnx.model.edit import apply_edits
+from lindep_onnx.options import DataOptions
 from lindep_onnx.refit import sequential as refit
 from lindep_onnx.runtime.backend import Runtime
 from lindep_onnx.structure.rewrite import Removal, rewrite
@@ -21,7 +22,7 @@ RUNTIME = Runtime(threads=1)
 def samples(shape: tuple[int, ...], count: int = 60, seed: int = 0) -> Samples:
     x = np.random.default_rng(seed).normal(size=(count, *shape)).astype(np.float32)
     spec = InputSpec("x", np.dtype(np.float32), ("N", *shape))
-    return open_samples({"x": x}, [spec], seed=0, holdout=0.3, max_samples=None, batch_size=16)
+    return open_samples({"x": x}, [spec], DataOptions(batch_size=16))
 
 
 def refitted(

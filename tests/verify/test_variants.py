@@ -12,6 +12,7 @@ from lindep_onnx import pipeline
 from lindep_onnx.data.inputs import InputSpec
 from lindep_onnx.data.samples import open_samples
 from lindep_onnx.model.ir import load
+from lindep_onnx.options import DataOptions
 from lindep_onnx.runtime.backend import Runtime
 from lindep_onnx.verify.variants import SAMPLES, Variant, compare_variants
 
@@ -29,7 +30,7 @@ def model(shape: tuple, target: list[int]) -> onnx.ModelProto:
 def variants(original: onnx.ModelProto, result: onnx.ModelProto, shape: tuple) -> dict[str, Variant]:
     x = np.random.default_rng(0).normal(size=(16, 3, 8, 8)).astype(np.float32)
     spec = InputSpec("x", np.dtype(np.float32), shape)
-    with open_samples({"x": x}, [spec], seed=0, holdout=0.3, max_samples=None, batch_size=8) as samples:
+    with open_samples({"x": x}, [spec], DataOptions(batch_size=8)) as samples:
         runtime = Runtime(threads=1)
         sessions = runtime.open(original), runtime.open(result)
         found = compare_variants(load(original), load(result), lambda: sessions, samples, [spec], runtime.shares(0))

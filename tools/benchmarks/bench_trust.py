@@ -68,6 +68,7 @@ from lindep_onnx.errors import BudgetError
 from lindep_onnx.model.cost import cost
 from lindep_onnx.model.ir import load
 from lindep_onnx.model.shapes import resolve
+from lindep_onnx.options import DataOptions
 from lindep_onnx.runtime.backend import Runtime
 from lindep_onnx.runtime.rows import RowSampler
 from lindep_onnx.structure.layout import features
@@ -332,8 +333,7 @@ def observe(model: Path, images: NDArray[np.float32]) -> Observed:
         probe=RangeProbe(structure, watched),
     )
     seen = []
-    split = {"seed": 0, "holdout": 0.0, "max_samples": None, "batch_size": 1}
-    with open_samples({spec.name: images}, [spec], **split) as samples:
+    with open_samples({spec.name: images}, [spec], DataOptions(holdout=1e-9, batch_size=1)) as samples:
         for batch in samples.batches(Part.FIT, Part.SELECT):
             alone = RangeProbe(structure, watched)
             alone.extend(onnx.ModelProto())  # only to learn what it asks for

@@ -43,6 +43,7 @@ from lindep_onnx.model import ir as graph
 from lindep_onnx.model.cost import cost
 from lindep_onnx.model.shapes import resolve
 from lindep_onnx.moves.fold_weights import fold_weights
+from lindep_onnx.options import DataOptions
 from lindep_onnx.planning.search import first_small_enough
 from lindep_onnx.runtime.backend import Runtime
 from lindep_onnx.structure.rewrite import Removal, rewrite
@@ -309,7 +310,7 @@ def _open(structure: Structure, calib: Path) -> Samples:
     specs = [
         InputSpec(name, np.dtype(np.float32), structure.shape_info.shapes[name]) for name in structure.model.inputs
     ]
-    return open_samples(str(calib), specs, seed=0, holdout=1e-9, max_samples=None, batch_size=BATCH)
+    return open_samples(str(calib), specs, DataOptions(holdout=1e-9, batch_size=BATCH))
 
 
 def _batches(model: onnx.ModelProto, calib: Path) -> list[dict[str, NDArray[np.float32]]]:

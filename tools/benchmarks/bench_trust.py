@@ -333,8 +333,8 @@ def observe(model: Path, images: NDArray[np.float32]) -> Observed:
         probe=RangeProbe(structure, watched),
     )
     seen = []
-    with open_samples({spec.name: images}, [spec], DataOptions(holdout=1e-9, batch_size=1)) as samples:
-        for batch in samples.batches(Part.FIT, Part.SELECT):
+    with open_samples({spec.name: images}, [spec], DataOptions(batch_size=1)) as samples:
+        for batch in samples.batches(*Part):
             alone = RangeProbe(structure, watched)
             alone.extend(onnx.ModelProto())  # only to learn what it asks for
             alone.update(sampler.run(batch, np.random.default_rng(0)).probed, batch)

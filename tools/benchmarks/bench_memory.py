@@ -5,37 +5,21 @@ scaled copies of others, one layer at a time, so that building it takes the memo
 command on it in a process of its own, under a limit (`ulimit -d`) on memory that is no file's: `LIMIT` times the file,
 `MATRICES` second-moment matrices of every layer (8 bytes for each pair of its input channels), and `CONSTANT`. Weights
 that are mapped from files are not counted: the operating system takes that memory back whenever it needs it.
-
-Usage: python tools/large.py [--gigabytes 2.5] [--width 1024] [--folder DIR] [--options ...]
 """
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
+from measure import Bench
 from onnx import TensorProto, helper
-
-__all__ = [
-    "CONSTANT",
-    "LIMIT",
-    "MATRICES",
-    "Ran",
-    "allowed",
-    "build",
-    "compress_it",
-    "copies_of",
-    "file_size",
-    "widths_of",
-]
 
 #: Copies of the weights and of the moments that the command may hold at once, and megabytes on top.
 LIMIT, MATRICES, CONSTANT = 2.0, 6.0, 1000
@@ -136,17 +120,16 @@ def widths_of(path: Path) -> list[int]:
     return [int(sizes[node.input[1]]) for node in proto.graph.node if node.op_type == "Conv"]
 
 
-def compress_it(model: Path, result: Path, options: Sequence[str] = (), *, limit: float) -> Ran:
+def compress_it(model: Path, result: Path, limit: float) -> Ran:
     """Run the command on what `build` wrote.
 
     Args:
         model: its path; the samples are beside it.
         result: where to write.
-        options: further ones.
         limit: megabytes of data (RLIMIT_DATA: memory that is no file's) that the process may have.
     """
     line = [sys.executable, "-m", "lindep_onnx", str(model), str(result)]
-    line += ["--calib", str(model.parent / "calib.npy"), "--quiet", *options]
+    line += ["--calib", str(model.parent / "calib.npy"), "--quiet"]
     line = ["/bin/sh", "-c", f'ulimit -d {round(limit * 1000)}; exec "$@"', "sh", *line]
     start, peak = time.perf_counter(), 0.0
     process = subprocess.Popen(line)
@@ -164,29 +147,19 @@ def _own_memory(process: int) -> float:
     return max((int(line.split()[1]) * 1024 / 1e6 for line in status.splitlines() if "RssAnon" in line), default=0.0)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gigabytes", type=float, nargs="+", default=[2.5])
-    parser.add_argument("--folder", type=Path, help="where to work; a temporary one without")
-    parser.add_argument("--width", type=int, default=WIDTH)
-    parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="of the command")
-    given = parser.parse_args(arguments)
-    print(
-        "| file, MB | exit code | seconds | peak, MB | limit, MB | channels before | after | planted |",
-        "|---" * 8 + "|",
-        sep="\n",
+@pytest.mark.parametrize(
+    ("gigabytes", "width"),
+    [(0.02, 128), *(pytest.param(*size, marks=pytest.mark.slow) for size in ((0.4, 512), (2.5, WIDTH)))],
+)
+def test_large(bench: Bench, gigabytes: float, width: int) -> None:
+    model, result = build(bench.folder, gigabytes, width), bench.folder / "small.onnx"
+    limit = allowed(model)
+    ran = bench.once(compress_it, model, result, limit)
+    before, after = sum(widths_of(model)), sum(widths_of(result)) if result.exists() else 0
+    planted = sum(copies_of(own) for own in widths_of(model) if own == width)
+    bench.row(
+        **{"file, MB": f"{file_size(model):,.0f}", "exit code": ran.code, "seconds": f"{ran.seconds:.0f}"},
+        **{"peak, MB": f"{ran.peak:,.0f}", "limit, MB": f"{limit:,.0f}"},
+        **{"channels before": before, "after": after, "planted": planted},
     )
-    for gigabytes in given.gigabytes:
-        with tempfile.TemporaryDirectory(dir=given.folder) as name:
-            model = build(Path(name), gigabytes, given.width)
-            limit = allowed(model)
-            ran = compress_it(model, Path(name) / "small.onnx", given.options, limit=limit)
-            after = sum(widths_of(Path(name) / "small.onnx")) if (Path(name) / "small.onnx").exists() else 0
-            planted = sum(copies_of(width) for width in widths_of(model) if width == given.width)
-            cells = (f"{file_size(model):,.0f}", ran.code, f"{ran.seconds:.0f}", f"{ran.peak:,.0f}")
-            counts = (f"{limit:,.0f}", sum(widths_of(model)), after, planted)
-            print(f"| {' | '.join(map(str, (*cells, *counts)))} |", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    assert ran.code == 0 and ran.peak < limit and before - after == planted

@@ -13,7 +13,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -32,7 +32,7 @@ from lindep_onnx.errors import CalibrationError, LindepError, UsageError
 from lindep_onnx.log import Log
 from lindep_onnx.model import ir as graph
 from lindep_onnx.model.shapes import resolve
-from lindep_onnx.options import Config, DataOptions
+from lindep_onnx.options import Config, DataOptions, declared
 from lindep_onnx.runtime.backend import Runtime, cores
 from lindep_onnx.structure.trace import trace
 from lindep_onnx.structure.types import Structure
@@ -59,10 +59,9 @@ class Job:
     trace: tuple[tuple[str, ...], tuple[str, ...], int]
     source: Any
     inputs: tuple[InputSpec, ...]
-    batch_size: int
+    data: DataOptions
     watched: tuple[WatchedTensor, ...]
     fitted: int
-    seed: int
     runtime: Runtime
     sharing: int
 
@@ -83,7 +82,9 @@ class Workers:
         _check_source(source)
         self._client = client
         self._source = str(Path(source).resolve()) if isinstance(source, (str, Path)) else dict(source)
-        self._trace, self._seed = (config.include, config.exclude, config.min_channels), config.seed
+        self._trace = config.include, config.exclude, config.min_channels
+        options: Mapping[str, Any] = {name: getattr(config, name) for name in declared(DataOptions)}
+        self._data = DataOptions(**options)  # alone: a metric of the user's need not be known on the workers
 
     def __call__(
         self,
@@ -101,8 +102,8 @@ class Workers:
         workers = self._client.scheduler_info()["workers"].values()
         sharing = max(Counter(worker["host"] for worker in workers).values(), default=1)
         job = Job(
-            model, beside, self._trace, self._source, tuple(samples.inputs), samples.batch, watched, fitted,
-            self._seed, runtime, sharing,
+            model, beside, self._trace, self._source, tuple(samples.inputs),
+            replace(self._data, batch_size=samples.batch), watched, fitted, runtime, sharing,
         )  # fmt: skip
         shards = shards_of(samples, max(1, SHARDS * len(workers)))
         found: tuple[Calibration, Ranges] | None = None
@@ -198,8 +199,7 @@ def run_shard(job: Job, numbers: Numbers) -> tuple[Calibration, Ranges]:
     """Moments and ranges of some samples, on a worker."""
     with threadpool_limits(max(1, cores() // (2 * job.sharing)), user_api="blas"):
         channels = _traced(job.model, job.folder, job.trace)
-        options = DataOptions(batch_size=job.batch_size)
-        with open_samples(job.source, job.inputs, options, parts=numbers) as samples:
+        with open_samples(job.source, job.inputs, job.data, parts=numbers) as samples:
             sums = StatisticsAccumulator(channels)
             ranges = collect_local(
                 channels,
@@ -208,7 +208,7 @@ def run_shard(job: Job, numbers: Numbers) -> tuple[Calibration, Ranges]:
                 sums,
                 job.runtime.beside(job.sharing),
                 Log(),
-                seed=job.seed,
+                seed=job.data.seed,
                 fitted=job.fitted,
             )
     return sums.result(), ranges

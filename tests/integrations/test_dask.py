@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import signal
 from pathlib import Path
@@ -54,6 +55,39 @@ class Dying:
             victim = next(iter(self._client.run(os.getpid).values()))
             os.kill(victim, signal.SIGKILL)
         return self._client.submit(*arguments, **options)
+
+
+class Here:
+    """A client whose only worker is this process."""
+
+    def scheduler_info(self):
+        return {"workers": {"here": {"host": "here"}}}
+
+    def scatter(self, job, **_):
+        return job
+
+    def submit(self, run, *arguments, pure):
+        done = concurrent.futures.Future()
+        done.set_result(run(*arguments))
+        done.release = lambda: None
+        return done
+
+    def cancel(self, _):
+        pass
+
+
+def test_workers_make_of_images_what_one_process_makes(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (120, 16, 16, 3), np.uint8)):
+        image.fromarray(pixels).save(tmp_path / f"{number:03}.png")
+    options = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "max_samples": 100, "batch_size": 4}
+    found = []
+    for client in (None, Here()):
+        with lindep_onnx.calibrate(lindep_onnx.trace(net()), str(tmp_path), client=client, **options) as seen:
+            found.append([(consumer.mean, consumer.gram) for consumer in seen.statistics.consumers])
+    for one, two in zip(*found, strict=True):
+        for here, there in zip(one, two, strict=True):
+            np.testing.assert_allclose(there, here, rtol=1e-12, atol=1e-12 * np.abs(here).max())
 
 
 @pytest.mark.slow

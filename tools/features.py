@@ -25,7 +25,7 @@ import onnx
 from lindep_onnx.model.cost import cost
 from lindep_onnx.model.ir import load
 from lindep_onnx.runtime.backend import Runtime
-from lindep_onnx.verify.compare import OutputErrors
+from lindep_onnx.verify.metrics import OutputErrors
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- made by tools/features.py -->", "<!-- end -->"

@@ -16,7 +16,8 @@ from lindep_onnx.data.samples import Batch, Part, Samples
 from lindep_onnx.errors import CalibrationError
 from lindep_onnx.log import Log
 from lindep_onnx.runtime.backend import Runtime
-from lindep_onnx.runtime.rows import ChannelAxis, DeviceMoments, Probe, RowSampler, summable
+from lindep_onnx.runtime.device_moments import DeviceMoments
+from lindep_onnx.runtime.rows import ChannelAxis, Probe, RowSampler, summable
 from lindep_onnx.structure.layout import features
 from lindep_onnx.structure.types import Consumer, ConsumerNode, Structure
 

@@ -31,7 +31,7 @@ from lindep_onnx.errors import LindepError, UsageError, one_line
 from lindep_onnx.model.ir import Model, load
 from lindep_onnx.model.weights import embedded
 from lindep_onnx.runtime.backend import Runtime
-from lindep_onnx.verify.compare import decision
+from lindep_onnx.verify.metrics import decision
 
 Array: TypeAlias = NDArray[Any]
 

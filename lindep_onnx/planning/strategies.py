@@ -59,7 +59,8 @@ from lindep_onnx.structure.rewrite import Removal, rewrite
 from lindep_onnx.structure.steps import ChannelSteps, Fold
 from lindep_onnx.structure.trace import trace
 from lindep_onnx.structure.types import Structure
-from lindep_onnx.verify import compare as verify
+from lindep_onnx.verify.compare import compare
+from lindep_onnx.verify.metrics import Comparison
 
 #: What counts as lossless beside the bounds: at a site, in half precision, spacings of its numbers; at the outputs
 #: errors that the original itself makes when every weight moves to a neighbouring number or stays.
@@ -113,7 +114,7 @@ class Chosen:
     removed: NDArray[np.bool_]
     kind: NDArray[np.int8]
     cost: Cost
-    comparison: verify.Comparison | None
+    comparison: Comparison | None
     latency: tuple[float, float] | None
     achieved: Mapping[str, float | None]
     failure: LindepError | None
@@ -617,7 +618,7 @@ class Workshop:
 
         return good
 
-    def _quality(self, model: graph.Model, found: verify.Comparison | None) -> dict[str, float | None]:
+    def _quality(self, model: graph.Model, found: Comparison | None) -> dict[str, float | None]:
         measured: dict[str, float | None] = {}
         if self._config.max_error is not None:
             measured["max_error"] = None if found is None else found.relative_error
@@ -691,18 +692,18 @@ class Workshop:
         """A result as it is written: in the precision of the original."""
         return model if self._half is None else to_stored_dtype(model, self._half)
 
-    def _compared(self, model: graph.Model, part: Part) -> verify.Comparison | None:
+    def _compared(self, model: graph.Model, part: Part) -> Comparison | None:
         if self._samples is None or not len(self._samples.parts[part]):
             return None
         return self.compared(model, self._samples, part)
 
-    def compared(self, model: graph.Model, samples: Samples, *parts: Part) -> verify.Comparison:
+    def compared(self, model: graph.Model, samples: Samples, *parts: Part) -> Comparison:
         """A result against the original, on some parts of some samples; on all without a part."""
         return self._against(model, samples.batches(*parts))
 
-    def _against(self, model: graph.Model, batches: Iterator[Batch]) -> verify.Comparison:
+    def _against(self, model: graph.Model, batches: Iterator[Batch]) -> Comparison:
         wanted, runs = self._config.agreement_output, self.shares.runs
-        return verify.compare(*self.sessions(model), batches, agreement_output=wanted, runs=runs)
+        return compare(*self.sessions(model), batches, agreement_output=wanted, runs=runs)
 
     def sessions(self, model: graph.Model) -> tuple[Session, Session]:
         """Of what a result is compared with, and of the result."""
@@ -712,7 +713,7 @@ class Workshop:
         """A session for several runs at a time."""
         return self.shares.each.open(model)
 
-    def stress_failure(self, found: verify.Comparison) -> LindepError | None:
+    def stress_failure(self, found: Comparison) -> LindepError | None:
         """Why a result must not be used after what was found on a second data set; None if all is well."""
         limits: list[tuple[str, float | None, bool]] = []
         if self._config.max_error is not None:
@@ -746,7 +747,7 @@ class Workshop:
             achieved.update(self._quality(model, found))
         return Chosen(model, removed, kind, after, found, None, achieved, self._failure(achieved, found), notes)
 
-    def _failure(self, achieved: Mapping[str, float | None], found: verify.Comparison | None) -> LindepError | None:
+    def _failure(self, achieved: Mapping[str, float | None], found: Comparison | None) -> LindepError | None:
         for name, share in self._sizes().items():
             reached = achieved[name]
             asked = self._replayed is None or name in self._replayed.enforced  # an edited plan may keep more

@@ -299,7 +299,7 @@ class _Targets:
         self._batches: list[dict[ChannelAxis, tuple[tuple[int, ...], NDArray[np.int64]]]] = []
         self._numbers: dict[ChannelAxis, int] = {}
         for batch in samples.batches(part):
-            found = sampler.rows(batch, rng)
+            found = sampler.run(batch, rng).rows
             self._numbers = {place: number for number, place in enumerate(found)}
             entry = {}
             for place, rows in found.items():

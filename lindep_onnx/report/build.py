@@ -30,7 +30,7 @@ from lindep_onnx.report.values import (
 from lindep_onnx.runtime import backend
 from lindep_onnx.structure.steps import KINDS
 from lindep_onnx.structure.traced import TracedModel
-from lindep_onnx.verify import compare as verify
+from lindep_onnx.verify.metrics import Comparison
 from lindep_onnx.verify.variants import Variant
 
 
@@ -140,9 +140,7 @@ def group_reports(
         )
 
 
-def verification_of(
-    found: verify.Comparison, passed: bool, data: str, variants: tuple[Variant, ...] = ()
-) -> Verification:
+def verification_of(found: Comparison, passed: bool, data: str, variants: tuple[Variant, ...] = ()) -> Verification:
     """A comparison as a part of the report.
 
     Args:

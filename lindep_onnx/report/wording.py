@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from lindep_onnx.report.values import GroupReport, RefusalReport, Report, Verification
 from lindep_onnx.structure.reasons import ADVICE
-from lindep_onnx.verify.compare import OutputComparison
+from lindep_onnx.verify.metrics import OutputComparison
 from lindep_onnx.verify.variants import Variant
 
 # ------------------------------------------------------------------------------------------------------------ numbers

@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import onnx
@@ -210,22 +210,20 @@ def _grid(width: int, group: int) -> tuple[int, ...]:
 def _time(layer: Layer, widths: Widths, opset: int, runtime: Runtime) -> float:
     """Seconds of one layer alone, the fastest of several runs."""
     before, after = widths
-    group = before if layer.depthwise else layer.layout.group
-    node = layer.node
-    weight = replace(layer.layout, group=group).weight_shape(widths, layer.kernel)
+    node, layout = layer.node, replace(layer.layout, group=before if layer.depthwise else layer.layout.group)
     shape = tuple(before if place == layer.axis else size for place, size in enumerate(layer.shape))
     rng = np.random.default_rng(0)
-    values = onnx.numpy_helper.from_array(rng.standard_normal(weight, dtype=np.float32), "w")
-    attributes: dict[str, Any] = {key: value for key, value in node.attributes.items() if key != "group"}
-    if node.op in ("Conv", "ConvTranspose"):
-        attributes["group"] = group
-    made = onnx.helper.make_node(node.op, ["x", "w"], ["y"], **attributes)
+    constants = {"w": rng.standard_normal(layout.weight_shape(widths, layer.kernel), dtype=np.float32)}
     if node.op == "Gemm" and opset < 11:
-        made.input.append("c")
-    given = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shape)
-    graph = onnx.helper.make_graph([made], "layer", [given], [onnx.helper.make_empty_tensor_value_info("y")], [values])
-    if node.op == "Gemm" and opset < 11:
-        graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(after, np.float32), "c"))
+        constants["c"] = np.zeros(after, np.float32)
+    attributes = {**node.attributes, **({"group": layout.group} if node.op in ("Conv", "ConvTranspose") else {})}
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node(node.op, ["x", *constants], ["y"], **attributes)],
+        "layer",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shape)],
+        [onnx.helper.make_empty_tensor_value_info("y")],
+        [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=8)
     session = runtime.open(model, purpose=Purpose.TIME)
     feeds = {"x": rng.standard_normal(shape, dtype=np.float32)}

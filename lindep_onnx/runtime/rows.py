@@ -20,12 +20,9 @@ from lindep_onnx.data.samples import Batch
 from lindep_onnx.model.ir import Model
 from lindep_onnx.model.shapes import ShapeInfo
 from lindep_onnx.runtime.backend import Runtime
+from lindep_onnx.runtime.device_moments import COUNTED, SLICED, DeviceMoments, summing
 
 Array: TypeAlias = NDArray[Any]
-
-#: Input of a graph that sums: how many samples of a batch are no filler. Operator set from which on Slice takes it, and
-#: Gemm needs no third input.
-COUNTED, SLICED = "lindep_onnx_counted", 11
 
 
 @dataclass(frozen=True)
@@ -55,25 +52,6 @@ class Rows:
 
     values: Array
     positions: NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class DeviceMoments:
-    """Sums over the rows Z of one place in one batch, made inside the graph in float64.
-
-    Attributes:
-        gram: (channels, channels) Z'Z.
-        sum: (channels,) column sums.
-        low: (samples, channels) smallest value of each sample.
-        high: (samples, channels) largest value of each sample.
-        positions: rows of each sample.
-    """
-
-    gram: NDArray[np.float64]
-    sum: NDArray[np.float64]
-    low: Array
-    high: Array
-    positions: int
 
 
 @dataclass(frozen=True)
@@ -124,60 +102,51 @@ class RowSampler:
         summed: Collection[ChannelAxis] = (),
     ) -> None:
         self._most = most
+        self._shapes: dict[ChannelAxis, tuple[int | str, ...]] = {}  # where rows are picked in the graph
+        self._fetched: dict[ChannelAxis, str] = {}
         self._summed: dict[ChannelAxis, dict[str, str]] = {}
-        self._sizes: dict[ChannelAxis, int] = {}
         proto = onnx.ModelProto()
         proto.CopyFrom(model.proto)
-        present = {value.name for value in proto.graph.output}
-        self._fetched: dict[ChannelAxis, str] = {}
         nodes: dict[str, list[onnx.NodeProto]] = {}
         for number, (place, limit) in enumerate(most.items()):
             shape = shape_info.shapes.get(place.tensor, ())
-            inside = _inside(shape, place.axis)
-            if inside is not None and (place in summed or len(_allowed(shape, place)) > limit):
-                self._sizes[place] = inside[1]
-                picked = _positions_name(number) + "_picked"
-                own = nodes.setdefault(place.tensor, [])
-                own.extend(_gather(proto, place, inside[0], number))
-                if place in summed:
-                    added, self._summed[place] = _summing(proto, place, picked, inside[0], model.opset)
-                    own.extend(added)
-                else:
-                    self._fetched[place] = picked
-                    proto.graph.output.append(onnx.ValueInfoProto(name=picked))
-            else:
+            width = _inside(shape, place.axis)
+            if width is None or (place not in summed and len(_allowed(shape, place)) <= limit):
                 self._fetched[place] = place.tensor
-                if place.tensor not in present:
-                    present.add(place.tensor)
-                    proto.graph.output.append(onnx.ValueInfoProto(name=place.tensor))
-        self._shapes = {place: shape_info.shapes[place.tensor] for place in self._sizes}
-        self._names = sorted(
-            {*self._fetched.values(), *(name for own in self._summed.values() for name in own.values())}
-        )
+                continue
+            self._shapes[place] = shape
+            own = nodes.setdefault(place.tensor, [])
+            own.extend(_gather(proto, place, width, number))
+            picked = own[-1].output[0]
+            if place in summed:
+                added, self._summed[place] = summing(proto, picked, place.axis, width, model.opset)
+                own.extend(added)
+            else:
+                self._fetched[place] = picked
+        sums = {name for own in self._summed.values() for name in own.values()}
+        self._names = sorted({*self._fetched.values(), *sums})
         watched, self._probed = probe.extend(proto) if probe is not None else ({}, ())
         for tensor, behind in watched.items():
             nodes.setdefault(tensor, []).extend(behind)
-        proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self._probed)
+        present = {value.name for value in proto.graph.output}
+        wanted = [name for name in (*self._names, *self._probed) if name not in present]
+        proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
         insert_behind(proto, nodes)
         self._session = runtime.open(proto, model.folder)
 
-    def rows(self, batch: Batch, rng: np.random.Generator) -> dict[ChannelAxis, Rows]:
-        """Run one batch.
+    def run(self, batch: Batch, rng: np.random.Generator) -> ProbeResult:
+        """Run one batch: its rows, sums, and what the probe asked for.
 
         Args:
             batch: what to feed.
             rng: draws the positions, the same for all samples of the batch.
         """
-        return dict(self.run(batch, rng).rows)
-
-    def run(self, batch: Batch, rng: np.random.Generator) -> ProbeResult:
-        """Run one batch: its rows, sums, and what the probe asked for."""
         feeds = dict(batch.feeds)
         if self._summed:
             feeds[COUNTED] = np.array([len(batch.samples)], dtype=np.int64)
         chosen: dict[ChannelAxis, NDArray[np.int64]] = {}
         for number, (place, most) in enumerate(self._most.items()):
-            if place in self._sizes:
+            if place in self._shapes:
                 allowed = _allowed(self._shapes[place], place)
                 chosen[place] = np.sort(rng.choice(allowed, min(most, len(allowed)), replace=False))
                 feeds[_positions_name(number)] = chosen[place]
@@ -215,15 +184,12 @@ def rows_at(data: Array, axis: int, positions: NDArray[np.int64]) -> Array:
     return np.moveaxis(data[:, positions // behind, :, positions % behind], 0, 1)
 
 
-def _inside(shape: tuple[int | str, ...], axis: int) -> tuple[int, int] | None:
-    """Channels and positions, if rows can be picked inside the graph: samples first, channels second or last."""
+def _inside(shape: tuple[int | str, ...], axis: int) -> int | None:
+    """Channels, if rows can be picked inside the graph: samples first, channels second or last."""
     if not 1 <= axis < len(shape) or axis not in (1, len(shape) - 1):
         return None
-    others = [size for place, size in enumerate(shape) if place not in (0, axis)]
-    width = shape[axis]
-    if not isinstance(width, int) or not all(isinstance(size, int) for size in others):
-        return None
-    return width, math.prod(size for size in others if isinstance(size, int))
+    width, *others = (shape[axis], *shape[1:axis], *shape[axis + 1 :])
+    return width if isinstance(width, int) and all(isinstance(size, int) for size in others) else None
 
 
 def _allowed(shape: tuple[int | str, ...], place: ChannelAxis) -> NDArray[np.int64]:
@@ -265,59 +231,6 @@ def summable(model: Model, shape_info: ShapeInfo, place: ChannelAxis) -> bool:
     shape = shape_info.shapes.get(place.tensor, ())
     leading = {shape_info.shapes[name][0] for name in model.inputs if shape_info.shapes.get(name)}
     return model.opset >= SLICED and _inside(shape, place.axis) is not None and leading == {shape[0]}
-
-
-def _summing(
-    proto: onnx.ModelProto, place: ChannelAxis, picked: str, width: int, opset: int
-) -> tuple[list[onnx.NodeProto], dict[str, str]]:
-    """Nodes behind picked rows, and names of what they put out, by field of `DeviceMoments`.
-
-    Rows become float64 before they are multiplied: products of float32 would lose the rank of the Gram matrix.
-    """
-    if all(value.name != COUNTED for value in proto.graph.input):
-        proto.graph.input.append(onnx.helper.make_tensor_value_info(COUNTED, onnx.TensorProto.INT64, [1]))
-    start, size = picked + "_start", picked + "_size"
-    numbers = {start: np.zeros(1, dtype=np.int64), size: np.array([-1, width], dtype=np.int64)}
-    proto.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in numbers.items())
-    kept, exact, rows, flat = (picked + what for what in ("_kept", "_exact", "_rows", "_flat"))
-    names = {what: f"{picked}_{what}" for what in ("gram", "sum", "low", "high")}
-    behind = 2 if place.axis == 1 else 1  # the axis of the positions
-    node = onnx.helper.make_node
-    nodes = [
-        node("Slice", [picked, start, COUNTED, start], [kept]),
-        node("Cast", [kept], [exact], to=onnx.TensorProto.DOUBLE),
-        node("Transpose", [exact], [rows], perm=[0, 2, 1]) if behind == 2 else node("Identity", [exact], [rows]),
-        node("Reshape", [rows, size], [flat]),
-        node("Gemm", [flat, flat], [names["gram"]], transA=1),
-        reduction(proto, "ReduceSum", flat, names["sum"], [0], opset),
-        reduction(proto, "ReduceMin", kept, names["low"], [behind], opset),
-        reduction(proto, "ReduceMax", kept, names["high"], [behind], opset),
-    ]
-    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names.values())
-    return nodes, names
-
-
-def reduction(
-    proto: onnx.ModelProto, op: str, source: str, name: str, axes: Sequence[int], opset: int
-) -> onnx.NodeProto:
-    """A node that reduces some axes away, in the form of the operator set.
-
-    Args:
-        proto: gets an initializer with the axes where they are an input.
-        op: ReduceMin, ReduceMax, ReduceSum or ReduceSumSquare.
-        source: what to reduce.
-        name: of the result.
-        axes: may be none.
-        opset: version of the default operator set.
-    """
-    if not axes:
-        if op == "ReduceSumSquare":
-            return onnx.helper.make_node("Mul", [source, source], [name])
-        return onnx.helper.make_node("Identity", [source], [name])
-    if opset < (13 if op == "ReduceSum" else 18):
-        return onnx.helper.make_node(op, [source], [name], axes=list(axes), keepdims=0)
-    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(axes, dtype=np.int64), name + "_axes"))
-    return onnx.helper.make_node(op, [source, name + "_axes"], [name], keepdims=0)
 
 
 def insert_behind(proto: onnx.ModelProto, nodes: Mapping[str, Sequence[onnx.NodeProto]]) -> None:

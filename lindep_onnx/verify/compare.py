@@ -1,389 +1,20 @@
-"""Compare two models on the same data: their outputs, their speed, and what the ONNX checker says of the result.
-
-The error of an output. A relative error of the whole tensor passes a detector whose class scores are all destroyed,
-because the box coordinates outweigh them. So the error of a float output is the worst over slices k of axis 1 and of
-the last axis,
-
-    e_k = ||y_k - y'_k|| / (||y_k - mean(y_k)|| + 1e-6 max_j ||y_j||),
-
-where y_k is everything in slice k over all samples, mean(y_k) is one number, and j runs over the slices of the same
-axis. Centring makes a slice that hides a small signal behind a large offset count by its signal; the second term keeps
-a slice that never varies from dividing by zero. Integer, bool and string outputs count the elements that differ.
-
-Everything is streamed: for each slice the count, the mean, the centred sum of squares (merged as in Chan, Golub and
-LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979, so that centring does not
-cancel) and the sum of squared differences, in float64.
-"""
+"""Run two models on the same data and compare what they put out."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeAlias
+from dataclasses import replace
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lindep_onnx.errors import ModelError, UsageError, VerificationError, one_line
+from lindep_onnx.data.samples import Batch
+from lindep_onnx.errors import ModelError, VerificationError, one_line
 from lindep_onnx.runtime.backend import Pool, Session
+from lindep_onnx.verify.metrics import Comparison, OutputErrors
 
 Array: TypeAlias = NDArray[Any]
-Floats: TypeAlias = NDArray[np.float64]
-
-#: Axes with more slices than this are skipped: they are positions rather than channels.
-MAX_SLICES = 4096
-#: Share of the largest slice norm that every slice is at least measured by.
-FLOOR = 1e-6
-#: A 4-D output with more channels than this is no map of class scores.
-MAX_CLASSES = 1000
-WORST_SAMPLES = 5
-#: Elements of an output that are worked on at a time, so that float64 copies of large outputs stay small.
-CHUNK = 1 << 20
-
-
-class Batch(Protocol):
-    """What one run is fed with; `lindep_onnx.data.Batch` is one."""
-
-    @property
-    def feeds(self) -> Mapping[str, Array]:
-        """Arrays by input name."""
-
-    @property
-    def samples(self) -> NDArray[np.int64]:
-        """(n,) numbers of the samples that count; entries of the sample axis beyond n are filler."""
-
-
-@dataclass(frozen=True)
-class OutputComparison:
-    """How one output differs between two models.
-
-    Attributes:
-        name: of the output.
-        relative_error: worst slice, see the module; `changed_share` where that is given; inf where shapes differ.
-        whole_error: ||y - y'|| / ||y|| of the whole tensor; `changed_share` where that is given.
-        max_abs_error: largest absolute difference, in the unit of the output; of strings inf if any differs.
-        worst_sample: the sample with the largest ||y - y'|| / ||y||.
-        changed_share: share of elements that differ, of an integer, bool or string output; None for floats.
-        cosine: y.y' / (||y|| ||y'||) of the whole tensor; None for other outputs than floats, and where one is zero.
-    """
-
-    name: str
-    relative_error: float
-    whole_error: float
-    max_abs_error: float
-    worst_sample: int
-    changed_share: float | None
-    cosine: float | None = None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """How two models differ on some samples. Whether that is good enough is for the caller to say.
-
-    Attributes:
-        samples: how many were compared.
-        outputs: one entry per output.
-        relative_error: worst over outputs.
-        max_abs_error: worst over float outputs, and inf if the shapes of any output differ.
-        agreement: share of samples (times positions, of a 4-D output) with the same arg-max; None if no output has one.
-        worst_samples: up to five samples that differ most, worst first: by the numbers that `compare` was given, by
-            order of the updates without any.
-        worst_errors: ||y - y'|| / ||y|| of each of them, for the output that differs most.
-    """
-
-    samples: int
-    outputs: tuple[OutputComparison, ...]
-    relative_error: float
-    max_abs_error: float
-    agreement: float | None
-    worst_samples: tuple[int, ...]
-    worst_errors: tuple[float, ...] = ()
-
-
-class OutputErrors:
-    """Accumulates the difference between the outputs of two models; memory does not grow with the samples."""
-
-    def __init__(self, *, agreement_output: str | None = None) -> None:
-        """Start with nothing seen.
-
-        Args:
-            agreement_output: `NAME` or `NAME:AXIS`, the output and axis of the arg-max. None takes the first float
-                output that looks like class scores: the last axis in 2-D, axis 1 in 4-D with at most 1000 channels,
-                and in both more than one class.
-        """
-        self._outputs: dict[str, _Output] = {}
-        self._samples = 0
-        self._worst: list[tuple[float, int]] = []
-        self._wanted = agreement_output
-        self._arg_max: tuple[str, int] | None = None
-        self._agreeing = 0
-        self._positions = 0
-
-    def update(
-        self,
-        reference: Mapping[str, Array],
-        candidate: Mapping[str, Array],
-        count: int | None = None,
-        *,
-        fed: int | None = None,
-    ) -> None:
-        """Add the outputs of one run.
-
-        Args:
-            reference: outputs of the original by name, samples along the leading axis.
-            candidate: outputs of the other model, same names.
-            count: only the first `count` samples count; None for all.
-            fed: samples in the run, filler included. An output whose leading axis is a multiple of it has that many
-                rows for each sample. None takes every entry of a leading axis as one sample.
-
-        Raises:
-            UsageError: the output named for the agreement does not exist or has no such axis.
-            VerificationError: the candidate lacks an output.
-        """
-        missing = [name for name in reference if name not in candidate]
-        if missing:
-            raise VerificationError(f"The result lacks the output {missing[0]!r} that the original has.")
-        if count is None:
-            # A run that found nothing (no boxes) is a sample too.
-            count = fed if fed is not None else max(1, next((len(y) for y in reference.values() if np.ndim(y)), 1))
-        if not self._outputs:
-            self._arg_max = decision(reference, self._wanted)
-        worst = np.zeros(count)
-        for name, value in reference.items():
-            y, other = np.asarray(value), np.asarray(candidate[name])
-            rows = _rows_per_sample(y, count, fed)
-            if rows and y.shape == other.shape:  # trimmed shapes must not hide that they differ
-                y, other = y[: rows * count], other[: rows * count]
-            output = self._outputs.setdefault(name, _Output(name, y))
-            errors = output.update(y, other, count if rows else 1)
-            worst = np.maximum(worst, errors)
-            output.note_worst(errors, self._samples)
-            if self._arg_max is not None and name == self._arg_max[0]:
-                self._update_agreement(y, other, self._arg_max[1])
-        ranked = [(-worst[i], self._samples + int(i)) for i in np.argsort(-worst, kind="stable")[:WORST_SAMPLES]]
-        self._worst = sorted(self._worst + [entry for entry in ranked if entry[0] < 0])[:WORST_SAMPLES]
-        self._samples += count
-
-    def _update_agreement(self, y: Array, other: Array, axis: int) -> None:
-        if y.ndim <= axis or not y.size:
-            return
-        self._positions += y.size // y.shape[axis]
-        if y.shape == other.shape:
-            # arg-max takes NaN for the largest, so that a NaN could pass for the first class.
-            same = y.argmax(axis) == other.argmax(axis)
-            self._agreeing += int((same & (np.isnan(y).any(axis) == np.isnan(other).any(axis))).sum())
-
-    def result(self) -> Comparison:
-        """What was found so far.
-
-        Raises:
-            VerificationError: no sample was compared, so that nothing can be said.
-        """
-        if not self._samples or not self._outputs:
-            raise VerificationError("There was no sample to compare the models on; give more calibration data.")
-        outputs = tuple(output.result() for output in self._outputs.values())
-        return Comparison(
-            samples=self._samples,
-            outputs=outputs,
-            relative_error=max(output.relative_error for output in outputs),
-            max_abs_error=max(
-                (o.max_abs_error for o in outputs if o.changed_share is None or o.relative_error == np.inf), default=0.0
-            ),
-            agreement=self._agreeing / self._positions if self._positions else None,
-            worst_samples=tuple(sample for _, sample in self._worst),
-            worst_errors=tuple(-error for error, _ in self._worst),
-        )
-
-
-def _rows_per_sample(y: Array, count: int, fed: int | None) -> int:
-    """How many entries of the leading axis belong to one sample; 0 if it is no sample axis."""
-    if not y.ndim:
-        return 0
-    if fed is None:
-        return 1 if len(y) >= count else 0
-    return len(y) // fed if fed and len(y) % fed == 0 else 0
-
-
-def _is_float(dtype: np.dtype[Any]) -> bool:
-    return dtype.kind == "f" or (dtype.kind == "V" and "float" in dtype.name)
-
-
-def decision(outputs: Mapping[str, Array], wanted: str | None) -> tuple[str, int] | None:
-    """Name and axis of the output whose arg-max is the decision of the model; None if none is.
-
-    Args:
-        outputs: by name, samples along the leading axis.
-        wanted: `NAME` or `NAME:AXIS`; None finds one.
-
-    Raises:
-        UsageError: the output does not exist or has no such axis.
-    """
-    shapes = {name: np.shape(value) for name, value in outputs.items()}
-    if wanted is None:
-        for name, shape in shapes.items():
-            if not _is_float(np.asarray(outputs[name]).dtype) or len(shape) not in (2, 4):
-                continue
-            if shape[1] > 1 and (len(shape) == 2 or shape[1] <= MAX_CLASSES):
-                return name, 1
-        return None
-    # A name may itself hold a colon ("scores:0"): an output of exactly that name goes first.
-    name, _, text = (wanted, "", "") if wanted in shapes else wanted.rpartition(":")
-    if name not in shapes or (text and not re.fullmatch(r"-?\d+", text)):
-        listed = ", ".join(shapes)
-        raise UsageError(f"--agreement-output takes NAME or NAME:AXIS, not {wanted!r}; the outputs are: {listed}.")
-    rank = len(shapes[name])
-    axis = int(text) if text else (1 if rank == 4 else rank - 1)
-    axis += rank if axis < 0 else 0
-    if not 1 <= axis < rank or shapes[name][axis] < 2:
-        raise UsageError(
-            f"--agreement-output: {name!r} of shape {shapes[name]} has no axis {text or axis} of two or more classes "
-            "behind its sample axis."
-        )
-    return name, axis
-
-
-class _Output:
-    """What has been seen of one output."""
-
-    def __init__(self, name: str, y: Array) -> None:
-        self._name = name
-        self._is_float = _is_float(y.dtype)
-        self._whole = _Slices(None)
-        axes = {1, y.ndim - 1} if y.ndim > 1 and self._is_float else set()
-        self._slices = [_Slices(axis) for axis in sorted(axes) if y.shape[axis] <= MAX_SLICES]
-        self._rank = y.ndim
-        self._shapes_differ = False
-        self._changed = 0
-        self._elements = 0
-        self._max_abs = 0.0
-        self._products = np.zeros(3)  # y.y, y'.y', y.y'
-        self._worst = (-1.0, 0)
-
-    def update(self, y: Array, other: Array, samples: int) -> Floats:
-        """Add arrays whose leading axis holds `samples` samples; returns the error of each, (samples,)."""
-        if y.shape != other.shape:
-            differ = bool(y.size or other.size)
-            self._shapes_differ |= differ
-            return np.full(samples, np.inf if differ else 0.0)
-        if not y.size:
-            return np.zeros(samples)
-        self._slices = [s for s in self._slices if y.ndim == self._rank and s.fits(y.shape)]
-        squares = np.zeros((2, len(y) if y.ndim else 1))  # of the difference and of y, for each leading entry
-        y, other = (y, other) if y.ndim else (y[None], other[None])
-        step = max(1, CHUNK // (y.size // len(y)))
-        for start in range(0, len(y), step):
-            piece = slice(start, start + step)
-            rows = self._update_floats if self._is_float else self._update_others
-            squares[:, piece] = rows(y[piece], other[piece])
-        difference, size = np.sqrt(squares.reshape(2, samples, -1).sum(axis=2))
-        return _quotient(difference, size)
-
-    def _update_floats(self, y: Array, other: Array) -> tuple[Floats, Floats]:
-        y, other = y.astype(np.float64), other.astype(np.float64)
-        finite = np.isfinite(y)
-        with np.errstate(invalid="ignore", over="ignore"):
-            difference = np.abs(other - y)
-            difference[~np.isfinite(other)] = np.inf
-            difference[~finite] = np.where((other == y) | (np.isnan(other) & np.isnan(y)), 0.0, np.inf)[~finite]
-            y[~finite] = 0.0
-            seen = np.where(finite, other, 0.0)
-            self._products += (np.vdot(y, y), np.vdot(seen, seen), np.vdot(y, seen))
-            self._max_abs = max(self._max_abs, float(difference.max()))
-            difference *= difference
-            for slices in (self._whole, *self._slices):
-                slices.update(y, difference, finite)
-            others = tuple(range(1, y.ndim))
-            return difference.sum(axis=others), (y * y).sum(axis=others)
-
-    def _update_others(self, y: Array, other: Array) -> tuple[Floats, Floats]:
-        changed = np.asarray(y != other, dtype=bool)
-        self._changed += int(changed.sum())
-        self._elements += changed.size
-        if changed.any():
-            numbers = y.dtype.kind in "iub" and other.dtype.kind in "iub"
-            apart = np.abs(y.astype(np.float64) - other.astype(np.float64)).max() if numbers else np.inf
-            self._max_abs = max(self._max_abs, float(apart))
-        others = tuple(range(1, y.ndim))
-        return changed.sum(axis=others, dtype=np.float64), np.ones(changed.shape).sum(axis=others)
-
-    def note_worst(self, errors: Floats, first: int) -> None:
-        """Remember the worst sample; `first` is the number of the first one in `errors`."""
-        if len(errors) and errors.max() > self._worst[0]:
-            self._worst = (float(errors.max()), first + int(errors.argmax()))
-
-    def result(self) -> OutputComparison:
-        share = None if self._is_float else self._changed / max(1, self._elements)
-        if self._shapes_differ:
-            relative = whole = largest = np.inf
-        elif share is not None:
-            relative, whole, largest = share, share, self._max_abs
-        else:
-            # With one entry in each slice nothing is left after centring: the next larger slice answers.
-            several = [slices.error() for slices in self._slices if slices.most_entries > 1]
-            whole, largest = self._whole.uncentred_error(), self._max_abs
-            relative = max(several) if several else self._whole.error() if self._whole.most_entries > 1 else whole
-        return OutputComparison(self._name, relative, whole, largest, self._worst[1], share, self._cosine())
-
-    def _cosine(self) -> float | None:
-        one, two, both = self._products
-        if not self._is_float or self._shapes_differ or not (one > 0 and 0 < two < np.inf):
-            return None
-        return float(np.clip(both / (np.sqrt(one) * np.sqrt(two)), -1.0, 1.0))
-
-
-class _Slices:
-    """Running sums over the slices of one axis, or over the whole tensor as one slice."""
-
-    def __init__(self, axis: int | None) -> None:
-        self._axis = axis
-        self._size: int | None = None
-        self._count: Any = 0.0
-        self._mean: Any = 0.0
-        self._spread: Any = 0.0
-        self._difference: Any = 0.0
-
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor of this shape has the slices seen before."""
-        return self._axis is not None and self._size in (None, shape[self._axis])
-
-    def update(self, y: Floats, squared_difference: Floats, counted: NDArray[np.bool_]) -> None:
-        """Add entries; those not `counted` are zero in `y`."""
-        if self._axis is not None:
-            self._size = y.shape[self._axis]
-        others = tuple(axis for axis in range(y.ndim) if axis != self._axis)
-        count = counted.sum(axis=others, keepdims=True, dtype=np.float64)
-        mean = y.sum(axis=others, keepdims=True) / np.maximum(count, 1.0)
-        spread = np.square((y - mean) * counted).sum(axis=others)
-        count, mean = count.reshape(spread.shape), mean.reshape(spread.shape)
-        total = np.maximum(self._count + count, 1.0)
-        apart = mean - self._mean
-        self._spread = self._spread + spread + apart**2 * self._count * count / total
-        self._mean = self._mean + apart * count / total
-        self._count = self._count + count
-        self._difference = self._difference + squared_difference.sum(axis=others)
-
-    @property
-    def most_entries(self) -> int:
-        return int(np.max(self._count))
-
-    def error(self) -> float:
-        """The formula of the module, worst slice."""
-        floor = FLOOR * np.max(self._norms())
-        return float(np.max(_quotient(np.sqrt(self._difference), np.sqrt(self._spread) + floor)))
-
-    def uncentred_error(self) -> float:
-        return float(np.max(_quotient(np.sqrt(self._difference), self._norms())))
-
-    def _norms(self) -> Any:
-        return np.sqrt(self._spread + self._count * np.square(self._mean))
-
-
-def _quotient(difference: Any, size: Any) -> Floats:
-    """Error as difference / size: 0 if equal, whatever the size; inf if it cannot be computed, so as not to pass."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        error = np.where(np.equal(difference, 0.0), 0.0, np.divide(difference, size))
-    return np.where(np.isnan(error), np.inf, error)
 
 
 def compare(
@@ -392,7 +23,6 @@ def compare(
     batches: Iterable[Batch],
     *,
     agreement_output: str | None = None,
-    names: Sequence[str] | None = None,
     runs: int = 1,
 ) -> Comparison:
     """Run two models on the same batches and compare what they put out.
@@ -402,7 +32,6 @@ def compare(
         result_session: the model to judge; same inputs.
         batches: what to feed.
         agreement_output: see `OutputErrors`.
-        names: outputs to compare; None for all of the original.
         runs: batches that are run at the same time.
 
     Raises:
@@ -410,7 +39,7 @@ def compare(
         UsageError: `agreement_output` names no output.
         VerificationError: the result cannot run on the data or lacks an output, or there is no batch.
     """
-    wanted = list(names) if names is not None else [output.name for output in original_session.get_outputs()]
+    wanted = [output.name for output in original_session.get_outputs()]
     errors = OutputErrors(agreement_output=agreement_output)
     numbers: list[int] = []
 
@@ -426,7 +55,7 @@ def compare(
 
     with Pool(runs) as pool:
         for batch, (reference, candidate) in pool.in_order(both, batches):
-            errors.update(reference, candidate, len(batch.samples), fed=getattr(batch, "size", None))
+            errors.update(reference, candidate, len(batch.samples), fed=batch.size)
             numbers += batch.samples.tolist()
     found = errors.result()
     return replace(
@@ -437,10 +66,10 @@ def compare(
 
 
 def _run(session: Session, names: Sequence[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
-    return {name: _array(value) for name, value in zip(names, session.run(names, dict(feeds)), strict=True)}
+    return {name: as_array(value) for name, value in zip(names, session.run(names, dict(feeds)), strict=True)}
 
 
-def _array(value: Any) -> Array:
+def as_array(value: Any) -> Array:
     """An output as an array: sequences of tensors end to end, maps (one a sample) as rows ordered by key."""
     if not isinstance(value, list):
         return np.asarray(() if value is None else value)

@@ -55,7 +55,7 @@ def measure_groups(
 
     for batch in samples.batches(Part.VERIFY, limit=SAMPLES):
         drawn = seed, int(batch.samples[0])
-        original, result = (sampler.rows(batch, np.random.default_rng(drawn)) for sampler in (before, after))
+        original, result = (sampler.run(batch, np.random.default_rng(drawn)).rows for sampler in (before, after))
         for place in most:
             _add(sums[place], original[place].values, result[place].values, kept[place])
     errors = {}
@@ -71,12 +71,9 @@ def measure_groups(
 
 def _place(structure: Structure, reader: ConsumerNode) -> ChannelAxis:
     """Behind the bias: what a refit shifts there is no error."""
-    bias = reader.bias
-    moved = bias is not None and bias.node is not None and bias.node != reader.node
-    tensor = (
-        structure.model.nodes[bias.node].outputs[0] if bias is not None and moved and bias.node is not None else None
-    )
-    return ChannelAxis(tensor or reader.output, reader.output_axis)
+    adds = None if reader.bias is None else reader.bias.node
+    last = reader.output if adds is None or adds == reader.node else structure.model.nodes[adds].outputs[0]
+    return ChannelAxis(last, reader.output_axis)
 
 
 def _add(sums: list[Any], original: NDArray[Any], result: NDArray[Any], kept: NDArray[np.int64] | None) -> None:

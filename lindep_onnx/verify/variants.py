@@ -7,10 +7,8 @@ result may not differ from the original by much more than it does in the usual w
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,7 +18,7 @@ from lindep_onnx.errors import ModelError, VerificationError
 from lindep_onnx.model.ir import Model
 from lindep_onnx.options import LOSSLESS_VERIFIED_ERROR
 from lindep_onnx.runtime.backend import Purpose, Runtime, Session, Shares
-from lindep_onnx.verify import compare as verify
+from lindep_onnx.verify.compare import compare
 
 __all__ = ["Variant", "compare_variants"]
 
@@ -70,7 +68,7 @@ def compare_variants(
     # Before the usual sessions are opened: two at a time are enough to keep in memory.
     plain = _error(lambda: _unoptimised(original, result, shares.each), samples.batches(limit=SAMPLES), 1)
     sessions = usual()
-    error = verify.compare(*sessions, samples.batches(limit=SAMPLES), runs=shares.runs).relative_error
+    error = compare(*sessions, samples.batches(limit=SAMPLES), runs=shares.runs).relative_error
     allowed = 2 * error + LOSSLESS_VERIFIED_ERROR
     tried = [("without optimisations", plain, allowed)]
     for size in BATCHES if samples.free_batch else ():
@@ -91,7 +89,7 @@ def _error(
 ) -> tuple[int, float] | None:
     """Samples and error; infinite if the result does not run, None if the original does not."""
     try:
-        found = verify.compare(*opened(), batches, runs=runs)
+        found = compare(*opened(), batches, runs=runs)
     except ModelError:
         return None
     except VerificationError:
@@ -117,6 +115,5 @@ def _stretched(batches: Iterator[Batch], axes: Mapping[str, Sequence[int]]) -> I
     for batch in batches:
         feeds = dict(batch.feeds)
         for name, own in axes.items():
-            times = [STRETCH if axis in own else 1 for axis in range(feeds[name].ndim)]
-            feeds[name] = np.tile(feeds[name], times)
-        yield dataclasses.replace(batch, feeds=MappingProxyType(feeds))
+            feeds[name] = np.tile(feeds[name], [STRETCH if axis in own else 1 for axis in range(feeds[name].ndim)])
+        yield replace(batch, feeds=feeds)

@@ -84,7 +84,7 @@ def sampled(model, place: ChannelAxis, most: int, filler: int = 0):
     loaded = load(model)
     sampler = RowSampler(loaded, resolve(loaded), {place: most}, RUNTIME)
     data = batches(model, 1, filler)[0]
-    return sampler.rows(data, np.random.default_rng(3))[place], data
+    return sampler.run(data, np.random.default_rng(3)).rows[place], data
 
 
 @pytest.mark.parametrize("x", [("N", 3, 8, 8), ("N", 3, "h", "w")], ids=["inside the graph", "whole tensors"])
@@ -93,7 +93,7 @@ def test_rows_are_those_of_the_tensor_at_the_positions(x: tuple) -> None:
     data = Batch({"x": np.random.default_rng(0).normal(size=(6, 3, 8, 8)).astype(np.float32)}, np.arange(4), 6)
     loaded = load(model)
     place = ChannelAxis("a", 1, (2, 1))
-    rows = RowSampler(loaded, resolve(loaded), {place: 7}, RUNTIME).rows(data, np.random.default_rng(1))[place]
+    rows = RowSampler(loaded, resolve(loaded), {place: 7}, RUNTIME).run(data, np.random.default_rng(1)).rows[place]
     (whole,) = run(build("a = Conv(x, w)\ny = Relu(a)", {"w": (5, 3, 1, 1)}, x=x, outputs="a"), data.feeds)
     assert rows.values.shape == (4, 7, 5)
     assert len(set(rows.positions.tolist())) == 7

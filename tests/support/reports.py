@@ -16,7 +16,7 @@ from lindep_onnx.report.values import (
     Support,
     Verification,
 )
-from lindep_onnx.verify.compare import OutputComparison
+from lindep_onnx.verify.metrics import OutputComparison
 from lindep_onnx.verify.variants import Variant
 
 HOSTILE = '[red]x</title></style><script>alert("1")</script>\x1b[2J\u202e'

@@ -16,13 +16,13 @@ from lindep_onnx.model import weights as storage
 from lindep_onnx.model.checks import full_check_passes
 from lindep_onnx.model.ir import load
 from lindep_onnx.runtime.backend import Purpose, Runtime, measure_latency
-from lindep_onnx.verify import compare as verify
-from lindep_onnx.verify.compare import Comparison, OutputErrors
+from lindep_onnx.verify.compare import as_array, compare
+from lindep_onnx.verify.metrics import MAX_SLICES, Comparison, OutputErrors
 
 RUNTIME = Runtime(threads=1)
 
 
-def compared(y: np.ndarray, other: np.ndarray, **options: str) -> Comparison:
+def compared(y: np.ndarray, other: np.ndarray, **options: object) -> Comparison:
     errors = OutputErrors(**options)
     errors.update({"y": y}, {"y": other}, None)
     return errors.result()
@@ -107,13 +107,12 @@ def test_a_large_offset_does_not_hide_a_small_signal(rng: np.random.Generator) -
 
 
 def test_large_outputs_are_worked_on_piece_by_piece_with_the_same_result(
-    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    rng: np.random.Generator,
 ) -> None:
     y = rng.normal(size=(11, 4, 5))
     other = y + 0.01 * rng.normal(size=y.shape)
     whole = compared(y, other)
-    monkeypatch.setattr(verify, "CHUNK", 45)
-    pieces = compared(y, other)
+    pieces = compared(y, other, chunk=45)
     np.testing.assert_allclose(pieces.relative_error, whole.relative_error, rtol=1e-12)
     assert pieces.worst_samples == whole.worst_samples
 
@@ -128,7 +127,7 @@ def test_axes_that_are_long_or_vary_are_skipped(rng: np.random.Generator) -> Non
     expected = np.linalg.norm(column) / (np.linalg.norm(column - column.mean()) + 1e-6 * largest)
     np.testing.assert_allclose(errors.result().relative_error, expected)
 
-    y = rng.normal(size=(2, verify.MAX_SLICES + 1))
+    y = rng.normal(size=(2, MAX_SLICES + 1))
     other = y.copy()
     other[:, 0] = 0  # one of many positions
     assert compared(y, other).relative_error < 0.1
@@ -216,9 +215,9 @@ def test_the_worst_output_decides(rng: np.random.Generator) -> None:
 
 
 def test_maps_and_sequences_are_compared_by_their_numbers() -> None:
-    rows = verify._array([{1: 0.25, 0: 0.75}, {0: 0.5, 1: 0.5}])
+    rows = as_array([{1: 0.25, 0: 0.75}, {0: 0.5, 1: 0.5}])
     np.testing.assert_array_equal(rows, [[0.75, 0.25], [0.5, 0.5]])
-    np.testing.assert_array_equal(verify._array([np.ones((1, 2)), np.zeros(1)]), [1, 1, 0])
+    np.testing.assert_array_equal(as_array([np.ones((1, 2)), np.zeros(1)]), [1, 1, 0])
 
 
 # --------------------------------------------------------------------------------------------------- samples that count
@@ -351,9 +350,9 @@ def model() -> onnx.ModelProto:
     return build("h = Gemm(x, w)\ny = Relu(h)", {"w": (6, 5)}, x=("N", 6))
 
 
-def batches(rng: np.random.Generator) -> list[SimpleNamespace]:
+def batches(rng: np.random.Generator) -> list[Batch]:
     arrays = [rng.normal(size=(4, 6)).astype(np.float32) for _ in range(3)]
-    return [SimpleNamespace(feeds={"x": x}, samples=np.arange(4) + 4 * k) for k, x in enumerate(arrays)]
+    return [Batch({"x": x}, np.arange(4) + 4 * k, 4) for k, x in enumerate(arrays)]
 
 
 def test_a_model_equals_itself_and_differs_from_one_with_another_weight(
@@ -362,8 +361,8 @@ def test_a_model_equals_itself_and_differs_from_one_with_another_weight(
     changed = build("h = Gemm(x, v)\ny = Relu(h)", {"v": (6, 5)}, x=("N", 6))
     original, same, other = (RUNTIME.open(m) for m in (model, model, changed))
     data = batches(rng)
-    assert verify.compare(original, same, data).relative_error == 0.0
-    found = verify.compare(original, other, data)
+    assert compare(original, same, data).relative_error == 0.0
+    found = compare(original, other, data)
     assert found.relative_error > 0.1
     assert found.samples == 12
     assert found.agreement is not None and found.agreement < 1.0
@@ -372,16 +371,16 @@ def test_a_model_equals_itself_and_differs_from_one_with_another_weight(
 def test_a_session_runs_from_a_path_without_optimisation(model: onnx.ModelProto, tmp_path, rng) -> None:
     onnx.save(model, tmp_path / "m.onnx")
     plain = RUNTIME.open(tmp_path / "m.onnx", purpose=Purpose.AS_WRITTEN)
-    assert verify.compare(RUNTIME.open(model), plain, batches(rng)).relative_error < 1e-5
+    assert compare(RUNTIME.open(model), plain, batches(rng)).relative_error < 1e-5
 
 
 def test_a_result_that_does_not_run_fails_verification(model: onnx.ModelProto, rng: np.random.Generator) -> None:
     narrow = build("h = Gemm(x, w)\ny = Relu(h)", {"w": (7, 5)}, x=("N", 7))
     good, bad = RUNTIME.open(model), RUNTIME.open(narrow)
     with pytest.raises(VerificationError, match=r"result cannot run.*invalid dimensions"):
-        verify.compare(good, bad, batches(rng))
+        compare(good, bad, batches(rng))
     with pytest.raises(ModelError, match="original model cannot run"):
-        verify.compare(bad, good, batches(rng))
+        compare(bad, good, batches(rng))
 
 
 def test_a_model_that_cannot_be_loaded_is_one_line_without_source_paths(model: onnx.ModelProto, tmp_path) -> None:
@@ -461,5 +460,5 @@ def test_the_worst_samples_have_their_numbers_in_the_data() -> None:
     x[2] = 9
     batch = Batch({"x": x}, np.array([11, 25, 40, 77]), 4)
     sessions = [RUNTIME.open(m) for m in (model, wrong)]
-    found = verify.compare(*sessions, [batch])
+    found = compare(*sessions, [batch])
     assert found.worst_samples == (40,) and found.outputs[0].worst_sample == 40

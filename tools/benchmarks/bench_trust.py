@@ -74,7 +74,7 @@ from lindep_onnx.runtime.rows import RowSampler
 from lindep_onnx.structure.layout import features
 from lindep_onnx.structure.trace import trace
 from lindep_onnx.structure.types import Structure
-from lindep_onnx.verify.compare import OutputComparison, OutputErrors
+from lindep_onnx.verify.metrics import OutputComparison, OutputErrors
 
 # ---- real models ------------------------------------------------------------------------------------------------
 

@@ -7,22 +7,8 @@ a `structure.edit_builder.EditBuilder`. An operator without a tracing rule is a 
 
 from __future__ import annotations
 
-from lindep_onnx.structure.rules import elementwise, join, linear, normalization, pooling, recurrent, scatter
-from lindep_onnx.structure.rules import reshape as shape
-from lindep_onnx.structure.rules.registry import Rewriting, Tracing, rewriting_rule, supported, tracing_rule
+from lindep_onnx.structure.rules import elementwise, join, linear, normalization, pooling, recurrent, reshape, scatter
+from lindep_onnx.structure.rules.registry import rewriting_rule, supported, tracing_rule
 
-__all__ = [
-    "Rewriting",
-    "Tracing",
-    "elementwise",
-    "join",
-    "linear",
-    "normalization",
-    "pooling",
-    "recurrent",
-    "rewriting_rule",
-    "scatter",
-    "shape",
-    "supported",
-    "tracing_rule",
-]
+__all__ = ["elementwise", "join", "linear", "normalization", "pooling", "recurrent", "reshape", "scatter"]
+__all__ += ["rewriting_rule", "supported", "tracing_rule"]

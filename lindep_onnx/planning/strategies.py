@@ -50,7 +50,7 @@ from lindep_onnx.planning.path import (
 from lindep_onnx.planning.plan_file import ResolvedPlan
 from lindep_onnx.planning.search import COARSE, first_small_enough, last_good_enough, on_grid
 from lindep_onnx.proofs.prove import Proof
-from lindep_onnx.refit.sequential import refit
+from lindep_onnx.refit.sequential import Cut, refit
 from lindep_onnx.runtime import layer_latency as latency
 from lindep_onnx.runtime.backend import Runtime, Session
 from lindep_onnx.structure.layout import ConsumerLayout
@@ -652,9 +652,9 @@ class Workshop:
         if not removed.any():
             return model, ()
         with self._log.stage("refit"):
-            traced = trace(model, resolve(model))
+            cut = Cut(self._structure, removed, trace(model, resolve(model)))
             found = refit(
-                self._structure, removed, traced, self._data, self._runtime, self._log,
+                cut, self._data, self._runtime, self._log,
                 mode="kernel" if mode == "kernel" else "sequential",
                 seed=self._config.seed,
             )  # fmt: skip

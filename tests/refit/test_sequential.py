@@ -8,11 +8,14 @@ import pytest
 from build import as_array, build, initializer, run, traced
 
 from lindep_onnx.data.inputs import InputSpec
-from lindep_onnx.data.samples import Samples, open_samples
+from lindep_onnx.data.samples import Part, Samples, open_samples
+from lindep_onnx.linalg.least_squares import Rows, Weights, fitted
 from lindep_onnx.log import Log
 from lindep_onnx.model.edit import apply_edits
 from lindep_onnx.options import DataOptions
-from lindep_onnx.refit import sequential as refit
+from lindep_onnx.refit.patches import matrix_of, patches_of, weight_of
+from lindep_onnx.refit.sequential import Cut, Refitted, refit
+from lindep_onnx.refit.targets import WIDEST
 from lindep_onnx.runtime.backend import Runtime
 from lindep_onnx.structure.rewrite import Removal, rewrite
 
@@ -27,7 +30,7 @@ def samples(shape: tuple[int, ...], count: int = 60, seed: int = 0) -> Samples:
 
 def refitted(
     model: onnx.ModelProto, removed: list[int], mode: str = "sequential"
-) -> tuple[onnx.ModelProto, onnx.ModelProto, refit.Refitted]:
+) -> tuple[onnx.ModelProto, onnx.ModelProto, Refitted]:
     """The model without some units: cut only, and refitted."""
     channels = traced(model)
     gone = np.zeros(channels.units, dtype=bool)
@@ -35,9 +38,7 @@ def refitted(
     cut = rewrite(channels, Removal(gone), "")
     shape = tuple(d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim[1:])
     with samples(shape) as data:
-        found = refit.refit(
-            channels, gone, traced(cut.proto), data, RUNTIME, Log(), mode=mode, seed=0
-        )  # fmt: skip
+        found = refit(Cut(channels, gone, traced(cut.proto)), data, RUNTIME, Log(), mode=mode, seed=0)
     result = apply_edits(cut, found.edits, "").proto
     onnx.checker.check_model(result, full_check=True)
     return cut.proto, result, found
@@ -79,14 +80,14 @@ def test_patches_times_the_matrix_are_the_output_of_the_node(case: tuple) -> Non
     (y,) = run(model, {"x": x})
     rows = np.moveaxis(y, product.reader.output_axis, -1)
     positions = np.random.default_rng(1).permutation(rows[0].size // rows.shape[-1])[:7]
-    patches = refit._patches(x, product, positions)
-    matrix = refit._matrix(initializer(model, product.weight), product)
+    patches = patches_of(x, product, positions)
+    matrix = matrix_of(initializer(model, product.weight), product)
     got = np.concatenate(np.matmul(patches, matrix.astype(np.float32)), axis=1)
     want = rows.reshape(3, -1, rows.shape[-1])[:, positions].reshape(got.shape)
     if "b" in weights:
         want = want - initializer(model, "b")
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
-    back = refit._weight(matrix, product, initializer(model, product.weight))
+    back = weight_of(matrix, product, initializer(model, product.weight))
     np.testing.assert_allclose(back, initializer(model, product.weight), rtol=1e-6)
 
 
@@ -96,24 +97,25 @@ CHAIN = "h = Conv<pads=[1,1,1,1]>(x, w, b)\nr = Relu(h)\ny = Conv<pads=[1,1,1,1]
 CHAIN_WEIGHTS = {"w": (8, 3, 3, 3), "b": (8,), "v": (5, 8, 3, 3), "c": (5,)}
 
 
-def test_the_refit_of_one_layer_is_the_least_squares_solution(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refit, "RIDGES", (1e-9,))
-    monkeypatch.setattr(refit, "FIRST_RIDGE", 0)
+def test_the_refit_of_one_layer_is_the_least_squares_solution() -> None:
     model = build(CHAIN, CHAIN_WEIGHTS, x=("N", 3, 6, 6))
-    cut, result, _ = refitted(model, [1, 4])
+    cut, result, found = refitted(model, [1, 4])
+    inner, kept = build(CHAIN, CHAIN_WEIGHTS, x=("N", 3, 6, 6), outputs="r"), [0, 2, 3, 5, 6, 7]
+    rows = {}
     with samples((3, 6, 6)) as data:
-        x = np.concatenate([batch.feeds["x"] for batch in data.batches(refit.Part.FIT)])
-    (r,) = run(build(CHAIN, CHAIN_WEIGHTS, x=("N", 3, 6, 6), outputs="r"), {"x": x})
-    (y,) = run(model, {"x": x})
-    kept = [0, 2, 3, 5, 6, 7]
-    padded = np.pad(r[:, kept], ((0, 0), (0, 0), (1, 1), (1, 1)))
-    patches = np.stack([padded[:, :, i : i + 6, j : j + 6] for i in range(3) for j in range(3)], axis=2)
-    rows = patches.transpose(0, 3, 4, 1, 2).reshape(-1, 54).astype(np.float64)
-    design = np.hstack([rows, np.ones((len(rows), 1))])
-    want = np.linalg.lstsq(design, y.transpose(0, 2, 3, 1).reshape(-1, 5), rcond=None)[0]
-    np.testing.assert_allclose(initializer(result, "v"), want[:-1].T.reshape(5, 6, 3, 3), rtol=1e-3, atol=1e-4)
+        for part in (Part.FIT, Part.SELECT):
+            x = np.concatenate([batch.feeds["x"] for batch in data.batches(part)])
+            padded = np.pad(run(inner, {"x": x})[0][:, kept], ((0, 0), (0, 0), (1, 1), (1, 1)))
+            patches = np.stack([padded[:, :, i : i + 6, j : j + 6] for i in range(3) for j in range(3)], axis=2)
+            target = run(model, {"x": x})[0].transpose(0, 2, 3, 1).reshape(1, -1, 5)
+            rows[part] = Rows(patches.transpose(0, 3, 4, 1, 2).reshape(1, -1, 54), target.astype(np.float64))
+    prior = Weights(initializer(cut, "v").reshape(1, 5, 54).transpose(0, 2, 1), initializer(model, "c")[None, None])
+    want, before, after = fitted(rows[Part.FIT], rows[Part.SELECT], prior, free=True)
+    np.testing.assert_allclose(initializer(result, "v"), want.matrix[0].T.reshape(5, 6, 3, 3), rtol=1e-4, atol=1e-5)
     bias = next(node for node in result.graph.node if node.output[0] == "y").input[2]
-    np.testing.assert_allclose(initializer(result, bias), want[-1], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(initializer(result, bias), want.constant.ravel(), rtol=1e-4, atol=1e-5)
+    energy = np.square(rows[Part.SELECT].target - rows[Part.SELECT].target.mean((0, 1))).sum()
+    np.testing.assert_allclose(found.errors["y"], np.sqrt(np.divide([before, after], energy)), rtol=1e-4)
     assert not np.allclose(initializer(cut, "v"), initializer(result, "v"), rtol=1e-2)  # the refit did something
 
 
@@ -166,9 +168,10 @@ def test_nothing_removed_is_nothing_refitted() -> None:
     assert not found.errors and error(model, result) == 0.0
 
 
-def test_a_problem_that_is_too_wide_keeps_its_fold_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refit, "WIDEST", 20)
-    model = build(CHAIN, CHAIN_WEIGHTS, x=("N", 3, 6, 6))
+def test_a_problem_that_is_too_wide_keeps_its_fold_and_is_named() -> None:
+    model = build(
+        "h = Gemm(x, w)\nr = Relu(h)\ny = Gemm(r, v)", {"w": (3, WIDEST + 2), "v": (WIDEST + 2, 2)}, x=("N", 3)
+    )
     cut, result, found = refitted(model, [1])
     assert found.skipped == ("y",)
     assert error(cut, result) == 0.0

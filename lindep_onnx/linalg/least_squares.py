@@ -1,0 +1,162 @@
+"""Weights by least squares: what a product has to be so that it gives what it should.
+
+A product multiplies rows p (K unknowns of one output) by V (K x M) and adds b, for each of G groups alone. Solved is
+
+    minimise  E || t - V' p - b ||^2 + ridge || D (V - V0) ||^2,   D^2 = diag(E p p'),
+
+whose ridge pulls towards weights V0 that are known to be good, never towards zero. The constant b is not ridged: V is
+solved about the means, b makes the means equal.
+
+What is asked of V beside the squares, a rank or a grid of values, is the solver's: a function of the same two arguments
+as `unconstrained`, which `fitted` takes in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import scipy.linalg
+from numpy.typing import NDArray
+
+from lindep_onnx.linalg.fold import Matrix
+
+RIDGES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+FIRST_RIDGE = 3
+#: Rows that are multiplied in float64 at a time.
+CHUNK = 1 << 13
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a product reads, and what it should give.
+
+    Attributes:
+        patches: (G, N, K) p.
+        target: (G, N, M) t.
+    """
+
+    patches: NDArray[Any]
+    target: Matrix
+
+    @property
+    def energy(self) -> float:
+        """Sum of squares of the centred target."""
+        return max(float(np.square(self.target - self.target.mean(axis=1, keepdims=True)).sum()), 1e-300)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a product multiplies by and adds.
+
+    Attributes:
+        matrix: (G, K, M) V.
+        constant: (G, 1, M) b.
+    """
+
+    matrix: Matrix
+    constant: Matrix
+
+    def error(self, rows: Rows) -> float:
+        """Sum of squared errors; single precision is plenty to compare errors with."""
+        predicted = np.matmul(rows.patches, self.matrix.astype(np.float32))
+        return float(np.square(predicted + self.constant - rows.target).sum())
+
+
+@dataclass(frozen=True)
+class NormalEquations:
+    """The problem about `prior`, in coordinates in which every unknown has unit second moment.
+
+    Attributes:
+        left: (G, K, K) scaled second moments.
+        right: (G, K, M) what is left of the scaled cross moments.
+        divisor: (G, K) D; infinite for what never varies, which keeps its weight.
+        mean: (G, 1, K) of the rows.
+        goal: (G, 1, M) mean of the target.
+        prior: V0, and b where it is not free.
+        free: whether b is solved for.
+    """
+
+    left: Matrix
+    right: Matrix
+    divisor: Matrix
+    mean: Matrix
+    goal: Matrix
+    prior: Weights
+    free: bool
+
+    @classmethod
+    def of(cls, rows: Rows, prior: Weights, free: bool) -> NormalEquations:
+        """From the rows that are fitted."""
+        groups, count, unknowns = rows.patches.shape
+        gram = np.zeros((groups, unknowns, unknowns))
+        cross = np.zeros((groups, unknowns, rows.target.shape[2]))
+        total = np.zeros((groups, 1, unknowns))
+        for start in range(0, count, CHUNK):
+            part = rows.patches[:, start : start + CHUNK].astype(np.float64)
+            target = rows.target[:, start : start + CHUNK]
+            gram += part.transpose(0, 2, 1) @ part
+            cross += part.transpose(0, 2, 1) @ (target - (0.0 if free else prior.constant))
+            total += part.sum(axis=1, keepdims=True)
+        mean, goal = total / count, rows.target.mean(axis=1, keepdims=True)
+        gram, cross = gram / count, cross / count
+        if free:
+            gram -= mean.transpose(0, 2, 1) @ mean
+            cross -= mean.transpose(0, 2, 1) @ goal
+        scale = np.sqrt(np.maximum(np.diagonal(gram, axis1=1, axis2=2), 0.0))
+        live = scale > 1e-12 * scale.max(initial=1e-300)
+        divisor = np.where(live, scale, np.inf)
+        left = gram / (divisor[:, :, None] * divisor[:, None, :])
+        left[~live, np.nonzero(~live)[1]] = 1.0
+        right = (cross - gram @ prior.matrix) / divisor[:, :, None]
+        return cls(left, right, divisor, mean, goal, prior, free)
+
+    def moved(self, step: Matrix) -> Weights:
+        """The weights that are so far, in scaled coordinates, from `prior`."""
+        matrix = self.prior.matrix + step / self.divisor[:, :, None]
+        return Weights(matrix, self.goal - self.mean @ matrix if self.free else self.prior.constant)
+
+
+Solver: TypeAlias = Callable[[NormalEquations, float], Weights]
+
+
+def unconstrained(equations: NormalEquations, ridge: float) -> Weights:
+    """Whatever V errs least."""
+    left = equations.left + ridge * np.eye(equations.left.shape[1])
+    if len(left) > 1:
+        return equations.moved(np.asarray(np.linalg.solve(left, equations.right), dtype=np.float64))
+    factor = scipy.linalg.cho_factor(left[0], lower=True, overwrite_a=True, check_finite=False)
+    return equations.moved(scipy.linalg.cho_solve(factor, equations.right[0], check_finite=False)[None])
+
+
+def fitted(
+    fit: Rows, unseen: Rows, prior: Weights, *, free: bool, solver: Solver = unconstrained
+) -> tuple[Weights, float, float]:
+    """The weights whose ridge errs least on rows that are not fitted; `prior` if none does better.
+
+    Args:
+        fit: what is fitted.
+        unseen: what chooses the ridge.
+        prior: V0 and b.
+        free: whether b is solved for.
+        solver: gives the weights for a ridge.
+
+    Returns:
+        The weights, and the sums of squared errors on the unseen rows of `prior` and of them.
+    """
+    equations = NormalEquations.of(fit, prior, free)
+    before = error = prior.error(unseen)
+    best = prior
+    for ridges in (RIDGES[FIRST_RIDGE:], RIDGES[:FIRST_RIDGE][::-1]):
+        last = np.inf
+        for ridge in ridges:
+            candidate = solver(equations, ridge)
+            found = candidate.error(unseen)
+            if found < error:
+                best, error = candidate, found
+            if not found < last:
+                break
+            last = found
+    return best, before, error

@@ -106,7 +106,7 @@ def test_options_and_tools_that_a_page_names_exist(page: Path) -> None:
     text = page.read_text("utf-8")
     for line in re.findall(r"^lindep-onnx .*$|`--[^`]*`", text, flags=re.M):
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", line)) <= flags, line
-    for line in re.findall(r"python tools/[^\n`]*", text):
+    for line in re.findall(r"python (?:tools|\.ci)/[^\n`]*", text):
         tool = ROOT / line.split()[1]
         assert tool.is_file(), line
         assert all(f'"{flag}"' in tool.read_text("utf-8") for flag in re.findall(r"--[a-z][a-z-]+", line)), line
@@ -163,6 +163,6 @@ def test_every_page_is_in_the_navigation_and_the_site_builds(tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_newcomer_gets_to_an_opened_report() -> None:
-    command = [sys.executable, str(ROOT / "tools" / "newcomer.py"), "--browser", "true"]
+    command = [sys.executable, str(ROOT / ".ci" / "newcomer.py"), "--browser", "true"]
     found = subprocess.run(command, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr

@@ -2,45 +2,36 @@
 
 Five targets, each a function of random bits: it takes something well formed from `tests/corpus`, damages it at random
 (its structure as often as its bytes) and has it read. The only exception allowed is a `LindepError`; the time limit is
-10 s and the memory limit 2 GB. A case is determined by target, seed and number, so that it can be repeated:
-
-    python tools/fuzz.py --seconds 300              all targets in turn; stops at the first fault
-    python tools/fuzz.py --executions 250000        of each target
-    python tools/fuzz.py --target tracer --repeat SEED:NUMBER
-    python tools/fuzz.py --make-corpus              writes tests/corpus anew
+10 s and the memory limit 2 GB. With `-m slow`, `--hypothesis-seed=N` tries others, or the same once more; a crash in C++ says by its
+traceback which target it was.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
 import math
-import mmap
 import os
 import random
 import resource
-import signal
 import struct
-import subprocess
-import sys
-import tempfile
-import time
-import traceback
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import onnx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
 from lindep_onnx import cli
-from lindep_onnx.calibration.moments import MomentsAccumulator, load_moments, save_moments
+from lindep_onnx.calibration.moments import load_moments
 from lindep_onnx.data.inputs import InputSpec
 from lindep_onnx.data.samples import open_samples
 from lindep_onnx.errors import LindepError
@@ -48,14 +39,12 @@ from lindep_onnx.model.checks import as_model_error, full_check_passes
 from lindep_onnx.moves.fold_weights import fold_weights
 from lindep_onnx.options import Config, DataOptions
 from lindep_onnx.planning.plan_file import Plan, options_of, resolve_plan
-from lindep_onnx.report.values import Report, Size
+from lindep_onnx.report.values import Report
 from lindep_onnx.structure import traced as understanding
 from lindep_onnx.structure.rewrite import rewrite
 
-CORPUS = Path(__file__).parents[1] / "tests" / "corpus"
-SECONDS, MEMORY = 10.0, 2 << 30
-#: A worker is ended by the system beyond this, before it can disturb the machine.
-ADDRESS_SPACE = 12 << 30
+CORPUS = Path(__file__).parents[1] / "corpus"
+DEADLINE, MEMORY, QUICK = timedelta(seconds=10), 2 << 30, 250
 
 INTEGERS = (0, 1, -1, 2, 3, 4, 7, 8, 16, 255, -7, 2**31 - 1, 2**31, -(2**31), 2**40, 2**62, -(2**63), 2**63 - 1)
 FLOATS = (0.0, -0.0, 1.0, -1.0, 1e-38, 1e38, math.inf, -math.inf, math.nan)
@@ -76,110 +65,6 @@ TEXTS = (
     "SAME_UPPER",
 )
 OPS = sorted({schema.name for schema in onnx.defs.get_all_schemas() if schema.domain == ""})
-
-
-class HangError(BaseException):
-    """The time is up; no `Exception`, so that nothing catches it on the way."""
-
-
-# ---- corpus -------------------------------------------------------------------------------------------------------
-
-NETS = {
-    "mlp": ("h = Gemm(x, w, b)\nr = Relu(h)\ny = Gemm(r, v)", {"w": (4, 6), "b": (6,), "v": (6, 3)}, ("N", 4)),
-    "conv": (
-        "h = Conv<pads=[1,1,1,1]>(x, w, b)\nn = BatchNormalization(h, s, s, s, s)\nr = Relu(n)\n"
-        "p = MaxPool<kernel_shape=[2,2], strides=[2,2]>(r)\nf = Flatten(p)\ny = Gemm(f, v)",
-        {"w": (6, 2, 3, 3), "b": (6,), "s": (6,), "v": (24, 3)},
-        ("N", 2, 4, 4),
-    ),
-    "residual": (
-        "h = Conv(x, w)\nr = Relu(h)\na = Conv(r, k)\ns = Add(r, a)\nt = HardSwish(s)\ny = Conv(t, v)",
-        {"w": (4, 2, 1, 1), "k": (4, 4, 1, 1), "v": (3, 4, 1, 1)},
-        ("N", 2, "H", "W"),
-    ),
-    "depthwise": (
-        "h = Conv(x, w)\nr = Clip(h, lo, hi)\nd = Conv<group=4, pads=[1,1,1,1]>(r, k)\ng = GlobalAveragePool(d)\n"
-        "y = Conv(g, v)",
-        {"w": (4, 2, 1, 1), "k": (4, 1, 3, 3), "v": (3, 4, 1, 1), "lo": np.float32(0), "hi": np.float32(6)},
-        ("N", 2, 5, 5),
-    ),
-    "shuffle": (
-        "h = Conv(x, w)\na = Reshape(h, one)\nt = Transpose<perm=[0,2,1,3]>(a)\nb = Reshape(t, two)\ny = Conv(b, v)",
-        {"w": (4, 2, 1, 1), "one": np.array([0, 2, 2, 16]), "two": np.array([0, 4, 4, 4]), "v": (2, 4, 1, 1)},
-        (1, 2, 4, 4),
-    ),
-    "split": (
-        "h = MatMul(x, w)\na, b = Split<axis=1>(h, sizes)\nc = Concat<axis=1>(b, a, b)\nt = Slice(c, i0, i7, i1)\n"
-        "q = Gather<axis=1>(t, pick)\ny = MatMul(q, v)",
-        {"w": (3, 6), "sizes": np.array([2, 4]), "i0": np.array([0]), "i7": np.array([7]), "i1": np.array([1]),
-         "pick": np.array([0, 2, -1, 4]), "v": (4, 2)},
-        ("N", 3),
-    ),
-    "runtime": (
-        "h = Conv(x, w)\nn = Shape(h)\nm = Gather<axis=0>(n, zero)\nu = Unsqueeze(m, axis)\n"
-        "k = Concat<axis=0>(u, last)\nf = Reshape(h, k)\ny = Gemm(f, v)",
-        {"w": (3, 2, 1, 1), "zero": np.int64(0), "axis": np.array([0]), "last": np.array([-1]), "v": (12, 2)},
-        ("N", 2, 2, 2),
-    ),
-    "attention": (
-        "q = MatMul(x, a)\nk = MatMul(x, b)\nt = Transpose<perm=[0,2,1]>(k)\ns = MatMul(q, t)\n"
-        "p = Softmax<axis=-1>(s)\nc = MatMul(p, x)\nm = ReduceMean<axes=[-1]>(c)\ne = Sub(c, m)\ng = Sigmoid(e)\n"
-        "z = Mul(g, e)\ny = MatMul(z, d)",
-        {"a": (4, 4), "b": (4, 4), "d": (4, 2)},
-        ("N", 3, 4),
-    ),
-    "pad": (
-        "h = Conv<strides=[2,2]>(x, w)\np = Pad(h, pads)\nu = Resize<mode=\"nearest\">(p, , scale)\n"
-        "i = InstanceNormalization(u, s, s)\nr = PRelu(i, k)\ny = ConvTranspose(r, v)",
-        {"w": (3, 2, 1, 1), "pads": np.array([0, 1, 0, 0, 0, 1, 0, 0]), "scale": np.float32([1, 1, 2, 2]), "s": (5,),
-         "k": (5, 1, 1), "v": (5, 2, 2, 2)},
-        ("N", 2, 4, 4),
-    ),
-}  # fmt: skip
-
-
-def make_corpus() -> None:
-    """Write small, well-formed models, data, a report, moments and command lines."""
-    rng = np.random.default_rng(0)
-    CORPUS.mkdir(exist_ok=True)
-    for name, (body, weights, shape) in NETS.items():
-        values = {
-            key: value if not isinstance(value, tuple) else np.abs(rng.normal(size=value)).astype(np.float32)
-            for key, value in weights.items()
-        }
-        model = helper.make_model(
-            helper.make_graph(
-                [onnx.parser.parse_node(line) for line in body.splitlines()],
-                name,
-                [helper.make_tensor_value_info("x", 1, shape)],
-                [helper.make_empty_tensor_value_info("y")],
-                [numpy_helper.from_array(np.asarray(value), key) for key, value in values.items()],
-            ),
-            opset_imports=[helper.make_opsetid("", 17)],
-            ir_version=8,
-        )
-        model = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
-        onnx.checker.check_model(model, full_check=True)
-        (CORPUS / f"{name}.onnx").write_bytes(model.SerializeToString(deterministic=True))
-    inside = onnx.load(CORPUS / "mlp.onnx")
-    branch = helper.make_graph(
-        [helper.make_node("Relu", ["y0"], ["z"])], "branch", [], [helper.make_empty_tensor_value_info("z")]
-    )
-    inside.graph.node[-1].output[0] = "y0"
-    inside.graph.node.append(helper.make_node("If", ["flag"], ["y"], then_branch=branch, else_branch=branch))
-    inside.graph.initializer.append(numpy_helper.from_array(np.array(True), "flag"))
-    (CORPUS / "if.onnx").write_bytes(inside.SerializeToString(deterministic=True))
-    values = rng.normal(size=(6, 4)).astype(np.float32)
-    np.save(CORPUS / "data.npy", values)
-    np.savez(CORPUS / "data.npz", x=values)
-    np.savez_compressed(CORPUS / "packed.npz", x=values, z=np.arange(6))
-    (CORPUS / "input_0.pb").write_bytes(numpy_helper.from_array(values, "x").SerializeToString())
-    accumulator = MomentsAccumulator(3)
-    accumulator.update(rng.normal(size=(4, 2, 3)))
-    save_moments(CORPUS / "moments.npz", {"h": accumulator.result()})
-    size = Size(10, 10, 10, 4, 1.0)
-    report = Report(size, size, None, (), (), (), {"load": 0.5}, {"onnx": "1"}, {"seed": 3}, ("a note",))
-    (CORPUS / "report.json").write_text(report.to_json())
 
 
 # ---- damage -------------------------------------------------------------------------------------------------------
@@ -638,120 +523,56 @@ TARGETS: dict[str, Callable[[random.Random, Corpus], None]] = {
 # ---- running ------------------------------------------------------------------------------------------------------
 
 
-def _time_is_up(number: int, frame: FrameType | None) -> None:
-    raise HangError
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Corpus]:
+    folder, before = tmp_path_factory.mktemp("fuzz"), Path.cwd()
+    os.chdir(folder)
+    yield Corpus(folder)
+    os.chdir(before)
 
 
-def execute(target: str, seed: int, number: int, corpus: Corpus) -> str | None:
-    """Run one case; returns what went wrong, None if nothing did."""
-    rng = random.Random(f"{target}:{seed}:{number}")
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+def execute(target: Callable[[random.Random, Corpus], None], rng: random.Random, corpus: Corpus) -> None:
+    """Run one case; nothing but a `LindepError` of a few lines may come of it."""
+    before = memory()
     try:
-        TARGETS[target](rng, corpus)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            target(rng, corpus)
     except LindepError as error:
-        if not str(error).strip() or len(str(error).splitlines()) > cli.MAX_LINES:
-            return f"message of {len(str(error).splitlines())} lines: {error}"
-    except HangError:
-        return f"hang over {SECONDS:g} s\n{traceback.format_exc(limit=-6)}"
-    except Exception:
-        return traceback.format_exc(limit=-8)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return f"memory over {MEMORY >> 30} GB: {memory:,} bytes" if memory > MEMORY else None
+        assert str(error).strip() and len(str(error).splitlines()) <= cli.MAX_LINES, error
+    assert memory() - before < MEMORY
 
 
-def work(target: str, seed: int, first: int, count: int, state: Path, seconds: float, keep_going: bool = False) -> int:
-    """Run cases in this process; `state` tells how far it came, even if the process dies."""
-    resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
-    signal.signal(signal.SIGALRM, _time_is_up)
-    warnings.simplefilter("ignore")
-    stop = time.monotonic() + seconds
-    known: set[str] = set()
-    with tempfile.TemporaryDirectory() as name, state.open("r+b") as file, mmap.mmap(file.fileno(), 8) as progress:
-        os.chdir(name)
-        tempfile.tempdir = name
-        corpus = Corpus(Path(name))
-        for number in range(first, first + count):
-            progress[:] = struct.pack("<q", number)
-            fault = execute(target, seed, number, corpus)
-            if fault is not None:
-                place = (
-                    [line for line in fault.splitlines() if "lindep_onnx/" in line][-1:],
-                    fault.splitlines()[-1].split(" says ")[-1:],
-                )
-                if str(place) not in known:
-                    print(f"--target {target} --repeat {seed}:{number}\n{fault}", flush=True)
-                known.add(str(place))
-                if not keep_going:
-                    return 1
-            if time.monotonic() > stop:
-                break
-        progress[:] = struct.pack("<q", number + 1)
-    return int(bool(known))
+def memory() -> int:
+    """The peak so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def campaign(target: str, seed: int, count: int, seconds: float, keep_going: bool) -> tuple[int, str | None]:
-    """Run cases in processes of their own; returns how many ran, and the first fault."""
-    with tempfile.TemporaryDirectory() as folder:
-        state = Path(folder) / "state"
-        state.write_bytes(struct.pack("<q", 0))
-        command = [sys.executable, __file__, "--worker", "--target", target, "--seed", str(seed), "--state", str(state)]
-        command += ["--executions", str(count), "--seconds", str(seconds), *["--keep-going"] * keep_going]
-        environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-        last, since = -1, time.monotonic()
-        while process.poll() is None:
-            time.sleep(0.2)
-            now = struct.unpack("<q", state.read_bytes())[0]
-            last, since = (now, time.monotonic()) if now != last else (last, since)
-            if time.monotonic() - since > 2 * SECONDS:
-                process.kill()  # it hangs where no signal reaches it
-        said, errors = process.communicate()
-        done = struct.unpack("<q", state.read_bytes())[0]
-        if process.returncode == 0:
-            return done, None
-        end = said or f"--target {target} --repeat {seed}:{done}\nended with {process.returncode}\n{errors[-2000:]}"
-        return done, end
+@pytest.mark.parametrize(
+    "executions", [QUICK, pytest.param(50_000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
+)
+@pytest.mark.parametrize("target", TARGETS.values(), ids=list(TARGETS))
+def test_what_others_wrote_is_read_or_refused(
+    target: Callable[[random.Random, Corpus], None], executions: int, corpus: Corpus
+) -> None:
+    @given(st.randoms(use_true_random=True))
+    @settings(
+        max_examples=executions,
+        deadline=DEADLINE,
+        suppress_health_check=list(HealthCheck),
+        database=None,
+        derandomize=executions == QUICK,
+    )
+    def run(rng: random.Random) -> None:
+        execute(target, rng, corpus)
+
+    run()
 
 
-def main() -> int:
-    """Run what the options ask for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", choices=TARGETS)
-    parser.add_argument("--executions", type=int, default=1 << 40, help="of each target")
-    parser.add_argument("--seconds", type=float, default=1e9, help="for each target")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--repeat", metavar="SEED:NUMBER")
-    parser.add_argument("--make-corpus", action="store_true")
-    parser.add_argument("--keep-going", action="store_true", help="show every different fault, once")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--state", type=Path, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.make_corpus:
-        make_corpus()
-        return 0
-    if given.worker:
-        return work(given.target, given.seed, 0, given.executions, given.state, given.seconds, given.keep_going)
-    if given.repeat:
-        seed, number = map(int, given.repeat.split(":"))
-        with tempfile.NamedTemporaryFile() as state:
-            Path(state.name).write_bytes(bytes(8))
-            return work(given.target, seed, number, 1, Path(state.name), given.seconds)
-    total = faults = 0
-    for target in (given.target,) if given.target else TARGETS:
-        start = time.monotonic()
-        done, fault = campaign(target, given.seed, given.executions, given.seconds, given.keep_going)
-        total += done
-        print(f"{target:12} {done:9,} executions in {time.monotonic() - start:.0f} s", flush=True)
-        if fault:
-            print(fault)
-            faults += 1
-            if not given.keep_going:
-                return 1
-    print(f"{'all':12} {total:9,} executions, {faults or 'no'} target(s) with a fault")
-    return int(faults > 0)
+@pytest.mark.parametrize("fault", [IndexError, AssertionError])
+def test_a_fault_is_noticed(fault: type[Exception], corpus: Corpus) -> None:
+    def faulty(*_: object) -> None:
+        raise fault
 
-
-if __name__ == "__main__":
-    sys.exit(main())
+    with pytest.raises(fault):
+        execute(faulty, random.Random(0), corpus)

@@ -3,7 +3,7 @@
 For each Python given, a fresh virtual environment is made twice: once with every dependency at its lower bound, once
 with the newest release of each. The package is installed from its wheel, and the tests run against that.
 
-    python tools/matrix.py [--python PYTHON ...] [--only oldest|newest] [-k EXPRESSION]
+    python .ci/matrix.py [--python PYTHON ...] [--only oldest|newest] [-k EXPRESSION]
 
 The last line of each row is what pytest said; the exit code is that of the worst.
 """

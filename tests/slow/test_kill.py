@@ -4,29 +4,28 @@ Each run replaces the output of the one before it by another one, with weights i
 is killed (SIGKILL) after a random part of the time it takes; half of the moments lie around its end, where files are
 written. After every kill the output is loaded and compared with what complete runs give. Every tenth run is let to its
 end; after it there may be nothing in the folders but what it wrote.
-
-    python tools/kill_test.py [--kills 200] [--seed 0]
 """
 
 from __future__ import annotations
 
-import argparse
+import multiprocessing
 import os
 import random
 import signal
-import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from lindep_onnx.cli import main as lindep
 
-WIDTH = 600
+WIDTH, KILLS = 600, 200
 #: What the runs differ in.
 VARIANTS = tuple(
     ("--min-channels", str(width), *external)
@@ -137,18 +136,10 @@ def kill_runs(folder: Path, kills: int, seed: int) -> Counter[str]:
     return seen
 
 
-def main() -> int:
-    """Run what the options ask for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        for what, count in sorted(kill_runs(Path(folder), given.kills, given.seed).items()):
-            print(f"{count:5} {what}")
-    print(f"{given.kills} runs: every output complete, nothing left behind")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_a_killed_run_leaves_the_old_output_or_a_complete_new_one(tmp_path: Path) -> None:
+    # In a process of its own: this one has threads, which a fork would lose.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        seen = pool.submit(kill_runs, tmp_path, KILLS, 0).result()
+    assert sum(count for what, count in seen.items() if "output" in what) == KILLS

@@ -1,28 +1,27 @@
-"""Thirty wrong first attempts, and what each is answered: python tools/wrong_attempts.py.
+"""Wrong first attempts are answered with what to do.
 
-Everything happens in a temporary folder, on the demonstration model of this repository. An answer is at most three
-lines, names what is wrong, and says what to do; the exit code is 1 where one does not.
+Everything happens in a temporary folder, on the demonstration model. An answer is at most three lines, names what is
+wrong, and says what to do.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
-import os
 import shutil
-import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
 from onnx import TensorProto, helper
 
 from lindep_onnx import cli
 
-MODELS = Path(__file__).parents[1] / "models"
+MODELS = Path(__file__).parents[2] / "models"
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,11 @@ ATTEMPTS = (
     Attempt("an underscore", "demo.onnx small.onnx --calib calib.npz --max_error 0.1", ("--max_error", "--max-error")),
     Attempt("percent", "demo.onnx small.onnx --calib calib.npz --params 50", ("--params", "above 0 and at most 1")),
     Attempt("a percent sign", "demo.onnx small.onnx --calib calib.npz --params 50%", ("--params", "'50%'", "0.5")),
-    Attempt("what nothing can reach", "demo.onnx small.onnx --calib calib.npz --params 0.00001", ("ask for at least",)),
+    Attempt(
+        "what nothing can reach",
+        "demo.onnx small.onnx --calib calib.npz --params 0.00001 --max-samples 64",
+        ("ask for at least",),
+    ),
     Attempt("recovery without a budget", "demo.onnx small.onnx --calib calib.npz --recover 100", ("--params 0.5",)),
     Attempt("a report as text", "demo.onnx small.onnx --calib calib.npz --report r.txt", (".json or .html",)),
     Attempt(
@@ -161,38 +164,37 @@ def prepared(folder: Path) -> None:
         onnx.save(onnx.shape_inference.infer_shapes(model), folder / f"{name}.onnx")
 
 
-def answers() -> Iterator[tuple[Attempt, Answer]]:
-    """Run every command."""
-    with tempfile.TemporaryDirectory() as name, _in(name):
-        prepared(Path(name))
-        for attempt in ATTEMPTS:
-            errors = io.StringIO()
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
-                code = cli.main(attempt.command.split())
-            yield attempt, Answer(code, errors.getvalue().splitlines())
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("attempts")
+    prepared(made)
+    return made
 
 
-@contextlib.contextmanager
-def _in(folder: str) -> Iterator[None]:
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
+def answer_to(attempt: Attempt, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Answer:
+    monkeypatch.chdir(folder)
+    errors = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
+        code = cli.main(attempt.command.split())
+    return Answer(code, errors.getvalue().splitlines())
 
 
-def main() -> int:
-    bad = 0
-    for number, (attempt, answer) in enumerate(answers(), start=1):
-        print(f"{number}. {attempt.mistake}\n$ lindep-onnx {attempt.command}")
-        print("\n".join(f"  {line}" for line in answer.lines) + f"\n  (exit code {answer.code})")
-        for fault in answer.misses(attempt):
-            bad += 1
-            print(f"  ! {fault}")
-    print(f"{len(ATTEMPTS)} attempts, {bad} fault(s)")
-    return 1 if bad else 0
+@pytest.mark.parametrize("attempt", ATTEMPTS, ids=lambda attempt: attempt.mistake)
+def test_a_mistake_is_answered_in_three_lines_with_what_to_do(
+    attempt: Attempt, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = answer_to(attempt, folder, monkeypatch)
+    assert not answer.misses(attempt), answer.lines
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def test_a_bad_answer_is_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempt = ATTEMPTS[1]
+    good = answer_to(attempt, folder, monkeypatch)
+    assert len(ATTEMPTS) >= 20 and not good.misses(attempt)
+    for bad in (
+        {"code": 0},
+        {"lines": ()},
+        {"lines": (*good.lines, "", "", "")},
+        {"lines": (*good.lines, "unexpected")},
+    ):
+        assert dataclasses.replace(good, **bad).misses(attempt)

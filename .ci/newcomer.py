@@ -1,6 +1,6 @@
 """Time a newcomer's path: the three commands at the top of docs/index.md, in a fresh folder and a fresh environment.
 
-    python tools/newcomer.py [--browser COMMAND]
+    python .ci/newcomer.py [--browser COMMAND]
 
 Packages are downloaded first and timed apart. The browser (chromium without a window by default) opens the report; its
 exit code says whether it could.

@@ -19,8 +19,9 @@ from threadpoolctl import threadpool_limits
 from lindep_onnx.calibration import archive
 from lindep_onnx.calibration import collect as learning
 from lindep_onnx.calibration import statistics as analysis
-from lindep_onnx.data.samples import Part, Samples, open_samples
+from lindep_onnx.data.samples import Samples, open_samples
 from lindep_onnx.data.sources import RandomInputs
+from lindep_onnx.data.split import Part
 from lindep_onnx.distill.rounds import contract_in_rounds
 from lindep_onnx.errors import LindepError, OutputError, UsageError, VerificationError
 from lindep_onnx.log import Log

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from lindep_onnx.calibration.measure import Calibration, MeasuringPoint, measuring_points
 from lindep_onnx.calibration.moments import Moments, load_moments_and_beside, save_moments
-from lindep_onnx.data.samples import Part, Samples
+from lindep_onnx.data.samples import Samples
+from lindep_onnx.data.split import Part
 from lindep_onnx.errors import CalibrationError
 from lindep_onnx.model.weights import fingerprint
 from lindep_onnx.options import Config, TraceOptions, declared

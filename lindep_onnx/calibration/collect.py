@@ -8,9 +8,7 @@ samples would conclude.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
-from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -20,7 +18,8 @@ from lindep_onnx.calibration.inactive import still_watched, uncertain_units, wat
 from lindep_onnx.calibration.measure import Calibration, MeasuringPoint, StatisticsAccumulator, calibrate
 from lindep_onnx.calibration.range_probe import RangeProbe, Ranges, WatchedTensor
 from lindep_onnx.calibration.statistics import Extremes, Statistics, constant_features, statistics
-from lindep_onnx.data.samples import Part, Samples
+from lindep_onnx.data.samples import Samples
+from lindep_onnx.data.split import Part
 from lindep_onnx.log import Log
 from lindep_onnx.runtime.backend import Runtime
 from lindep_onnx.structure.layout import features
@@ -70,7 +69,7 @@ def collect_statistics(
     watched = watched_tensors(structure, everything)
     for number, phase in enumerate(phases):
         last = number == len(phases) - 1
-        part = some_of(samples, {Part.FIT: phase, Part.SELECT: select if last else select[:0]})
+        part = samples.subset({Part.FIT: phase, Part.SELECT: select if last else select[:0]})
         if not len(phase) and not (last and len(select)) and number:
             continue
         own = _from(log, done, total)
@@ -128,13 +127,6 @@ def collect_local(
     watch = RangeProbe(structure, watched) if watched else None
     calibrate(structure, samples, sums, runtime, log, seed=seed, probe=watch, fitted=fitted)
     return watch.ranges() if watch is not None else {}
-
-
-def some_of(samples: Samples, parts: Mapping[Part, NDArray[np.int64]]) -> Samples:
-    """The same source with fewer samples; valid as long as the whole is."""
-    some = copy.copy(samples)
-    some.parts = MappingProxyType({part: parts.get(part, samples.parts[part][:0]) for part in Part})
-    return some
 
 
 def _constant(structure: Structure, parts: Iterable[Mapping[MeasuringPoint, Extremes]]) -> list[NDArray[np.bool_]]:

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lindep_onnx.calibration.moments import Moments, MomentsAccumulator, batch_moments
-from lindep_onnx.data.samples import Batch, Part, Samples
+from lindep_onnx.data.samples import Batch, Samples
+from lindep_onnx.data.split import Part
 from lindep_onnx.errors import CalibrationError
 from lindep_onnx.log import Log
 from lindep_onnx.runtime.backend import Runtime

@@ -27,7 +27,8 @@ from lindep_onnx.calibration.collect import collect_local
 from lindep_onnx.calibration.measure import Calibration, StatisticsAccumulator
 from lindep_onnx.calibration.range_probe import Ranges, WatchedTensor
 from lindep_onnx.data.inputs import InputSpec
-from lindep_onnx.data.samples import Part, Samples, open_samples
+from lindep_onnx.data.samples import Samples, open_samples
+from lindep_onnx.data.split import Part
 from lindep_onnx.errors import CalibrationError, LindepError, UsageError
 from lindep_onnx.log import Log
 from lindep_onnx.model import ir as graph

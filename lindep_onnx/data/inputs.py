@@ -84,9 +84,14 @@ class Feeding:
     fixed_batch: int | None
     notes: tuple[str, ...]
 
+    @property
+    def sampled(self) -> Sequence[InputSpec]:
+        """The inputs that have a sample axis."""
+        return [spec for spec in self.specs if spec.name not in self.shared]
+
     def count(self, shard: Shard) -> int:
         """Number of samples in a shard."""
-        sampled = [spec for spec in self.specs if spec.name not in self.shared]
+        sampled = self.sampled
         return shard.headers[source_of(sampled[0], shard.headers)].shape[0] if sampled else 1
 
 
@@ -222,11 +227,7 @@ def _check_shape(shard: Shard, spec: InputSpec, header: Header) -> None:
     wanted, found = spec.shape, header.shape
     if wanted is None and found:
         return
-    fits = wanted is not None and len(wanted) == len(found) > 0
-    for axis in range(1, len(found) if fits else 0):
-        assert wanted is not None
-        fits = fits and (not isinstance(wanted[axis], int) or wanted[axis] == found[axis])
-    if not fits:
+    if not (wanted and found and _agree(wanted[1:], found[1:])):
         sizes = ["?" if isinstance(size, str) and size.startswith("?") else str(size) for size in (wanted or ())[1:]]
         raise CalibrationError(
             f"{shard.where}: input {spec.name!r} wants arrays of shape [{', '.join(['samples', *sizes])}], "

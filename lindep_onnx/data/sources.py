@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import itertools
 import math
 import shutil
 import sys
@@ -12,7 +11,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import onnx
@@ -27,25 +26,19 @@ from lindep_onnx.data.inputs import (
     Header,
     InputSpec,
     Shard,
-    check_arrays,
-    check_lengths,
     kind_of,
     listed,
-    without_samples,
 )
 from lindep_onnx.data.npz import UNREADABLE, npy_header, npz_headers
+from lindep_onnx.data.spool import Reading, in_memory, plain, spooled
 from lindep_onnx.errors import CalibrationError, UsageError
 from lindep_onnx.files import suggestion
-from lindep_onnx.log import Log
-from lindep_onnx.options import DataOptions
 
 #: What is said first where there is no real data.
 RANDOM = (
     "WARNING: random inputs took the place of calibration data. They are nothing like real ones: errors, agreement and "
     "refits are about noise, and the accuracy on real data may be far below. Give --calib DATA before using the result."
 )
-#: Fewer different samples than this cannot be split into three parts.
-MIN_SAMPLES = 3
 #: What `FILE.py` alone names, as in polygraphy.
 DEFAULT_FUNCTION = "load_data"
 SUFFIXES = (".npz", ".npy")
@@ -75,23 +68,6 @@ class Sources:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How a source is read.
-
-    Attributes:
-        specs: inputs of the model.
-        folder: for temporary files.
-        options: what to make of images, and how many samples to use, where they have to be read one by one.
-        log: told how far it is.
-    """
-
-    specs: Sequence[InputSpec]
-    folder: Path
-    options: DataOptions
-    log: Log
-
-
 def shards_of(source: Any, reading: Reading) -> Sources:
     """Find out what a source is, and read as much of it as is needed to know what it holds.
 
@@ -115,19 +91,19 @@ def shards_of(source: Any, reading: Reading) -> Sources:
     if isinstance(source, str | Path):
         text = str(source)
         if _is_code(text):
-            return Sources(_spooled(_called(text, "--calib"), text, reading))
+            return Sources(spooled(_called(text, "--calib"), text, reading))
         return Sources(_from_path(Path(text), [spec.name for spec in reading.specs], reading.folder))
     where = "the calibration data"
     if isinstance(source, RandomInputs):
         feeds = _random_feeds(source.count, reading)
-        return Sources(_spooled(feeds, "random inputs", reading, source.count))
+        return Sources(spooled(feeds, "random inputs", reading, source.count))
     if isinstance(source, Mapping):
-        return Sources([_in_memory(where, source)])
+        return Sources([in_memory(where, source)])
     if hasattr(source, "__array__"):
-        return Sources([_in_memory(where, {UNNAMED: source})])
+        return Sources([in_memory(where, {UNNAMED: source})])
     if source is None:
-        return Sources([_in_memory("no calibration data", {})])
-    return Sources(_spooled(_feeds(source, where), where, reading))
+        return Sources([in_memory("no calibration data", {})])
+    return Sources(spooled(_feeds(source, where), where, reading))
 
 
 def _is_code(text: str) -> bool:
@@ -148,7 +124,7 @@ def _from_text(text: str, reading: Reading) -> Sources | None:
     if not files:
         return None
     count, feeds, note = images(path, files, reading.specs, reading.options)
-    return Sources(_spooled(feeds, str(path), reading, count), (note,))
+    return Sources(spooled(feeds, str(path), reading, count), (note,))
 
 
 def _has_arrays(folder: Path) -> bool:
@@ -303,35 +279,16 @@ def _onnx_set(folder: Path, inputs: Sequence[str]) -> Shard:
                 arrays[name if name in inputs or at >= len(inputs) else inputs[at]] = value
         return arrays
 
-    return Shard(str(folder), _in_memory(str(folder), read()).headers, read)
+    return Shard(str(folder), in_memory(str(folder), read()).headers, read)
 
 
 def _onnx_tensor(file: Path) -> tuple[str, Array]:
     tensor = onnx.TensorProto()
     try:
         tensor.ParseFromString(file.read_bytes())
-        return tensor.name, _plain(onnx.numpy_helper.to_array(tensor), f"{file}: the tensor")
+        return tensor.name, plain(onnx.numpy_helper.to_array(tensor), f"{file}: the tensor")
     except (DecodeError, ValueError, TypeError, OSError, KeyError) as error:
         raise CalibrationError(f"{file}: is not a readable ONNX tensor.") from error
-
-
-def _in_memory(where: str, values: Mapping[str, Any]) -> Shard:
-    arrays = {str(name): _plain(value, f"{where}: array {name!r}") for name, value in values.items()}
-    headers = {name: Header(value.dtype, value.shape) for name, value in arrays.items()}
-    return Shard(where, headers, lambda: arrays)
-
-
-def _plain(value: Any, what: str) -> Array:
-    """An array of numbers or strings."""
-    try:
-        array = np.asarray(value)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise CalibrationError(f"{what} is no array of equally long rows ({error}).") from error
-    if not array.dtype.hasobject:
-        return array
-    if array.dtype != object or not all(isinstance(item, str) for item in array.flat):
-        raise CalibrationError(f"{what} holds Python objects; give plain numbers.")
-    return array.astype(np.str_)
 
 
 def _feeds(source: Any, where: str) -> Iterator[Any]:
@@ -345,121 +302,6 @@ def _feeds(source: Any, where: str) -> Iterator[Any]:
     if not isinstance(source, Iterable):
         raise CalibrationError(f"{where}: expected dicts of arrays by input name, found {type(source).__name__}.")
     yield from source
-
-
-def _by_name(item: Any, where: str, specs: Sequence[InputSpec]) -> Mapping[str, Any]:
-    """What a source yields as a dict; a bare array is taken for the only input."""
-    if isinstance(item, Mapping):
-        return item
-    if len(specs) == 1 and hasattr(item, "__array__"):
-        return {specs[0].name: item}
-    names = ", ".join(f"{spec.name!r}: array" for spec in specs[:3]) + (", ..." if len(specs) > 3 else "")
-    raise CalibrationError(
-        f"{where} is a {type(item).__name__}, not a dict of arrays by input name; make it yield {{{names}}}."
-    )
-
-
-def _spooled(feeds: Iterator[Any], where: str, reading: Reading, total: int | None = None) -> list[Shard]:
-    """Write what a generator yields to disk; dicts of the same layout follow each other in one shard."""
-    specs, most = reading.specs, reading.options.max_samples
-    total = min((number for number in (total, most) if number is not None), default=0)
-    runs: list[_Spool] = []
-    count = 0
-    try:
-        for number in itertools.count():
-            try:
-                item = next(feeds)
-            except StopIteration:
-                break
-            except (CalibrationError, UsageError):
-                raise
-            except Exception as error:
-                raise CalibrationError(f"{where}: failed after {number} item(s): {error}") from error
-            shard = _in_memory(f"{where}: item {number}", _by_name(item, f"{where}: item {number}", specs))
-            check_arrays(shard, specs, {})
-            shared = without_samples([shard.headers], specs)
-            check_lengths(shard.where, {n: h for n, h in shard.headers.items() if h.shape and n not in shared})
-            if not runs or not runs[-1].takes(shard, shared):
-                if runs:
-                    runs[-1].close()
-                runs.append(_Spool(reading.folder, len(runs), shard, shared))
-            try:
-                count += runs[-1].write(shard.read())
-            except OSError as error:
-                raise CalibrationError(
-                    f"{where}: cannot be kept in {reading.folder} ({error.strerror or error}); use --max-samples."
-                ) from error
-            if total:
-                reading.log.progress("read data", min(count, total), total)
-            if most is not None and count >= most:
-                break
-    finally:
-        if runs:
-            runs[-1].close()
-    if not runs:
-        raise CalibrationError(
-            f"{where}: yields nothing; give at least {MIN_SAMPLES} samples (a reader that was read before has to be "
-            "rewound)."
-        )
-    return [spool.shard(where) for spool in runs]
-
-
-class _Spool:
-    """Files that arrays of one layout are appended to; arrays without a sample axis are the same for all of them."""
-
-    def __init__(self, folder: Path, number: int, first: Shard, shared: frozenset[str]) -> None:
-        arrays = first.read()
-        self._layout = self._of(first, shared)
-        self._shared = {name: np.array(arrays[name]) for name in arrays if name not in self._layout}
-        self._paths = {name: folder / f"spool_{number}_{place}.bin" for place, name in enumerate(self._layout)}
-        self._files: dict[str, BinaryIO] = {name: path.open("wb") for name, path in self._paths.items()}
-        self._rows = 0
-
-    @staticmethod
-    def _of(shard: Shard, shared: frozenset[str]) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
-        """Type and shape of one sample, for all arrays that have a sample axis."""
-        return {
-            name: (header.dtype, header.shape[1:])
-            for name, header in shard.headers.items()
-            if header.shape and name not in shared
-        }
-
-    def takes(self, shard: Shard, shared: frozenset[str]) -> bool:
-        """Whether an item has the same layout, and the same arrays without a sample axis."""
-        arrays = shard.read()
-        return self._of(shard, shared) == self._layout and all(
-            name in arrays and arrays[name].dtype == value.dtype and np.array_equal(arrays[name], value)
-            for name, value in self._shared.items()
-        )
-
-    def write(self, arrays: Arrays) -> int:
-        """Append an item and return how many samples it holds."""
-        for name, file in self._files.items():
-            file.write(arrays[name].tobytes())
-            file.flush()  # a full disk shows here, not when the file is closed
-        added = len(arrays[next(iter(self._files))]) if self._files else 1
-        self._rows += added
-        return added
-
-    def close(self) -> None:
-        for file in self._files.values():
-            file.close()
-
-    def shard(self, where: str) -> Shard:
-        """What was written, to be read back as memory maps."""
-        spooled = {name: Header(dtype, (self._rows, *rest)) for name, (dtype, rest) in self._layout.items()}
-        shared = {name: Header(value.dtype, value.shape) for name, value in self._shared.items()}
-
-        def read() -> Arrays:
-            maps = {
-                name: np.memmap(self._paths[name], header.dtype, "r", shape=header.shape)
-                if math.prod(header.shape) and header.dtype.itemsize
-                else np.zeros(header.shape, header.dtype)
-                for name, header in spooled.items()
-            }
-            return {**self._shared, **maps}
-
-        return Shard(where, {**shared, **spooled}, read)
 
 
 def load_function(text: str, flag: str) -> Callable[..., Any]:

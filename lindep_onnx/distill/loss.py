@@ -24,7 +24,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from lindep_onnx.data.samples import Part, Samples
+from lindep_onnx.data.samples import Samples
+from lindep_onnx.data.split import Part
 from lindep_onnx.distill.autodiff.differentiate import with_inputs
 from lindep_onnx.distill.autodiff.tape import Writer
 from lindep_onnx.errors import LindepError, UsageError, one_line

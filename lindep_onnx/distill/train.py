@@ -24,7 +24,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from lindep_onnx.data.samples import Part, Samples
+from lindep_onnx.data.samples import Samples
+from lindep_onnx.data.split import Part
 from lindep_onnx.distill.augment import Augment
 from lindep_onnx.distill.autodiff.differentiate import differentiate
 from lindep_onnx.distill.checkpoint import Checkpoint

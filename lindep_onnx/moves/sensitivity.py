@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lindep_onnx.calibration.statistics import Statistics, problem
-from lindep_onnx.data.samples import Part, Samples
+from lindep_onnx.data.samples import Samples
+from lindep_onnx.data.split import Part
 from lindep_onnx.linalg.elimination import Limits, eliminate
 from lindep_onnx.linalg.fold import ConsumerProblem, choose_ridge, removal_cost
 from lindep_onnx.log import Log

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from lindep_onnx._version import __version__
 from lindep_onnx.calibration.statistics import Statistics
-from lindep_onnx.data.samples import Batch, Part, Samples
+from lindep_onnx.data.samples import Batch, Samples
+from lindep_onnx.data.split import Part
 from lindep_onnx.errors import BudgetError, LindepError, UsageError, VerificationError
 from lindep_onnx.log import Log
 from lindep_onnx.model import ir as graph

@@ -18,7 +18,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from lindep_onnx.data.samples import Part, Samples
+from lindep_onnx.data.samples import Samples
+from lindep_onnx.data.split import Part
 from lindep_onnx.files import Scratch
 from lindep_onnx.linalg.fold import Matrix
 from lindep_onnx.linalg.least_squares import Rows, Weights, fitted

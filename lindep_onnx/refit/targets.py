@@ -15,7 +15,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from lindep_onnx.data.samples import Part, Samples
+from lindep_onnx.data.samples import Samples
+from lindep_onnx.data.split import Part
 from lindep_onnx.linalg.fold import Matrix
 from lindep_onnx.model.ir import Node
 from lindep_onnx.model.weighted import weighted

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lindep_onnx.data.samples import Part, Samples
+from lindep_onnx.data.samples import Samples
+from lindep_onnx.data.split import Part
 from lindep_onnx.model.ir import Model
 from lindep_onnx.model.shapes import resolve
 from lindep_onnx.runtime.backend import Runtime

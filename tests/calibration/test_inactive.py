@@ -13,7 +13,8 @@ from lindep_onnx.calibration.measure import StatisticsAccumulator, calibrate
 from lindep_onnx.calibration.range_probe import RangeProbe, RangeStats, WatchedTensor
 from lindep_onnx.calibration.statistics import constant_features, statistics
 from lindep_onnx.data.inputs import InputSpec
-from lindep_onnx.data.samples import Batch, Part, open_samples
+from lindep_onnx.data.samples import Batch, open_samples
+from lindep_onnx.data.split import Part
 from lindep_onnx.log import Log
 from lindep_onnx.options import DataOptions
 from lindep_onnx.runtime.backend import Runtime

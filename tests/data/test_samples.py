@@ -18,8 +18,10 @@ import pytest
 
 from lindep_onnx.data import sources
 from lindep_onnx.data.inputs import InputSpec
-from lindep_onnx.data.samples import Part, Samples, open_samples
+from lindep_onnx.data.samples import Samples, open_samples
 from lindep_onnx.data.sources import load_function
+from lindep_onnx.data.split import Part
+from lindep_onnx.data.spool import Spool
 from lindep_onnx.errors import CalibrationError, UsageError
 from lindep_onnx.options import DataOptions
 
@@ -596,7 +598,7 @@ def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sources._Spool, "write", full)
+    monkeypatch.setattr(Spool, "write", full)
     refused("No space left on device.*--max-samples", [{"x": rows(4)}])
 
 

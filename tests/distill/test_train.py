@@ -15,7 +15,8 @@ from scipy.special import softmax
 import lindep_onnx
 from lindep_onnx.cli import main
 from lindep_onnx.data.inputs import InputSpec
-from lindep_onnx.data.samples import Part, Samples, open_samples
+from lindep_onnx.data.samples import Samples, open_samples
+from lindep_onnx.data.split import Part
 from lindep_onnx.distill import rounds as anneal
 from lindep_onnx.distill.augment import checked, mix
 from lindep_onnx.distill.checkpoint import Checkpoint

@@ -23,7 +23,8 @@ from build import build, run
 from lindep_onnx import files, pipeline
 from lindep_onnx.cli import main
 from lindep_onnx.data.inputs import InputSpec
-from lindep_onnx.data.samples import Part, open_samples
+from lindep_onnx.data.samples import open_samples
+from lindep_onnx.data.split import Part
 from lindep_onnx.model import ir as graph
 from lindep_onnx.model.edit import METADATA_KEY
 from lindep_onnx.options import DataOptions

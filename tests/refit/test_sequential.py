@@ -8,7 +8,8 @@ import pytest
 from build import as_array, build, initializer, run, traced
 
 from lindep_onnx.data.inputs import InputSpec
-from lindep_onnx.data.samples import Part, Samples, open_samples
+from lindep_onnx.data.samples import Samples, open_samples
+from lindep_onnx.data.split import Part
 from lindep_onnx.linalg.least_squares import Rows, Weights, fitted
 from lindep_onnx.log import Log
 from lindep_onnx.model.edit import apply_edits

@@ -63,7 +63,8 @@ import lindep_onnx
 from lindep_onnx.calibration import inactive
 from lindep_onnx.calibration.range_probe import RangeProbe, RangeStats, WatchedTensor
 from lindep_onnx.data.inputs import InputSpec
-from lindep_onnx.data.samples import Part, open_samples
+from lindep_onnx.data.samples import open_samples
+from lindep_onnx.data.split import Part
 from lindep_onnx.errors import BudgetError
 from lindep_onnx.model.cost import cost
 from lindep_onnx.model.ir import load

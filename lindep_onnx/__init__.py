@@ -16,7 +16,7 @@ from lindep_onnx.errors import (
 from lindep_onnx.options import Config
 from lindep_onnx.pipeline import Calibrated
 from lindep_onnx.planning.plan_file import Plan
-from lindep_onnx.structure.traced import TracedModel
+from lindep_onnx.proofs.traced import TracedModel
 
 #: Its name up to version 0.1.
 Understood = TracedModel

@@ -19,16 +19,18 @@ from lindep_onnx.pipeline import (
     Calibrated,
     Outcome,
     Repeated,
-    first_round,
+    Request,
     half_the_cores,
-    learn,
-    opened,
+    open_data,
+    open_round,
     run,
-    runtime_of,
 )
+from lindep_onnx.pipeline import calibrate as calibrate_samples
 from lindep_onnx.planning.plan_file import Plan, options_of, to_plan
+from lindep_onnx.planning.strategies import choose
+from lindep_onnx.proofs.traced import TracedModel, load_and_trace
 from lindep_onnx.report.values import Report
-from lindep_onnx.structure.traced import TracedModel, load_and_trace
+from lindep_onnx.runtime.backend import Runtime
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 
@@ -77,7 +79,8 @@ def compress(
         BudgetError: no plan meets the budgets.
     """
     config = _config(options)
-    outcome = run(model, calib, config, Log(progress), stress=stress, over=elsewhere(client, calib, config))
+    request = Request(model, calib, stress, over=elsewhere(client, calib, config))
+    outcome = run(request, config, Log(progress))
     return _result(outcome, config)
 
 
@@ -109,7 +112,7 @@ def apply(
     """
     wanted = plan if isinstance(plan, Plan) else Plan.load(plan)
     config = options_of(wanted, _known(options))
-    outcome = run(model, calib, config, Log(progress), stress=stress, repeated=Repeated(wanted, options))
+    outcome = run(Request(model, calib, stress, Repeated(wanted, options)), config, Log(progress))
     return _result(outcome, config)
 
 
@@ -154,9 +157,10 @@ def calibrate(
     config = _later(traced.config, options, "trace", TraceOptions)
     log = Log(progress)
     with half_the_cores(), ExitStack() as stack:
-        samples = opened(traced, calib, config, config.max_samples, log, stack)
-        learned = learn(traced, samples, config, runtime_of(config), log, elsewhere(client, calib, config))
-        calibrated = replace(learned, opened=stack.pop_all())
+        samples = open_data(traced, calib, config, log, stack)
+        runtime = Runtime.named(config.providers, config.threads)
+        found = calibrate_samples(traced, samples, config, runtime, log, elsewhere(client, calib, config))
+        calibrated = replace(found, opened=stack.pop_all())
     if config.save_moments is not None:
         calibrated.save_moments(config.save_moments)
     return calibrated
@@ -179,10 +183,11 @@ def plan(calibrated: Calibrated, *, progress: Progress | None = None, **options:
     if config.rounds > 1:
         raise UsageError("A plan is one cut, and rounds make several: use compress for rounds.")
     with half_the_cores():
-        chosen = first_round(calibrated, config, runtime_of(config), Log(progress)).choose()
-    if chosen.failure is not None and not config.force:
-        raise chosen.failure
-    return to_plan(calibrated.understood.channels, chosen, config.described())
+        runtime = Runtime.named(config.providers, config.threads)
+        result = choose(open_round(calibrated, config, runtime, Log(progress)))
+    if result.failure is not None and not config.force:
+        raise result.failure
+    return to_plan(calibrated.traced.structure, result.candidate, config.described())
 
 
 def _known(options: Mapping[str, Any]) -> Mapping[str, Any]:

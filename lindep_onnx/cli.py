@@ -240,17 +240,11 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
     with ExitStack() as stack:
         client = stack.enter_context(connected(options.cluster)) if options.cluster else None
         progress = stack.enter_context(_progress(errors, options.quiet))
-        result = pipeline.run(
-            options.model,
-            options.calib,
-            config,
-            Log(progress),
-            files=files,
-            stress=options.stress,
-            over=elsewhere(client, options.calib, config),
-            repeated=repeated,
+        request = pipeline.Request(
+            options.model, options.calib, options.stress, repeated, elsewhere(client, options.calib, config), files,
             preview=options.dry_run,
-        )
+        )  # fmt: skip
+        result = pipeline.run(request, config, Log(progress))
     if not options.quiet:
         render(result.report, Console(highlight=False), verbose=options.verbose, preview=options.dry_run)
     if report_path is not None:

@@ -1,7 +1,8 @@
-"""The stages in order: load, trace, calibrate, analyse, plan, reconstruct, rewrite, verify, report."""
+"""The stages in order: load, trace, prove, calibrate, price, choose, distill, verify, report."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -16,32 +17,37 @@ import onnx
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
+from lindep_onnx._version import __version__
 from lindep_onnx.calibration import archive
-from lindep_onnx.calibration import collect as learning
-from lindep_onnx.calibration import statistics as analysis
+from lindep_onnx.calibration.collect import ShardRunner, collect_statistics
+from lindep_onnx.calibration.pairs import collect_pairs
+from lindep_onnx.calibration.statistics import Statistics, statistics
 from lindep_onnx.data.samples import Samples, open_samples
 from lindep_onnx.data.sources import RandomInputs
 from lindep_onnx.data.split import Part
 from lindep_onnx.distill.rounds import contract_in_rounds
 from lindep_onnx.errors import LindepError, OutputError, UsageError, VerificationError
 from lindep_onnx.log import Log
-from lindep_onnx.model import ir as graph
 from lindep_onnx.model.checks import as_model_error, check_model, full_check_passes
 from lindep_onnx.model.edit import GraphEdits, apply_edits
+from lindep_onnx.model.ir import Model
+from lindep_onnx.model.precision import epsilon
 from lindep_onnx.model.save import save
 from lindep_onnx.model.weights import check_unchanged
+from lindep_onnx.moves.kinds import MOVES
 from lindep_onnx.options import Config, ImageOptions, declared
-from lindep_onnx.planning.path import Prices
+from lindep_onnx.planning.builder import Builder, Workpiece
+from lindep_onnx.planning.judge import Judge, Reference
 from lindep_onnx.planning.plan_file import Plan, ResolvedPlan, resolve_plan, to_plan
-from lindep_onnx.planning.strategies import Workshop
+from lindep_onnx.planning.pricing import TimeTable
+from lindep_onnx.planning.strategies import Round, choose, preview, replayed
+from lindep_onnx.planning.values import Result
 from lindep_onnx.proofs.prove import prove
-from lindep_onnx.report.build import group_reports, summarise, verification_of
-from lindep_onnx.report.data_support import sentences, support
-from lindep_onnx.report.figures import spectra
-from lindep_onnx.report.values import Report, Spectrum, Support, Verification
+from lindep_onnx.proofs.traced import TracedModel, inputs_of, load_and_trace, samples_per_run
+from lindep_onnx.report.build import Finished, build_report, verification_of
+from lindep_onnx.report.values import Report
 from lindep_onnx.runtime.backend import Runtime
-from lindep_onnx.structure.steps import ChannelSteps
-from lindep_onnx.structure.traced import TracedModel, inputs_of, load_and_trace, samples_per_run
+from lindep_onnx.structure.steps import Prices
 from lindep_onnx.structure.types import Structure
 from lindep_onnx.verify.group_errors import measure_groups
 from lindep_onnx.verify.variants import Variant, compare_variants
@@ -58,7 +64,7 @@ class Outcome:
         plan: what went; None if it took several rounds.
     """
 
-    model: graph.Model
+    model: Model
     report: Report
     failure: LindepError | None
     plan: Plan | None = None
@@ -88,22 +94,45 @@ class Repeated:
 
 
 @dataclass(frozen=True)
+class Request:
+    """What one run is asked to do, beside its options.
+
+    Attributes:
+        source: the model, a path or in memory.
+        calib: calibration data; None without.
+        stress: a second data set that the result has to match the original on as well; None without.
+        repeated: a plan to carry out; None to make one.
+        over: runs the calibration in the place of this process; None for this process.
+        files: where to write what.
+        preview: whether the report also says what budgets would cost where none is asked for.
+    """
+
+    source: str | Path | onnx.ModelProto
+    calib: Any = None
+    stress: Any = None
+    repeated: Repeated | None = None
+    over: ShardRunner | None = None
+    files: Files = Files()
+    preview: bool = False
+
+
+@dataclass(frozen=True)
 class Calibrated:
     """What calibration data says about a traced model. A context manager: it may hold temporary files.
 
     Attributes:
-        understood: the traced model.
+        traced: the model.
         samples: the data; None without any.
-        learned: what was found by running it; None if that is too little, or random, to conclude anything.
+        saved: what was found by running it; None if that is too little, or random, to conclude anything.
         statistics: the same as linear algebra.
         config: the options so far.
         opened: what to close.
     """
 
-    understood: TracedModel
+    traced: TracedModel
     samples: Samples | None
-    learned: archive.SavedStatistics | None
-    statistics: analysis.Statistics | None
+    saved: archive.SavedStatistics | None
+    statistics: Statistics | None
     config: Config
     opened: ExitStack | None = None
 
@@ -119,7 +148,7 @@ class Calibrated:
     @property
     def uncertain(self) -> NDArray[np.bool_]:
         """(units,) bool, channels that never changed, but might."""
-        return np.zeros(self.understood.channels.units, dtype=bool) if self.learned is None else self.learned.uncertain
+        return np.zeros(self.traced.structure.units, dtype=bool) if self.saved is None else self.saved.uncertain
 
     def save_moments(self, path: str | Path, prices: Prices | None = None) -> None:
         """Keep what was found, so that `calibrate(..., load_moments=path)` need not run the data again.
@@ -132,60 +161,59 @@ class Calibrated:
             UsageError: nothing was found.
             OutputError: the file cannot be written.
         """
-        if self.learned is None or self.learned.calibration is None or self.samples is None:
+        if self.saved is None or self.saved.calibration is None or self.samples is None:
             raise UsageError("There is nothing to save: the data is none, random or too little.")
-        learned = replace(self.learned, prices={**self.learned.prices, **(prices or {})})
-        archive.save(Path(path), learned, archive.key(self.understood.channels, self.samples, self.config))
+        saved = replace(self.saved, prices={**self.saved.prices, **(prices or {})})
+        archive.save(Path(path), saved, archive.key(self.traced.structure, self.samples, self.config))
 
 
-def run(
-    source: str | Path | onnx.ModelProto,
-    calib: Any,
-    config: Config,
-    log: Log,
-    *,
-    files: Files = Files(),
-    stress: Any = None,
-    over: learning.ShardRunner | None = None,
-    repeated: Repeated | None = None,
-    preview: bool = False,
-) -> Outcome:
-    """`compress` or `apply`, but failed verification is a value, and files are written.
+def run(request: Request, config: Config, log: Log) -> Outcome:
+    """`compress` or `apply`, but failed verification is a value, and files are written."""
+    _check(request, config)
+    runtime = Runtime.named(config.providers, config.threads)
+    traced = load_and_trace(request.source, config, log)
+    repeated = request.repeated
+    wanted = None if repeated is None else resolve_plan(repeated.plan, traced.structure, repeated.changed)
+    with half_the_cores(), ExitStack() as stack:
+        samples = open_data(traced, request.calib, config, log, stack)
+        stressing = open_data(traced, request.stress, _for_stress(config, request.stress), log, stack)
+        calibrated = calibrate(traced, samples, config, runtime, log, request.over)
+        if config.save_moments is None and calibrated.saved is not None:  # as large as the statistics
+            calibrated = replace(calibrated, saved=replace(calibrated.saved, calibration=None))
+        with as_model_error(traced.structure.model.proto) if samples is None else nullcontext():
+            round_, result = _decided(calibrated, config, runtime, log, wanted)
+        if request.preview and not result.frontier and wanted is None and config.random_calib is None:
+            result = replace(result, frontier=preview(round_))
+        if config.save_moments is not None:
+            calibrated.save_moments(config.save_moments, result.prices)
+        model, finished = _verified(calibrated, round_, result, log)
+        failure = finished.result.failure
+        if stressing is not None:
+            finished, failure = _stressed(finished, round_, stressing, log)
+        report = build_report(finished, calibrated.statistics, calibrated.uncertain, config, log)
+    candidate = finished.result.candidate
+    saved = to_plan(traced.structure, candidate, finished.options) if config.rounds == 1 else None
+    check_unchanged((traced.stored or traced.structure.model).folder)
+    if failure is None or config.force:
+        _write(model, saved, request.files)
+    return Outcome(model, report, failure, saved)
 
-    With `outlook` the report also says what budgets would cost where none is asked for.
-    """
+
+def _check(request: Request, config: Config) -> None:
+    """Find out before the work whether what is asked for can be done."""
+    files, repeated = request.files, request.repeated
     needs_data = not config.proven_only and (repeated is None or repeated.plan.mode != "proven")
-    if calib is None and config.random_calib is None and needs_data:
+    if request.calib is None and config.random_calib is None and needs_data:
         raise UsageError("Calibration data is missing: give --calib DATA, or --proven-only to use the weights alone.")
-    if calib is not None and config.random_calib is not None:
+    if request.calib is not None and config.random_calib is not None:
         raise UsageError("--random-calib takes the place of --calib: give one of them.")
     if config.rounds > 1 and files.save_plan is not None:
         raise UsageError("--save-plan: a plan is one cut, and --rounds makes several; drop one of them.")
     if files.output is not None:
-        _check_output(source, files.output)
+        _check_output(request.source, files.output)
     for path in (config.save_moments, files.save_plan):
         if path is not None:
             _check_folder(Path(path))
-    runtime = runtime_of(config)
-    understood = load_and_trace(source, config, log)
-    replayed = None if repeated is None else resolve_plan(repeated.plan, understood.channels, repeated.changed)
-    with ExitStack() as stack:
-        stack.enter_context(half_the_cores())
-        samples = opened(understood, calib, config, config.max_samples, log, stack)
-        stressing = opened(understood, stress, _for_stress(config, stress), None, log, stack)
-        calibrated = learn(understood, samples, config, runtime, log, over)
-        if config.save_moments is None and calibrated.learned is not None:  # as large as the evidence
-            calibrated = replace(calibrated, learned=replace(calibrated.learned, calibration=None))
-        return _run(calibrated, stressing, config, files, runtime, log, replayed, preview)
-
-
-def runtime_of(config: Config) -> Runtime:
-    """What models run on.
-
-    Args:
-        config: the options.
-    """
-    return Runtime.named(config.providers, config.threads)
 
 
 def _check_output(source: str | Path | onnx.ModelProto, output: Path) -> None:
@@ -207,30 +235,30 @@ def _check_folder(path: Path) -> None:
 
 def _for_stress(config: Config, source: Any) -> Config:
     """Random inputs are no stress, and options for images need not be about this data set too."""
-    config = replace(config, random_calib=None)
+    config = replace(config, random_calib=None, max_samples=None)
     if isinstance(source, (str, Path)) and Path(source).is_dir():
         return config
     images: Mapping[str, Any] = dict.fromkeys(declared(ImageOptions))
     return replace(config, **images)
 
 
-def opened(
-    understood: TracedModel,
-    source: Any,
-    config: Config,
-    max_samples: int | None,
-    log: Log,
-    stack: ExitStack,
-) -> Samples | None:
-    """Samples from a source; None without one."""
+def open_data(traced: TracedModel, source: Any, config: Config, log: Log, stack: ExitStack) -> Samples | None:
+    """Samples from a source; None without one.
+
+    Args:
+        traced: the model that will be fed.
+        source: calibration data in any of its forms.
+        config: the options.
+        log: told how far it is.
+        stack: closes the samples.
+    """
     if source is None and config.random_calib is not None:
         source = RandomInputs(config.random_calib)
     if source is None:
         return None
     with log.stage("read data"):
-        batch_size = config.batch_size or samples_per_run(understood.channels.shape_info)
-        options = replace(config, max_samples=max_samples, batch_size=batch_size)
-        samples = open_samples(source, inputs_of(understood), options, log)
+        batch_size = config.batch_size or samples_per_run(traced.structure.shape_info)
+        samples = open_samples(source, inputs_of(traced), replace(config, batch_size=batch_size), log)
     return stack.enter_context(samples)
 
 
@@ -243,160 +271,150 @@ def half_the_cores() -> AbstractContextManager[Any]:
     return limits
 
 
-def learn(
-    understood: TracedModel,
-    samples: Samples | None,
-    config: Config,
-    runtime: Runtime,
-    log: Log,
-    over: learning.ShardRunner | None,
+def calibrate(
+    traced: TracedModel, samples: Samples | None, config: Config, runtime: Runtime, log: Log, over: ShardRunner | None
 ) -> Calibrated:
-    """Run the data, here or elsewhere, or read what an earlier run found."""
-    random = config.random_calib is not None and not config.budgeted  # nothing that was merely observed may go
-    learned: archive.SavedStatistics | None = None
-    statistics: analysis.Statistics | None = None
-    if samples is not None and len(samples.parts[Part.FIT]) and not config.proven_only and not random:
-        if config.load_moments is not None:
-            with log.stage("load moments"):
-                key = archive.key(understood.channels, samples, config)
-                learned = archive.load(Path(config.load_moments), understood.channels, samples, key)
-                assert learned.calibration is not None
-                statistics = analysis.statistics(understood.channels, learned.calibration)
-        else:
-            learned, statistics = _observed(understood.channels, samples, config, runtime, log, over)
-    if learned is None and (config.save_moments or config.load_moments):
-        raise UsageError(
-            "--save-moments and --load-moments are about calibration, and none runs here (--proven-only, random inputs "
-            "without a budget, or fewer than 3 samples); drop them."
-        )
-    return Calibrated(understood, samples, learned, statistics, config)
-
-
-def _observed(
-    structure: Structure,
-    samples: Samples,
-    config: Config,
-    runtime: Runtime,
-    log: Log,
-    over: learning.ShardRunner | None = None,
-) -> tuple[archive.SavedStatistics, analysis.Statistics]:
-    with log.stage("calibrate"):
-        seen, statistics, uncertain = learning.collect_statistics(
-            structure, samples, runtime, log, seed=config.seed, over=over
-        )
-    return archive.SavedStatistics(seen, uncertain, {}), statistics
-
-
-def first_round(
-    calibrated: Calibrated,
-    config: Config,
-    runtime: Runtime,
-    log: Log,
-    replayed: ResolvedPlan | None = None,
-) -> Workshop:
-    """Where the first round decides.
+    """Run the data, here or elsewhere, or read what an earlier run found.
 
     Args:
-        calibrated: what the data says.
+        traced: the model.
+        samples: the data; None without.
         config: the options.
         runtime: what models run on.
         log: told of stages and how far they are.
-        replayed: a plan to carry out; None to make one.
+        over: runs the data in the place of this process; None for this process.
+
+    Raises:
+        UsageError: moments are asked for and none are collected.
+        CalibrationError: the data, or the file of moments, does not fit the model.
     """
-    understood, learned = calibrated.understood, calibrated.learned
-    return Workshop(
-        understood.channels,
-        calibrated.statistics,
-        calibrated.uncertain,
-        understood.proof,
-        calibrated.samples,
-        config,
-        runtime,
-        log,
-        half=understood.half,
-        prices=None if learned is None else learned.prices,
-        replayed=replayed,
-    )
+    random = config.random_calib is not None and not config.budgeted  # nothing that was merely observed may go
+    usable = samples is not None and len(samples.parts[Part.FIT]) and not config.proven_only and not random
+    if samples is None or not usable:
+        if config.save_moments or config.load_moments:
+            raise UsageError(
+                "--save-moments and --load-moments are about calibration, and none runs here (--proven-only, random "
+                "inputs without a budget, or fewer than 3 samples); drop them."
+            )
+        return Calibrated(traced, samples, None, None, config)
+    if config.load_moments is None:
+        return _observed(traced, samples, config, runtime, log, over)
+    with log.stage("load moments"):
+        key = archive.key(traced.structure, samples, config)
+        saved = archive.load(Path(config.load_moments), traced.structure, samples, key)
+        assert saved.calibration is not None
+        found = statistics(traced.structure, saved.calibration)
+    return Calibrated(traced, samples, saved, found, config)
 
 
-def _run(
+def _observed(
+    traced: TracedModel, samples: Samples, config: Config, runtime: Runtime, log: Log, over: ShardRunner | None
+) -> Calibrated:
+    structure = traced.structure
+    with log.stage("calibrate"):
+        seen, found, uncertain = collect_statistics(structure, samples, runtime, log, seed=config.seed, over=over)
+        pairs = tuple(pair for move in MOVES for pair in move.pairs(structure))
+        if pairs:
+            joint = collect_pairs(structure, samples, pairs, runtime=runtime, seed=config.seed, log=log)
+            found = replace(found, pairs=joint)
+    return Calibrated(traced, samples, archive.SavedStatistics(seen, uncertain, {}), found, config)
+
+
+def open_round(
     calibrated: Calibrated,
-    stressing: Samples | None,
     config: Config,
-    files: Files,
     runtime: Runtime,
     log: Log,
-    replayed: ResolvedPlan | None,
-    preview: bool,
-) -> Outcome:
-    understood, samples, statistics = calibrated.understood, calibrated.samples, calibrated.statistics
-    channels, proof, half, uncertain = understood.channels, understood.proof, understood.half, calibrated.uncertain
-    original_passed = full_check_passes((half or channels.model).proto) is None
+    wanted: ResolvedPlan | None = None,
+    original: TracedModel | None = None,
+) -> Round:
+    """Where one round decides.
 
-    def open_round(current: Structure, options: Config) -> Workshop:
-        if current is channels:
-            return first_round(calibrated, options, runtime, log, replayed)
+    Args:
+        calibrated: the model that the round changes, and what the data says about it.
+        config: the options of the round.
+        runtime: what models run on.
+        log: told of stages and how far they are.
+        wanted: a plan to carry out; None to make one.
+        original: what results are compared with; None where that is the model itself.
+    """
+    traced, structure = calibrated.traced, calibrated.traced.structure
+    whole = original or traced
+    uncertain = calibrated.uncertain & ~traced.proof.constant
+    piece = Workpiece(structure, traced.proof, calibrated.statistics, uncertain, calibrated.samples, MOVES)
+    reference = Reference(whole.structure.model, whole.stored, structure.shape_info.activation_bytes)
+    judge = Judge(reference, calibrated.samples, config, runtime, log, wanted)
+    # Those of a plan that is carried out again count among them.
+    options = {**(wanted.plan.options if wanted is not None else {}), **config.described()}
+    metadata = json.dumps({"version": __version__, "options": options}, sort_keys=True)
+    builder = Builder(piece, judge, config, metadata, runtime, log)
+    times = TimeTable(whole.structure.model, structure.model, judge, config, runtime, log)
+    rounding = 0.0 if whole.stored is None else epsilon(whole.stored.proto)
+    prices = {} if calibrated.saved is None else calibrated.saved.prices
+    return Round(piece, builder, judge, times, config, options, rounding, prices, original is None)
+
+
+def _decided(
+    calibrated: Calibrated, config: Config, runtime: Runtime, log: Log, wanted: ResolvedPlan | None
+) -> tuple[Round, Result]:
+    """The result that is asked for, and the round that it is reported by: the first."""
+    traced, samples = calibrated.traced, calibrated.samples
+
+    def decide(current: Structure, options: Config) -> tuple[Round, Result]:
+        if current is traced.structure:
+            first = open_round(calibrated, options, runtime, log, wanted)
+            return first, choose(first) if wanted is None else replayed(first, wanted)
         assert samples is not None
-        learned, found_out = _observed(current, samples, config, runtime, log)
-        known = prove(current, understood.ranges, half=half is not None)
-        return Workshop(
-            current, found_out, learned.uncertain, known, samples, options,
-            runtime, log, half=half, reference=channels.model,
-        )  # fmt: skip
+        proof = prove(current, traced.ranges, half=traced.stored is not None)
+        smaller = replace(traced, structure=current, proof=proof)
+        observed = _observed(smaller, samples, config, runtime, log, None)
+        later = open_round(observed, options, runtime, log, original=traced)
+        return later, choose(later)
 
-    with as_model_error(channels.model.proto) if samples is None else nullcontext():
-        if samples is not None and (config.rounds > 1 or config.recover is not None):
-            workshop, chosen = contract_in_rounds(channels, samples, config, open_round, runtime, log)
-        else:
-            workshop = open_round(channels, config)
-            chosen = workshop.choose()
-    if preview and not chosen.frontier and replayed is None and config.random_calib is None:
-        chosen = replace(chosen, frontier=workshop.preview())
-    if config.save_moments is not None:
-        calibrated.save_moments(config.save_moments, chosen.prices)
+    if samples is not None and (config.rounds > 1 or config.recover is not None):
+        return contract_in_rounds(traced.structure, samples, config, decide, runtime, log)
+    return decide(traced.structure, config)
+
+
+def _verified(calibrated: Calibrated, round_: Round, result: Result, log: Log) -> tuple[Model, Finished]:
+    """The model as it is written, checked in every way that it may be run."""
+    traced, samples, judge = calibrated.traced, calibrated.samples, round_.judge
+    structure, model = traced.structure, result.candidate.model
     with log.stage("verify"):
-        result = workshop.stored(chosen.model)
-        if half is not None and not chosen.removed.any():
-            result = apply_edits(half, GraphEdits(), workshop.metadata)
-        check_model(result.proto, original_passed=original_passed)
+        written = judge.stored(model)
+        if traced.stored is not None and not result.removed.any():
+            written = apply_edits(traced.stored, GraphEdits(), round_.builder.metadata)
+        original_passed = full_check_passes((traced.stored or structure.model).proto) is None
+        check_model(written.proto, original_passed=original_passed)
         errors: dict[int, float] = {}
         variants: tuple[Variant, ...] = ()
         if samples is not None:
-            errors = measure_groups(channels, chosen.removed, chosen.model, samples, runtime, seed=config.seed)
-            variants = compare_variants(
-                channels.model, chosen.model, partial(workshop.sessions, chosen.model), samples,
-                inputs_of(understood), workshop.shares,
-            )  # fmt: skip
-        chosen = replace(chosen, failure=chosen.failure or _variant_failure(variants))
-    stressed: Verification | None = None
-    failure = chosen.failure
-    if stressing is not None:
-        with log.stage("stress"):
-            compared = workshop.compared(chosen.model, stressing)
-            stress_failure = workshop.stress_failure(compared)
-            where = "the stress data, which nothing was fitted to or chosen by"
-            stressed = verification_of(compared, stress_failure is None, where)
-            failure = failure or stress_failure
-    found: dict[int, Support] = {}
-    curves: dict[int, Spectrum] = {}
-    if samples is not None and statistics is not None:
-        with log.stage("statistics"):
-            steps = ChannelSteps(chosen.removed, chosen.kind, chosen.folds)
-            found = support(channels, statistics, steps, proof.steps.removed)
-            curves = spectra(channels, statistics)
-            kept = int((uncertain & statistics.inactive & ~chosen.removed).sum())
-            notes = (*chosen.notes, *sentences(found, kept, len(samples)))
-            chosen = replace(chosen, notes=notes)
-    groups = tuple(group_reports(understood, chosen, errors, found, curves))
-    report = summarise(understood, workshop, chosen, groups, variants, stressed, samples, config, log.seconds)
-    saved = to_plan(channels, chosen, workshop.options) if config.rounds == 1 else None
-    check_unchanged((half or channels.model).folder)
-    if failure is None or config.force:
-        if files.output is not None:
-            save(result.proto, result.folder, files.output, external_data=files.external_data)
-        if files.save_plan is not None and saved is not None:
-            saved.save(files.save_plan)
-    return Outcome(result, report, failure, saved)
+            seed = round_.config.seed
+            errors = measure_groups(structure, result.removed, model, samples, round_.runtime, seed=seed)
+            usual = partial(judge.sessions, model)
+            variants = compare_variants(structure.model, model, usual, samples, inputs_of(traced), judge.shares)
+        failure = result.failure or _variant_failure(variants)
+        result = replace(result, evaluation=replace(result.evaluation, failure=failure))
+    mode, options = judge.budgets.mode, round_.options
+    return written, Finished(traced, samples, result, judge.before, mode, options, variants, errors)
+
+
+def _stressed(finished: Finished, round_: Round, stressing: Samples, log: Log) -> tuple[Finished, LindepError | None]:
+    judge = round_.judge
+    with log.stage("stress"):
+        compared = judge.compare(finished.result.candidate.model, stressing.batches())
+        lossless = None if finished.mode == "budgeted" else judge.is_lossless(compared.relative_error)
+        failure = judge.budgets.stress_failure(compared, lossless)
+        where = "the stress data, which nothing was fitted to or chosen by"
+        stressed = verification_of(compared, failure is None, where)
+    return replace(finished, stressed=stressed), finished.result.failure or failure
+
+
+def _write(model: Model, plan: Plan | None, files: Files) -> None:
+    if files.output is not None:
+        save(model.proto, model.folder, files.output, external_data=files.external_data)
+    if files.save_plan is not None and plan is not None:
+        plan.save(files.save_plan)
 
 
 def _variant_failure(variants: Sequence[Variant]) -> LindepError | None:

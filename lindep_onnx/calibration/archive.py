@@ -24,7 +24,7 @@ from lindep_onnx.data.split import Part
 from lindep_onnx.errors import CalibrationError
 from lindep_onnx.model.weights import fingerprint
 from lindep_onnx.options import Config, TraceOptions, declared
-from lindep_onnx.planning.path import Curve, Prices, Saving
+from lindep_onnx.structure.steps import Curve, Prices, Saving
 from lindep_onnx.structure.types import Structure
 
 #: Changes whenever older files must not be read any more.
@@ -38,7 +38,7 @@ class SavedStatistics:
     Attributes:
         calibration: moments of all site inputs; None where nobody will ask for them any more.
         uncertain: (units,) bool, constant so far but without a margin.
-        prices: the curves that budgets were priced with so far.
+        prices: the curves that budgets were priced with so far; those of channels are kept in the file.
     """
 
     calibration: Calibration | None
@@ -86,8 +86,8 @@ def save(path: Path, learned: SavedStatistics, made_with: Key) -> None:
         "currencies": np.array(list(learned.prices), dtype=np.str_),
     }
     for currency, curves in learned.prices.items():
-        for place, curve in enumerate(curves):
-            values = {"group": np.array(curve.group), "units": curve.units, "cost": curve.cost, "saving": curve.saving}
+        for place, curve in enumerate(curves["channels"]):
+            values = {"group": np.array(curve.site), "units": curve.steps, "cost": curve.cost, "saving": curve.saving}
             beside.update({f"{currency}.{place}.{name}": value for name, value in values.items()})
     save_moments(path, named, beside)
 
@@ -135,7 +135,9 @@ def _checked(
     uncertain = beside["doubtful"]
     _require(uncertain.shape == (structure.units,) and uncertain.dtype == np.bool_)
     known: tuple[Saving, ...] = get_args(Saving)
-    prices = {name: _curves(structure, beside, name) for name in known if name in beside["currencies"].tolist()}
+    prices = {
+        name: {"channels": _curves(structure, beside, name)} for name in known if name in beside["currencies"].tolist()
+    }
     calibration = Calibration(parts[0], parts[1] if counts[1] else None, counts)
     return SavedStatistics(calibration, uncertain, prices)
 

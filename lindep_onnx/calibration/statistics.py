@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from lindep_onnx.calibration.measure import Calibration, MeasuringPoint, measuring_point
 from lindep_onnx.calibration.moments import Moments, never_changes
+from lindep_onnx.calibration.pairs import Pair, PairMoments
 from lindep_onnx.linalg.fold import ConsumerProblem
 from lindep_onnx.structure.layout import ConsumerLayout, features
 from lindep_onnx.structure.types import FROZEN, Consumer, Structure
@@ -58,6 +59,8 @@ class Statistics:
         inactive: (units,) bool, constant at some consumer: only a margin tells whether it will stay so.
         active: (units,) bool, seen often enough to conclude something from its values.
         samples: number of fit and unseen samples.
+        enough: samples in which a channel must leave its rest to count as active.
+        pairs: joint second moments of the tensors that some kind of change asked for.
     """
 
     consumers: tuple[ConsumerStatistics, ...]
@@ -65,6 +68,8 @@ class Statistics:
     inactive: NDArray[np.bool_]
     active: NDArray[np.bool_]
     samples: int
+    enough: int = 1
+    pairs: Mapping[Pair, PairMoments] = field(default_factory=dict)
 
 
 def statistics(structure: Structure, calibration: Calibration) -> Statistics:
@@ -79,7 +84,7 @@ def statistics(structure: Structure, calibration: Calibration) -> Statistics:
         inactive[consumer.unit[live & consumer.constant]] = True
         constant[consumer.unit[live & ~consumer.constant]] = False
         active[consumer.unit[live & ~consumer.constant & (consumer.active < enough)]] = False
-    return Statistics(consumers, constant, inactive, active, sum(calibration.samples))
+    return Statistics(consumers, constant, inactive, active, sum(calibration.samples), enough)
 
 
 class Extremes(Protocol):

@@ -16,6 +16,7 @@ import fnmatch
 import glob
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
@@ -30,59 +31,58 @@ from lindep_onnx.log import Log
 from lindep_onnx.model import ir as graph
 from lindep_onnx.model.shapes import resolve
 from lindep_onnx.options import Config, TrainingBudget
-from lindep_onnx.planning.strategies import SIZES, Chosen, Workshop
+from lindep_onnx.planning.budgets import SIZES
+from lindep_onnx.planning.strategies import Round, retrained
+from lindep_onnx.planning.values import Decision, Result
 from lindep_onnx.runtime.backend import Runtime
+from lindep_onnx.structure.steps import ChannelSteps
 from lindep_onnx.structure.trace import trace
 from lindep_onnx.structure.types import Structure
 from lindep_onnx.verify.group_errors import measure_groups
 
-#: Sets up one round: called with the model as the last round left it and the options of the round.
-Open: TypeAlias = Callable[[Structure, Config], Workshop]
+#: Decides one round: called with the model as the last round left it and the options of the round.
+Decide: TypeAlias = Callable[[Structure, Config], tuple[Round, Result]]
 
 
 def contract_in_rounds(
-    original: Structure, samples: Samples, config: Config, open_round: Open, runtime: Runtime, log: Log
-) -> tuple[Workshop, Chosen]:
+    original: Structure, samples: Samples, config: Config, decide: Decide, runtime: Runtime, log: Log
+) -> tuple[Round, Result]:
     """Compress a model in rounds.
 
     Args:
         original: the original model, traced.
         samples: the data.
         config: the options; `rounds` and `recover` say how often and how long.
-        open_round: sets up one round.
+        decide: decides one round.
         runtime: what models run on.
         log: told of stages and how far they are.
 
     Returns:
-        The workshop of the first round, and the last result that is good; what it removed is counted in units of the
-        original.
+        The first round, and the last result that is good; what it removed is counted in units of the original.
     """
     current = original
-    removed = np.zeros(original.units, dtype=bool)
-    best: Chosen | None = None
-    first: Workshop | None = None
+    best: Result | None = None
+    first: Round | None = None
     frozen: list[str] = []  # globs on the names of nodes whose groups broke a round
     told: list[str] = []  # of all rounds; what else a round has to say matters for the last one only
     if config.rounds > 1 and len(np.unique(original.aligned)) < original.units:
         told.append("Grouped convolutions or attention heads trade places of channels: all rounds were run as one.")
         config = dataclasses.replace(config, rounds=1)
-    checkpoint = Checkpoint(Path(config.checkpoint)) if config.checkpoint is not None else None
+    recovery = Recovery.of(original, samples, config, runtime, log)
     for number, options in enumerate(schedule(config)):
-        workshop = open_round(current, options)
-        first = first or workshop
-        chosen = workshop.choose()
-        if best is not None and not chosen.removed.any():
+        round_, result = decide(current, options)
+        first = first or round_
+        if best is not None and not result.removed.any():
             told.append(f"Round {number + 1} found nothing more to remove.")
             break
-        gone = to_original_units(original, removed, current, chosen.removed)
-        if config.effort is not None and gone.any():
+        before = np.zeros(original.units, dtype=bool) if best is None else best.removed
+        gone = to_original_units(original, before, current, result.removed)
+        if recovery is not None and gone.any():
             with log.stage("recover"):
-                chosen, notes = _recovered(
-                    workshop, chosen, original, samples, config, config.effort, checkpoint, number, runtime, log
-                )
+                result, notes = recovery.recovered(round_, result, number)
             told.extend(notes)
-        if best is not None and best.failure is None and chosen.failure is not None and not config.sized:
-            name = _worst(current, chosen, samples, config, runtime)
+        if best is not None and best.failure is None and result.failure is not None and not config.sized:
+            name = _worst(current, result, samples, config, runtime)
             told.append(
                 f"Round {number + 1} broke a budget and was undone; the channels of node {name!r}, where its error was "
                 "largest, were left alone from then on."
@@ -90,14 +90,20 @@ def contract_in_rounds(
             frozen.append(glob.escape(name))
             current = _traced(current.model, config, frozen)
             continue
-        if number:  # kinds and units are those of this round's model
-            chosen = dataclasses.replace(chosen, kind=np.zeros(original.units, dtype=np.int8))
-        frontier = chosen.frontier if best is None else best.frontier  # of the original
-        best, removed = dataclasses.replace(chosen, removed=gone, frontier=frontier), gone
+        frontier = result.frontier if best is None else best.frontier
+        best = dataclasses.replace(_of_original(result, gone, number), frontier=frontier)
         if number + 1 < config.rounds:
-            current = _traced(chosen.model, config, frozen)
+            current = _traced(result.candidate.model, config, frozen)
     assert best is not None and first is not None
     return first, dataclasses.replace(best, notes=(*best.notes, *told))
+
+
+def _of_original(result: Result, gone: NDArray[np.bool_], number: int) -> Result:
+    """A result that counts in units of the original; what later rounds say of kinds and folds is about others."""
+    own = result.candidate.decision.channels
+    steps = ChannelSteps.of(gone) if number else ChannelSteps(gone, own.kind, own.folds)
+    decision = Decision({**result.candidate.decision.steps, "channels": steps}, len(gone))
+    return dataclasses.replace(result, candidate=dataclasses.replace(result.candidate, decision=decision))
 
 
 def _traced(model: graph.Model, config: Config, frozen: Sequence[str]) -> Structure:
@@ -105,10 +111,11 @@ def _traced(model: graph.Model, config: Config, frozen: Sequence[str]) -> Struct
     return trace(model, resolve(model), include=config.include, exclude=exclude, min_channels=config.min_channels)
 
 
-def _worst(current: Structure, chosen: Chosen, samples: Samples, config: Config, runtime: Runtime) -> str:
+def _worst(current: Structure, result: Result, samples: Samples, config: Config, runtime: Runtime) -> str:
     """The first producer of the group whose readers are furthest off."""
-    errors = measure_groups(current, chosen.removed, chosen.model, samples, runtime, seed=config.seed)
-    changed = [number for number, group in enumerate(current.groups) if chosen.removed[group.units].any()]
+    removed = result.removed
+    errors = measure_groups(current, removed, result.candidate.model, samples, runtime, seed=config.seed)
+    changed = [number for number, group in enumerate(current.groups) if removed[group.units].any()]
     return current.groups[max(changed, key=lambda number: errors.get(number, 0.0))].name
 
 
@@ -153,37 +160,64 @@ def to_original_units(
     return result
 
 
-def _recovered(
-    workshop: Workshop,
-    chosen: Chosen,
-    original: Structure,
-    samples: Samples,
-    config: Config,
-    effort: TrainingBudget,
-    checkpoint: Checkpoint | None,
-    number: int,
-    runtime: Runtime,
-    log: Log,
-) -> tuple[Chosen, tuple[str, ...]]:
-    """The result with trained weights, or as it was if unseen samples turn those down, and what to tell the user."""
-    student = chosen.model
-    training = Training(
-        teacher=original.model,
-        student=student,
-        budget=effort,
-        seed=config.seed + number,
-        frozen=[node.name for node in student.nodes if any(fnmatch.fnmatchcase(node.name, g) for g in config.exclude)],
-        agreement_output=config.agreement_output,
-        augment=augmentation(config.augment),
-    )
-    found = distill(training, samples, runtime, log, checkpoint)
-    notes = tuple(_notes(found, number if config.rounds > 1 else None))
-    if found.weights:
-        trained = workshop.judge(student, found.weights, chosen)
-        if trained.failure is None or chosen.failure is not None:
-            return trained, notes
-        notes = (*notes, "Unseen samples turned the trained weights down; the refitted ones were kept.")
-    return chosen, notes
+@dataclass(frozen=True)
+class Recovery:
+    """Trains the result of each round against the original.
+
+    Attributes:
+        original: the original model, traced.
+        samples: the data.
+        config: the options of the run.
+        budget: how long to train.
+        checkpoint: where to keep the state; None for nowhere.
+        runtime: what models run on.
+        log: told how far it is.
+    """
+
+    original: Structure
+    samples: Samples
+    config: Config
+    budget: TrainingBudget
+    checkpoint: Checkpoint | None
+    runtime: Runtime
+    log: Log
+
+    @classmethod
+    def of(cls, original: Structure, samples: Samples, config: Config, runtime: Runtime, log: Log) -> Recovery | None:
+        """As the options ask for; None if they do not."""
+        if config.effort is None:
+            return None
+        checkpoint = Checkpoint(Path(config.checkpoint)) if config.checkpoint is not None else None
+        return cls(original, samples, config, config.effort, checkpoint, runtime, log)
+
+    def recovered(self, round_: Round, result: Result, number: int) -> tuple[Result, tuple[str, ...]]:
+        """The result with trained weights, or as it was if unseen samples turn those down, and what to tell the user.
+
+        Args:
+            round_: the one that it was chosen in.
+            result: the result.
+            number: of the round, from 0 on.
+        """
+        config, student = self.config, result.candidate.model
+        training = Training(
+            teacher=self.original.model,
+            student=student,
+            budget=self.budget,
+            seed=config.seed + number,
+            frozen=[
+                node.name for node in student.nodes if any(fnmatch.fnmatchcase(node.name, g) for g in config.exclude)
+            ],
+            agreement_output=config.agreement_output,
+            augment=augmentation(config.augment),
+        )
+        found = distill(training, self.samples, self.runtime, self.log, self.checkpoint)
+        notes = tuple(_notes(found, number if config.rounds > 1 else None))
+        if found.weights:
+            trained = retrained(round_, result, found.weights)
+            if trained.failure is None or result.failure is not None:
+                return trained, notes
+            notes = (*notes, "Unseen samples turned the trained weights down; the refitted ones were kept.")
+        return result, notes
 
 
 def _notes(found: Distilled, number: int | None) -> Iterator[str]:

@@ -1,180 +1,198 @@
-"""Which units go: everything that costs nothing, or as much as a budget allows."""
+"""Removing channels: the kind of change that all others are measured against.
+
+A site is a group of units that meet at common consumers, a step is one unit. A removed channel is made up for by
+folding its weight into those that stay.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lindep_onnx.calibration.statistics import Statistics, problem
-from lindep_onnx.linalg.elimination import Minimums
-from lindep_onnx.linalg.fold import ConsumerProblem
-from lindep_onnx.linalg.lossless import lossless_removals
+from lindep_onnx.calibration.pairs import Pair
+from lindep_onnx.calibration.statistics import Statistics
+from lindep_onnx.errors import UsageError
+from lindep_onnx.linalg.elimination import Allowance
+from lindep_onnx.model.edit import GraphEdits
+from lindep_onnx.moves.base import Exactness, Site, Steps
+from lindep_onnx.moves.fold_weights import fold_weights
+from lindep_onnx.moves.lossless import lossless_steps
+from lindep_onnx.moves.prices import curves, folds_of, savings
 from lindep_onnx.structure.layout import ConsumerLayout
-from lindep_onnx.structure.placement import equalized
-from lindep_onnx.structure.steps import ChannelSteps, Fold
-from lindep_onnx.structure.types import FROZEN, Group, Structure
-
-#: Rounds over all groups: each can free weight for the groups before it. Two are enough unless paths cross.
-ROUNDS = 4
+from lindep_onnx.structure.placement import Placement, equalized
+from lindep_onnx.structure.rewrite import removal_edits
+from lindep_onnx.structure.steps import ChannelSteps, Curve, Saving
+from lindep_onnx.structure.types import FROZEN, Refusal, Structure
 
 
-def plan_lossless(
-    structure: Structure,
-    statistics: Statistics,
-    uncertain: NDArray[np.bool_],
-    *,
-    tolerance: float,
-    keep: NDArray[np.bool_] | None = None,
-) -> ChannelSteps:
-    """Everything whose removal adds at most `tolerance` at every site, on unseen samples too.
+class ChannelRemoval:
+    """Removes units; see `lindep_onnx.moves.base.Move` for what each method is for."""
 
-    Groups go from outputs to inputs: what a group loses are rows of the weights that read the groups before it, and
-    weights that are gone no longer have to be made up for.
+    name = "channels"
+
+    def count(self, structure: Structure) -> int:
+        """The units."""
+        return structure.units
+
+    def sites(self, structure: Structure) -> tuple[Site, ...]:
+        """The groups."""
+        return tuple(Site(group.name, group.units) for group in structure.groups)
+
+    def refusals(self, structure: Structure) -> tuple[Refusal, ...]:
+        """Channels that meet something that cannot shrink."""
+        return structure.refusals
+
+    def pairs(self, structure: Structure) -> tuple[Pair, ...]:
+        """None: the Gram matrices of the consumers say all."""
+        return ()
+
+    def savings(self, structure: Structure, saving: Saving, rates: Mapping[int, float]) -> NDArray[np.float64]:
+        """All other units kept."""
+        return savings(structure, saving, rates)
+
+    def price(
+        self, structure: Structure, statistics: Statistics, sensitivity: Sequence[float], saving: NDArray[np.float64]
+    ) -> list[Curve]:
+        """By elimination."""
+        return curves(structure, statistics, sensitivity, saving)
+
+    def possible(self, structure: Structure, order: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """No axis is emptied."""
+        allowance = Allowance(structure.units, structure.minimums)
+        return np.array([allowance.take(unit) for unit in order.tolist()], dtype=bool)
+
+    def admissible(
+        self, structure: Structure, taken: NDArray[np.bool_], order: NDArray[np.int64], multiple: int
+    ) -> NDArray[np.bool_]:
+        """Widths are rounded up, and equal counts go from every group of a convolution and from every head."""
+        return equalized(structure, rounded(structure, taken, order, multiple), order)
+
+    def exact(self, structure: Structure, statistics: Statistics, bounds: Exactness) -> ChannelSteps:
+        """Constants, multiples and combinations."""
+        return lossless_steps(structure, statistics, bounds)
+
+    def unfitted(self, structure: Structure, taken: NDArray[np.bool_]) -> ChannelSteps:
+        """Without folds."""
+        return ChannelSteps.of(taken)
+
+    def fit(self, structure: Structure, steps: Steps, statistics: Statistics) -> ChannelSteps:
+        """With the fold of every consumer that loses something."""
+        own = _own(steps)
+        return ChannelSteps(own.removed, own.kind, folds_of(structure, statistics, own.removed, own.folds))
+
+    def apply(self, structure: Structure, steps: Steps, statistics: Statistics | None) -> GraphEdits:
+        """Fold, then slice."""
+        return channel_edits(structure, _own(steps), () if statistics is None else statistics.consumers)
+
+    def maps(self, structure: Structure, steps: Steps) -> Placement:
+        """What is left is a selection of what was there."""
+        return Placement(structure, _own(steps).removed)
+
+    def to_names(self, structure: Structure, steps: Steps) -> dict[str, Any]:
+        """Numbers of the channels that go, and how many channels there were, by tensor."""
+        removed = _own(steps).removed
+        found: dict[str, list[int]] = {}
+        counts: dict[str, int] = {}
+        for name, units in _channels_by_tensor(structure).items():
+            gone = [number for number, unit in enumerate(units.tolist()) if unit != FROZEN and removed[unit]]
+            if gone:
+                found[name], counts[name] = gone, len(units)
+        return {"removed": found, "channels": counts}
+
+    def from_names(self, structure: Structure, names: Mapping[str, Any]) -> NDArray[np.bool_]:
+        """See `to_names`; counts may be missing."""
+        return _named_units(structure, names["removed"], names.get("channels", {}))
+
+
+def _own(steps: Steps) -> ChannelSteps:
+    assert isinstance(steps, ChannelSteps)
+    return steps
+
+
+def channel_edits(structure: Structure, steps: ChannelSteps, consumers: Sequence[ConsumerLayout]) -> GraphEdits:
+    """What carrying out steps with their folds changes in the graph.
 
     Args:
         structure: the traced model.
-        statistics: what the data says.
-        uncertain: (units,) bool, constant so far but without a margin.
-        tolerance: RMS relative error that one site may gain.
-        keep: (units,) bool, units that stay in any case; None for none.
+        steps: what goes.
+        consumers: statistics of all consumers, for the means; not asked for where there are no folds.
     """
-    while True:
-        plan = _planned(structure, statistics, uncertain, keep, tolerance)
-        whole = equalized(structure, plan.removed)
-        if (whole == plan.removed).all():
-            return plan
-        keep = ~whole
+    return removal_edits(structure, fold_weights(structure, steps.folds, consumers, steps.removed))
 
 
-def part_of(plan: ChannelSteps, consumers: Sequence[ConsumerLayout], removed: NDArray[np.bool_]) -> ChannelSteps | None:
-    """A plan of which some units stay after all; None if it does not remove all the others.
-
-    What is removed is made up for feature by feature, from those that stayed anyway: the rest is as it was.
+def rounded(
+    structure: Structure, removed: NDArray[np.bool_], order: NDArray[np.int64], multiple: int
+) -> NDArray[np.bool_]:
+    """Put back the units that went last until each group keeps a multiple of `multiple`, or all it had.
 
     Args:
-        plan: the whole plan.
-        consumers: of the model, for the unit of each feature.
-        removed: (units,) bool, what still goes.
+        structure: the traced model.
+        removed: (units,) bool.
+        order: the removed units in the order in which they went.
+        multiple: of the number that is kept.
     """
-    if (removed & ~plan.removed).any():
-        return None
-    folds = {}
-    for index, fold in plan.folds.items():
-        kept = ~np.append(removed, False)[consumers[index].unit]
-        if kept.all():
-            continue
-        matrix = np.zeros((int(kept.sum()), int((~kept).sum())))
-        matrix[fold.kept[kept]] = fold.matrix[:, ~kept[~fold.kept]]
-        folds[index] = Fold(kept, matrix)
-    return ChannelSteps(removed, np.where(removed, plan.kind, 0).astype(np.int8), folds)
+    result = removed.copy()
+    place = np.zeros(structure.units, dtype=np.int64)
+    place[order] = np.arange(len(order))
+    for group in structure.groups if multiple > 1 else ():
+        gone = group.units[removed[group.units]]
+        kept = len(group.units) - len(gone)
+        wanted = min(len(group.units), -(-kept // multiple) * multiple)
+        back = gone[np.argsort(-place[gone], kind="stable")][: wanted - kept]
+        result[back] = False
+    return result
 
 
-def _planned(
-    structure: Structure,
-    statistics: Statistics,
-    uncertain: NDArray[np.bool_],
-    keep: NDArray[np.bool_] | None,
-    tolerance: float,
-) -> ChannelSteps:
-    removed = np.zeros(structure.units, dtype=bool)
-    kind = np.zeros(structure.units, dtype=np.int8)
-    folds: dict[int, Fold] = {}
-    rows: dict[int, bytes] = {}
-    local = local_units(structure)
-    least = local_minimums(structure, local)
-    for _ in range(ROUNDS):
-        changed = False
-        for number in reversed(range(len(structure.groups))):
-            group = structure.groups[number]
-            current = b"".join(
-                structure.mask(structure.consumers[consumer].rows, removed).tobytes() for consumer in group.consumers
-            )
-            if rows.get(number) == current:
-                continue
-            rows[number] = current
-            before = removed[group.units].copy()
-            _plan_group(
-                structure, statistics, uncertain, keep, group, local, least[number], removed, kind, folds, tolerance
-            )
-            changed |= bool((removed[group.units] != before).any())
-        if not changed:
-            break
-    return ChannelSteps(removed, kind, folds)
-
-
-def _plan_group(
-    structure: Structure,
-    statistics: Statistics,
-    uncertain: NDArray[np.bool_],
-    keep: NDArray[np.bool_] | None,
-    group: Group,
-    local: NDArray[np.int64],
-    least: Minimums,
-    removed: NDArray[np.bool_],
-    kind: NDArray[np.int8],
-    folds: dict[int, Fold],
-    tolerance: float,
-) -> None:
-    """Decide one group from scratch and write the decision into `removed`, `kind` and `folds`."""
-    units = group.units
-    removed[units] = False
-    kind[units] = 0
-    problems = []
-    read = np.zeros(len(units) + 1, dtype=bool)  # the last entry answers for FROZEN
-    varies = np.zeros(len(units) + 1, dtype=bool)
-    for index in group.consumers:
-        seen = statistics.consumers[index]
-        posed = local_problem(problem(structure, seen, removed), local)
-        multiplied = np.diagonal(posed.outer) != 0.0
-        read[posed.unit[multiplied]] = True
-        varies[posed.unit[multiplied & ~seen.constant]] = True
-        problems.append(posed)
-    sure = ~(statistics.inactive & uncertain)[units]
-    unread = ~read[:-1]
-    constant = ~varies[:-1]
-    free = np.ones(len(units), dtype=bool) if keep is None else ~keep[units]
-    inactive = (unread | (constant & sure)) & free
-    result = lossless_removals(
-        problems,
-        (sure & statistics.active[units] & free) | inactive,
-        constant=inactive,
-        tolerance=tolerance,
-        minimums=least,
-    )
-    removed[units] = result.removed
-    kind[units] = result.kind
-    for index, matrix in zip(group.consumers, result.folds, strict=True):
-        kept = ~np.append(removed, False)[statistics.consumers[index].unit]
-        if kept.all():
-            folds.pop(index, None)
-        else:
-            folds[index] = Fold(kept, matrix)
-
-
-def local_units(structure: Structure) -> NDArray[np.int64]:
-    """(units + 1,) the number of each unit within its group; the last entry answers for FROZEN."""
-    local = np.full(structure.units + 1, FROZEN, dtype=np.int64)
-    for group in structure.groups:
-        local[group.units] = np.arange(len(group.units))
-    return local
-
-
-def local_problem(posed: ConsumerProblem, local: NDArray[np.int64]) -> ConsumerProblem:
-    """The same problem in the unit numbers of its group."""
-    return replace(posed, unit=local[posed.unit])
-
-
-def local_minimums(structure: Structure, local: NDArray[np.int64]) -> list[list[tuple[NDArray[np.int64], int]]]:
-    """The constraints of each group in its own numbers. Members of other groups are not counted on."""
-    owner = np.zeros(structure.units, dtype=np.int64)
-    for number, group in enumerate(structure.groups):
-        owner[group.units] = number
-    found: list[list[tuple[NDArray[np.int64], int]]] = [[] for _ in structure.groups]
-    for members, bound in structure.minimums:
-        for number in np.unique(owner[members]).tolist():
-            own = local[members[owner[members] == number]]
-            found[number].append((own, min(bound, len(own))))
+def _channels_by_tensor(structure: Structure) -> dict[str, NDArray[np.int64]]:
+    """Unit of each channel of the tensors that name units: of each unit, the first tensor that has it."""
+    found: dict[str, NDArray[np.int64]] = {}
+    known = np.zeros(structure.units + 1, dtype=bool)
+    known[FROZEN] = True
+    for tensor, labels in structure.labels.items():
+        for label in labels:
+            units = structure.unit[label.along_cut()]
+            new = ~known[units]
+            if new.any():
+                name = tensor if tensor not in found else f"{tensor} (axis {label.cut})"
+                found[name] = np.where(new, units, FROZEN)
+                known[units] = True
     return found
+
+
+def _named_units(
+    structure: Structure, named: Mapping[str, Sequence[int]], counts: Mapping[str, int]
+) -> NDArray[np.bool_]:
+    places = _channels_by_tensor(structure)
+    removed = np.zeros(structure.units, dtype=bool)
+    for name, numbers in named.items():
+        units = places.get(name)
+        if units is None:
+            raise UsageError(f"The plan does not fit: the model has no tensor {name[:80]!r} with channels that may go.")
+        count = counts.get(name, len(units))
+        if count != len(units):
+            raise UsageError(
+                f"The plan does not fit: {name[:80]!r} has {len(units)} channels, and {count} in the plan."
+            )
+        for number in numbers:
+            if number >= len(units) or units[number] == FROZEN:
+                raise UsageError(
+                    f"The plan does not fit: channel {number} of {name[:80]!r} has to stay, or is not there."
+                )
+            removed[units[number]] = True
+    for members, least in structure.minimums:
+        if int((~removed[members]).sum()) < least:
+            owner = next(name for name, units in places.items() if np.isin(units, members).any())
+            raise UsageError(
+                f"The plan cannot be carried out: at least {least} channel(s) like those of {owner[:80]!r} stay."
+            )
+    missing = removed & ~equalized(structure, removed)
+    if missing.any():
+        owner = next(name for name, units in places.items() if np.isin(units, np.flatnonzero(missing)).any())
+        raise UsageError(
+            f"The plan cannot be carried out: {owner[:80]!r} is in groups or heads, which all lose as many channels; "
+            f"{int(missing.sum())} of the plan's have no counterpart."
+        )
+    return removed

@@ -1,9 +1,9 @@
-"""How much an error at one site matters to the outputs, measured by making one."""
+"""How much an error at one consumer matters to the outputs, and what steps really cost, measured by taking some."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,18 +15,17 @@ from lindep_onnx.data.split import Part
 from lindep_onnx.linalg.elimination import Limits, eliminate
 from lindep_onnx.linalg.fold import ConsumerProblem, choose_ridge, removal_cost
 from lindep_onnx.log import Log
+from lindep_onnx.model.edit import GraphEdits, apply_edits
 from lindep_onnx.model.ir import Model
-from lindep_onnx.moves.fold_weights import fold_weights
-from lindep_onnx.planning.path import Curve, folds_of
+from lindep_onnx.moves.base import Move
+from lindep_onnx.moves.channels import channel_edits
 from lindep_onnx.runtime.backend import Runtime
-from lindep_onnx.structure.placement import equalized
-from lindep_onnx.structure.rewrite import rewrite
-from lindep_onnx.structure.steps import Fold
+from lindep_onnx.structure.steps import ChannelSteps, Curve, Fold
 from lindep_onnx.structure.types import Structure
 
-#: Squared relative error that is made at a site: large enough to stand out, small enough to be linear.
+#: Squared relative error that is made at a consumer: large enough to stand out, small enough to be linear.
 PERTURBATION = 0.02
-#: Shares of a group that are removed to measure what it costs.
+#: Shares of a site's steps that are taken to measure what they cost.
 DEPTHS = (0.2, 0.5)
 #: Samples that are run for each measurement.
 SAMPLES = 48
@@ -37,27 +36,24 @@ class PerturbationRunner:
 
     Args:
         structure: the traced model.
-        statistics: what the data says.
         samples: the data; SELECT samples are run.
         runtime: what models run on.
     """
 
-    def __init__(self, structure: Structure, statistics: Statistics, samples: Samples, runtime: Runtime) -> None:
-        self._structure, self._statistics = structure, statistics
+    def __init__(self, structure: Structure, samples: Samples, runtime: Runtime) -> None:
+        self._model = structure.model
         self._shares = runtime.shares(structure.shape_info.activation_bytes * samples.batch)
         self._batches = list(samples.batches(Part.SELECT, limit=SAMPLES))
         self._reference = self._outputs(structure.model)
         self._energy = {name: _energy(values) for name, values in self._reference.items()}
 
-    def error(self, folds: Mapping[int, Fold], removed: NDArray[np.bool_]) -> float:
+    def error(self, edits: GraphEdits) -> float:
         """Squared relative error of the outputs, averaged over them; NaN if they cannot be compared.
 
         Args:
-            folds: by site index.
-            removed: (units,) bool; features that are folded away may stay in place.
+            edits: what is changed.
         """
-        new = fold_weights(self._structure, folds, self._statistics.consumers, removed)
-        outputs = self._outputs(rewrite(self._structure, new, ""))
+        outputs = self._outputs(apply_edits(self._model, edits, ""))
         shares = [
             _difference(self._reference[name], outputs[name]) / energy
             for name, energy in self._energy.items()
@@ -77,11 +73,11 @@ class PerturbationRunner:
 def consumer_sensitivity(
     structure: Structure, statistics: Statistics, perturbations: PerturbationRunner, log: Log
 ) -> list[float]:
-    """Squared relative error of the outputs for a squared relative error of 1 at each site.
+    """Squared relative error of the outputs for a squared relative error of 1 at each consumer.
 
-    At one site after the other the features that matter least are folded into the others, while the rest of the model
-    stays as it is. So the errors are of the kind that a removal makes, not white noise. Where a group has one site only
-    there is nothing to weigh, and it counts as 1.
+    At one consumer after the other the features that matter least are folded into the others, while the rest of the
+    model stays as it is. So the errors are of the kind that a removal makes, not white noise. Where a group has one
+    consumer only there is nothing to weigh, and it counts as 1.
 
     Args:
         structure: the traced model.
@@ -89,15 +85,17 @@ def consumer_sensitivity(
         perturbations: of this model.
         log: told how far it is.
     """
-    nothing = np.zeros(structure.units, dtype=bool)
+    nothing = ChannelSteps.of(np.zeros(structure.units, dtype=bool))
     weighed = sorted(index for group in structure.groups if len(group.consumers) > 1 for index in group.consumers)
     found = dict.fromkeys(range(len(structure.consumers)), 1.0)
     measured: dict[int, float] = {}
     for done, index in enumerate(weighed):
-        folded = _disturbed(problem(structure, statistics.consumers[index], nothing))
+        folded = _disturbed(problem(structure, statistics.consumers[index], nothing.removed))
         if folded is not None:
             made, fold = folded
-            value = perturbations.error({index: fold}, nothing) / made
+            # Features that are folded away stay in place: others still read them.
+            edits = channel_edits(structure, replace(nothing, folds={index: fold}), statistics.consumers)
+            value = perturbations.error(edits) / made
             if np.isfinite(value) and value > 0:
                 measured[index] = value
         log.progress("influence", done + 1, len(weighed))
@@ -106,51 +104,59 @@ def consumer_sensitivity(
     return [found[index] for index in range(len(structure.consumers))]
 
 
-def measured_curves(
-    structure: Structure,
-    statistics: Statistics,
-    curves: Sequence[Curve],
-    perturbations: PerturbationRunner,
-    log: Log,
-) -> list[Curve]:
-    """Replace expected costs by measured ones: a group is removed in part, and the outputs tell what that does.
+class Measured:
+    """Replaces expected costs by measured ones: some steps of a site are taken, and the outputs tell what that does.
 
-    Between the measured depths the ratio of measured to expected cost is interpolated; errors of one group at many
-    sites add up coherently, which no sum over sites foresees.
+    Between the measured depths the ratio of measured to expected cost is interpolated; errors of one site at many
+    consumers add up coherently, which no sum over consumers foresees.
 
     Args:
         structure: the traced model.
         statistics: what the data says.
-        curves: expected costs.
         perturbations: of this model.
-        log: told how far it is.
     """
-    result = []
-    for done, curve in enumerate(curves):
-        depths, ratios = [], []
-        for share in DEPTHS:
-            depth = round(share * len(curve.units))
-            if depth and curve.cost[depth - 1] > 0:
-                removed = np.zeros(structure.units, dtype=bool)
-                removed[curve.units[:depth]] = True
-                removed = equalized(structure, removed, curve.units[:depth])
-                error = perturbations.error(folds_of(structure, statistics, removed, {}), removed)
-                if np.isfinite(error) and error > 0:
-                    depths.append(depth)
-                    ratios.append(np.log(error / curve.cost[depth - 1]))
-        if depths:
-            ratio = np.exp(np.interp(np.arange(1, len(curve.units) + 1), depths, ratios))
-            # The cost of a longer removal is no smaller: both its parts and the ratio may wobble.
-            curve = dataclasses.replace(curve, cost=np.maximum.accumulate(curve.cost * ratio))
-        result.append(curve)
-        log.progress("price", done + 1, len(curves))
-    return result
+
+    def __init__(self, structure: Structure, statistics: Statistics, perturbations: PerturbationRunner) -> None:
+        self._structure, self._statistics, self._perturbations = structure, statistics, perturbations
+
+    def curves(self, move: Move, curves: Sequence[Curve], log: Log) -> list[Curve]:
+        """The curves of one kind of change.
+
+        Args:
+            move: the kind.
+            curves: expected costs.
+            log: told how far it is.
+        """
+        result = []
+        for done, curve in enumerate(curves):
+            depths, ratios = [], []
+            for share in DEPTHS:
+                depth = round(share * len(curve.steps))
+                if depth and curve.cost[depth - 1] > 0:
+                    error = self._error(move, curve.steps[:depth])
+                    if np.isfinite(error) and error > 0:
+                        depths.append(depth)
+                        ratios.append(np.log(error / curve.cost[depth - 1]))
+            if depths:
+                ratio = np.exp(np.interp(np.arange(1, len(curve.steps) + 1), depths, ratios))
+                # The cost of a longer removal is no smaller: both its parts and the ratio may wobble.
+                curve = replace(curve, cost=np.maximum.accumulate(curve.cost * ratio))
+            result.append(curve)
+            log.progress("price", done + 1, len(curves))
+        return result
+
+    def _error(self, move: Move, order: NDArray[np.int64]) -> float:
+        taken = np.zeros(move.count(self._structure), dtype=bool)
+        taken[order] = True
+        taken = move.admissible(self._structure, taken, order, 1)
+        steps = move.fit(self._structure, move.unfitted(self._structure, taken), self._statistics)
+        return self._perturbations.error(move.apply(self._structure, steps, self._statistics))
 
 
 def _disturbed(posed: ConsumerProblem) -> tuple[float, Fold] | None:
-    """The squared relative error that a fold makes at a site, and the fold; None where hardly any can be made."""
+    """The squared relative error that a fold makes at a consumer, and the fold; None where hardly any can be made."""
     features = len(posed.unit)
-    single = dataclasses.replace(posed, unit=np.arange(features), ridge=1e-6)
+    single = replace(posed, unit=np.arange(features), ridge=1e-6)
     order = eliminate([single], posed.unit >= 0, limits=Limits(features - 1, PERTURBATION)).order
     kept = np.ones(features, dtype=bool)
     kept[order] = False

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +21,13 @@ from lindep_onnx._version import __version__
 from lindep_onnx.errors import OutputError, UsageError
 from lindep_onnx.files import replacing
 from lindep_onnx.model.weights import fingerprint
+from lindep_onnx.moves.kinds import MOVES
 from lindep_onnx.options import Config, declared
-from lindep_onnx.structure.placement import equalized
-from lindep_onnx.structure.types import FROZEN, Structure
+from lindep_onnx.planning.values import Candidate
+from lindep_onnx.structure.types import Structure
 
-#: Changes whenever older plans must not be read any more.
-FORMAT = 1
+#: The format of plans that only remove channels, and of those that hold steps of other kinds too; both are read.
+CHANNELS_ONLY, ALL_KINDS = 1, 2
 #: A longer file is no plan.
 MAX_BYTES = 1 << 26
 MODES = ("proven", "lossless", "budgeted")
@@ -45,6 +46,7 @@ class Plan:
         options: of the run that made it, those that differ from their defaults.
         model: fingerprint of the model that it was made for.
         version: of this package.
+        steps: of other kinds of change, by kind and by name.
     """
 
     removed: Mapping[str, Sequence[int]]
@@ -54,15 +56,19 @@ class Plan:
     options: Mapping[str, Any] = field(default_factory=dict)
     model: str = ""
     version: str = __version__
+    steps: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return sum(len(numbers) for numbers in self.removed.values())
 
     def to_json(self) -> str:
         """One tensor a line, so that a person finds them and `diff` shows what was edited."""
-        head = {"lindep_onnx_plan": FORMAT, "version": self.version, "model": self.model, "mode": self.mode,
+        form = ALL_KINDS if self.steps else CHANNELS_ONLY
+        head = {"lindep_onnx_plan": form, "version": self.version, "model": self.model, "mode": self.mode,
                 "refit": self.refit, "options": dict(self.options)}  # fmt: skip
         lines = [f"  {json.dumps(key)}: {json.dumps(value, sort_keys=True)}," for key, value in head.items()]
+        if self.steps:
+            lines.append(f'  "steps": {json.dumps(self.steps, sort_keys=True)},')
         for key, table in (("channels", self.channels), ("removed", self.removed)):
             rows = [f"    {json.dumps(name)}: {json.dumps(value)}" for name, value in table.items()]
             lines.append(f'  "{key}": {{' + ("\n" + ",\n".join(rows) + "\n  }" if rows else "}"))
@@ -80,8 +86,10 @@ class Plan:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise UsageError(f"This is no plan of lindep_onnx, nor JSON ({str(error)[:80]}).") from error
-        if not isinstance(values, dict) or values.get("lindep_onnx_plan") != FORMAT:
-            raise UsageError(f'This is no plan of lindep_onnx: it lacks "lindep_onnx_plan": {FORMAT}.')
+        if not isinstance(values, dict) or values.get("lindep_onnx_plan") not in (CHANNELS_ONLY, ALL_KINDS):
+            raise UsageError(f'This is no plan of lindep_onnx: it lacks "lindep_onnx_plan": {CHANNELS_ONLY}.')
+        if values["lindep_onnx_plan"] == CHANNELS_ONLY:
+            values["steps"] = {}
         kinds = {
             "removed": dict,
             "channels": dict,
@@ -90,6 +98,7 @@ class Plan:
             "refit": str,
             "model": str,
             "version": str,
+            "steps": dict,
         }
         for key, kind in kinds.items():
             if not isinstance(values.get(key), kind):
@@ -100,6 +109,8 @@ class Plan:
                 raise UsageError(
                     f'This plan is damaged: "removed" of {name!r} is no list of different channel numbers.'
                 )
+        if not all(isinstance(entry, dict) for entry in values["steps"].values()):
+            raise UsageError('This plan is damaged: "steps" holds something else than tables by kind.')
         if not all(type(count) is int for count in values["channels"].values()):
             raise UsageError('This plan is damaged: "channels" holds something else than counts.')
         for key, allowed in (("mode", MODES), ("refit", REFITS)):
@@ -147,68 +158,39 @@ class ResolvedPlan:
 
     Attributes:
         plan: the plan.
-        removed: (units,) bool.
+        steps: by kind of change, (steps,) bool.
         enforced: names of size budgets that are asked for now, and not only when the plan was made.
         refit: how the survivors are refitted now.
         notes: what the user should know.
     """
 
     plan: Plan
-    removed: NDArray[np.bool_]
+    steps: Mapping[str, NDArray[np.bool_]]
     enforced: frozenset[str]
     refit: str
     notes: tuple[str, ...]
 
-
-class Decided(Protocol):
-    """A result; `lindep_onnx.planning.strategies.Chosen` is one."""
-
     @property
     def removed(self) -> NDArray[np.bool_]:
-        """(units,) bool."""
-
-    @property
-    def mode(self) -> str:
-        """See `Plan`."""
-
-    @property
-    def refit(self) -> str:
-        """See `Plan`."""
+        """(units,) bool, the channels that go."""
+        return self.steps["channels"]
 
 
-def to_plan(structure: Structure, decided: Decided, options: Mapping[str, Any]) -> Plan:
-    """What a result removed, as a plan.
+def to_plan(structure: Structure, candidate: Candidate, options: Mapping[str, Any]) -> Plan:
+    """What was done to a model, as a plan.
 
     Args:
         structure: the traced model.
-        decided: the result.
+        candidate: the result.
         options: that it was made with, those that differ from their defaults.
     """
-    removed, mode, refit = decided.removed, decided.mode, decided.refit
-    places = _places(structure)
-    found: dict[str, list[int]] = {}
-    counts: dict[str, int] = {}
-    for name, units in places.items():
-        gone = [number for number, unit in enumerate(units.tolist()) if unit != FROZEN and removed[unit]]
-        if gone:
-            found[name], counts[name] = gone, len(units)
-    return Plan(found, counts, mode, refit, dict(options), fingerprint(structure.model.proto, structure.model.folder))
-
-
-def _places(structure: Structure) -> dict[str, NDArray[np.int64]]:
-    """Unit of each channel of the tensors that name units: of each unit, the first tensor that has it."""
-    found: dict[str, NDArray[np.int64]] = {}
-    known = np.zeros(structure.units + 1, dtype=bool)
-    known[FROZEN] = True
-    for tensor, labels in structure.labels.items():
-        for label in labels:
-            units = structure.unit[label.along_cut()]
-            new = ~known[units]
-            if new.any():
-                name = tensor if tensor not in found else f"{tensor} (axis {label.cut})"
-                found[name] = np.where(new, units, FROZEN)
-                known[units] = True
-    return found
+    taken = candidate.decision.steps
+    named = {move.name: move.to_names(structure, taken[move.name]) for move in MOVES if move.name in taken}
+    channels = named.pop("channels", {"removed": {}, "channels": {}})
+    made_for = fingerprint(structure.model.proto, structure.model.folder)
+    return Plan(
+        channels["removed"], channels["channels"], candidate.mode, candidate.refit, dict(options), made_for, steps=named
+    )
 
 
 def options_of(plan: Plan, changed: Mapping[str, Any]) -> Config:
@@ -259,7 +241,7 @@ def _is_a(kind: Any, value: Any) -> bool:
 
 
 def resolve_plan(plan: Plan, structure: Structure, changed: Mapping[str, Any]) -> ResolvedPlan:
-    """Find the channels of a plan in a model.
+    """Find the steps of a plan in a model.
 
     Args:
         plan: the plan.
@@ -269,39 +251,16 @@ def resolve_plan(plan: Plan, structure: Structure, changed: Mapping[str, Any]) -
     Raises:
         UsageError: it does not fit.
     """
-    places = _places(structure)
-    removed = np.zeros(structure.units, dtype=bool)
-    for name, numbers in plan.removed.items():
-        units = places.get(name)
-        if units is None:
-            raise UsageError(f"The plan does not fit: the model has no tensor {name[:80]!r} with channels that may go.")
-        count = plan.channels.get(name, len(units))
-        if count != len(units):
-            raise UsageError(
-                f"The plan does not fit: {name[:80]!r} has {len(units)} channels, and {count} in the plan."
-            )
-        for number in numbers:
-            if number >= len(units) or units[number] == FROZEN:
-                raise UsageError(
-                    f"The plan does not fit: channel {number} of {name[:80]!r} has to stay, or is not there."
-                )
-            removed[units[number]] = True
-    for members, least in structure.minimums:
-        if int((~removed[members]).sum()) < least:
-            owner = next(name for name, units in places.items() if np.isin(units, members).any())
-            raise UsageError(
-                f"The plan cannot be carried out: at least {least} channel(s) like those of {owner[:80]!r} stay."
-            )
-    missing = removed & ~equalized(structure, removed)
-    if missing.any():
-        owner = next(name for name, units in places.items() if np.isin(units, np.flatnonzero(missing)).any())
-        raise UsageError(
-            f"The plan cannot be carried out: {owner[:80]!r} is in groups or heads, which all lose as many channels; "
-            f"{int(missing.sum())} of the plan's have no counterpart."
-        )
+    named: dict[str, Mapping[str, Any]] = {"channels": {"removed": plan.removed, "channels": plan.channels}}
+    known = {move.name: move for move in MOVES}
+    for name, entry in plan.steps.items():
+        if name not in known:
+            raise UsageError(f"The plan does not fit: this version knows no change of kind {name[:80]!r}.")
+        named[name] = entry
+    steps = {name: known[name].from_names(structure, entry) for name, entry in named.items()}
     notes = []
     if plan.model and plan.model != fingerprint(structure.model.proto, structure.model.folder):
         notes.append("The plan was made for a model with other weights, or another graph around the same layers.")
     refit = changed.get("refit")
     refit = plan.refit if refit in (None, "auto") else str(refit)
-    return ResolvedPlan(plan, removed, frozenset(changed), refit, tuple(notes))
+    return ResolvedPlan(plan, steps, frozenset(changed), refit, tuple(notes))

@@ -23,6 +23,7 @@ from lindep_onnx.data.split import Part
 from lindep_onnx.files import Scratch
 from lindep_onnx.linalg.fold import Matrix
 from lindep_onnx.linalg.least_squares import Rows, Weights, fitted
+from lindep_onnx.linalg.linear_map import ChannelMaps, LinearMap
 from lindep_onnx.log import Log
 from lindep_onnx.model.edit import GraphEdits
 from lindep_onnx.model.weighted import weighted
@@ -31,7 +32,6 @@ from lindep_onnx.refit.targets import Targets, Task, tasks_of
 from lindep_onnx.runtime.backend import Runtime
 from lindep_onnx.runtime.rows import RowSampler, rows_at
 from lindep_onnx.runtime.stages import Stages
-from lindep_onnx.structure.placement import Placement
 from lindep_onnx.structure.types import Product, Structure
 
 Array: TypeAlias = NDArray[Any]
@@ -48,12 +48,12 @@ class Cut:
 
     Attributes:
         original: the original model, traced.
-        removed: (units,) bool, what went.
-        compressed: the result of folding, traced.
+        maps: how tensors of the compressed model follow from the original's.
+        compressed: the result of a change and its fit, traced.
     """
 
     original: Structure
-    removed: NDArray[np.bool_]
+    maps: ChannelMaps
     compressed: Structure
 
 
@@ -86,8 +86,8 @@ def refit(
         seed: of the positions that are sampled.
     """
     original, compressed = cut.original, cut.compressed
-    placement, staged = Placement(original, cut.removed), mode == "sequential"
-    tasks, skipped = tasks_of(original, placement, compressed, residual=staged)
+    staged = mode == "sequential"
+    tasks, skipped = tasks_of(original, cut.maps, compressed, residual=staged)
     weights: dict[str, Array] = {}
     operands: dict[tuple[int, int], Array] = {}
     errors: dict[str, tuple[float, float]] = {}
@@ -109,7 +109,7 @@ def refit(
         for done, task in enumerate(tasks):
             reader = task.product.reader
             at = reader.node if staged else original.model.producer[reader.output].index
-            kept = None if staged else placement.chosen_along(reader.tensor, reader.axis)
+            kept = None if staged else cut.maps.of(reader.tensor, reader.axis)
             data = []
             for stages, targets in sources:
                 stages.run_to(at)
@@ -133,15 +133,16 @@ def _positions(product: Product, structure: Structure, samples: int) -> int:
     return max(1, min(wanted, most) // samples)
 
 
-def _gathered(task: Task, stages: Stages, targets: Targets, kept: NDArray[np.int64] | None) -> Rows:
+def _gathered(task: Task, stages: Stages, targets: Targets, kept: LinearMap | None) -> Rows:
     """Patches of the product at hand, and the output that it should have there."""
     reader, group, outputs = task.product.reader, task.product.group, len(task.scale)
     patches, wanted = [np.zeros((group, 0, 0), np.float32)], [np.zeros((0, outputs))]
     for number, (rows, positions) in enumerate(targets.take(task.place)):
         data = _computed(stages, number, reader.tensor)
-        data = data if kept is None else np.take(data, kept, reader.axis)
+        data = data if kept is None else kept.along(data, reader.axis)
         patches.append(patches_of(data, task.product, positions))
-        wanted.append(rows[:, :, task.rows].reshape(-1, outputs).astype(np.float64))
+        rows = rows if task.channels is None else task.channels.rows(rows)
+        wanted.append(rows.reshape(-1, outputs).astype(np.float64))
         if task.other:
             other = rows_at(_computed(stages, number, task.other), task.place.axis, positions)
             wanted[-1] -= other.reshape(-1, outputs)

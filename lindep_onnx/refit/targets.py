@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from lindep_onnx.data.samples import Samples
 from lindep_onnx.data.split import Part
 from lindep_onnx.linalg.fold import Matrix
+from lindep_onnx.linalg.linear_map import ChannelMaps, LinearMap
 from lindep_onnx.model.ir import Node
 from lindep_onnx.model.weighted import weighted
 from lindep_onnx.refit.patches import unknowns
 from lindep_onnx.runtime.rows import ChannelAxis, RowSampler
-from lindep_onnx.structure.placement import Placement
 from lindep_onnx.structure.types import Product, Structure
 
 Array: TypeAlias = NDArray[Any]
@@ -38,31 +38,31 @@ class Task:
     Attributes:
         product: in the compressed model.
         place: what the original is asked for.
-        rows: (M,) which channel of the place each output of the compressed model is.
+        channels: from the place's channels to the outputs of the compressed model; None where they are the same.
         scale, shift: (M,) z = scale y + shift leads from the product to the place.
         other: operand that is added to z; empty if none.
     """
 
     product: Product
     place: ChannelAxis
-    rows: NDArray[np.int64]
+    channels: LinearMap | None
     scale: Matrix
     shift: Matrix
     other: str
 
 
 def tasks_of(
-    original: Structure, placement: Placement, compressed: Structure, *, residual: bool
+    original: Structure, maps: ChannelMaps, compressed: Structure, *, residual: bool
 ) -> tuple[list[Task], tuple[str, ...]]:
     """Every product whose input is no longer that of the original, and the outputs of those that are too wide.
 
     Args:
         original: the original model, traced.
-        placement: what is left of it.
+        maps: from its tensors to those of the compressed model.
         compressed: the result of folding, traced.
         residual: whether targets are sums where that is possible.
     """
-    changed = _changed(original, placement)
+    changed = _changed(original, maps)
     readers = Counter(product.weight for product in compressed.products)
     known = {product.reader.output for product in original.products}
     tasks, skipped = [], []
@@ -75,7 +75,7 @@ def tasks_of(
         if unknowns(product, compressed.shape_info.constants[product.weight].shape) > WIDEST:
             skipped.append(output)
             continue
-        task = _task(product, original, placement, compressed, residual)
+        task = _task(product, original, maps, compressed, residual)
         if task is not None:
             tasks.append(task)
     return tasks, tuple(skipped)
@@ -90,18 +90,18 @@ def _replaceable(product: Product, compressed: Structure) -> bool:
     return stored and alone and (not given or given in compressed.shape_info.constants) and product.reader.axis > 0
 
 
-def _changed(original: Structure, placement: Placement) -> set[str]:
+def _changed(original: Structure, maps: ChannelMaps) -> set[str]:
     """Computed tensors that differ from the original's, in channels or in values."""
     changed: set[str] = set()
     for node in original.model.nodes:
         touched = any(name in changed for name in (*node.inputs, *node.captures))
-        if touched or any(placement.kept(name) for name in node.outputs if name):
+        if touched or any(maps.touches(name) for name in node.outputs if name):
             changed.update(name for name in node.outputs if name)
     return changed
 
 
 def _task(
-    product: Product, original: Structure, placement: Placement, compressed: Structure, residual: bool
+    product: Product, original: Structure, maps: ChannelMaps, compressed: Structure, residual: bool
 ) -> Task | None:
     axis = product.reader.output_axis
     size = compressed.shape_info.constants[product.weight].shape[product.outputs]
@@ -110,12 +110,12 @@ def _task(
     behind = _sum_behind(product, compressed, outputs) if residual else None
     if behind is not None:
         tensor, other, scale, shift = behind
-    chosen = placement.chosen_along(tensor, axis)
+    channels = maps.of(tensor, axis)
     full = original.shape_info.shapes.get(tensor, ())
     if axis >= len(full) or not isinstance(full[axis], int):
         return None
-    rows = np.arange(int(full[axis])) if chosen is None else chosen
-    return Task(product, ChannelAxis(tensor, axis), rows, scale, shift, other) if len(rows) == outputs else None
+    width = int(full[axis]) if channels is None else channels.width
+    return Task(product, ChannelAxis(tensor, axis), channels, scale, shift, other) if width == outputs else None
 
 
 def _sum_behind(product: Product, compressed: Structure, outputs: int) -> tuple[str, str, Matrix, Matrix] | None:

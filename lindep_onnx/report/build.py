@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
 import scipy
+from numpy.typing import NDArray
 
 from lindep_onnx._version import __version__
+from lindep_onnx.calibration.statistics import Statistics
 from lindep_onnx.data.samples import Samples
 from lindep_onnx.data.sources import RANDOM
+from lindep_onnx.log import Log
 from lindep_onnx.model.cost import Cost
+from lindep_onnx.moves.kinds import MOVES
+from lindep_onnx.moves.prices import savings
 from lindep_onnx.options import Config
-from lindep_onnx.planning.path import savings
-from lindep_onnx.planning.strategies import Chosen, Workshop
-from lindep_onnx.report.figures import layers
+from lindep_onnx.planning.values import Result
+from lindep_onnx.proofs.traced import TracedModel
+from lindep_onnx.report.data_support import sentences, support
+from lindep_onnx.report.figures import layers, spectra
 from lindep_onnx.report.values import (
     BudgetReport,
     GroupReport,
@@ -28,58 +36,80 @@ from lindep_onnx.report.values import (
     Verification,
 )
 from lindep_onnx.runtime import backend
-from lindep_onnx.structure.steps import KINDS
-from lindep_onnx.structure.traced import TracedModel
+from lindep_onnx.structure.steps import KINDS, ChannelSteps
 from lindep_onnx.verify.metrics import Comparison
 from lindep_onnx.verify.variants import Variant
 
 
-def summarise(
-    understood: TracedModel,
-    workshop: Workshop,
-    chosen: Chosen,
-    groups: tuple[GroupReport, ...],
-    variants: tuple[Variant, ...],
-    stressed: Verification | None,
-    samples: Samples | None,
-    config: Config,
-    seconds: Mapping[str, float],
+@dataclass(frozen=True)
+class Finished:
+    """A run that is decided and verified.
+
+    Attributes:
+        traced: the original.
+        samples: the data; None without any.
+        result: what the search ended with.
+        before: what the original costs.
+        mode: what was asked for: "proven", "lossless" or "budgeted".
+        options: those that differ from their defaults.
+        variants: comparisons in other ways of running it.
+        errors: measured, by group.
+        stressed: the comparison on a second data set; None without one.
+    """
+
+    traced: TracedModel
+    samples: Samples | None
+    result: Result
+    before: Cost
+    mode: str
+    options: Mapping[str, Any]
+    variants: tuple[Variant, ...]
+    errors: Mapping[int, float]
+    stressed: Verification | None = None
+
+
+def build_report(
+    finished: Finished, statistics: Statistics | None, uncertain: NDArray[np.bool_], config: Config, log: Log
 ) -> Report:
     """Put the report of a run together.
 
     Args:
-        understood: the model.
-        workshop: of the first round.
-        chosen: the result.
-        groups: what `group_reports` gave.
-        variants: comparisons in other ways of running it.
-        stressed: the comparison on a second data set.
-        samples: the data.
+        finished: the run.
+        statistics: what the data says about the original; None if it is too little to say anything.
+        uncertain: (units,) bool, channels that never changed, but might.
         config: the options.
-        seconds: by stage.
+        log: the seconds of its stages are reported.
     """
-    verification = None
-    if chosen.comparison is not None:
-        where = "calibration samples that nothing was fitted to or chosen by"
-        if config.random_calib is not None:
-            where = "random inputs, which say little about real ones"
-        verification = verification_of(chosen.comparison, chosen.failure is None, where, variants)
-    latency = chosen.latency or (None, None)
-    before = workshop.before
+    traced, result, samples = finished.traced, finished.result, finished.samples
+    found: dict[int, Support] = {}
+    curves: dict[int, Spectrum] = {}
+    notes = result.notes
+    if samples is not None and statistics is not None:
+        with log.stage("statistics"):
+            own = result.candidate.decision.channels
+            known = own if result.candidate.mode == "lossless" else ChannelSteps(own.removed, own.kind, {})
+            found = support(traced.structure, statistics, known, traced.proof.steps.removed)
+            curves = spectra(traced.structure, statistics)
+            kept = int((uncertain & statistics.inactive & ~result.removed).sum())
+            notes = (*notes, *sentences(found, kept, len(samples)))
+    before, after = result.latency or (None, None)
+    random = config.random_calib is not None
     return Report(
-        before=_size(before, latency[0]),
-        after=_size(chosen.cost, latency[1]),
-        verification=verification,
-        stress=stressed,
-        groups=groups,
+        before=_size(finished.before, before),
+        after=_size(result.evaluation.cost, after),
+        verification=_verification(finished, random),
+        stress=finished.stressed,
+        groups=tuple(_group_reports(finished, found, curves)),
         refusals=tuple(
             RefusalReport(refusal.reason.code, refusal.nodes, refusal.channels, refusal.reason.message)
-            for refusal in understood.channels.refusals
+            for move in MOVES
+            for refusal in move.refusals(traced.structure)
         ),
         budget=tuple(
-            BudgetReport(kind, float(getattr(config, kind)), reached) for kind, reached in chosen.achieved.items()
+            BudgetReport(kind, float(getattr(config, kind)), reached)
+            for kind, reached in result.evaluation.achieved.items()
         ),
-        seconds=seconds,
+        seconds=log.seconds,
         versions={
             "lindep_onnx": __version__,
             "onnx": onnx.__version__,
@@ -88,50 +118,45 @@ def summarise(
             "scipy": scipy.__version__,
             "python": platform.python_version(),
         },
-        options=workshop.options,
-        notes=(
-            *([RANDOM] if config.random_calib is not None else []),
-            *(samples.notes if samples is not None else ()),
-            *chosen.notes,
-        ),
-        mode=workshop.mode,
-        model=understood.name,
-        layers=tuple(layers(understood.channels, chosen.removed)),
-        frontier=chosen.frontier,
+        options=finished.options,
+        notes=(*([RANDOM] if random else []), *(samples.notes if samples is not None else ()), *notes),
+        mode=finished.mode,
+        model=traced.name,
+        layers=tuple(layers(traced.structure, result.removed)),
+        frontier=result.frontier,
     )
 
 
-def group_reports(
-    understood: TracedModel,
-    chosen: Chosen,
-    errors: Mapping[int, float],
-    found: Mapping[int, Support],
-    curves: Mapping[int, Spectrum],
-) -> Iterator[GroupReport]:
-    """What became of each group.
+def _verification(finished: Finished, random: bool) -> Verification | None:
+    found = finished.result.evaluation.comparison
+    if found is None:
+        return None
+    where = "calibration samples that nothing was fitted to or chosen by"
+    if random:
+        where = "random inputs, which say little about real ones"
+    return verification_of(found, finished.result.failure is None, where, finished.variants)
 
-    Args:
-        understood: the model.
-        chosen: the result.
-        errors: measured, by group.
-        found: what the data is worth, by group.
-        curves: spectra and eliminations, by group.
-    """
-    channels = understood.channels
-    saved = savings(channels, "parameters")
-    for number, group in enumerate(channels.groups):
-        gone = chosen.removed[group.units]
-        kinds = chosen.kind[group.units][gone]
-        proven = int((gone & understood.proof.steps.removed[group.units]).sum())
+
+def _group_reports(
+    finished: Finished, found: Mapping[int, Support], curves: Mapping[int, Spectrum]
+) -> Iterator[GroupReport]:
+    """What became of each group; what the data is worth, and spectra, are by group."""
+    structure, channels = finished.traced.structure, finished.result.candidate.decision.channels
+    saved = savings(structure, "parameters")
+    for number, group in enumerate(structure.groups):
+        gone = channels.removed[group.units]
+        kinds = channels.kind[group.units][gone]
+        proven = int((gone & finished.traced.proof.steps.removed[group.units]).sum())
         yield GroupReport(
             name=group.name,
             channels_before=len(group.units),
             channels_after=int((~gone).sum()),
-            error=errors.get(number),
+            error=finished.errors.get(number),
             proven=proven,
             observed=int(gone.sum()) - proven,
             sites=tuple(
-                channels.model.nodes[channels.consumers[consumer].readers[0].node].name for consumer in group.consumers
+                structure.model.nodes[structure.consumers[consumer].readers[0].node].name
+                for consumer in group.consumers
             ),
             kinds={KINDS[kind]: int((kinds == kind).sum()) for kind in sorted(set(kinds.tolist())) if kind},
             support=found.get(number),

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from lindep_onnx.calibration.statistics import JOINT_ROWS, ConsumerStatistics, Statistics, problem
 from lindep_onnx.linalg.fold import ConsumerProblem, removal_cost
-from lindep_onnx.planning.path import folds_of
+from lindep_onnx.moves.prices import folds_of
 from lindep_onnx.report.values import Support
 from lindep_onnx.structure.steps import KINDS, ChannelSteps, Fold
 from lindep_onnx.structure.types import Structure

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lindep_onnx.calibration.statistics import Statistics
 from lindep_onnx.model.cost import output_channels
-from lindep_onnx.planning.path import curves
+from lindep_onnx.moves.prices import curves
 from lindep_onnx.report.values import Layer, Spectrum
 from lindep_onnx.structure.types import Structure
 
@@ -67,12 +67,12 @@ def spectra(structure: Structure, statistics: Statistics, widest: int = MAX_UNIT
     fitted = replace(statistics, consumers=tuple(replace(seen, holdout=None) for seen in statistics.consumers))
     found = {}
     for curve in curves(structure, fitted, np.ones(len(structure.consumers)).tolist(), alike, narrow):
-        group = structure.groups[curve.group]
+        group = structure.groups[curve.site]
         consumer = max((statistics.consumers[index] for index in group.consumers), key=lambda seen: len(seen.unit))
         values = _singular_values(consumer.gram - np.outer(consumer.offset, consumer.offset))
-        ranks, places = _spread(len(values)), _spread(len(curve.units))
+        ranks, places = _spread(len(values)), _spread(len(curve.steps))
         errors = np.sqrt(curve.cost / len(group.consumers))
-        found[curve.group] = Spectrum(
+        found[curve.site] = Spectrum(
             rank=int((values > 0).sum()),
             ranks=tuple((ranks + 1).tolist()),
             singular_values=tuple(_rounded(values[ranks])),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lindep_onnx.errors import UsageError
-from lindep_onnx.planning.path import FrontierPoint
+from lindep_onnx.planning.values import FrontierPoint
 from lindep_onnx.report.json_values import from_json_values, to_json_values
 from lindep_onnx.verify.metrics import OutputComparison
 from lindep_onnx.verify.variants import Variant

@@ -16,6 +16,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from lindep_onnx.linalg.linear_map import Selection
 from lindep_onnx.structure.types import Atoms, Structure
 
 
@@ -111,6 +112,18 @@ class Placement:
         repeat = np.empty(len(atoms), dtype=np.int64)
         repeat[order] = np.arange(len(atoms)) - np.searchsorted(ordered, ordered)
         return np.asarray(order[np.searchsorted(ordered, wanted) + repeat[kept]])
+
+    def of(self, tensor: str, axis: int) -> Selection | None:
+        """Which channels of a computed tensor are left on an axis, in order; None where nothing goes."""
+        index = self.chosen_along(tensor, axis)
+        size = next(
+            (len(label.along_cut()) for label in self._structure.labels.get(tensor, ()) if label.cut == axis), 0
+        )
+        return None if index is None else Selection(index, size)
+
+    def touches(self, tensor: str) -> bool:
+        """Whether a tensor loses channels."""
+        return bool(self.kept(tensor))
 
     def chosen_along(self, tensor: str, axis: int) -> NDArray[np.int64] | None:
         """`chosen` for an axis of a computed tensor; None where nothing goes."""

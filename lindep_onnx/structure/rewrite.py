@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from lindep_onnx.model.edit import Insertion, apply_edits
+from lindep_onnx.model.edit import GraphEdits, Insertion, apply_edits
 from lindep_onnx.model.ir import Model
 from lindep_onnx.structure.edit_builder import EditBuilder
 from lindep_onnx.structure.rules import rewriting_rule
@@ -42,6 +42,16 @@ def rewrite(structure: Structure, new: Removal, metadata: str) -> Model:
         new: what goes, and the new weights.
         metadata: value of the metadata entry that names this package and its options.
     """
+    return apply_edits(structure.model, removal_edits(structure, new), metadata)
+
+
+def removal_edits(structure: Structure, new: Removal) -> GraphEdits:
+    """What removing units changes in a graph.
+
+    Args:
+        structure: the traced model.
+        new: what goes, and the new weights.
+    """
     builder = EditBuilder(structure, new.removed)
     for node in structure.model.nodes:
         rule = rewriting_rule(node.op)
@@ -53,7 +63,7 @@ def rewrite(structure: Structure, new: Removal, metadata: str) -> Model:
     for tensor in structure.labels:
         for axis, mask in builder.kept(tensor).items():
             builder.set_dim(tensor, axis, int(mask.sum()))
-    return apply_edits(structure.model, builder.edits(), metadata)
+    return builder.edits()
 
 
 def _rewrite_constant(

@@ -1,12 +1,16 @@
-"""A decision about channels: which units go, and how those that stay make up for them."""
+"""Decisions as values: steps and what they cost, and, of channels, which go and how the others make up for them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+#: What steps are priced by.
+Saving: TypeAlias = Literal["parameters", "macs", "channels"]
 
 #: How a unit is made up for, in the numbers of `ChannelSteps.kind`; the same as in `linalg`.
 KINDS = ("kept", "constant", "collinear", "joint")
@@ -43,3 +47,31 @@ class ChannelSteps:
     def of(cls, removed: NDArray[np.bool_]) -> ChannelSteps:
         """Units that go for the sake of a budget; every fold is still to be found."""
         return cls(removed, np.zeros(len(removed), dtype=np.int8), {})
+
+    @property
+    def taken(self) -> NDArray[np.bool_]:
+        """(units,) bool; the units are the steps."""
+        return self.removed
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The steps of one site in the order in which they are taken, cheapest first.
+
+    Attributes:
+        site: its number among the sites of its kind.
+        steps: (R,) their numbers.
+        cost: (R,) squared error of the outputs that is expected once the step and all before it are taken.
+        saving: (R,) what that saves, by what the path is priced in.
+    """
+
+    site: int
+    steps: NDArray[np.int64]
+    cost: NDArray[np.float64]
+    saving: NDArray[np.float64]
+
+
+#: The curves of all sites of a kind, by the name of the kind.
+Curves: TypeAlias = Mapping[str, Sequence[Curve]]
+#: These, by what they are priced in.
+Prices: TypeAlias = Mapping[Saving, Curves]

@@ -28,7 +28,7 @@ from lindep_onnx.data.split import Part
 from lindep_onnx.model import ir as graph
 from lindep_onnx.model.edit import METADATA_KEY
 from lindep_onnx.options import DataOptions
-from lindep_onnx.planning import strategies as budget
+from lindep_onnx.planning import judge
 
 ROOT = Path(__file__).parents[2]
 #: Channels of the model below that are copies of others.
@@ -692,8 +692,8 @@ def test_what_unseen_samples_turn_down_stays(treacherous: Path, cli: Callable) -
 @pytest.fixture
 def strict(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A bound that nothing meets, not even what the weights prove."""
-    monkeypatch.setattr(budget, "LOSSLESS_VERIFIED_ERROR", -1.0)
-    monkeypatch.setattr(budget, "OUTPUT_ROUNDINGS", -1.0)
+    monkeypatch.setattr(judge, "LOSSLESS_VERIFIED_ERROR", -1.0)
+    monkeypatch.setattr(judge, "OUTPUT_ROUNDINGS", -1.0)
     return folder
 
 

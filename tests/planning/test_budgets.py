@@ -13,10 +13,14 @@ from build import build, run, traced
 
 import lindep_onnx
 from lindep_onnx.errors import BudgetError, UsageError
-from lindep_onnx.planning.path import Curve, _hull, build_ladder, savings
-from lindep_onnx.planning.strategies import rounded
+from lindep_onnx.moves.channels import rounded
+from lindep_onnx.moves.kinds import MOVES
+from lindep_onnx.moves.prices import savings
+from lindep_onnx.planning.path import Path as PlanPath
+from lindep_onnx.planning.path import build_path, lower_hull
 from lindep_onnx.runtime.backend import Runtime
 from lindep_onnx.structure.rewrite import Removal, rewrite
+from lindep_onnx.structure.steps import Curve
 
 MODELS = Path(__file__).parents[2] / "models"
 BODY = """
@@ -168,20 +172,24 @@ def test_rounding_puts_back_what_went_last() -> None:
     assert removed.sum() == 3
 
 
-# ---- the ladder ---------------------------------------------------------------------------------------------------
+# ---- the path -----------------------------------------------------------------------------------------------------
 
 
-def test_a_rung_holds_all_rungs_before_it(model) -> None:
+def path_of(structure, curves: list[Curve], free: np.ndarray) -> PlanPath:
+    return build_path(structure, MOVES, {"channels": curves}, {"channels": free})
+
+
+def test_a_stop_holds_all_stops_before_it(model) -> None:
     channels = traced(model)
     rng = np.random.default_rng(0)
     found = [
         Curve(n, units, np.cumsum(rng.random(len(units))), np.cumsum(rng.random(len(units)) + 0.1))
         for n, units in enumerate(group.units[1:] for group in channels.groups)
     ]
-    ladder = build_ladder(channels, found, np.zeros(channels.units, dtype=bool))
-    assert sorted(ladder.order.tolist()) == sorted(int(u) for group in channels.groups for u in group.units[1:])
-    assert (np.diff(ladder.price) >= 0).all()
-    masks = [ladder.removed(count) for count in ladder.rungs()]
+    path = path_of(channels, found, np.zeros(channels.units, dtype=bool))
+    assert sorted(path.step.tolist()) == sorted(int(u) for group in channels.groups for u in group.units[1:])
+    assert (np.diff(path.price) >= 0).all()
+    masks = [path.at(count)[0].steps for count in path.stops()]
     assert all((small <= large).all() for small, large in itertools.pairwise(masks))
 
 
@@ -189,8 +197,8 @@ def test_inside_a_group_the_order_of_the_elimination_is_kept(model) -> None:
     channels = traced(model)
     units = channels.groups[0].units[:0:-1]
     curve = Curve(0, units, np.array([5.0, *np.linspace(6, 7, len(units) - 1)]), np.arange(1.0, len(units) + 1))
-    ladder = build_ladder(channels, [curve], np.zeros(channels.units, dtype=bool))
-    assert ladder.order.tolist() == units.tolist()
+    path = path_of(channels, [curve], np.zeros(channels.units, dtype=bool))
+    assert path.step.tolist() == units.tolist()
 
 
 def test_free_units_go_first(model) -> None:
@@ -199,26 +207,26 @@ def test_free_units_go_first(model) -> None:
     free[[2, 5]] = True
     group = channels.groups[0]
     curve = Curve(0, group.units, np.arange(1.0, len(group.units) + 1), np.arange(1.0, len(group.units) + 1))
-    assert build_ladder(channels, [curve], free).order[:2].tolist() == [2, 5]
+    assert path_of(channels, [curve], free).step[:2].tolist() == [2, 5]
 
 
-def test_no_rung_empties_an_axis(model) -> None:
+def test_no_stop_empties_an_axis(model) -> None:
     channels = traced(model)
     group = channels.groups[0]
     curve = Curve(0, group.units[1:], np.arange(1.0, len(group.units)), np.arange(1.0, len(group.units)))
     free = np.zeros(channels.units, dtype=bool)
-    assert len(build_ladder(channels, [curve], free)) == len(group.units) - 1
+    assert len(path_of(channels, [curve], free)) == len(group.units) - 1
     free[group.units[0]] = True  # what the curve lets stay
-    whole = build_ladder(channels, [curve], free)
-    assert whole.order[0] == group.units[0]
-    assert whole.order.tolist() == group.units[:-1].tolist()
+    whole = path_of(channels, [curve], free)
+    assert whole.step[0] == group.units[0]
+    assert whole.step.tolist() == group.units[:-1].tolist()
 
 
 def test_the_hull_is_the_largest_convex_minorant() -> None:
     rng = np.random.default_rng(1)
     for _ in range(50):
         saving, cost = np.cumsum(rng.random(12) + 0.05), np.cumsum(rng.random(12) ** 3)
-        ends = _hull(saving, cost)
+        ends = lower_hull(saving, cost)
         corners_x, corners_y = np.append(0, saving[ends]), np.append(0, cost[ends])
         slopes = np.diff(corners_y) / np.diff(corners_x)
         assert ends[-1] == 11 and (np.diff(slopes) >= 0).all()

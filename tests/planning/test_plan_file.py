@@ -144,7 +144,7 @@ MISFITS: dict[str, tuple[dict[str, Any], str]] = {
     "too many channels": ({"channels": {"h": 64}}, "'h' has 12 channels, and 64 in the plan"),
     "no such channel": ({"removed": {"h": [12]}}, "channel 12 of 'h' has to stay, or is not there"),
     "all channels": ({"removed": {"h": list(range(12))}}, "at least 1 channel.*'h'"),
-    "another format": ({"lindep_onnx_plan": 2}, 'lacks "lindep_onnx_plan": 1'),
+    "another format": ({"lindep_onnx_plan": 3}, 'lacks "lindep_onnx_plan": 1'),
     "no list": ({"removed": {"h": 3}}, "'h' is no list of different channel numbers"),
     "twice": ({"removed": {"h": [3, 3]}}, "no list of different"),
     "below zero": ({"removed": {"h": [-1]}}, "no list of different"),

@@ -19,7 +19,7 @@ from lindep_onnx.errors import CalibrationError, LindepError, ModelError
 from lindep_onnx.model import ir as graph
 from lindep_onnx.model.shapes import resolve
 from lindep_onnx.options import Config
-from lindep_onnx.structure import traced as understanding
+from lindep_onnx.proofs.traced import load_and_trace
 
 ROOT = Path(__file__).parents[2]
 PROVEN = Config(proven_only=True)
@@ -241,14 +241,14 @@ def test_a_batch_that_nobody_could_fill_is_refused() -> None:
 @pytest.mark.parametrize("name", ["a" * 5000, "a\0b"])
 def test_names_that_no_file_can_have_are_refused(name: str) -> None:
     with pytest.raises(ModelError, match=r"cannot be looked up|no such model file"):
-        understanding.load_and_trace(name, PROVEN)
+        load_and_trace(name, PROVEN)
     with pytest.raises(CalibrationError, match=r"cannot be looked up|no such calibration data"):
         lindep_onnx.compress(model(), name)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tests" / "corpus").glob("*.onnx")), ids=lambda path: path.stem)
 def test_the_undamaged_corpus_is_understood(path: Path) -> None:
-    assert len(understanding.load_and_trace(path, PROVEN).channels.model.nodes) > 1
+    assert len(load_and_trace(path, PROVEN).structure.model.nodes) > 1
 
 
 @pytest.mark.parametrize("name", ["kernel_shape", "strides", "dilations"])

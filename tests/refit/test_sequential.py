@@ -18,6 +18,7 @@ from lindep_onnx.refit.patches import matrix_of, patches_of, weight_of
 from lindep_onnx.refit.sequential import Cut, Refitted, refit
 from lindep_onnx.refit.targets import WIDEST
 from lindep_onnx.runtime.backend import Runtime
+from lindep_onnx.structure.placement import Placement
 from lindep_onnx.structure.rewrite import Removal, rewrite
 
 RUNTIME = Runtime(threads=1)
@@ -39,7 +40,9 @@ def refitted(
     cut = rewrite(channels, Removal(gone), "")
     shape = tuple(d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim[1:])
     with samples(shape) as data:
-        found = refit(Cut(channels, gone, traced(cut.proto)), data, RUNTIME, Log(), mode=mode, seed=0)
+        found = refit(
+            Cut(channels, Placement(channels, gone), traced(cut.proto)), data, RUNTIME, Log(), mode=mode, seed=0
+        )
     result = apply_edits(cut, found.edits, "").proto
     onnx.checker.check_model(result, full_check=True)
     return cut.proto, result, found

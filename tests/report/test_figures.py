@@ -10,9 +10,9 @@ import onnx
 import lindep_onnx
 from lindep_onnx.model.cost import cost
 from lindep_onnx.options import Config
+from lindep_onnx.proofs.traced import load_and_trace
 from lindep_onnx.report.figures import POINTS, layers, spectra
 from lindep_onnx.structure.rewrite import Removal, rewrite
-from lindep_onnx.structure.traced import load_and_trace
 
 MODEL = Path(__file__).parents[2] / "models" / "demo.onnx"
 
@@ -35,7 +35,7 @@ def test_layers_have_the_widths_of_the_two_models(result: lindep_onnx.Result) ->
 
 
 def test_parameters_that_stay_are_counted_without_rewriting() -> None:
-    structure = load_and_trace(MODEL, Config(proven_only=True)).channels
+    structure = load_and_trace(MODEL, Config(proven_only=True)).structure
     rng = np.random.default_rng(0)
     for share in (0.0, 0.3, 0.6):
         removed = rng.random(structure.units) < share
@@ -75,7 +75,7 @@ def test_singular_values_end_where_the_rank_does(result: lindep_onnx.Result) -> 
 
 def test_a_group_that_is_too_wide_is_not_drawn(demo_data: dict[str, np.ndarray]) -> None:
     calibrated = lindep_onnx.calibrate(lindep_onnx.trace(MODEL), {name: v[:60] for name, v in demo_data.items()})
-    structure = calibrated.understood.channels
+    structure = calibrated.traced.structure
     assert calibrated.statistics is not None
     found = spectra(structure, calibrated.statistics, widest=40)
     assert set(found) == {number for number, group in enumerate(structure.groups) if len(group.units) <= 40}

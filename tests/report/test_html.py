@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from reports import VERIFIED, a_hostile_report, a_report, group
 
-from lindep_onnx.planning.path import FrontierPoint
+from lindep_onnx.planning.values import FrontierPoint
 from lindep_onnx.report.html import page
 from lindep_onnx.report.values import Layer, Report, Size, Verification
 from lindep_onnx.report.writing import write_report

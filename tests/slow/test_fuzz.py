@@ -39,8 +39,8 @@ from lindep_onnx.model.checks import as_model_error, full_check_passes
 from lindep_onnx.moves.fold_weights import fold_weights
 from lindep_onnx.options import Config, DataOptions
 from lindep_onnx.planning.plan_file import Plan, options_of, resolve_plan
+from lindep_onnx.proofs import traced as understanding
 from lindep_onnx.report.values import Report
-from lindep_onnx.structure import traced as understanding
 from lindep_onnx.structure.rewrite import rewrite
 
 CORPUS = Path(__file__).parents[1] / "corpus"
@@ -306,7 +306,7 @@ class Corpus:
         self.tensor = (CORPUS / "input_0.pb").read_bytes()
         self.moments = (CORPUS / "moments.npz").read_bytes()
         self.report = (CORPUS / "report.json").read_text()
-        self.planned = understanding.load_and_trace(CORPUS / "mlp.onnx", Config()).channels
+        self.planned = understanding.load_and_trace(CORPUS / "mlp.onnx", Config()).structure
         self.plan = Plan(
             {"h": [1, 4]}, {"h": 6}, options={"params": 0.5, "include": ["*"], "image_size": [2, 3]}
         ).to_json()
@@ -331,11 +331,13 @@ def tracer(rng: random.Random, corpus: Corpus) -> None:
     found = understanding.load_and_trace(
         some_model(rng, corpus), Config(proven_only=True, exclude=exclude, input_range=ranges)
     )
-    if full_check_passes(found.channels.model.proto) is not None:
+    if full_check_passes(found.structure.model.proto) is not None:
         return  # ONNX Runtime does not load it, so that nothing is ever rewritten
     plan = found.proof.steps
-    with as_model_error(found.channels.model.proto):
-        rewrite(found.channels, fold_weights(found.channels, plan.folds, found.proof.statistics, plan.removed), "fuzz")
+    with as_model_error(found.structure.model.proto):
+        rewrite(
+            found.structure, fold_weights(found.structure, plan.folds, found.proof.statistics, plan.removed), "fuzz"
+        )
 
 
 def _npy(rng: random.Random) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from lindep_onnx.planning.path import FrontierPoint
+from lindep_onnx.planning.values import FrontierPoint
 from lindep_onnx.report.values import (
     BudgetReport,
     GroupReport,

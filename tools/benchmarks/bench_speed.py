@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from lindep_onnx.structure.traced import inputs_of
 from measure import Bench, apart, command, run
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
@@ -46,7 +47,6 @@ from lindep_onnx.linalg.elimination import Limits, eliminate
 from lindep_onnx.linalg.fold import ConsumerProblem
 from lindep_onnx.options import DataOptions
 from lindep_onnx.runtime.backend import Runtime
-from lindep_onnx.structure.traced import inputs_of
 
 REPEAT = 2
 STAGES = ("load", "trace", "prove", "read data", "calibrate", "plan", "reconstruct", "rewrite", "verify", "statistics")

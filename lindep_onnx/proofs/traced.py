@@ -1,4 +1,4 @@
-"""What a model alone says, before any data: its channels, and what the weights prove about them."""
+"""What a model alone says, before any data: its structure, and what the weights prove about it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import onnx
 from lindep_onnx.data.inputs import InputSpec
 from lindep_onnx.errors import ModelError
 from lindep_onnx.log import Log
-from lindep_onnx.model import ir as graph
 from lindep_onnx.model.checks import as_model_error
+from lindep_onnx.model.ir import Model, load
 from lindep_onnx.model.precision import epsilon, to_float32
 from lindep_onnx.model.shapes import ShapeInfo, resolve
 from lindep_onnx.options import Config
 from lindep_onnx.proofs.prove import Proof, prove, ranges_of
-from lindep_onnx.structure.trace import trace as walk
+from lindep_onnx.structure.trace import trace
 from lindep_onnx.structure.types import Structure
 
 #: Bytes that the activations of one run may take, were all of them kept, and the most samples in a run.
@@ -33,15 +33,15 @@ class TracedModel:
         structure: the traced model.
         ranges: lowest and highest value of inputs, where they are known.
         proof: what follows from the weights.
-        half: the model as it is stored, where that is in half precision: all else is about a copy in single precision.
+        stored: the model as it is stored, where that is in half precision: all else is about a copy in float32.
         config: the options so far.
     """
 
     name: str
-    channels: Structure
+    structure: Structure
     ranges: Mapping[str, tuple[float, float]]
     proof: Proof
-    half: graph.Model | None
+    stored: Model | None
     config: Config
 
 
@@ -54,7 +54,7 @@ def load_and_trace(source: str | Path | onnx.ModelProto, config: Config, log: Lo
     """
     log = log or Log()
     with log.stage("load"):
-        model = graph.load(source)
+        model = load(source)
         half = model if epsilon(model.proto) else None
     with as_model_error(model.proto, source):
         with log.stage("load"):
@@ -62,26 +62,26 @@ def load_and_trace(source: str | Path | onnx.ModelProto, config: Config, log: Lo
                 model = to_float32(half)
             shape_info = resolve(model)
         with log.stage("trace"):
-            channels = walk(
+            structure = trace(
                 model, shape_info, include=config.include, exclude=config.exclude, min_channels=config.min_channels
             )
         with log.stage("prove"):
             ranges = ranges_of(model, config.input_range)
-            proof = prove(channels, ranges, half=half is not None)
+            proof = prove(structure, ranges, half=half is not None)
     name = Path(source).name if isinstance(source, (str, Path)) else model.proto.graph.name
-    return TracedModel(name, channels, ranges, proof, half, config)
+    return TracedModel(name, structure, ranges, proof, half, config)
 
 
-def inputs_of(understood: TracedModel) -> list[InputSpec]:
+def inputs_of(traced: TracedModel) -> list[InputSpec]:
     """What the model declares about its inputs.
 
     Args:
-        understood: the model.
+        traced: the model.
 
     Raises:
         ModelError: an input is no tensor.
     """
-    model, shape_info, ranges = understood.channels.model, understood.channels.shape_info, understood.ranges
+    model, shape_info, ranges = traced.structure.model, traced.structure.shape_info, traced.ranges
     specs = []
     for value in model.proto.graph.input:
         if value.name in model.inputs:

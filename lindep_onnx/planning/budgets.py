@@ -1,0 +1,153 @@
+"""What is asked of a result: limits on its size, its quality and its time, and what is said where one does not hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from lindep_onnx.errors import BudgetError, LindepError, VerificationError
+from lindep_onnx.model.cost import Cost
+from lindep_onnx.options import LOSSLESS_VERIFIED_ERROR, Config
+from lindep_onnx.planning.plan_file import ResolvedPlan
+from lindep_onnx.structure.steps import Saving
+from lindep_onnx.verify.metrics import Comparison
+
+#: Fields of `Cost` by the options that limit them.
+SIZES = {"params": "parameters", "macs": "macs", "size": "bytes", "channels": "channels"}
+#: What steps are priced by, when the first of these budgets is given; parameters else.
+PRICED_BY: Mapping[str, Saving] = {
+    "params": "parameters",
+    "size": "parameters",
+    "macs": "macs",
+    "channels": "channels",
+}
+#: Options that limit the quality; the first two compare outputs.
+COMPARED, QUALITY = ("max_error", "min_agreement"), ("max_error", "min_agreement", "max_drop")
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """The limits of one run or round.
+
+    Attributes:
+        limits: what is allowed, by option name; only those that are asked for.
+        before: what the original costs.
+        mode: what is asked for: "proven", "lossless" or "budgeted".
+        enforced: names of the size budgets that a result has to meet; None for all of them.
+    """
+
+    limits: Mapping[str, float]
+    before: Cost
+    mode: str
+    enforced: frozenset[str] | None = None
+
+    @classmethod
+    def of(cls, config: Config, before: Cost, wanted: ResolvedPlan | None) -> Budgets:
+        """The budgets among the options; those of a plan that is carried out again hold where they are asked for."""
+        named = {name: getattr(config, name) for name in (*SIZES, *QUALITY, "latency")}
+        limits = {name: value for name, value in named.items() if value is not None}
+        if wanted is not None:
+            return cls(limits, before, wanted.plan.mode, wanted.enforced)
+        mode = "proven" if config.proven_only else "budgeted" if config.budgeted else "lossless"
+        return cls(limits, before, mode)
+
+    @property
+    def sizes(self) -> dict[str, float]:
+        """Shares of the original to keep at most, by option name."""
+        return {name: limit for name, limit in self.limits.items() if name in SIZES}
+
+    @property
+    def latency(self) -> float | None:
+        """Share of the original's time."""
+        return self.limits.get("latency")
+
+    @property
+    def sized(self) -> bool:
+        """Whether a size or a time is asked for."""
+        return bool(self.sizes) or self.latency is not None
+
+    @property
+    def priced_by(self) -> Saving:
+        """What steps are priced by."""
+        return next((PRICED_BY[name] for name in PRICED_BY if name in self.limits), "parameters")
+
+    def share(self, name: str, after: Cost) -> float:
+        """Of a size, what is left."""
+        return float(getattr(after, SIZES[name]) / max(1, getattr(self.before, SIZES[name])))
+
+    def small(self, after: Cost) -> bool:
+        """Whether a model is small enough."""
+        return all(self.share(name, after) <= limit for name, limit in self.sizes.items())
+
+    def holds(self, name: str, value: float | None) -> bool:
+        """Whether a quality is good enough; what could not be measured is not."""
+        if value is None or np.isnan(value):
+            return False
+        limit = self.limits[name]
+        return bool(value >= limit if name == "min_agreement" else value <= limit)
+
+    def failure(self, achieved: Mapping[str, float | None]) -> LindepError | None:
+        """Why a result misses a budget; None if it misses none.
+
+        Args:
+            achieved: what was reached, by option name.
+        """
+        for name, share in self.sizes.items():
+            reached = achieved[name]
+            asked = self.enforced is None or name in self.enforced  # an edited plan may keep more
+            if asked and reached is not None and reached > share:
+                return BudgetError(
+                    f"--{name} {share:g} cannot be reached: with everything removed that can go, "
+                    f"{math.ceil(1e4 * reached) / 1e4:g} of the "
+                    "original are left. Nothing was written; ask for at least that much."
+                )
+        for name in QUALITY:
+            if name in achieved and not self.holds(name, achieved[name]):
+                value = achieved[name]
+                reached_text = "could not be measured" if value is None else f"is {value:.4g}"
+                return BudgetError(
+                    f"{_flag(name)} {self.limits[name]:g} does not hold together with the other budgets: on unseen "
+                    f"samples it {reached_text}. Nothing was written; loosen one of them."
+                )
+        return None
+
+    def latency_failure(self, reached: float) -> LindepError | None:
+        """Why a result is too slow; None if it is not."""
+        if self.latency is None or reached <= self.latency:
+            return None
+        return BudgetError(
+            f"--latency {self.latency:g} was not reached: the smallest result tried takes {reached:.3f} of the "
+            "original's time. Nothing was written; ask for at least that much."
+        )
+
+    def stress_failure(self, found: Comparison, lossless: bool | None) -> LindepError | None:
+        """Why a result must not be used after what was found on a second data set; None if all is well.
+
+        Args:
+            found: the comparison there.
+            lossless: whether it counts as lossless there; None where that is not asked for.
+        """
+        for name, value, kept in self._stressed(found, lossless):
+            if not kept:
+                reached = "it could not be measured" if value is None else f"it is {value:.4g}"
+                worst = ", ".join(map(str, found.worst_samples[:3])) or "none"
+                return VerificationError(
+                    f"{name} does not hold on the stress data: there {reached} (worst samples: {worst}). Nothing was "
+                    "written; add samples like these to the calibration data."
+                )
+        return None
+
+    def _stressed(self, found: Comparison, lossless: bool | None) -> Iterator[tuple[str, float | None, bool]]:
+        values = {"max_error": found.relative_error, "min_agreement": found.agreement}
+        for name in COMPARED:
+            if name in self.limits:
+                yield f"{_flag(name)} {self.limits[name]:g}", values[name], self.holds(name, values[name])
+        if lossless is not None:
+            yield f"the lossless bound {LOSSLESS_VERIFIED_ERROR:g}", found.relative_error, lossless
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -4,16 +4,6 @@ from __future__ import annotations
 
 import re
 
-__all__ = [
-    "BudgetError",
-    "CalibrationError",
-    "LindepError",
-    "ModelError",
-    "OutputError",
-    "UsageError",
-    "VerificationError",
-]
-
 
 class LindepError(Exception):
     """Base of all errors that this package raises on purpose.

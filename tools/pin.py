@@ -34,7 +34,6 @@ import numpy as np
 import onnx
 import threadpoolctl
 
-__all__ = ["Case", "Checkout", "Inputs", "cases", "differences", "lasting", "main", "outcome"]
 
 VOLATILE = {"seconds", "latency_ms", "versions", "version"}
 TIMED_NOTE = "ONNX Runtime here"  # in notes that hold a measured latency

@@ -23,8 +23,6 @@ from lindep_onnx.api import compress
 from lindep_onnx.errors import UsageError
 from lindep_onnx.report.writing import check_path, write_report
 
-__all__ = ["LindepCompression", "package_config"]
-
 
 class LindepCompression(Pass):  # type: ignore[misc, unused-ignore]
     """Remove channels of an ONNX model that are linear combinations of others."""

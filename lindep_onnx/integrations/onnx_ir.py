@@ -9,8 +9,6 @@ import onnx_ir as ir
 from lindep_onnx.api import compress
 from lindep_onnx.report.values import Report
 
-__all__ = ["CompressPass"]
-
 
 class CompressPass(ir.passes.FunctionalPass):  # type: ignore[misc, unused-ignore]
     """Remove channels that are linear combinations of others.

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-__all__ = ["COARSE", "first_small_enough", "last_good_enough", "on_grid"]
 
 #: One in so many rungs is refitted.
 COARSE = 2

@@ -20,7 +20,6 @@ from lindep_onnx.options import LOSSLESS_VERIFIED_ERROR
 from lindep_onnx.runtime.backend import Purpose, Runtime, Session, Shares
 from lindep_onnx.verify.compare import compare
 
-__all__ = ["Variant", "compare_variants"]
 
 #: Samples that are run in each way, and batch sizes that are tried: one alone, and one that nobody exports for.
 SAMPLES, BATCHES = 4, (1, 3)

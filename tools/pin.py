@@ -34,7 +34,6 @@ import numpy as np
 import onnx
 import threadpoolctl
 
-
 VOLATILE = {"seconds", "latency_ms", "versions", "version"}
 TIMED_NOTE = "ONNX Runtime here"  # in notes that hold a measured latency
 FORMAT = "lindep_onnx_plan"

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.lib import format as npy
 
-
 #: What the standard library and NumPy raise on damaged files, and on sizes that nobody has the memory for; a locked
 #: archive is a RuntimeError.
 UNREADABLE = (

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-
 #: One in so many rungs is refitted.
 COARSE = 2
 

@@ -20,7 +20,6 @@ from lindep_onnx.options import LOSSLESS_VERIFIED_ERROR
 from lindep_onnx.runtime.backend import Purpose, Runtime, Session, Shares
 from lindep_onnx.verify.compare import compare
 
-
 #: Samples that are run in each way, and batch sizes that are tried: one alone, and one that nobody exports for.
 SAMPLES, BATCHES = 4, (1, 3)
 #: Sizes that the model leaves open are multiplied by this.

@@ -257,7 +257,7 @@ class DistillOptions(Options):
     ] = None
 
     @property
-    def effort(self) -> TrainingBudget | None:
+    def training_budget(self) -> TrainingBudget | None:
         """How long `recover` asks to train; None if it does not.
 
         Raises:
@@ -273,7 +273,7 @@ class DistillOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.effort is None and (self.augment is not None or self.checkpoint is not None):
+        if self.training_budget is None and (self.augment is not None or self.checkpoint is not None):
             raise UsageError("--augment and --checkpoint belong to --recover: say how long to train, such as 300.")
 
 

@@ -12,11 +12,12 @@ undone, and the group whose error was largest is left alone in those that follow
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import glob
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import TypeAlias
 
@@ -28,9 +29,9 @@ from lindep_onnx.distill.augment import augmentation
 from lindep_onnx.distill.checkpoint import Checkpoint
 from lindep_onnx.distill.train import Distilled, Training, distill
 from lindep_onnx.log import Log
-from lindep_onnx.model import ir as graph
+from lindep_onnx.model.ir import Model
 from lindep_onnx.model.shapes import resolve
-from lindep_onnx.options import Config, TrainingBudget
+from lindep_onnx.options import Config
 from lindep_onnx.planning.budgets import SIZES
 from lindep_onnx.planning.strategies import Round, retrained
 from lindep_onnx.planning.values import Decision, Result
@@ -68,7 +69,7 @@ def contract_in_rounds(
     if config.rounds > 1 and len(np.unique(original.aligned)) < original.units:
         told.append("Grouped convolutions or attention heads trade places of channels: all rounds were run as one.")
         config = dataclasses.replace(config, rounds=1)
-    recovery = Recovery.of(original, samples, config, runtime, log)
+    recovery = Recovery(original.model, samples, config, runtime, log)
     for number, options in enumerate(schedule(config)):
         round_, result = decide(current, options)
         first = first or round_
@@ -77,7 +78,7 @@ def contract_in_rounds(
             break
         before = np.zeros(original.units, dtype=bool) if best is None else best.removed
         gone = to_original_units(original, before, current, result.removed)
-        if recovery is not None and gone.any():
+        if config.training_budget is not None and gone.any():
             with log.stage("recover"):
                 result, notes = recovery.recovered(round_, result, number)
             told.extend(notes)
@@ -106,7 +107,7 @@ def _of_original(result: Result, gone: NDArray[np.bool_], number: int) -> Result
     return dataclasses.replace(result, candidate=dataclasses.replace(result.candidate, decision=decision))
 
 
-def _traced(model: graph.Model, config: Config, frozen: Sequence[str]) -> Structure:
+def _traced(model: Model, config: Config, frozen: Sequence[str]) -> Structure:
     exclude = (*config.exclude, *frozen)
     return trace(model, resolve(model), include=config.include, exclude=exclude, min_channels=config.min_channels)
 
@@ -165,30 +166,23 @@ class Recovery:
     """Trains the result of each round against the original.
 
     Attributes:
-        original: the original model, traced.
+        original: the original model.
         samples: the data.
         config: the options of the run.
-        budget: how long to train.
-        checkpoint: where to keep the state; None for nowhere.
         runtime: what models run on.
         log: told how far it is.
     """
 
-    original: Structure
+    original: Model
     samples: Samples
     config: Config
-    budget: TrainingBudget
-    checkpoint: Checkpoint | None
     runtime: Runtime
     log: Log
 
-    @classmethod
-    def of(cls, original: Structure, samples: Samples, config: Config, runtime: Runtime, log: Log) -> Recovery | None:
-        """As the options ask for; None if they do not."""
-        if config.effort is None:
-            return None
-        checkpoint = Checkpoint(Path(config.checkpoint)) if config.checkpoint is not None else None
-        return cls(original, samples, config, config.effort, checkpoint, runtime, log)
+    @cached_property
+    def _checkpoint(self) -> Checkpoint | None:
+        path = self.config.checkpoint
+        return Checkpoint(Path(path)) if path is not None else None
 
     def recovered(self, round_: Round, result: Result, number: int) -> tuple[Result, tuple[str, ...]]:
         """The result with trained weights, or as it was if unseen samples turn those down, and what to tell the user.
@@ -199,18 +193,18 @@ class Recovery:
             number: of the round, from 0 on.
         """
         config, student = self.config, result.candidate.model
+        names = [node.name for node in student.nodes]
+        assert config.training_budget is not None
         training = Training(
-            teacher=self.original.model,
+            teacher=self.original,
             student=student,
-            budget=self.budget,
+            budget=config.training_budget,
             seed=config.seed + number,
-            frozen=[
-                node.name for node in student.nodes if any(fnmatch.fnmatchcase(node.name, g) for g in config.exclude)
-            ],
+            frozen=[name for name in names if any(fnmatchcase(name, pattern) for pattern in config.exclude)],
             agreement_output=config.agreement_output,
             augment=augmentation(config.augment),
         )
-        found = distill(training, self.samples, self.runtime, self.log, self.checkpoint)
+        found = distill(training, self.samples, self.runtime, self.log, self._checkpoint)
         notes = tuple(_notes(found, number if config.rounds > 1 else None))
         if found.weights:
             trained = retrained(round_, result, found.weights)

@@ -17,10 +17,10 @@ from lindep_onnx.cli import main
 from lindep_onnx.data.inputs import InputSpec
 from lindep_onnx.data.samples import Samples, open_samples
 from lindep_onnx.data.split import Part
-from lindep_onnx.distill import rounds as anneal
 from lindep_onnx.distill.augment import checked, mix
 from lindep_onnx.distill.checkpoint import Checkpoint
 from lindep_onnx.distill.optimizer import Optimizer, TrainingState
+from lindep_onnx.distill.rounds import Recovery, schedule, to_original_units
 from lindep_onnx.distill.train import Distilled, Training, distill, trainable
 from lindep_onnx.errors import BudgetError, UsageError
 from lindep_onnx.log import Log
@@ -198,7 +198,7 @@ def test_a_fixed_batch_and_an_old_operator_set() -> None:
     [("300", TrainingBudget(steps=300)), (20, TrainingBudget(steps=20)), ("1.5min", TrainingBudget(seconds=90))],
 )
 def test_steps_or_minutes(text: str | int, budget: TrainingBudget) -> None:
-    assert Config(params=0.5, recover=text).effort == budget
+    assert Config(params=0.5, recover=text).training_budget == budget
 
 
 @pytest.mark.parametrize("text", ["0", "5 hours", "2.5", "-3", "min"])
@@ -213,7 +213,7 @@ def test_without_a_budget_there_is_nothing_to_recover() -> None:
 
 
 def test_rounds_shrink_by_the_same_factor() -> None:
-    shares = [step.params for step in anneal.schedule(Config(params=0.25, rounds=2))]
+    shares = [step.params for step in schedule(Config(params=0.25, rounds=2))]
     assert shares == pytest.approx([0.5, 0.25])
 
 
@@ -223,7 +223,7 @@ def test_removals_of_two_rounds_add_up_in_units_of_the_original(teacher: onnx.Mo
     removed = rng.random(channels.units) < 0.3
     smaller = traced(rewrite(channels, Removal(removed), "").proto)
     gone = rng.random(smaller.units) < 0.3
-    both = anneal.to_original_units(channels, removed, smaller, gone)
+    both = to_original_units(channels, removed, smaller, gone)
     assert both.sum() == removed.sum() + gone.sum() and both[removed].all()
     twice, once = (rewrite(*pair, "").proto for pair in ((smaller, Removal(gone)), (channels, Removal(both))))
     x = {"x": np.ones((2, 3, 6, 6), np.float32)}
@@ -264,20 +264,20 @@ def test_rounds_spend_what_recovery_won_back(wide: onnx.ModelProto, inputs: dict
 def test_the_group_that_broke_a_round_is_left_alone(
     wide: onnx.ModelProto, inputs: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    genuine, seen = anneal._recovered, []
+    genuine, seen = Recovery.recovered, []
 
-    def breaking(workshop, chosen, original, *rest):
-        chosen, notes = genuine(workshop, chosen, original, *rest)
-        seen.append((workshop, chosen))
+    def breaking(recovery, round_, result, number):
+        result, notes = genuine(recovery, round_, result, number)
+        seen.append(result)
         failure = BudgetError("made up") if len(seen) == 2 else None
-        return dataclasses.replace(chosen, failure=failure), notes
+        return dataclasses.replace(result, evaluation=dataclasses.replace(result.evaluation, failure=failure)), notes
 
-    monkeypatch.setattr(anneal, "_recovered", breaking)
+    monkeypatch.setattr(Recovery, "recovered", breaking)
     report = lindep_onnx.compress(wide, inputs, max_error=0.2, recover=150, rounds=3).report
     told = [note for note in report.notes if "broke a budget" in note]
     assert len(told) == 1 and told[0].startswith("Round 2") and report.verification.passed
     weight = {"Gemm_0": "w0", "Gemm_2": "w1"}[told[0].split("'")[1]]
-    first, broken, last = (initializer(chosen.model.proto, weight).shape[1] for _, chosen in seen)
+    first, broken, last = (initializer(result.candidate.model.proto, weight).shape[1] for result in seen)
     assert broken < first == last
 
 

@@ -9,13 +9,21 @@ import logging
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from lindep_onnx import pipeline
 from lindep_onnx._version import __version__
@@ -239,14 +247,14 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
         errors.print(RANDOM, style="bold red", markup=False)
     with ExitStack() as stack:
         client = stack.enter_context(connected(options.cluster)) if options.cluster else None
-        progress = stack.enter_context(_progress(errors, options.quiet))
+        progress = stack.enter_context(_progress(errors, bool(options.quiet)))
         request = pipeline.Request(
             options.model, options.calib, options.stress, repeated, elsewhere(client, options.calib, config), files,
-            preview=options.dry_run,
+            preview=bool(options.dry_run),
         )  # fmt: skip
         result = pipeline.run(request, config, Log(progress))
     if not options.quiet:
-        render(result.report, Console(highlight=False), verbose=options.verbose, preview=options.dry_run)
+        render(result.report, Console(highlight=False), verbose=bool(options.verbose), preview=bool(options.dry_run))
     if report_path is not None:
         write_report(result.report, report_path)
     if result.failure is not None:
@@ -317,36 +325,34 @@ def _check_written(written: Sequence[Path | None], read: Sequence[str | Path | N
         taken.add(path.resolve())
 
 
-class _progress:  # noqa: N801 - used like a function
+@contextmanager
+def _progress(console: Console, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
     """Stages on stderr as they run, with the time left; nothing when it is not a terminal or not wanted."""
+    bar = Progress(
+        TextColumn("{task.description:<12}"),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=quiet or not console.is_terminal,
+    )
+    tasks: dict[str, TaskID] = {}
+    reached: dict[str, int] = {}
 
-    def __init__(self, console: Console, quiet: bool) -> None:
-        self._bar = Progress(
-            TextColumn("{task.description:<12}"),
-            BarColumn(bar_width=28),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=quiet or not console.is_terminal,
-        )
-        self._tasks: dict[str, Any] = {}
-        self._done: dict[str, int] = {}
+    def update(stage: str, done: int, total: int) -> None:
+        if stage not in tasks:
+            tasks[stage] = bar.add_task(stage, total=total)
+        elif done < reached[stage]:  # it runs again, for the next plan or round
+            bar.reset(tasks[stage], total=total)
+        reached[stage] = done
+        bar.update(tasks[stage], completed=done, total=total)
 
-    def __enter__(self) -> Callable[[str, int, int], None]:
-        self._bar.start()
-        return self._update
-
-    def __exit__(self, *_: object) -> None:
-        if not self._bar.disable:  # versions of rich before 14.3 end even a hidden bar with an empty line
-            self._bar.stop()
-
-    def _update(self, stage: str, done: int, total: int) -> None:
-        if stage not in self._tasks:
-            self._tasks[stage] = self._bar.add_task(stage, total=total)
-        elif done < self._done[stage]:  # it runs again, for the next plan or round
-            self._bar.reset(self._tasks[stage], total=total)
-        self._done[stage] = done
-        self._bar.update(self._tasks[stage], completed=done, total=total)
+    bar.start()
+    try:
+        yield update
+    finally:
+        if not bar.disable:  # versions of rich before 14.3 end even a hidden bar with an empty line
+            bar.stop()

@@ -2,8 +2,10 @@
 
 `Config` is made of groups; it is every one of them, so that a stage that names a group as what it takes can be handed a
 `Config`, and sees no other option. The command line, its reference in `docs/cli.md` and the check of saved plans are
-made from the declarations. (Which is why annotations are values here, and not put off.)
+made from the declarations.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import math
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, get_args
 
 from lindep_onnx.errors import UsageError
 
@@ -77,6 +79,13 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def _option(help: str, metavar: str | None = None, *bounds: Bound, default: Any = None, **more: Any) -> Any:
+    metadata = {"option": Option(help, metavar, bounds, **more)}
+    if isinstance(default, Mapping):  # which not every Python takes for a constant
+        return dataclasses.field(default_factory=lambda: default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
 # ---- bounds, and how values are written on the command line -------------------------------------------------------
 
 
@@ -88,9 +97,17 @@ def several(value: Any) -> tuple[Any, ...]:
 _FROM_0 = Bound("must be at least 0", lambda value: value >= 0)
 _FROM_1 = Bound("must be at least 1", lambda value: min(several(value)) >= 1)
 _KEPT = Bound("is a share to keep, above 0 and at most 1 (0.5 for half)", lambda value: 0 < value <= 1)
+_SHARE = Bound("is a share from 0 to 1", lambda value: 0 <= value <= 1)
+_PROPER_SHARE = Bound("is a share between 0 and 1", lambda value: 0 < value < 1)
 _DIVIDES = Bound("divides, and must be above 0", lambda value: all(part > 0 for part in several(value)))
-
 _SECONDS = Bound(f"is a number of seconds, above 0 and at most {MAX_SECONDS:,}", lambda value: 0 < value <= MAX_SECONDS)
+_MULTIPLE = Bound("must be at least 1", lambda value: value == "auto" or value >= 1)
+_SIDES = Bound("is one number, or HxW", lambda value: isinstance(value, int) or len(value) == 2)
+_RANDOM = Bound(f"must be at most {MAX_RANDOM:,}", lambda value: value <= MAX_RANDOM)
+_AUGMENT = Bound("is mix or FILE.py:FUNC", lambda value: value == "mix" or callable(value))
+_REFIT = Bound("is one of auto, fold, kernel, sequential", lambda value: value in get_args(Refit))
+_LAYOUT = Bound("is nchw or nhwc", lambda value: value in get_args(Layout))
+_COLOR = Bound("is rgb, bgr or gray", lambda value: value in get_args(Color))
 
 
 def _range(text: str) -> tuple[str, tuple[float, float]]:
@@ -135,7 +152,7 @@ def _multiple(text: str) -> int | str:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """A group of options, each annotated with what is said about it."""
+    """A group of options, each declared with what is said about it."""
 
     title: ClassVar[str] = ""
 
@@ -155,8 +172,7 @@ class Options:
 
 def declared(group: type[Options]) -> Mapping[str, Option]:
     """What is said about the options of a group, by name."""
-    hints = get_type_hints(group, include_extras=True)
-    return {entry.name: hints[entry.name].__metadata__[0] for entry in dataclasses.fields(group)}
+    return {entry.name: entry.metadata["option"] for entry in dataclasses.fields(group)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,37 +181,24 @@ class BudgetOptions(Options):
 
     title: ClassVar[str] = "budgets (none: lossless; several: all must hold)"
 
-    max_error: Annotated[float | None, Option("worst relative error of an output slice", "E", (_FROM_0,))] = None
-    min_agreement: Annotated[
-        float | None,
-        Option(
-            "share of samples whose arg-max must stay",
-            "A",
-            (Bound("is a share from 0 to 1", lambda value: 0 <= value <= 1),),
-        ),
-    ] = None
-    agreement_output: Annotated[
-        str | None, Option("the output, and its axis, that the arg-max is taken of (finds one)", "NAME[:AXIS]")
-    ] = None
-    params: Annotated[float | None, Option("keep at most this share of the parameters", "F", (_KEPT,))] = None
-    macs: Annotated[float | None, Option("keep at most this share of the MACs", "F", (_KEPT,))] = None
-    size: Annotated[float | None, Option("keep at most this share of the file size", "F", (_KEPT,))] = None
-    channels: Annotated[float | None, Option("keep at most this share of the output channels", "F", (_KEPT,))] = None
-    latency: Annotated[float | None, Option("keep at most this share of the measured latency", "F")] = None
-    latency_table: Annotated[
-        str | None,
-        Option("latencies of layers: read if the file is there, else measured and written; without, measured anew",
-               "FILE.json"),
-    ] = None  # fmt: skip
-    eval: Annotated[
-        Callable[[Any], float] | None,
-        Option("a metric of your own, FUNC(onnxruntime.InferenceSession) -> float; higher is better", "FILE.py:FUNC",
-               repeated=False),
-    ] = None  # fmt: skip
-    max_drop: Annotated[float | None, Option("how far the --eval metric may fall", "D", (_FROM_0,), repeated=False)] = (
-        None
+    max_error: float | None = _option("worst relative error of an output slice", "E", _FROM_0)
+    min_agreement: float | None = _option("share of samples whose arg-max must stay", "A", _SHARE)
+    agreement_output: str | None = _option("output and axis that the arg-max is taken of (finds one)", "NAME[:AXIS]")
+    params: float | None = _option("keep at most this share of the parameters", "F", _KEPT)
+    macs: float | None = _option("keep at most this share of the MACs", "F", _KEPT)
+    size: float | None = _option("keep at most this share of the file size", "F", _KEPT)
+    channels: float | None = _option("keep at most this share of the output channels", "F", _KEPT)
+    latency: float | None = _option("keep at most this share of the measured latency", "F")
+    latency_table: str | None = _option(
+        "latencies of layers: read if the file is there, else measured and written; measured anew without", "FILE.json"
     )
-    proven_only: Annotated[bool, Option("remove only what the weights prove; needs no calibration data")] = False
+    eval: Callable[[Any], float] | None = _option(
+        "a metric of yours, FUNC(onnxruntime.InferenceSession) -> float, higher is better",
+        "FILE.py:FUNC",
+        repeated=False,
+    )
+    max_drop: float | None = _option("how far the --eval metric may fall", "D", _FROM_0, repeated=False)
+    proven_only: bool = _option("remove only what the weights prove; needs no calibration data", default=False)
 
     @property
     def sized(self) -> bool:
@@ -237,24 +240,15 @@ class DistillOptions(Options):
 
     title: ClassVar[str] = "rounds and recovery"
 
-    rounds: Annotated[int, Option("contract in N rounds, each followed by refit and recovery", "N", (_FROM_1,))] = 1
-    recover: Annotated[
-        int | str | None,
-        Option("train against the original after each round, without labels: N steps or minutes", "N|Nmin", read=str),
-    ] = None
-    augment: Annotated[
-        Literal["mix"] | Callable[..., Any] | None,
-        Option(
-            "vary what --recover trains on: mix mixes pairs; FUNC(feeds, rng) -> feeds takes the inputs of a run by "
-            "name and a numpy.random.Generator, and returns inputs like them",
-            "mix|FILE.py:FUNC",
-            (Bound("is mix or FILE.py:FUNC", lambda value: value == "mix" or callable(value)),),
-        ),
-    ] = None
-    checkpoint: Annotated[
-        str | None,
-        Option("keep the state of --recover in this file, and go on from there after an interruption", "FILE"),
-    ] = None
+    rounds: int = _option("contract in N rounds, each followed by refit and recovery", "N", _FROM_1, default=1)
+    recover: int | str | None = _option(
+        "train against the original after each round, without labels: N steps or minutes", "N|Nmin", read=str
+    )
+    augment: Literal["mix"] | Callable[..., Any] | None = _option(
+        "vary what --recover trains on: mix mixes pairs; FUNC(feeds, rng) -> feeds takes the inputs of a run by name "
+        "and a numpy.random.Generator, and returns inputs like them", "mix|FILE.py:FUNC", _AUGMENT,
+    )  # fmt: skip
+    checkpoint: str | None = _option("keep the state of --recover here, and go on from here if interrupted", "FILE")
 
     @property
     def training_budget(self) -> TrainingBudget | None:
@@ -283,23 +277,14 @@ class RefitOptions(Options):
 
     title: ClassVar[str] = "how"
 
-    refit: Annotated[
-        Refit,
-        Option(
-            "refit of what reads the survivors; auto folds in lossless mode, and else refits in sequence",
-            bounds=(Bound("is one of auto, fold, kernel, sequential", lambda value: value in get_args(Refit)),),
-        ),
-    ] = "auto"
-    round_to: Annotated[
-        int | Literal["auto"],
-        Option(
-            "round kept counts up to a multiple; auto rounds up to 8 or 16 where the result is not measured to be "
-            "faster without",
-            "auto|N",
-            (Bound("must be at least 1", lambda value: value == "auto" or value >= 1),),
-            _multiple,
-        ),
-    ] = 1
+    refit: Refit = _option(
+        "refit of what reads the survivors: auto folds in lossless mode, and else refits in sequence", None, _REFIT,
+        default="auto",
+    )  # fmt: skip
+    round_to: int | Literal["auto"] = _option(
+        "round kept counts up to a multiple; auto rounds up to 8 or 16 where the result is not measured to be faster "
+        "without", "auto|N", _MULTIPLE, default=1, read=_multiple,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,21 +293,16 @@ class TraceOptions(Options):
 
     title: ClassVar[str] = "what may go"
 
-    include: Annotated[
-        tuple[str, ...], Option("touch only nodes whose names match, as producers or consumers", "GLOB", nargs="append")
-    ] = ()
-    exclude: Annotated[tuple[str, ...], Option("leave nodes whose names match alone", "GLOB", nargs="append")] = ()
-    min_channels: Annotated[int, Option("no channel axis is cut below N", "N", (_FROM_1,))] = 1
-    input_range: Annotated[
-        Mapping[str, tuple[float, float]],
-        Option(
-            "lowest and highest value of an input, or of all that are not named: what the weights imply for every "
-            "input in there is proven, and data outside it is refused",
-            "[NAME=]LO:HI",
-            read=_range,
-            nargs="append",
-        ),
-    ] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
+    include: tuple[str, ...] = _option(
+        "touch only nodes whose names match, as producers or consumers", "GLOB", default=(), nargs="append"
+    )
+    exclude: tuple[str, ...] = _option("leave nodes whose names match alone", "GLOB", default=(), nargs="append")
+    min_channels: int = _option("no channel axis is cut below N", "N", _FROM_1, default=1)
+    input_range: Mapping[str, tuple[float, float]] = _option(
+        "lowest and highest value of an input, or of all that are not named: what the weights imply for every input in "
+        "there is proven, and data outside it is refused", "[NAME=]LO:HI",
+        default=MappingProxyType({}), read=_range, nargs="append",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -337,54 +317,34 @@ class RuntimeOptions(Options):
 
     title: ClassVar[str] = "execution"
 
-    providers: Annotated[tuple[str, ...], Option("ONNX Runtime execution providers", "NAME", nargs="+")] = (
-        "CPUExecutionProvider",
+    providers: tuple[str, ...] = _option(
+        "ONNX Runtime execution providers", "NAME", default=("CPUExecutionProvider",), nargs="+"
     )
-    threads: Annotated[int, Option("intra-op threads of ONNX Runtime; 0 lets it choose", "N", (_FROM_0,))] = 0
-    benchmark: Annotated[
-        float | None,
-        Option("time original and result against each other for S seconds (0.4; 4 with --latency)", "S", (_SECONDS,)),
-    ] = None
+    threads: int = _option("intra-op threads of ONNX Runtime; 0 lets it choose", "N", _FROM_0, default=0)
+    benchmark: float | None = _option(
+        "time original and result against each other for S seconds (0.4; 4 with --latency)", "S", _SECONDS
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageOptions(Options):
     """What to make of images: (pixels / scale - mean) / std. None leaves it to the input of the model."""
 
-    image_size: Annotated[
-        int | tuple[int, int] | None,
-        Option(
-            "images: crop to this height and width, one number for both (the size of the input)",
-            "H[xW]",
-            (Bound("is one number, or HxW", lambda value: isinstance(value, int) or len(value) == 2), _FROM_1),
-            _size,
-        ),
-    ] = None
-    resize: Annotated[int | None, Option("images: shorter side before the crop (just covers it)", "N", (_FROM_1,))] = (
-        None
+    image_size: int | tuple[int, int] | None = _option(
+        "images: crop to this height and width, one number for both (the size of the input)", "H[xW]", _SIDES, _FROM_1,
+        read=_size,
+    )  # fmt: skip
+    resize: int | None = _option("images: shorter side before the crop (just covers it)", "N", _FROM_1)
+    scale: float | None = _option("images: divide pixels of 0 to 255 by S first (255)", "S", _DIVIDES)
+    mean: float | tuple[float, ...] | None = _option(
+        "images: then subtract this, one number or one for each channel, in the order of --color (0)", "M[,M,M]",
+        read=partial(_numbers, "--mean"),
+    )  # fmt: skip
+    std: float | tuple[float, ...] | None = _option(
+        "images: then divide by this, likewise (1)", "D[,D,D]", _DIVIDES, read=partial(_numbers, "--std")
     )
-    scale: Annotated[float | None, Option("images: divide pixels of 0 to 255 by S first (255)", "S", (_DIVIDES,))] = (
-        None
-    )
-    mean: Annotated[
-        float | tuple[float, ...] | None,
-        Option("images: then subtract this, one number or one for each channel, in the order of --color (0)",
-               "M[,M,M]", read=partial(_numbers, "--mean")),
-    ] = None  # fmt: skip
-    std: Annotated[
-        float | tuple[float, ...] | None,
-        Option("images: then divide by this, likewise (1)", "D[,D,D]", (_DIVIDES,), partial(_numbers, "--std")),
-    ] = None
-    layout: Annotated[
-        Layout | None,
-        Option("images: where the channels are (as in the input)",
-               bounds=(Bound("is nchw or nhwc", lambda value: value in get_args(Layout)),)),
-    ] = None  # fmt: skip
-    color: Annotated[
-        Color | None,
-        Option("images: which channels (rgb, or gray where the input has one)",
-               bounds=(Bound("is rgb, bgr or gray", lambda value: value in get_args(Color)),)),
-    ] = None  # fmt: skip
+    layout: Layout | None = _option("images: where the channels are (as in the input)", None, _LAYOUT)
+    color: Color | None = _option("images: which channels (rgb, or gray where the input has one)", None, _COLOR)
 
     @property
     def sides(self) -> tuple[int, int] | None:
@@ -403,29 +363,18 @@ class DataOptions(ImageOptions):
 
     title: ClassVar[str] = "calibration data"
 
-    random_calib: Annotated[
-        int | None,
-        Option(
-            "N random samples in place of data, a last resort: they prove nothing, so that without a budget only what "
-            "the weights prove goes, and no budget on errors or agreement can be judged by them",
-            "N",
-            (_FROM_1, Bound(f"must be at most {MAX_RANDOM:,}", lambda value: value <= MAX_RANDOM)),
-        ),
-    ] = None
-    max_samples: Annotated[int | None, Option("use at most N samples", "N", (_FROM_1,))] = None
-    batch_size: Annotated[
-        int | None,
-        Option("samples per run, where the batch is dynamic (bounds the memory of activations)", "N", (_FROM_1,)),
-    ] = None
-    holdout: Annotated[
-        float,
-        Option(
-            "share of samples kept out of fitting, half to select and half to verify",
-            "F",
-            (Bound("is a share between 0 and 1", lambda value: 0 < value < 1),),
-        ),
-    ] = 0.3
-    seed: Annotated[int, Option("of the split and of sampled positions", "N", (_FROM_0,))] = 0
+    random_calib: int | None = _option(
+        "N random samples in place of data, a last resort: they prove nothing, so that without a budget only what the "
+        "weights prove goes, and no budget on errors or agreement can be judged by them", "N", _FROM_1, _RANDOM,
+    )  # fmt: skip
+    max_samples: int | None = _option("use at most N samples", "N", _FROM_1)
+    batch_size: int | None = _option(
+        "samples per run, where the batch is dynamic (as many as bound the memory of activations)", "N", _FROM_1
+    )
+    holdout: float = _option(
+        "share of samples kept out of fitting, half to select and half to verify", "F", _PROPER_SHARE, default=0.3
+    )
+    seed: int = _option("of the split and of sampled positions", "N", _FROM_0, default=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -434,17 +383,13 @@ class MomentsOptions(Options):
 
     title: ClassVar[str] = DataOptions.title
 
-    save_moments: Annotated[
-        str | Path | None, Option("keep what calibration found in this file, for other budgets", "FILE", recorded=False)
-    ] = None
-    load_moments: Annotated[
-        str | Path | None,
-        Option(
-            "read what --save-moments kept, in place of running the calibration; --calib still chooses and verifies",
-            "FILE",
-            recorded=False,
-        ),
-    ] = None
+    save_moments: str | Path | None = _option(
+        "keep what calibration found in this file, for other budgets", "FILE", recorded=False
+    )
+    load_moments: str | Path | None = _option(
+        "read what --save-moments kept, in place of running the calibration; --calib still chooses and verifies",
+        "FILE", recorded=False,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -453,7 +398,7 @@ class OutputOptions(Options):
 
     title: ClassVar[str] = "output"
 
-    force: Annotated[bool, Option("write OUT even if verification fails (exit code stays 3)", repeated=False)] = False
+    force: bool = _option("write OUT even if verification fails (exit code stays 3)", default=False, repeated=False)
 
 
 #: In the order of the usage text.

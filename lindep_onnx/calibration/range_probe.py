@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from lindep_onnx.calibration.moments import CONSTANT_TOLERANCE
 from lindep_onnx.data.samples import Batch
-from lindep_onnx.model.ir import Node
+from lindep_onnx.model.node import Node
 from lindep_onnx.runtime.device_moments import reduction
 from lindep_onnx.structure.rules.saturation import Interval
 from lindep_onnx.structure.types import Structure

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import onnx
 
 from lindep_onnx.errors import LindepError, ModelError, VerificationError, one_line
+from lindep_onnx.model.node import Node
 from lindep_onnx.model.weights import graphs, is_large, weights_as_inputs
-
-if TYPE_CHECKING:
-    from lindep_onnx.model.ir import Node
 
 #: Longer vectors are of unknown length to inference, which makes a list of the elements of integer ones.
 MAX_DECLARED = 1 << 20

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lindep_onnx.model.ir import Model, Node
+from lindep_onnx.model.ir import Model
+from lindep_onnx.model.node import Node
 from lindep_onnx.model.shapes import Shape, ShapeInfo, resolve
 from lindep_onnx.model.weighted import WEIGHTS, macs, weighted
 from lindep_onnx.model.weights import is_external, tensor_bytes

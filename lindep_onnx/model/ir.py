@@ -21,39 +21,13 @@ from numpy.typing import NDArray
 from lindep_onnx.errors import ModelError, one_line
 from lindep_onnx.files import WeightsDir
 from lindep_onnx.model.checks import check_arity, check_order, check_sizes, check_windows, defined_twice
+from lindep_onnx.model.node import Node
 from lindep_onnx.model.weights import array_of, bodies, read
 
 logger = logging.getLogger(__name__)
 
 Array: TypeAlias = NDArray[Any]
 Dim: TypeAlias = "int | str"
-
-
-@dataclass(frozen=True)
-class Node:
-    """One operator call.
-
-    Attributes:
-        index: place in the topological order.
-        op: operator type; operators outside the default domain read `domain::type`.
-        name: the name in the file, or one made from the operator and its first output.
-        inputs: tensor names; an absent optional input is the empty string.
-        outputs: tensor names; an absent optional output is the empty string.
-        attributes: decoded attribute values; tensors as arrays.
-        captures: tensors of this graph that sub-graphs of the node read.
-    """
-
-    index: int
-    op: str
-    name: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    attributes: Mapping[str, Any]
-    captures: tuple[str, ...]
-
-    def input(self, position: int) -> str:
-        """Name of the input at `position`, empty where it is absent."""
-        return self.inputs[position] if position < len(self.inputs) else ""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
 from lindep_onnx.model.checks import MAX_DECLARED, impossible_sizes
-from lindep_onnx.model.ir import Model, Node
+from lindep_onnx.model.ir import Model
+from lindep_onnx.model.node import Node
 from lindep_onnx.model.shape_values import Known, follow
 from lindep_onnx.model.shape_values import Shape as Shape
 

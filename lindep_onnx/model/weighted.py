@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lindep_onnx.model.ir import Node
+from lindep_onnx.model.node import Node
 
 #: Positions of the inputs that may be weights: factors, and what is added.
 WEIGHTS: Mapping[str, tuple[int, ...]] = {

@@ -14,7 +14,7 @@ from typing import TypeAlias
 import numpy as np
 import onnx
 
-from lindep_onnx.model.ir import Node
+from lindep_onnx.model.node import Node
 from lindep_onnx.model.weighted import Weighted, may_pad, weighted
 from lindep_onnx.proofs.bounds import (
     APPROXIMATION,

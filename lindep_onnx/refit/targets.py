@@ -19,7 +19,7 @@ from lindep_onnx.data.samples import Samples
 from lindep_onnx.data.split import Part
 from lindep_onnx.linalg.fold import Matrix
 from lindep_onnx.linalg.linear_map import ChannelMaps, LinearMap
-from lindep_onnx.model.ir import Node
+from lindep_onnx.model.node import Node
 from lindep_onnx.model.weighted import weighted
 from lindep_onnx.refit.patches import unknowns
 from lindep_onnx.runtime.rows import ChannelAxis, RowSampler

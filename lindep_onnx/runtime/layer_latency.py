@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 
 from lindep_onnx.errors import LindepError, OutputError, UsageError
 from lindep_onnx.files import replacing
-from lindep_onnx.model.ir import Model, Node
+from lindep_onnx.model.ir import Model
+from lindep_onnx.model.node import Node
 from lindep_onnx.model.shapes import Shape, ShapeInfo, resolve
 from lindep_onnx.model.weighted import Weighted, weighted
 from lindep_onnx.runtime.backend import Purpose, Runtime

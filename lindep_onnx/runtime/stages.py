@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from lindep_onnx.data.samples import Batch
 from lindep_onnx.files import Scratch
-from lindep_onnx.model.ir import Model, Node
+from lindep_onnx.model.ir import Model
+from lindep_onnx.model.node import Node
 from lindep_onnx.model.shapes import ShapeInfo
 from lindep_onnx.runtime.backend import Runtime
 

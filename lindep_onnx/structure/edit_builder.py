@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lindep_onnx.model.edit import GraphEdits, Insertion
-from lindep_onnx.model.ir import Node
+from lindep_onnx.model.node import Node
 from lindep_onnx.structure.placement import Placement
 from lindep_onnx.structure.types import Structure
 

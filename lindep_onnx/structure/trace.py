@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from lindep_onnx.model.ir import Model, Node
+from lindep_onnx.model.ir import Model
+from lindep_onnx.model.node import Node
 from lindep_onnx.model.shapes import ShapeInfo
 from lindep_onnx.structure import reasons
 from lindep_onnx.structure.rules import tracing_rule

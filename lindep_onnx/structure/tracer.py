@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lindep_onnx.model.ir import Model, Node
+from lindep_onnx.model.ir import Model
+from lindep_onnx.model.node import Node
 from lindep_onnx.model.shapes import Shape, ShapeInfo
 from lindep_onnx.structure import reasons
 from lindep_onnx.structure.reasons import Reason

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from lindep_onnx.distill.augment import Augment
 from lindep_onnx.distill.train import trainable
-from lindep_onnx.model.ir import Model, Node
+from lindep_onnx.model.ir import Model
+from lindep_onnx.model.node import Node
 from lindep_onnx.model.shapes import ShapeInfo, resolve
 
 Array: TypeAlias = NDArray[Any]

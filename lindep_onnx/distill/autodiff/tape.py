@@ -14,7 +14,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from lindep_onnx.model.ir import Model, Node
+from lindep_onnx.model.ir import Model
+from lindep_onnx.model.node import Node
 from lindep_onnx.model.shapes import ShapeInfo
 
 Array: TypeAlias = NDArray[Any]

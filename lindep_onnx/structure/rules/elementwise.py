@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lindep_onnx.model.ir import Node
+from lindep_onnx.model.node import Node
 from lindep_onnx.structure import reasons
 from lindep_onnx.structure.rules.registry import traces
 from lindep_onnx.structure.rules.saturation import may_flatten

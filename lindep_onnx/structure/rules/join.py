@@ -8,7 +8,7 @@ from typing import TypeAlias
 import numpy as np
 
 from lindep_onnx.model.edit import Insertion
-from lindep_onnx.model.ir import Node
+from lindep_onnx.model.node import Node
 from lindep_onnx.structure import reasons
 from lindep_onnx.structure.edit_builder import EditBuilder
 from lindep_onnx.structure.rules.registry import rewrites, traces

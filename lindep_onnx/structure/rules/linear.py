@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lindep_onnx.model.ir import Node
+from lindep_onnx.model.node import Node
 from lindep_onnx.model.weighted import Weighted, Window, pads_implicitly, weighted, window_of
 from lindep_onnx.structure import reasons
 from lindep_onnx.structure.edit_builder import EditBuilder

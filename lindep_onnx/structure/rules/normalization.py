@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lindep_onnx.model.ir import Node
+from lindep_onnx.model.node import Node
 from lindep_onnx.structure import reasons
 from lindep_onnx.structure.rules.registry import traces
 from lindep_onnx.structure.tracer import Tracer

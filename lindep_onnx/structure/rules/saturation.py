@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from lindep_onnx.model.ir import Node
+from lindep_onnx.model.node import Node
 
 Interval: TypeAlias = "tuple[float, float]"
 Constant: TypeAlias = Callable[[str], "NDArray[Any] | None"]

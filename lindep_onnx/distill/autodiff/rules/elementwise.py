@@ -12,7 +12,7 @@ import onnx
 
 from lindep_onnx.distill.autodiff.rules.registry import gradient_of_data, gradients_of_inputs
 from lindep_onnx.distill.autodiff.tape import Operand, Tape, Unsupported
-from lindep_onnx.model.ir import Node
+from lindep_onnx.model.node import Node
 
 OTHERS = "an input other than the first depends on a weight"
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lindep_onnx.distill.autodiff.rules.registry import gradients_of_inputs
 from lindep_onnx.distill.autodiff.tape import Tape, Unsupported
-from lindep_onnx.model.ir import Node
+from lindep_onnx.model.node import Node
 from lindep_onnx.model.weighted import Window, pads_implicitly, window_of
 
 

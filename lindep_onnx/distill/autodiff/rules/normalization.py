@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from lindep_onnx.distill.autodiff.rules.registry import axis_of, gradient_of_data, gradients_of_inputs
 from lindep_onnx.distill.autodiff.tape import Tape, Unsupported
-from lindep_onnx.model.ir import Node
+from lindep_onnx.model.node import Node
 
 
 @gradient_of_data("Softmax", "LogSoftmax")

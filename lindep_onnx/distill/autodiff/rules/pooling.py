@@ -13,7 +13,7 @@ from onnx.reference import ReferenceEvaluator
 from lindep_onnx.distill.autodiff.rules.linear import Convolution
 from lindep_onnx.distill.autodiff.rules.registry import gradient_of_data
 from lindep_onnx.distill.autodiff.tape import Tape, Unsupported
-from lindep_onnx.model.ir import Node
+from lindep_onnx.model.node import Node
 from lindep_onnx.model.weighted import window_of
 
 Array: TypeAlias = NDArray[Any]

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TypeAlias
 
 from lindep_onnx.distill.autodiff.tape import Tape, Unsupported
-from lindep_onnx.model.ir import Node
+from lindep_onnx.model.node import Node
 from lindep_onnx.structure.rules.registry import registering
 
 #: Called with the node, the gradient of each output (None where nothing reads it), the positions of the inputs whose

@@ -8,7 +8,7 @@ import numpy as np
 
 from lindep_onnx.distill.autodiff.rules.registry import RULES, axis_of, gradient_of_data, gradients_of_inputs
 from lindep_onnx.distill.autodiff.tape import Tape, Unsupported
-from lindep_onnx.model.ir import Node
+from lindep_onnx.model.node import Node
 from lindep_onnx.structure.rules.registry import registering
 
 

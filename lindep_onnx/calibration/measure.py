@@ -1,4 +1,4 @@
-"""Run calibration data through the model and keep moments of what reaches each site, never the activations."""
+"""Run calibration data through the model and keep moments of what each consumer reads, never the activations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ from lindep_onnx.structure.types import Consumer, ConsumerNode, Structure
 
 Array: TypeAlias = NDArray[Any]
 
-#: Rows collected for each feature of a site, at most. Three effective rows are the least that joint dependence needs.
+#: Parts of the samples that moments are taken of.
+MEASURED = (Part.FIT, Part.SELECT)
+#: Rows collected for each feature of a consumer, at most. Three effective rows are the least that joint dependence
+#: needs.
 ROWS_PER_FEATURE = 8
 #: Positions of one sample that are looked at, whatever the number of features.
 MIN_POSITIONS = 16
@@ -56,26 +59,51 @@ class MeasuringPoint:
 
 
 def measuring_point(consumer: Consumer, reader: ConsumerNode) -> MeasuringPoint:
-    """The tap of one reader of a site."""
-    index = features(consumer.columns).index + consumer.first_column
-    layout = hashlib.blake2b(index.astype("<i8").tobytes(), digest_size=8).hexdigest()
+    """Where one reader of a consumer is measured."""
+    layout = hashlib.blake2b(_index(consumer).astype("<i8").tobytes(), digest_size=8).hexdigest()
     return MeasuringPoint(reader.tensor, reader.axis, reader.strides, layout)
 
 
 def measuring_points(structure: Structure) -> dict[MeasuringPoint, NDArray[np.int64]]:
-    """Every tap of a model, and the (F, T) places of its features on the channel axis."""
-    found: dict[MeasuringPoint, NDArray[np.int64]] = {}
-    for consumer in structure.consumers:
-        for reader in consumer.readers:
-            found.setdefault(
-                measuring_point(consumer, reader), features(consumer.columns).index + consumer.first_column
-            )
-    return found
+    """Every measuring point of a model, and the (F, T) places of its features on the channel axis."""
+    readers = ((consumer, reader) for consumer in structure.consumers for reader in consumer.readers)
+    return {measuring_point(consumer, reader): _index(consumer) for consumer, reader in readers}
+
+
+def _index(consumer: Consumer) -> NDArray[np.int64]:
+    return features(consumer.columns).index + consumer.first_column
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Which positions of a sample are looked at.
+
+    Attributes:
+        seed: of the choice.
+        fitted: number of FIT samples in all; the more there are, the fewer positions of each are needed.
+    """
+
+    seed: int
+    fitted: int
+
+    def streams(self, batch: Batch) -> list[np.random.Generator]:
+        """Two sources of random numbers: they depend on the seed and on the first sample of a batch alone."""
+        return np.random.default_rng((self.seed, int(batch.samples[0]))).spawn(2)
+
+    def most(self, points: Mapping[MeasuringPoint, NDArray[np.int64]]) -> dict[ChannelAxis, int]:
+        """How many positions of one sample are looked at, at most, at each place."""
+        found: dict[ChannelAxis, int] = {}
+        for point, index in points.items():
+            share = ROWS_PER_FEATURE * len(index) // max(1, self.fitted)
+            # Positions behind a Flatten are taps: there the whole axis is one row.
+            own = int(np.clip(share, MIN_POSITIONS, MAX_POSITIONS)) if index.shape[1] == 1 else MAX_POSITIONS
+            found[_place(point)] = max(found.get(_place(point), 0), own)
+        return found
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the data says about every tap.
+    """What the data says about every measuring point.
 
     Attributes:
         fit: moments over the samples that folds are fitted to.
@@ -99,26 +127,26 @@ class Calibration:
 def _merged(
     own: Mapping[MeasuringPoint, Moments], other: Mapping[MeasuringPoint, Moments]
 ) -> Mapping[MeasuringPoint, Moments]:
-    return {place: own[place].merge(other[place]) if place in other else own[place] for place in own} or other
+    return {point: own[point].merge(other[point]) if point in other else own[point] for point in own} or other
 
 
 class StatisticsAccumulator:
-    """Moments of every tap that still grow.
+    """Moments of every measuring point that still grow.
 
     Args:
         structure: the traced model.
 
     Attributes:
-        taps: every tap, and the (F, T) places of its features on the channel axis.
-        parts: what was added up, by part and tap.
+        structure: the same.
+        points: every measuring point, and the (F, T) places of its features on the channel axis.
+        parts: what was added up, by part and measuring point.
         samples: how many were.
     """
 
     def __init__(self, structure: Structure) -> None:
-        self.taps = measuring_points(structure)
+        self.structure, self.points = structure, measuring_points(structure)
         self.parts = {
-            part: {at: MomentsAccumulator(len(index)) for at, index in self.taps.items()}
-            for part in (Part.FIT, Part.SELECT)
+            part: {point: MomentsAccumulator(len(index)) for point, index in self.points.items()} for part in MEASURED
         }
         self.samples = dict.fromkeys(self.parts, 0)
 
@@ -126,99 +154,82 @@ class StatisticsAccumulator:
         """Add what other samples said."""
         for part, count, moments in zip(self.parts, found.samples, (found.fit, found.select or {}), strict=True):
             self.samples[part] += count
-            for at, own in moments.items():
-                self.parts[part][at].absorb(own)
+            for point, own in moments.items():
+                self.parts[part][point].absorb(own)
 
     def result(self) -> Calibration:
         """What all of it says. The sums are taken apart, for the matrices are the largest things in memory."""
         fit, select = (
-            {at: own.pop(at).result() for at in self.taps} if self.samples[part] else None
+            {point: own.pop(point).result() for point in self.points} if self.samples[part] else None
             for part, own in self.parts.items()
         )
         return Calibration(fit or {}, select, (self.samples[Part.FIT], self.samples[Part.SELECT]))
 
 
-def calibrate(
-    structure: Structure,
-    samples: Samples,
-    sums: StatisticsAccumulator,
-    runtime: Runtime,
-    log: Log,
-    *,
-    seed: int,
-    probe: Probe | None = None,
-    fitted: int | None = None,
+def measure(
+    samples: Samples, sums: StatisticsAccumulator, draw: Draw, runtime: Runtime, log: Log, probe: Probe | None = None
 ) -> None:
-    """Take the moments of every site input.
+    """Take the moments of what every consumer reads.
 
-    The positions of a batch depend on the seed and on its first sample alone, so that the moments of some batches and
-    of the others add up to those of all.
+    The moments of some batches and of the others add up to those of all.
 
     Args:
-        structure: the traced model.
         samples: the data; its FIT and SELECT parts are used.
         sums: what to add to.
+        draw: which positions are looked at.
         runtime: what models run on.
         log: told how far it is.
-        seed: of the positions that are sampled.
         probe: what else is measured in the same runs; None for nothing.
-        fitted: number of FIT samples in all, where `samples` are some of them.
 
     Raises:
         CalibrationError: an activation is not finite, naming the tensor.
         ModelError: ONNX Runtime cannot run the model.
     """
-    counts = {part: len(samples.parts[part]) for part in sums.parts}
-    most: dict[ChannelAxis, int] = {}
-    for place, index in sums.taps.items():
-        share = ROWS_PER_FEATURE * len(index) // max(1, counts[Part.FIT] if fitted is None else fitted)
-        per_sample = int(np.clip(share, MIN_POSITIONS, MAX_POSITIONS))
-        where = _place(place)
-        # Positions behind a Flatten are taps: there the whole axis is one row.
-        most[where] = max(most.get(where, 0), per_sample if index.shape[1] == 1 else MAX_POSITIONS)
-    for part, count in counts.items():
-        sums.samples[part] += count
-    if not most:
+    for part in MEASURED:
+        sums.samples[part] += len(samples.parts[part])
+    if not sums.points:
         return
+    structure, most = sums.structure, draw.most(sums.points)
     shares = runtime.shares(structure.shape_info.activation_bytes * samples.batch)
-    summed = () if runtime.on_processor else _summed(structure, sums.taps)
+    summed = () if runtime.on_processor else _summed(structure, sums.points)
     sampler = RowSampler(structure.model, structure.shape_info, most, shares.each, probe=probe, summed=summed)
 
     def sampled(batch: Batch) -> tuple[dict[MeasuringPoint, Array], dict[MeasuringPoint, Moments], Sequence[Array]]:
-        positions, columns = np.random.default_rng((seed, int(batch.samples[0]))).spawn(2)
+        positions, columns = draw.streams(batch)
         seen = sampler.run(batch, positions)
         rows, moments = {}, {}
-        for at, index in sums.taps.items():
-            if _place(at) in seen.rows:
-                rows[at] = np.ascontiguousarray(_features(seen.rows[_place(at)].values, index, columns))
+        for point, index in sums.points.items():
+            place = _place(point)
+            if place in seen.rows:
+                rows[point] = np.ascontiguousarray(_features(seen.rows[place].values, index, columns))
             else:
-                with _named(at):
-                    moments[at] = _in_order(seen.summed[_place(at)], index[:, 0])
+                with _named(point):
+                    moments[point] = _in_order(seen.summed[place], index[:, 0])
         return rows, moments, seen.probed
 
-    done = 0
+    done, total = 0, sum(len(samples.parts[part]) for part in MEASURED)
     with shares.pool() as pool:
         for part, own in sums.parts.items():
             for batch, (rows, moments, probed) in pool.in_order(sampled, samples.batches(part)):
-                for at, found in moments.items():
-                    own[at].absorb(found)
-                full = {at: own[at] for at, values in rows.items() if own[at].take(values)}
+                for point, found in moments.items():
+                    own[point].absorb(found)
+                full = {point: own[point] for point, values in rows.items() if own[point].take(values)}
                 list(pool.map(_add_up, full, full.values()))
                 if probe is not None:
                     probe.update(probed, batch)
                 done += len(batch.samples)
-                log.progress("calibrate", done, sum(counts.values()))
+                log.progress("calibrate", done, total)
             list(pool.map(_add_up, own, own.values()))
 
 
-def _place(at: MeasuringPoint) -> ChannelAxis:
-    return ChannelAxis(at.tensor, at.axis, at.strides)
+def _place(point: MeasuringPoint) -> ChannelAxis:
+    return ChannelAxis(point.tensor, point.axis, point.strides)
 
 
 def _summed(structure: Structure, found: Mapping[MeasuringPoint, NDArray[np.int64]]) -> set[ChannelAxis]:
     """Places whose moments are made on the device that holds the activations; taps behind a Flatten are rows."""
-    flat = {_place(at) for at, index in found.items() if index.shape[1] > 1}
-    places = {_place(at) for at in found} - flat
+    flat = {_place(point) for point, index in found.items() if index.shape[1] > 1}
+    places = {_place(point) for point in found} - flat
     return {place for place in places if summable(structure.model, structure.shape_info, place)}
 
 
@@ -229,17 +240,17 @@ def _in_order(summed: DeviceMoments, places: NDArray[np.int64]) -> Moments:
     return batch_moments(gram, summed.sum[places], summed.low[:, places], summed.high[:, places], summed.positions)
 
 
-def _add_up(at: MeasuringPoint, accumulator: MomentsAccumulator) -> None:
-    with _named(at):
+def _add_up(point: MeasuringPoint, accumulator: MomentsAccumulator) -> None:
+    with _named(point):
         accumulator.add_up()
 
 
 @contextmanager
-def _named(at: MeasuringPoint) -> Iterator[None]:
+def _named(point: MeasuringPoint) -> Iterator[None]:
     try:
         yield
     except CalibrationError as error:
-        raise CalibrationError(f"Tensor {at.tensor!r} becomes NaN or infinite on this data.") from error
+        raise CalibrationError(f"Tensor {point.tensor!r} becomes NaN or infinite on this data.") from error
 
 
 def _features(rows: Array, index: NDArray[np.int64], rng: np.random.Generator) -> Array:

@@ -23,15 +23,15 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from lindep_onnx import files
-from lindep_onnx.calibration.collect import collect_local
-from lindep_onnx.calibration.measure import Calibration, StatisticsAccumulator
-from lindep_onnx.calibration.range_probe import Ranges, WatchedTensor
+from lindep_onnx.calibration.collect import Watched, collect_local
+from lindep_onnx.calibration.measure import MEASURED, Calibration, Draw, StatisticsAccumulator
+from lindep_onnx.calibration.range_probe import Ranges
 from lindep_onnx.data.inputs import InputSpec
 from lindep_onnx.data.samples import Samples, open_samples
 from lindep_onnx.data.split import Part
 from lindep_onnx.errors import CalibrationError, LindepError, UsageError
 from lindep_onnx.log import Log
-from lindep_onnx.model import ir as graph
+from lindep_onnx.model.ir import model_of
 from lindep_onnx.model.shapes import resolve
 from lindep_onnx.options import Config, DataOptions, declared
 from lindep_onnx.runtime.backend import Runtime, cores
@@ -61,14 +61,14 @@ class Job:
     source: Any
     inputs: tuple[InputSpec, ...]
     data: DataOptions
-    watched: tuple[WatchedTensor, ...]
-    fitted: int
+    watched: Watched
+    draw: Draw
     runtime: Runtime
     sharing: int
 
 
 class Workers:
-    """Runs stretches of the data on the workers of a Dask client.
+    """Runs phases of the data on the workers of a Dask client.
 
     Args:
         client: a `distributed.Client`.
@@ -88,14 +88,7 @@ class Workers:
         self._data = DataOptions(**options)  # alone: a metric of the user's need not be known on the workers
 
     def __call__(
-        self,
-        structure: Structure,
-        samples: Samples,
-        watched: tuple[WatchedTensor, ...],
-        runtime: Runtime,
-        log: Log,
-        *,
-        fitted: int,
+        self, structure: Structure, samples: Samples, watched: Watched, draw: Draw, runtime: Runtime, log: Log
     ) -> tuple[Calibration, Ranges]:
         """Moments and ranges of the samples, as one process would take them; see `lindep_onnx.calibration.collect`."""
         model, folder = structure.model.proto.SerializeToString(deterministic=True), structure.model.folder
@@ -104,7 +97,7 @@ class Workers:
         sharing = max(Counter(worker["host"] for worker in workers).values(), default=1)
         job = Job(
             model, beside, self._trace, self._source, tuple(samples.inputs),
-            replace(self._data, batch_size=samples.batch), watched, fitted, runtime, sharing,
+            replace(self._data, batch_size=samples.batch), watched, draw, runtime, sharing,
         )  # fmt: skip
         shards = shards_of(samples, max(1, SHARDS * len(workers)))
         found: tuple[Calibration, Ranges] | None = None
@@ -177,13 +170,12 @@ def _check_source(source: Any) -> None:
 
 def shards_of(samples: Samples, count: int) -> list[Numbers]:
     """Whole batches, as evenly as they go: then every batch is what it is in one process."""
-    parts = (Part.FIT, Part.SELECT)
-    batches = [(part, numbers) for part in parts for numbers in samples.numbers(part)]
+    batches = [(part, numbers) for part in MEASURED for numbers in samples.numbers(part)]
     cut = np.array_split(np.arange(len(batches)), min(count, max(1, len(batches))))
     return [
         {
             part: np.concatenate([np.empty(0, np.int64), *(batches[at][1] for at in own if batches[at][0] is part)])
-            for part in parts
+            for part in MEASURED
         }
         for own in cut
     ]
@@ -199,19 +191,11 @@ def _both(own: Ranges, more: Ranges) -> Ranges:
 def run_shard(job: Job, numbers: Numbers) -> tuple[Calibration, Ranges]:
     """Moments and ranges of some samples, on a worker."""
     with threadpool_limits(max(1, cores() // (2 * job.sharing)), user_api="blas"):
-        channels = _traced(job.model, job.folder, job.trace)
+        structure = _traced(job.model, job.folder, job.trace)
         with open_samples(job.source, job.inputs, job.data, parts=numbers) as samples:
-            sums = StatisticsAccumulator(channels)
-            ranges = collect_local(
-                channels,
-                samples,
-                job.watched,
-                sums,
-                job.runtime.beside(job.sharing),
-                Log(),
-                seed=job.data.seed,
-                fitted=job.fitted,
-            )
+            sums = StatisticsAccumulator(structure)
+            runtime = job.runtime.beside(job.sharing)
+            ranges = collect_local(samples, job.watched, sums, job.draw, runtime, Log())
     return sums.result(), ranges
 
 
@@ -219,7 +203,5 @@ def run_shard(job: Job, numbers: Numbers) -> tuple[Calibration, Ranges]:
 def _traced(model: bytes, folder: str | None, options: tuple[tuple[str, ...], tuple[str, ...], int]) -> Structure:
     """Traced once in every process."""
     include, exclude, least = options
-    loaded = graph.model_of(
-        onnx.ModelProto.FromString(model), None if folder is None else files.WeightsDir(Path(folder))
-    )
+    loaded = model_of(onnx.ModelProto.FromString(model), None if folder is None else files.WeightsDir(Path(folder)))
     return trace(loaded, resolve(loaded), include=include, exclude=exclude, min_channels=least)

@@ -13,7 +13,7 @@ import pytest
 from build import build
 
 import lindep_onnx
-from lindep_onnx.calibration import collect as learning
+from lindep_onnx.calibration import archive, collect
 from lindep_onnx.errors import CalibrationError, LindepError, UsageError
 from lindep_onnx.model import ir as graph
 from lindep_onnx.model.edit import GraphEdits, apply_edits
@@ -49,7 +49,7 @@ def test_budgets_are_swept_without_calibration_and_come_to_the_same_bytes(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the data was run again")
 
-    monkeypatch.setattr(learning, "calibrate", never)
+    monkeypatch.setattr(collect, "measure", never)
     if "macs" not in options:  # another currency has other prices
         monkeypatch.setattr(sensitivity.PerturbationRunner, "error", never)
     found = lindep_onnx.compress(net(), DATA, load_moments=saved, **options)
@@ -123,10 +123,10 @@ def test_contents_that_do_not_agree_are_refused(name: str, value: np.ndarray, ma
 
 
 def test_a_compressed_file_is_refused_before_it_grows(saved: Path) -> None:
-    with zipfile.ZipFile(saved.with_suffix(".zip"), "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(saved.with_suffix(".zip"), "w", zipfile.ZIP_DEFLATED) as packed:
         buffer = io.BytesIO()
         np.save(buffer, np.zeros(1 << 24))
-        archive.writestr("names.npy", buffer.getvalue())
+        packed.writestr("names.npy", buffer.getvalue())
     with pytest.raises(CalibrationError, match="it is compressed"):
         lindep_onnx.compress(net(), DATA, load_moments=saved.with_suffix(".zip"))
 
@@ -134,14 +134,14 @@ def test_a_compressed_file_is_refused_before_it_grows(saved: Path) -> None:
 def test_changed_bytes_never_escape_as_another_error(saved: Path) -> None:
     whole, rng = saved.read_bytes(), np.random.default_rng(0)
     with lindep_onnx.calibrate(traced := lindep_onnx.trace(net()), DATA) as seen:
-        key = lindep_onnx.calibration.archive.key(traced.channels, seen.samples, seen.config)
+        key = archive.key(traced.structure, seen.samples, seen.config)
         for _ in range(300):
             broken = bytearray(whole)
             for place in rng.integers(0, len(whole), 3):
                 broken[place] = rng.integers(256)
             saved.write_bytes(broken)
             try:
-                lindep_onnx.calibration.archive.load(saved, traced.channels, seen.samples, key)
+                archive.load(saved, traced.structure, seen.samples, key)
             except LindepError as error:
                 assert len(str(error).splitlines()) == 1
 

@@ -9,10 +9,11 @@ import pytest
 from build import build, run, traced
 
 import lindep_onnx
-from lindep_onnx.calibration.measure import Calibration, MeasuringPoint, StatisticsAccumulator, calibrate
+from lindep_onnx.calibration.measure import Calibration, Draw, MeasuringPoint, StatisticsAccumulator, measure
 from lindep_onnx.calibration.moments import Moments
 from lindep_onnx.data.inputs import InputSpec
 from lindep_onnx.data.samples import open_samples
+from lindep_onnx.data.split import Part
 from lindep_onnx.errors import CalibrationError
 from lindep_onnx.log import Log
 from lindep_onnx.options import DataOptions
@@ -46,7 +47,7 @@ def moments(
     ):
         patch.setattr(Runtime, "on_processor", not device)
         sums = StatisticsAccumulator(channels)
-        calibrate(channels, samples, sums, Runtime(threads=1), Log(), seed=3)
+        measure(samples, sums, Draw(3, len(samples.parts[Part.FIT])), Runtime(threads=1), Log())
         return sums.result()
 
 

@@ -9,7 +9,7 @@ from build import as_array, build, run, traced
 import lindep_onnx
 from lindep_onnx.calibration.collect import collect_statistics
 from lindep_onnx.calibration.inactive import MIN_SAMPLES, margin, uncertain_units, violated_margin, watched_tensors
-from lindep_onnx.calibration.measure import StatisticsAccumulator, calibrate
+from lindep_onnx.calibration.measure import Draw, StatisticsAccumulator, measure
 from lindep_onnx.calibration.range_probe import RangeProbe, RangeStats, WatchedTensor
 from lindep_onnx.calibration.statistics import constant_features, statistics
 from lindep_onnx.data.inputs import InputSpec
@@ -41,7 +41,7 @@ def seen(model, data: np.ndarray):
     specs = [InputSpec("x", np.dtype(np.float32), ("N", 3, 16, 16))]
     with open_samples({"x": data}, specs, DataOptions(batch_size=8)) as samples:
         sums = StatisticsAccumulator(channels)
-        calibrate(channels, samples, sums, RUNTIME, Log(), seed=0)
+        measure(samples, sums, Draw(0, len(samples.parts[Part.FIT])), RUNTIME, Log())
         found = sums.result()
         constant = [constant_features(consumer, found.fit, found.select or {}) for consumer in channels.consumers]
         watched = watched_tensors(channels, constant)

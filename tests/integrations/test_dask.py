@@ -12,7 +12,7 @@ import pytest
 from build import as_array, build, traced
 
 import lindep_onnx
-from lindep_onnx.calibration import collect as learning
+from lindep_onnx.calibration.collect import collect_statistics
 from lindep_onnx.calibration.shards import elsewhere
 from lindep_onnx.data.inputs import InputSpec
 from lindep_onnx.data.samples import open_samples
@@ -105,7 +105,7 @@ def test_two_workers_give_the_moments_and_the_plan_of_one_process(
     ):
         over = elsewhere(wrap(client), str(path), Config())
         (_, here, uncertain), (_, there, other) = (
-            learning.collect_statistics(channels, samples, RUNTIME, Log(), seed=0, over=over) for over in (None, over)
+            collect_statistics(channels, samples, RUNTIME, Log(), seed=0, over=over) for over in (None, over)
         )
         assert here.samples == there.samples and here.inactive.any()
         assert (uncertain == other).all()

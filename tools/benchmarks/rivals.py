@@ -35,9 +35,10 @@ import scipy.linalg
 from numpy.typing import NDArray
 
 from lindep_onnx.calibration import statistics as analysis
-from lindep_onnx.calibration.measure import StatisticsAccumulator, calibrate
+from lindep_onnx.calibration.measure import Draw, StatisticsAccumulator, measure
 from lindep_onnx.data.inputs import InputSpec
 from lindep_onnx.data.samples import Samples, open_samples
+from lindep_onnx.data.split import Part
 from lindep_onnx.log import Log
 from lindep_onnx.model import ir as graph
 from lindep_onnx.model.cost import cost
@@ -107,7 +108,7 @@ def interpolative(model: onnx.ModelProto, calib: Path, target: int, *, streams: 
     channels = dataclasses.replace(traced, consumers=consumers)
     with _open(channels, calib) as samples:
         sums = StatisticsAccumulator(channels)
-        calibrate(channels, samples, sums, Runtime(), Log(), seed=0)
+        measure(samples, sums, Draw(0, len(samples.parts[Part.FIT])), Runtime(), Log())
     statistics = analysis.statistics(channels, sums.result())
     roots = [_root(consumer.gram) for consumer in statistics.consumers]
     order = _evenly([_pivots(group, statistics, roots)[::-1] for group in _groups(channels, streams)])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -21,6 +22,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "tools" / "benchmarks"
 DOCS = ROOT / "docs"
+PACKAGE = ROOT / "lindep_onnx"
+#: Folders of the package that are named as a whole.
+BY_FOLDER = ("structure/rules/", "distill/autodiff/rules/")
 PAGES = sorted(DOCS.glob("*.md"))
 #: Blocks that another test or tool runs: installation, by tools/newcomer.py.
 ELSEWHERE = "pip install ."
@@ -127,6 +131,25 @@ def test_the_reference_of_the_command_line_is_made_from_the_options() -> None:
     from lindep_onnx.cli import reference
 
     assert (DOCS / "cli.md").read_text("utf-8") == reference()
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CHANGELOG.md", *PAGES], ids=lambda page: page.stem)
+def test_modules_that_a_page_names_exist(page: Path) -> None:
+    inline = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.S)
+    for name in re.findall(r"`([a-z_./]+\.(?:py|j2)|[a-z_]+/(?:[a-z_]+/)*)`", inline):
+        assert any((folder / name).exists() for folder in (PACKAGE, PACKAGE / "report", BENCHMARKS, ROOT)), name
+
+
+def test_the_page_on_architecture_names_every_module() -> None:
+    named = set(re.findall(r"`([a-z_/]+(?:\.py|/))`", (DOCS / "architecture.md").read_text("utf-8")))
+    for module in PACKAGE.rglob("[a-z]*.py"):
+        path = module.relative_to(PACKAGE)
+        assert {path.as_posix(), *(folder for folder in BY_FOLDER if path.as_posix().startswith(folder))} & named, path
+
+
+def test_what_the_page_on_python_describes_can_be_imported() -> None:
+    for name in re.findall(r"^::: (\S+)$", (DOCS / "api.md").read_text("utf-8"), flags=re.M):
+        pkgutil.resolve_name(name)
 
 
 def test_links_and_pictures_lead_somewhere() -> None:

@@ -90,6 +90,16 @@ class PairMoments:
         matrix = np.asarray(np.linalg.solve(covariance + ridge * scale * np.eye(len(covariance)), between.T).T, float)
         return matrix, self.left - matrix @ self.right
 
+    def unexplained(self, matrix: NDArray[np.float64]) -> float:
+        """Variance of x that A y + b leaves, as a share of all of it, b chosen best.
+
+        Args:
+            matrix: (L, R) A, as `best_map` finds it without a ridge.
+        """
+        spread = float(np.trace(self.left_gram) - self.left @ self.left)
+        explained = float(np.vdot(matrix, self.cross - np.outer(self.left, self.right)))
+        return max(0.0, (spread - explained) / max(spread, 1e-30))
+
 
 def collect_pairs(
     structure: Structure, samples: Samples, pairs: Sequence[Pair], *, runtime: Runtime, seed: int, log: Log

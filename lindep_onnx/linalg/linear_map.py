@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -97,3 +98,24 @@ class ChannelMaps(Protocol):
 
     def touches(self, tensor: str) -> bool:
         """Whether the change itself gives the tensor other channels or other values."""
+
+
+@dataclass(frozen=True)
+class TensorMaps:
+    """A `ChannelMaps` that is written down.
+
+    Attributes:
+        maps: by tensor and axis.
+        changed: tensors that have the same channels and other values.
+    """
+
+    maps: Mapping[tuple[str, int], LinearMap] = field(default_factory=dict)
+    changed: frozenset[str] = frozenset()
+
+    def of(self, tensor: str, axis: int) -> LinearMap | None:
+        """See `ChannelMaps`."""
+        return self.maps.get((tensor, axis))
+
+    def touches(self, tensor: str) -> bool:
+        """See `ChannelMaps`."""
+        return tensor in self.changed or any(name == tensor for name, _ in self.maps)

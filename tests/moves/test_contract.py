@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -287,3 +289,9 @@ def test_moments_of_a_pair_are_those_of_the_rows() -> None:
     oracle, *_ = np.linalg.lstsq(np.c_[y, np.ones(len(y))], x, rcond=None)
     active = np.flatnonzero(y.std(axis=0) > 0)
     assert spread(y[:, active] @ matrix[:, active].T + rest, np.c_[y, np.ones(len(y))] @ oracle) < 1e-4
+
+
+def test_the_page_on_extending_shows_a_kind_that_keeps_the_contract() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
+    source = inspect.getsource(Bypass)
+    assert source in page and len(source.splitlines()) < 60

@@ -7,33 +7,19 @@ map. `Bypass` puts a linear map of the stream in the place of a residual branch:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lindep_onnx.calibration.pairs import Pair
 from lindep_onnx.calibration.statistics import Statistics
-from lindep_onnx.linalg.linear_map import LinearMap, Mixture
+from lindep_onnx.linalg.linear_map import Mixture, TensorMaps
 from lindep_onnx.model.edit import GraphEdits, Insertion
+from lindep_onnx.model.node import Node
 from lindep_onnx.moves.base import FittedSteps, Independent, Site
 from lindep_onnx.runtime.rows import ChannelAxis
 from lindep_onnx.structure.steps import Curve, Saving
 from lindep_onnx.structure.types import Structure
-
-
-@dataclass(frozen=True)
-class ToyMaps:
-    """Maps of tensors by name, all along axis 1."""
-
-    maps: Mapping[str, LinearMap]
-
-    def of(self, tensor: str, axis: int) -> LinearMap | None:
-        return self.maps.get(tensor) if axis == 1 else None
-
-    def touches(self, tensor: str) -> bool:
-        return tensor in self.maps
 
 
 class Narrowing(Independent):
@@ -52,7 +38,7 @@ class Narrowing(Independent):
             found.append(Site(second.name, np.arange(begin, begin := begin + width - 1)))
         return tuple(found)
 
-    def _gemms(self, structure: Structure) -> list[tuple[Any, Any]]:
+    def _gemms(self, structure: Structure) -> list[tuple[Node, Node]]:
         model, constants = structure.model, structure.shape_info.constants
         plain = [
             node for node in model.nodes if node.op == "Gemm" and not node.attributes and node.input(1) in constants
@@ -65,7 +51,7 @@ class Narrowing(Independent):
         mean = own.mean + own.offset
         return own.gram + np.outer(own.mean, mean) + np.outer(own.offset, own.mean)
 
-    def _svd(self, structure: Structure, statistics: Statistics, second: Any) -> tuple[NDArray[np.float64], ...]:
+    def _svd(self, structure: Structure, statistics: Statistics, second: Node) -> tuple[NDArray[np.float64], ...]:
         values, vectors = np.linalg.eigh(self._moments(structure, statistics, second.input(0)))
         root = np.sqrt(np.maximum(values, 1e-12 * values.max()))
         weight = structure.shape_info.constants[second.input(1)].astype(np.float64)
@@ -118,11 +104,11 @@ class Narrowing(Independent):
             dims[second.input(0), 1] = width - gone
         return GraphEdits(constants=constants, dims=dims)
 
-    def maps(self, structure: Structure, steps: FittedSteps) -> ToyMaps:
+    def maps(self, structure: Structure, steps: FittedSteps) -> TensorMaps:
         sites = enumerate(zip(self.sites(structure), self._gemms(structure), strict=True))
-        return ToyMaps(
+        return TensorMaps(
             {
-                second.input(0): Mixture(steps.fits[number][0])
+                (second.input(0), 1): Mixture(steps.fits[number][0])
                 for number, (site, (_, second)) in sites
                 if steps.taken[site.steps].any()
             }
@@ -134,84 +120,53 @@ class Bypass(Independent):
 
     name = "bypass"
 
-    def _adds(self, structure: Structure) -> list[tuple[Any, int, str]]:
-        """(the Add, which of its inputs is the branch, the stream)."""
-        found, producer = [], structure.model.producer
-        for node in structure.model.nodes:
+    def branches(self, structure: Structure) -> list[tuple[Node, int, str, int]]:
+        """(the Add, which of its inputs is the branch, the stream, elements of the weights inside the branch)."""
+        model, constants = structure.model, structure.shape_info.constants
+        found = []
+        for node in model.nodes:
             for position in (0, 1) if node.op == "Add" else ():
-                branch, stream = node.input(position), node.input(1 - position)
-                above = branch
-                while above in producer and above != stream and len(structure.model.consumers[above]) == 1:
-                    above = producer[above].input(0)
-                if above == stream and branch != stream:
-                    found.append((node, position, stream))
+                above, stream, inside = node.input(position), node.input(1 - position), 0
+                while above in model.producer and above != stream and len(model.consumers[above]) == 1:
+                    inside += sum(constants[name].size for name in model.producer[above].inputs if name in constants)
+                    above = model.producer[above].input(0)
+                if above == stream and inside:
+                    found.append((node, position, stream, inside))
         return found
 
     def sites(self, structure: Structure) -> tuple[Site, ...]:
-        return tuple(Site(node.name, np.array([n])) for n, (node, _, _) in enumerate(self._adds(structure)))
+        return tuple(Site(add.name, np.array([n])) for n, (add, *_) in enumerate(self.branches(structure)))
 
     def pairs(self, structure: Structure) -> tuple[Pair, ...]:
-        return tuple(Pair(ChannelAxis(node.input(at), 1), ChannelAxis(p, 1)) for node, at, p in self._adds(structure))
-
-    def _inside(self, structure: Structure, branch: str, stream: str) -> int:
-        total, above = 0, branch
-        while above != stream:
-            node = structure.model.producer[above]
-            constants = structure.shape_info.constants
-            total += sum(constants[name].size for name in node.inputs if name in constants)
-            above = node.input(0)
-        return total
+        places = [(ChannelAxis(add.input(at), 1), ChannelAxis(p, 1)) for add, at, p, _ in self.branches(structure)]
+        return tuple(Pair(branch, stream) for branch, stream in places)
 
     def savings(self, structure: Structure, saving: Saving, rates: Mapping[int, float]) -> NDArray[np.float64]:
-        widths = [int(structure.shape_info.shapes[p][1]) for _, _, p in self._adds(structure)]
-        inside = [self._inside(structure, node.input(at), p) for node, at, p in self._adds(structure)]
-        return np.array([float(own - width * width - width) for own, width in zip(inside, widths, strict=True)])
+        widths = [(inside, int(structure.shape_info.shapes[p][1])) for _, _, p, inside in self.branches(structure)]
+        return np.array([float(inside - width * width - width) for inside, width in widths])
 
     def price(
         self, structure: Structure, statistics: Statistics, sensitivity: Sequence[float], saving: NDArray[np.float64]
     ) -> list[Curve]:
-        curves = []
-        for number, pair in enumerate(self.pairs(structure)):
-            own = statistics.pairs[pair]
-            matrix, _ = own.best_map(1e-6)
-            spread = np.trace(own.left_gram) - own.left @ own.left
-            explained = np.trace(matrix @ (own.cross - np.outer(own.left, own.right)).T)
-            cost = np.array([max(float((spread - explained) / spread), 0.0)])
-            curves.append(Curve(number, np.array([number]), cost, np.maximum(saving[number : number + 1], 1e-9)))
-        return curves
+        moments = [statistics.pairs[pair] for pair in self.pairs(structure)]
+        lost = [np.array([own.unexplained(own.best_map(1e-6)[0])]) for own in moments]
+        return [Curve(n, np.array([n]), cost, saving[n : n + 1]) for n, cost in enumerate(lost)]
 
     def fit(self, structure: Structure, steps: FittedSteps, statistics: Statistics) -> FittedSteps:
-        found = {n: statistics.pairs[pair].best_map(1e-6) for n, pair in enumerate(self.pairs(structure))}
-        return FittedSteps(steps.taken, found)
+        fits = {n: statistics.pairs[pair].best_map(1e-6) for n, pair in enumerate(self.pairs(structure))}
+        return FittedSteps(steps.taken, fits)
 
     def apply(self, structure: Structure, steps: FittedSteps, statistics: Statistics | None) -> GraphEdits:
-        before, inputs = {}, {}
-        for number, (node, position, stream) in enumerate(self._adds(structure)):
-            if steps.taken[number]:
-                width = int(structure.shape_info.shapes[stream][1])
-                matrix, rest = steps.fits.get(number) or (np.zeros((width, width)), np.zeros(width))
-                name = node.input(position) + "_bypass"
-                before[node.index] = [
-                    Insertion("MatMul", (stream, matrix.T.astype(np.float32)), name + "_map"),
-                    Insertion("Add", (name + "_map", rest.astype(np.float32)), name),
-                ]
-                inputs[node.index, position] = name
-        return GraphEdits(before=before, inputs=inputs)
+        edits = GraphEdits(before={}, inputs={})
+        for n, (add, position, stream, _) in enumerate(self.branches(structure)):
+            if steps.taken[n]:
+                width, name = int(structure.shape_info.shapes[stream][1]), add.input(position) + "_map"
+                matrix, rest = steps.fits.get(n, (np.zeros((width, width)), np.zeros(width)))
+                product = Insertion("MatMul", (stream, matrix.T.astype(np.float32)), name)
+                edits.before[add.index] = [product, Insertion("Add", (name, rest.astype(np.float32)), name + "_sum")]
+                edits.inputs[add.index, position] = name + "_sum"
+        return edits
 
-    def maps(self, structure: Structure, steps: FittedSteps) -> ToyMaps:
-        return _Changed(
-            frozenset(node.outputs[0] for n, (node, _, _) in enumerate(self._adds(structure)) if steps.taken[n])
-        )
-
-
-@dataclass(frozen=True)
-class _Changed:
-    """Tensors with the same channels and other values."""
-
-    names: frozenset[str]
-
-    def of(self, tensor: str, axis: int) -> LinearMap | None:
-        return None
-
-    def touches(self, tensor: str) -> bool:
-        return tensor in self.names
+    def maps(self, structure: Structure, steps: FittedSteps) -> TensorMaps:
+        sums = [add.outputs[0] for n, (add, *_) in enumerate(self.branches(structure)) if steps.taken[n]]
+        return TensorMaps(changed=frozenset(sums))

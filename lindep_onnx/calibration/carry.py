@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TypeAlias
 
 import numpy as np
 
@@ -11,6 +12,9 @@ from lindep_onnx.calibration.statistics import ConsumerStatistics, Statistics
 from lindep_onnx.linalg.linear_map import ChannelMaps, LinearMap, Selection
 from lindep_onnx.structure.layout import features
 from lindep_onnx.structure.types import Consumer, Structure
+
+#: Tensor, axis, block and, where it is the very consumer, its product.
+Key: TypeAlias = tuple[str, int, int, str]
 
 
 def carried(statistics: Statistics, before: Structure, after: Structure, maps: ChannelMaps) -> Statistics:
@@ -26,10 +30,13 @@ def carried(statistics: Statistics, before: Structure, after: Structure, maps: C
         maps: from the tensors of the original to those of the changed model.
 
     Raises:
-        ValueError: a consumer of the changed model is none of the original, or a mixture reaches one whose channels
-            have several positions each (behind a Flatten).
+        ValueError: a consumer of the changed model reads what no consumer of the original read, or a mixture reaches
+            one whose channels have several positions each (behind a Flatten).
     """
-    known = {_key(consumer): found for consumer, found in zip(before.consumers, statistics.consumers, strict=True)}
+    known: dict[Key, ConsumerStatistics] = {}
+    for consumer, found in zip(before.consumers, statistics.consumers, strict=True):
+        for key in _keys(consumer):
+            known.setdefault(key, found)
     consumers = tuple(_carried(known, consumer, after, maps) for consumer in after.consumers)
     constant = np.ones(after.units, dtype=bool)
     inactive, active = np.zeros(after.units, dtype=bool), np.ones(after.units, dtype=bool)
@@ -45,15 +52,21 @@ def carried(statistics: Statistics, before: Structure, after: Structure, maps: C
     return Statistics(consumers, constant, inactive, active, statistics.samples, statistics.enough, pairs)
 
 
-def _key(consumer: Consumer) -> tuple[str, int, str]:
-    return consumer.readers[0].output, consumer.block, consumer.readers[0].tensor
+def _keys(consumer: Consumer) -> tuple[Key, Key]:
+    """What a consumer is found by: what it reads and makes, else what it reads, which is all that statistics are of."""
+    reader = consumer.readers[0]
+    read = reader.tensor, reader.axis, consumer.block
+    return (*read, reader.output), (*read, "")
 
 
 def _carried(
-    known: Mapping[tuple[str, int, str], ConsumerStatistics], consumer: Consumer, after: Structure, maps: ChannelMaps
+    known: Mapping[Key, ConsumerStatistics],
+    consumer: Consumer,
+    after: Structure,
+    maps: ChannelMaps,
 ) -> ConsumerStatistics:
     reader = consumer.readers[0]
-    own = known.get(_key(consumer))
+    own = next((known[key] for key in _keys(consumer) if key in known), None)
     if own is None:
         raise ValueError(f"nothing is known of what {reader.output} reads")
     layout = features(consumer.columns)

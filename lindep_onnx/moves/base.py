@@ -134,6 +134,15 @@ class Move(Protocol):
     def maps(self, structure: Structure, steps: Steps) -> ChannelMaps:
         """How tensors behind the change follow from those before it."""
 
+    def refound(self, before: Structure, taken: NDArray[np.bool_], after: Structure) -> NDArray[np.bool_]:
+        """(steps of `after`,) bool: the same steps in what another kind made of the model, but for sites that are gone.
+
+        Args:
+            before: the model that the steps are of, traced.
+            taken: (steps of `before`,) bool.
+            after: the changed model, traced; tensors and nodes go by the same names.
+        """
+
     def to_names(self, structure: Structure, steps: Steps) -> Mapping[str, Any]:
         """The steps as JSON values, by names of tensors or nodes, so that they fit every model with the same layers."""
 
@@ -198,6 +207,14 @@ class Independent:
     def unfitted(self, structure: Structure, taken: NDArray[np.bool_]) -> FittedSteps:
         """The steps alone."""
         return FittedSteps(taken)
+
+    def refound(self, before: Structure, taken: NDArray[np.bool_], after: Structure) -> NDArray[np.bool_]:
+        """By the names of the sites; a site that lost steps takes as many as it has."""
+        found = np.zeros(self.count(after), dtype=bool)
+        counts = {site.name: int(taken[site.steps].sum()) for site in self.sites(before)}
+        for site in self.sites(after):
+            found[site.steps[: counts.get(site.name, 0)]] = True
+        return found
 
     def to_names(self, structure: Structure, steps: Steps) -> dict[str, Any]:
         """How many steps of each site."""

@@ -91,6 +91,21 @@ class ChannelRemoval:
         """What is left is a selection of what was there."""
         return Placement(structure, _own(steps).removed)
 
+    def refound(self, before: Structure, taken: NDArray[np.bool_], after: Structure) -> NDArray[np.bool_]:
+        """By the names of tensors with as many channels as before."""
+        found = np.zeros(after.units, dtype=bool)
+        gone = np.append(taken, False)  # the last entry answers for FROZEN
+        for tensor, labels in after.labels.items():
+            known = {label.cut: label.along_cut() for label in before.labels.get(tensor, ())}
+            for label in labels:
+                atoms, old = label.along_cut(), known.get(label.cut, np.empty(0, np.int64))
+                if len(atoms) == len(old):
+                    units = after.unit[atoms[gone[before.unit[old]]]]
+                    found[units[units != FROZEN]] = True
+        order = np.flatnonzero(found)
+        found[order[~self.possible(after, order)]] = False
+        return equalized(after, found)
+
     def to_names(self, structure: Structure, steps: Steps) -> dict[str, Any]:
         """Numbers of the channels that go, and how many channels there were, by tensor."""
         removed = _own(steps).removed

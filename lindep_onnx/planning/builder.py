@@ -162,11 +162,10 @@ class Builder:
         for own in taken:
             move = own.move
             wanted = own.steps
-            if model is not None and wanted.any():  # sites are found again by their names
-                names = move.to_names(self.piece.structure, move.unfitted(self.piece.structure, wanted))
+            if model is not None and wanted.any():
                 smaller = self._traced(model)
                 statistics = None if statistics is None else carried(statistics, structure, smaller, maps[-1])
-                structure, wanted = smaller, move.from_names(smaller, names)
+                structure, wanted = smaller, move.refound(self.piece.structure, wanted, smaller)
             if not wanted.any():
                 continue
             chosen = move.unfitted(structure, wanted)

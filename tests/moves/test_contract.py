@@ -30,7 +30,11 @@ from lindep_onnx.moves.base import Composed, Exactness, Move
 from lindep_onnx.moves.channels import ChannelRemoval
 from lindep_onnx.moves.kinds import MOVES
 from lindep_onnx.moves.sensitivity import PerturbationRunner, consumer_sensitivity
-from lindep_onnx.options import DataOptions
+from lindep_onnx.options import Config, DataOptions
+from lindep_onnx.pipeline import Calibrated, open_round
+from lindep_onnx.planning.pricing import path_of, price
+from lindep_onnx.planning.strategies import by_size
+from lindep_onnx.proofs.traced import load_and_trace
 from lindep_onnx.refit.sequential import Cut, refit
 from lindep_onnx.runtime.backend import Runtime
 from lindep_onnx.structure.reasons import ADVICE
@@ -192,6 +196,15 @@ def test_steps_survive_a_plan_file(case: tuple[Move, Net]) -> None:
         kind.from_names(own.structure, broken)
 
 
+def test_steps_are_found_again_where_nothing_changed(case: tuple[Move, Net]) -> None:
+    kind, own = case
+    mask = np.zeros(kind.count(own.structure), dtype=bool)
+    mask[np.sort(whole_order(kind, own))[:1]] = True
+    assert (kind.refound(own.structure, mask, own.structure) == mask).all()
+    other = traced(build("y = Relu(x)", {}, x=("N", 3)))
+    assert not kind.refound(own.structure, mask, other).any()
+
+
 def test_every_refusal_has_a_reason_and_advice(case: tuple[Move, Net]) -> None:
     kind, own = case
     for refusal in kind.refusals(own.structure):
@@ -295,3 +308,23 @@ def test_the_page_on_extending_shows_a_kind_that_keeps_the_contract() -> None:
     page = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
     source = inspect.getsource(Bypass)
     assert source in page and len(source.splitlines()) < 60
+
+
+def test_kinds_meet_on_one_path_and_one_size() -> None:
+    """Both kinds are priced, chosen together, carried out one after the other, and refitted."""
+    kinds = (Bypass(), ChannelRemoval())
+    own = net(*NETS["bypass"], kinds[0])
+    config = Config(params=0.45, batch_size=32)
+    traced_model = load_and_trace(own.model, config)
+    calibrated = Calibrated(traced_model, own.samples, None, own.statistics, config)
+    plain = open_round(calibrated, config, RUNTIME, Log())
+    piece = replace(plain.piece, moves=kinds)
+    round_ = replace(plain, piece=piece, builder=replace(plain.builder, piece=piece))
+    found = price(piece, "parameters", RUNTIME, Log())
+    path = path_of(piece, found, np.zeros(own.structure.units, dtype=bool))
+    assert set(path.kind.tolist()) == {0, 1} and (np.diff(path.price) >= 0).all()
+    candidate, evaluation = by_size(round_, path, 1)
+    assert evaluation.failure is None and evaluation.achieved["params"] <= 0.45
+    assert candidate.decision.steps["bypass"].taken.all() and candidate.decision.removed.any()
+    onnx.checker.check_model(candidate.model.proto, full_check=True)
+    assert evaluation.comparison is not None and evaluation.comparison.relative_error < 0.9

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lindep_onnx.calibration.measure import Calibration, MeasuringPoint, measuring_points
-from lindep_onnx.calibration.moments import Moments, load_moments_and_beside, save_moments
+from lindep_onnx.calibration.moments import Moments, load_moments, save_moments
 from lindep_onnx.data.samples import Samples
 from lindep_onnx.data.split import Part
 from lindep_onnx.errors import CalibrationError
@@ -29,6 +29,12 @@ from lindep_onnx.structure.types import Structure
 
 #: Changes whenever older files must not be read any more.
 FORMAT = 1
+#: What a file is refused for, by field of its key.
+ABOUT = {
+    "model": "another model",
+    "data": "other calibration data, or split or fed otherwise (--seed, --holdout, --max-samples, --batch-size)",
+    "options": "other options (--include, --exclude, --min-channels, --input-range, --seed)",
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class SavedStatistics:
     """What data says about a model, as far as running it is what takes time.
 
     Attributes:
-        calibration: moments of all site inputs; None where nobody will ask for them any more.
+        calibration: moments of all measuring points; None where nobody will ask for them any more.
         uncertain: (units,) bool, constant so far but without a margin.
         prices: the curves that budgets were priced with so far; those of channels are kept in the file.
     """
@@ -77,8 +83,8 @@ def save(path: Path, learned: SavedStatistics, made_with: Key) -> None:
     """
     seen = learned.calibration
     assert seen is not None
-    named = {f"{part}|{tap.key}": found for part, moments in (("fit", seen.fit), ("select", seen.select or {}))
-             for tap, found in moments.items()}  # fmt: skip
+    named = {f"{part}|{point.key}": found for part, moments in (("fit", seen.fit), ("select", seen.select or {}))
+             for point, found in moments.items()}  # fmt: skip
     beside: dict[str, NDArray[Any]] = {
         "format": np.array(FORMAT),
         "key": np.array([made_with.model, made_with.data, made_with.options]),
@@ -98,11 +104,11 @@ def load(path: Path, structure: Structure, samples: Samples, wanted: Key) -> Sav
     Raises:
         CalibrationError: the file is missing, damaged, or about something else.
     """
-    named, beside = load_moments_and_beside(path)
+    named, beside = load_moments(path)
     found = beside.get("key")
     if found is None or found.shape != (3,) or int(beside.get("format", np.array(0)).ravel()[:1].sum()) != FORMAT:
         raise CalibrationError(f"{path}: holds no moments that --save-moments of this version wrote; write it anew.")
-    for (field, what), value in zip(_ABOUT.items(), found.tolist(), strict=True):
+    for (field, what), value in zip(ABOUT.items(), found.tolist(), strict=True):
         if value != getattr(wanted, field):
             raise CalibrationError(
                 f"{path}: was made with {what}; make it anew with --save-moments, or drop --load-moments."
@@ -111,13 +117,6 @@ def load(path: Path, structure: Structure, samples: Samples, wanted: Key) -> Sav
         return _checked(structure, samples, named, beside)
     except (KeyError, ValueError, TypeError) as error:
         raise CalibrationError(f"{path}: its contents do not agree with each other; write it anew.") from error
-
-
-_ABOUT = {
-    "model": "another model",
-    "data": "other calibration data, or split or fed otherwise (--seed, --holdout, --max-samples, --batch-size)",
-    "options": "other options (--include, --exclude, --min-channels, --input-range, --seed)",
-}
 
 
 def _checked(

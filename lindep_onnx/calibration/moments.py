@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,16 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lindep_onnx.data.npz import UNREADABLE, npz_headers
-from lindep_onnx.errors import CalibrationError, OutputError
+from lindep_onnx.errors import CalibrationError, OutputError, one_line
 from lindep_onnx.files import replacing
 from lindep_onnx.linalg.gram import add_gram
 
-#: Rows of one sample are alike: so many of them count, at most, as evidence.
+#: Rows of one sample are alike: so many of them count, at most, when it is asked what was seen often enough.
 ROWS_PER_SAMPLE = 16
 #: What differs by less than this share of its size is constant: it is rounding.
 CONSTANT_TOLERANCE = 1e-6
 #: Rows that wait to be added up, or a quarter of the number of features if that is more.
 MIN_BUFFERED = 128
+#: In the place of second moments that are kept elsewhere.
+NO_GRAM = np.zeros((0, 0))
 
 
 def never_changes(low: NDArray[np.float64], high: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -141,42 +143,28 @@ class MomentsAccumulator:
     """
 
     def __init__(self, features: int) -> None:
-        self._rows = self._samples = 0
-        self._effective = 0.0
         self._waiting: list[NDArray[Any]] = []
         self._waiting_rows = 0
         self._most = max(MIN_BUFFERED, features // 4)
-        self._sum = np.zeros(features)
         self._gram = np.zeros((features, features), order="F")  # its lower triangle, until the end
-        self._low, self._high = np.full(features, np.inf), np.full(features, -np.inf)
-        self._active, self._at_low, self._at_high = np.zeros((3, features), dtype=np.int64)
+        ends, nothing = np.full(features, np.inf), np.zeros(features, dtype=np.int64)
+        #: All but the Gram matrix.
+        self._sums = Moments(0, 0, 0.0, np.zeros(features), NO_GRAM, ends, -ends, nothing, nothing, nothing)
 
     @property
     def low(self) -> NDArray[np.float64]:
         """(F,) smallest value that was added up."""
-        return self._low
+        return self._sums.low
 
     @property
     def high(self) -> NDArray[np.float64]:
         """(F,) largest value that was added up."""
-        return self._high
+        return self._sums.high
 
     def absorb(self, moments: Moments) -> None:
         """Add what rows elsewhere came to."""
         self._gram += moments.gram.T  # in the order of memory; it is symmetric
-        self._count(moments)
-
-    def _count(self, moments: Moments) -> None:
-        """Add all but the Gram matrix."""
-        self._at_low = _at_end(self._low, self._at_low, moments.low, moments.at_low)
-        self._at_high = _at_end(-self._high, self._at_high, -moments.high, moments.at_high)
-        np.minimum(self._low, moments.low, out=self._low)
-        np.maximum(self._high, moments.high, out=self._high)
-        self._sum += moments.sum
-        self._active += moments.active
-        self._rows += moments.rows
-        self._samples += moments.samples
-        self._effective += moments.effective_rows
+        self._sums = self._sums.merge(replace(moments, gram=NO_GRAM))
 
     def take(self, rows: NDArray[Any]) -> bool:
         """Keep rows for later; whether they are enough to be added up.
@@ -204,10 +192,10 @@ class MomentsAccumulator:
         _, positions, features = rows.shape
         # float32 products would lose the rank of the Gram matrix.
         flat = np.ascontiguousarray(rows, dtype=np.float64).reshape(-1, features)
-        found = batch_moments(np.zeros((0, 0)), flat.sum(axis=0), rows.min(axis=1), rows.max(axis=1), positions)
+        found = batch_moments(NO_GRAM, flat.sum(axis=0), rows.min(axis=1), rows.max(axis=1), positions)
         # In place and one triangle: twice as fast as a product that is then added, and without its memory.
         add_gram(self._gram, flat)
-        self._count(found)
+        self._sums = self._sums.merge(found)
 
     def result(self) -> Moments:
         """Everything added so far.
@@ -216,18 +204,7 @@ class MomentsAccumulator:
             CalibrationError: a value is NaN or infinite.
         """
         self.add_up()
-        return Moments(
-            rows=self._rows,
-            samples=self._samples,
-            effective_rows=self._effective,
-            sum=self._sum.copy(),
-            gram=_mirrored(self._gram),
-            low=self._low.copy(),
-            high=self._high.copy(),
-            active=self._active.copy(),
-            at_low=self._at_low.copy(),
-            at_high=self._at_high.copy(),
-        )
+        return replace(self._sums, gram=_mirrored(self._gram))
 
 
 def _mirrored(lower: NDArray[np.float64], block: int = 256) -> NDArray[np.float64]:
@@ -279,16 +256,7 @@ def save_moments(
         raise OutputError(f"{path}: cannot be written ({error.strerror or error}).") from error
 
 
-def load_moments(path: Path) -> dict[str, Moments]:
-    """Read what `save_moments` wrote.
-
-    Raises:
-        CalibrationError: the file is missing or damaged.
-    """
-    return load_moments_and_beside(path)[0]
-
-
-def load_moments_and_beside(path: Path) -> tuple[dict[str, Moments], dict[str, NDArray[Any]]]:
+def load_moments(path: Path) -> tuple[dict[str, Moments], dict[str, NDArray[Any]]]:
     """Read what `save_moments` wrote, and what was kept beside it. No more is read than the file is long.
 
     Raises:
@@ -308,5 +276,4 @@ def load_moments_and_beside(path: Path) -> tuple[dict[str, Moments], dict[str, N
             beside = {name.removeprefix(_BESIDE): data[name] for name in data.files if name.startswith(_BESIDE)}
             return result, beside
     except UNREADABLE as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CalibrationError(f"{path}: is not a readable file of moments ({reason}).") from error
+        raise CalibrationError(f"{path}: is not a readable file of moments ({one_line(error)}).") from error

@@ -29,7 +29,7 @@ from lindep_onnx.calibration.range_probe import Ranges
 from lindep_onnx.data.inputs import InputSpec
 from lindep_onnx.data.samples import Samples, open_samples
 from lindep_onnx.data.split import Part
-from lindep_onnx.errors import CalibrationError, LindepError, UsageError
+from lindep_onnx.errors import CalibrationError, LindepError, UsageError, one_line
 from lindep_onnx.log import Log
 from lindep_onnx.model.ir import model_of
 from lindep_onnx.model.shapes import resolve
@@ -110,10 +110,9 @@ class Workers:
         except LindepError:
             raise
         except Exception as error:
-            text = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CalibrationError(
-                f"The cluster gave up on a part of the calibration data: {text}. Every worker needs this package, the "
-                "same file paths, and the memory for one session."
+                f"The cluster gave up on a part of the calibration data: {one_line(error)}. Every worker needs this "
+                "package, the same file paths, and the memory for one session."
             ) from error
         assert found is not None
         return found

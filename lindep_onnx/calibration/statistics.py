@@ -5,18 +5,20 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lindep_onnx.calibration.measure import Calibration, MeasuringPoint, measuring_point
-from lindep_onnx.calibration.moments import Moments, never_changes
+from lindep_onnx.calibration.moments import Moments, MomentsAccumulator, never_changes
 from lindep_onnx.calibration.pairs import Pair, PairMoments
 from lindep_onnx.linalg.fold import ConsumerProblem
 from lindep_onnx.structure.layout import ConsumerLayout, features
 from lindep_onnx.structure.types import FROZEN, Consumer, Structure
 
+#: Moments, or what still grows to be moments: both know smallest and largest values.
+Extremes: TypeAlias = Moments | MomentsAccumulator
 #: Samples in which a feature must leave its rest before anything but inactivity is concluded from it; half, of fewer.
 MIN_ACTIVE_SAMPLES = 8
 #: Rows for each feature, at most 16 counted per sample, that a dependence on several others needs.
@@ -85,18 +87,6 @@ def statistics(structure: Structure, calibration: Calibration) -> Statistics:
         constant[consumer.unit[live & ~consumer.constant]] = False
         active[consumer.unit[live & ~consumer.constant & (consumer.active < enough)]] = False
     return Statistics(consumers, constant, inactive, active, sum(calibration.samples), enough)
-
-
-class Extremes(Protocol):
-    """Moments, or what still grows to be moments."""
-
-    @property
-    def low(self) -> NDArray[np.float64]:
-        """(F,) smallest value."""
-
-    @property
-    def high(self) -> NDArray[np.float64]:
-        """(F,) largest value."""
 
 
 def constant_features(consumer: Consumer, *parts: Mapping[MeasuringPoint, Extremes]) -> NDArray[np.bool_]:

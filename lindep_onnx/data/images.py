@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from lindep_onnx.data.inputs import Array, InputSpec, kind_of, listed
-from lindep_onnx.errors import CalibrationError, UsageError
+from lindep_onnx.errors import CalibrationError, UsageError, one_line
 from lindep_onnx.options import Color, DataOptions, ImageOptions, Layout, several
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -77,8 +77,9 @@ class _Input:
                 picture = picture.convert("L" if self.color == "gray" else "RGB")
         except (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError, AttributeError,
                 Image.DecompressionBombError, MemoryError, OverflowError, ZeroDivisionError) as error:  # fmt: skip
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise CalibrationError(f"{path}: is not a readable image ({reason}); repair or remove it.") from error
+            raise CalibrationError(
+                f"{path}: is not a readable image ({one_line(error)}); repair or remove it."
+            ) from error
         width, height = self._resized(*picture.size)
         if width * height > MAX_PIXELS:
             raise CalibrationError(f"{path}: {picture.width}x{picture.height} is too long to be resized; remove it.")

@@ -31,7 +31,7 @@ from lindep_onnx.data.inputs import (
 )
 from lindep_onnx.data.npz import UNREADABLE, npy_header, npz_headers
 from lindep_onnx.data.spool import Reading, in_memory, plain, spooled
-from lindep_onnx.errors import CalibrationError, UsageError
+from lindep_onnx.errors import CalibrationError, UsageError, one_line
 from lindep_onnx.files import suggestion
 
 #: What is said first where there is no real data.
@@ -229,8 +229,7 @@ def _file(path: Path, folder: Path) -> Shard:
     except PermissionError as error:
         raise CalibrationError(f"{path}: cannot be read ({error.strerror}).") from error
     except UNREADABLE as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CalibrationError(f"{path}: is not a readable {path.suffix} file ({reason}).") from error
+        raise CalibrationError(f"{path}: is not a readable {path.suffix} file ({one_line(error)}).") from error
     headers = {name: Header(*header) for name, header in found.items()}
     for name, header in headers.items():
         if header.dtype.hasobject:

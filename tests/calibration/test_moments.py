@@ -133,7 +133,7 @@ def test_a_value_that_is_no_number_is_refused_and_not_added(rows: np.ndarray, va
 def test_what_is_saved_is_loaded_bit_by_bit(rows: np.ndarray, tmp_path: Path) -> None:
     named = {"a|1||f": moments(rows), "b/ü": moments(rows[:3, :, :2]), "empty": moments(rows[:0])}
     save_moments(tmp_path / "moments", named)
-    loaded = load_moments(tmp_path / "moments")
+    loaded, _ = load_moments(tmp_path / "moments")
     assert list(loaded) == list(named)
     for name, expected in named.items():
         assert_same(loaded[name], expected, rtol=0)
@@ -142,12 +142,12 @@ def test_what_is_saved_is_loaded_bit_by_bit(rows: np.ndarray, tmp_path: Path) ->
 
 def test_loaded_moments_can_be_added_to(rows: np.ndarray, tmp_path: Path) -> None:
     save_moments(tmp_path / "moments.npz", {"a": moments(rows[:30])})
-    assert_same(load_moments(tmp_path / "moments.npz")["a"].merge(moments(rows[30:])), moments(rows))
+    assert_same(load_moments(tmp_path / "moments.npz")[0]["a"].merge(moments(rows[30:])), moments(rows))
 
 
 def test_nothing_to_save_is_loaded_as_nothing(tmp_path: Path) -> None:
     save_moments(tmp_path / "moments.npz", {})
-    assert load_moments(tmp_path / "moments.npz") == {}
+    assert load_moments(tmp_path / "moments.npz") == ({}, {})
 
 
 def test_saving_where_there_is_no_folder_is_an_output_error(rows: np.ndarray, tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_failed_save_leaves_the_old_file(rows: np.ndarray, tmp_path: Path, mon
     monkeypatch.setattr(np, "savez", full)
     with pytest.raises(OutputError, match="No space left"):
         save_moments(path, {"b": moments(rows)})
-    assert list(load_moments(path)) == ["a"]
+    assert list(load_moments(path)[0]) == ["a"]
     assert [item.name for item in tmp_path.iterdir()] == ["moments.npz"]
 
 

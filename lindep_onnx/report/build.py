@@ -93,7 +93,7 @@ def build_report(
             kept = int((uncertain & statistics.inactive & ~result.removed).sum())
             notes = (*notes, *sentences(found, kept, len(samples)))
     before, after = result.latency or (None, None)
-    random = config.random_calib is not None
+    random, achieved = config.random_calib is not None, result.evaluation.achieved.items()
     return Report(
         before=_size(finished.before, before),
         after=_size(result.evaluation.cost, after),
@@ -105,10 +105,7 @@ def build_report(
             for move in MOVES
             for refusal in move.refusals(traced.structure)
         ),
-        budget=tuple(
-            BudgetReport(kind, float(getattr(config, kind)), reached)
-            for kind, reached in result.evaluation.achieved.items()
-        ),
+        budget=tuple(BudgetReport(kind, float(getattr(config, kind)), reached) for kind, reached in achieved),
         seconds=log.seconds,
         versions={
             "lindep_onnx": __version__,
@@ -129,11 +126,10 @@ def build_report(
 
 def _verification(finished: Finished, random: bool) -> Verification | None:
     found = finished.result.evaluation.comparison
+    unseen = "calibration samples that nothing was fitted to or chosen by"
+    where = "random inputs, which say little about real ones" if random else unseen
     if found is None:
         return None
-    where = "calibration samples that nothing was fitted to or chosen by"
-    if random:
-        where = "random inputs, which say little about real ones"
     return verification_of(found, finished.result.failure is None, where, finished.variants)
 
 
@@ -146,6 +142,7 @@ def _group_reports(
     for number, group in enumerate(structure.groups):
         gone = channels.removed[group.units]
         kinds = channels.kind[group.units][gone]
+        readers = (structure.consumers[consumer].readers[0].node for consumer in group.consumers)
         proven = int((gone & finished.traced.proof.steps.removed[group.units]).sum())
         yield GroupReport(
             name=group.name,
@@ -154,10 +151,7 @@ def _group_reports(
             error=finished.errors.get(number),
             proven=proven,
             observed=int(gone.sum()) - proven,
-            sites=tuple(
-                structure.model.nodes[structure.consumers[consumer].readers[0].node].name
-                for consumer in group.consumers
-            ),
+            sites=tuple(structure.model.nodes[node].name for node in readers),
             kinds={KINDS[kind]: int((kinds == kind).sum()) for kind in sorted(set(kinds.tolist())) if kind},
             support=found.get(number),
             redundancy=curves.get(number),
@@ -174,18 +168,7 @@ def verification_of(found: Comparison, passed: bool, data: str, variants: tuple[
         data: what it was made on, in words.
         variants: comparisons in other ways of running it.
     """
-    return Verification(
-        samples=found.samples,
-        relative_error=found.relative_error,
-        max_abs_error=found.max_abs_error,
-        agreement=found.agreement,
-        passed=passed,
-        data=data,
-        worst_samples=found.worst_samples,
-        worst_errors=found.worst_errors,
-        outputs=found.outputs,
-        variants=variants,
-    )
+    return Verification(**vars(found), passed=passed, data=data, variants=variants)
 
 
 def _size(cost: Cost, latency: float | None) -> Size:

@@ -99,14 +99,10 @@ def sentences(found: Mapping[int, Support], uncertain: int, given: int) -> Itera
     if short:
         times = given / max(1, samples)
         least, most = (f"{math.ceil(count * times):,}" for count in (min(short), max(short)))
+        about = f"{most} samples" if least == most else f"{least} samples for one of them and {most} for all"
         yield (
             f"Too little data to look for combinations of several channels in {len(short)} of {len(found)} groups: "
-            + (
-                f"about {most} samples"
-                if least == most
-                else f"about {least} samples for one of them and {most} for all"
-            )
-            + f" would be needed; there are {given:,}."
+            f"about {about} would be needed; there are {given:,}."
         )
     if uncertain:
         yield (

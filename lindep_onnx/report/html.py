@@ -27,7 +27,7 @@ Bars: TypeAlias = Sequence[tuple[str, float, str]]
 
 
 class Table(NamedTuple):
-    """Titles, rows, and which columns hold numbers."""
+    """Titles, rows, and which columns hold numbers; whole numbers are written with separators."""
 
     titles: Sequence[str]
     rows: Sequence[Sequence[object]]
@@ -53,7 +53,7 @@ def page(report: Report) -> str:
         max_nodes=MAX_NODES,
         totals=Table(("", "before", "after", "change"), [total[:4] for total in wording.totals(report)], {1, 2, 3}),
         layers=_layers(report),
-        frontier=_frontier(report) if report.frontier else None,
+        frontier=_frontier(report),
         groups=_groups(report),
         fits=_fits(report),
         outputs=_outputs,
@@ -86,46 +86,23 @@ def _json(value: Any) -> str:
     return json.dumps(to_json_values(value))
 
 
-class Layers(NamedTuple):
+def _layers(report: Report) -> tuple[list[Strip], Table, int, int] | None:
     """The widths of the layers, in pictures and as a table; the widest, and how many became narrower."""
-
-    strips: list[Strip]
-    table: Table
-    widest: int
-    narrower: int
-
-
-def _layers(report: Report) -> Layers | None:
     if not report.layers:
         return None
-    rows = [
-        (
-            number,
-            layer.name,
-            layer.op,
-            f"{layer.channels_before:,}",
-            f"{layer.channels_after:,}",
-            f"{layer.parameters_before:,}",
-            f"{layer.parameters_after:,}",
-        )
-        for number, layer in enumerate(report.layers, 1)
-    ]
+    rows = [(str(number), *dataclasses.astuple(layer)) for number, layer in enumerate(report.layers, 1)]
     titles = ("no.", "layer", "operator", "channels before", "after", "parameters before", "after")
     widest = max(1, *(layer.channels_before for layer in report.layers))
     narrower = sum(layer.channels_after < layer.channels_before for layer in report.layers)
-    return Layers(list(strips(report.layers, widest)), Table(titles, rows, {0, 3, 4, 5, 6}), widest, narrower)
+    return list(strips(report.layers, widest)), Table(titles, rows, {0, 3, 4, 5, 6}), widest, narrower
 
 
-class Frontier(NamedTuple):
+def _frontier(report: Report) -> tuple[list[Plot], Table] | None:
     """Plans beside the result."""
-
-    plots: list[Plot]
-    table: Table
-
-
-def _frontier(report: Report) -> Frontier:
     found, points = report.verification, report.frontier
-    errors = [point.relative_error for point in points] + ([] if found is None else [found.relative_error])
+    if not points:
+        return None
+    errors = [of.relative_error for of in (*points, *([] if found is None else [found]))]
     what = "Worst output error against the parameters that are left; the table below has the numbers"
     axis = errors_axis("worst output error", errors, 1e-6)
     plots = [_plans(report, what, axis, "relative_error", "max_error")]
@@ -134,14 +111,14 @@ def _frontier(report: Report) -> Frontier:
         what = "Share of samples with the same decision against the parameters that are left"
         axis = Axis("same decision", math.floor(5 * min(0.8, *agreements)) / 5, 1.0, percent=True)
         plots.append(_plans(report, what, axis, "agreement", "min_agreement"))
-
-    def row(of: Any, left: str) -> tuple[str, str, str]:
-        return left, wording.error(of.relative_error), "" if of.agreement is None else wording.percent(of.agreement)
-
-    rows = [row(point, wording.percent(point.parameters)) for point in points]
+    plans: list[tuple[str, Any]] = [(wording.percent(point.parameters), point) for point in points]
     if found is not None:
-        rows.append(row(found, f"{wording.percent(_left(report))} (this result)"))
-    return Frontier(plots, Table(("parameters left", "worst output error", "same decision"), rows))
+        plans.append((f"{wording.percent(_left(report))} (this result)", found))
+    rows = [
+        (left, wording.error(of.relative_error), "" if of.agreement is None else wording.percent(of.agreement))
+        for left, of in plans
+    ]
+    return plots, Table(("parameters left", "worst output error", "same decision"), rows)
 
 
 def _left(report: Report) -> float:
@@ -161,16 +138,9 @@ def _plans(report: Report, label: str, axis: Axis, measure: str, budget: str) ->
     points = [(point.parameters, getattr(point, measure)) for point in report.frontier]
     result = None if report.verification is None else getattr(report.verification, measure)
     chosen = None if result is None or math.isnan(result) else (_left(report), result)
-    return Plot(
-        label,
-        across,
-        axis,
-        curve=points,
-        guides=guides,
-        dots=[((x, y), f"{wording.percent(x)}: {show(y)}") for x, y in points],
-        chosen=chosen,
-        notes=[] if chosen is None else [(chosen, "this result", not axis.percent)],
-    )
+    dots = [((x, y), f"{wording.percent(x)}: {show(y)}") for x, y in points]
+    notes = [] if chosen is None else [(chosen, "this result", not axis.percent)]
+    return Plot(label, across, axis, points, guides, dots, chosen, notes)
 
 
 class Card(NamedTuple):
@@ -181,38 +151,23 @@ class Card(NamedTuple):
     plots: tuple[Plot, Plot]
 
 
-class Groups(NamedTuple):
+def _groups(report: Report) -> tuple[list[Card], Table]:
     """The groups that are drawn, and a table of those that changed."""
-
-    cards: list[Card]
-    table: Table
-
-
-def _groups(report: Report) -> Groups:
-    number = {id(group): place for place, group in enumerate(report.groups, 1)}
+    number = {id(group): str(place) for place, group in enumerate(report.groups, 1)}
     drawn = [group for group in report.changed if group.redundancy is not None]
     if not drawn:  # show at least how far from redundant they are
         widest = sorted(report.groups, key=lambda group: -group.channels_before)
         drawn = [group for group in widest if group.redundancy is not None][: MAX_CARDS // 2]
-    rows = [
-        (
-            number[id(group)],
-            group.name,
-            f"{group.channels_before:,}",
-            f"{group.channels_after:,}",
-            wording.error(group.error),
-            wording.removal(group),
-            wording.support(group),
-            ", ".join(group.sites),
-        )
-        for group in report.changed
-    ]
+    rows = []
+    for group in report.changed:
+        told = (wording.error(group.error), wording.removal(group), wording.support(group), ", ".join(group.sites))
+        rows.append((number[id(group)], group.name, group.channels_before, group.channels_after, *told))
     titles = ("no.", "group", "before", "after", "error", "removed", "support", "read by")
     cards = [_card(group, number[id(group)]) for group in drawn[:MAX_CARDS]]
-    return Groups(cards, Table(titles, rows, {0, 2, 3, 4}))
+    return cards, Table(titles, rows, {0, 2, 3, 4})
 
 
-def _card(group: GroupReport, number: int) -> Card:
+def _card(group: GroupReport, number: str) -> Card:
     found = group.redundancy
     assert found is not None
     count = found.ranks[-1] if found.ranks else 1
@@ -222,29 +177,18 @@ def _card(group: GroupReport, number: int) -> Card:
         return Plot(label, Axis(x, 0, max(1, count)), y, curve, guides, width=176, height=120, ticks=(4, 4))
 
     values = list(zip(found.ranks, found.singular_values, strict=True))
+    label, y = f"Singular values, from 1 down to {values[-1][1] if values else 0:.2g}", "singular value"
+    spectrum = plot(label, "channel", Axis(y, 1e-8, 1.0, log=True), values, group.channels_after)
     errors = [(0, 0.0), *zip(found.removed, found.errors, strict=True)]
-    spectrum = plot(
-        f"Singular values, from 1 down to {values[-1][1] if values else 0:.2g}",
-        "channel",
-        Axis("singular value", 1e-8, 1.0, log=True),
-        values,
-        group.channels_after,
+    label = f"Error, from 0 with none removed up to {errors[-1][1]:.2g} with {errors[-1][0]}"
+    error = plot(label, "removed", Axis("error", 1e-6, 1.0, log=True), errors, group.removed)
+    told = (
+        f"{group.channels_before:,} → {group.channels_after:,} channels",
+        "" if group.error is None else f"measured error {wording.error(group.error)}",
+        f"rank {found.rank:,} of {count:,}" if found.rank < count else "",
+        wording.removal(group),
     )
-    most, worst = errors[-1]
-    error = plot(
-        f"Error, from 0 with none removed up to {worst:.2g} with {most}",
-        "removed",
-        Axis("error", 1e-6, 1.0, log=True),
-        errors,
-        group.removed,
-    )
-    told = [f"{group.channels_before:,} → {group.channels_after:,} channels"]
-    if group.error is not None:
-        told.append(f"measured error {wording.error(group.error)}")
-    if found.rank < count:
-        told.append(f"rank {found.rank:,} of {count:,}")
-    how = wording.removal(group)
-    return Card(f"{number}. {group.name}", "; ".join([*told, *([how] if how else [])]), (spectrum, error))
+    return Card(f"{number}. {group.name}", "; ".join(filter(None, told)), (spectrum, error))
 
 
 class Fits(NamedTuple):
@@ -264,10 +208,11 @@ class Fits(NamedTuple):
 
 
 def _fits(report: Report) -> Fits | None:
+    supports = [(number, group.name, group.support) for number, group in enumerate(report.groups, 1) if group.support]
     found = [
-        (number, group.name, group.support.fit_error, group.support.heldout_error)
-        for number, group in enumerate(report.groups, 1)
-        if group.support is not None and group.support.fit_error is not None and group.support.heldout_error is not None
+        (number, name, own.fit_error, own.heldout_error)
+        for number, name, own in supports
+        if own.fit_error is not None and own.heldout_error is not None
     ]
     if not found:
         return None
@@ -276,33 +221,30 @@ def _fits(report: Report) -> Fits | None:
         return Fits(len(found))
     axis = errors_axis("error on rows that were fitted", both)
     number, _, fit, held = max(found, key=lambda entry: entry[3])
-    plot = Plot(
-        f"Error on held-out rows against error on fitted rows, for {wording.many(len(found), 'group')}; "
-        "the table of groups has the numbers",
-        axis,
-        dataclasses.replace(axis, title="error on held-out rows"),
-        guides=[((axis.low, axis.low), (axis.high, axis.high))],
-        dots=[
-            ((fit, held), f"{number}: {name}, {wording.error(fit)} fitted, {wording.error(held)} held out")
-            for number, name, fit, held in found
-        ],
-        notes=[((fit, held), f"group {number}", True)],
-        height=300,
-    )
+    label = f"Error on held-out rows against error on fitted rows, for {wording.many(len(found), 'group')}; "
+    label += "the table of groups has the numbers"
+    diagonal = ((axis.low, axis.low), (axis.high, axis.high))
+    dots = [
+        ((x, y), f"{place}: {name}, {wording.error(x)} fitted, {wording.error(y)} held out")
+        for place, name, x, y in found
+    ]
+    notes = [((fit, held), f"group {number}", True)]
+    across = dataclasses.replace(axis, title="error on held-out rows")
+    plot = Plot(label, axis, across, guides=[diagonal], dots=dots, notes=notes, height=300)
     return Fits(len(found), plot, sum(held > max(2 * fit, LOSSLESS_SITE_ERROR) for *_, fit, held in found))
 
 
 def _outputs(found: Verification) -> Table:
     rows = [
-        (output.name, wording.output(output), wording.error(output.max_abs_error), output.worst_sample)
-        for output in found.outputs
+        (out.name, wording.output(out), wording.error(out.max_abs_error), str(out.worst_sample))
+        for out in found.outputs
     ]
     return Table(("output", "difference", "largest absolute", "worst sample"), rows, {2, 3})
 
 
 def _variants(found: Verification) -> Table:
     rows = [
-        (way.name, f"{way.samples:,}", wording.error(way.relative_error), "yes" if way.passed else "NO")
+        (way.name, way.samples, wording.error(way.relative_error), "yes" if way.passed else "NO")
         for way in found.variants
     ]
     return Table(("how", "samples", "error", "passed"), rows, {1, 2})

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from lindep_onnx.report import wording
@@ -27,10 +27,7 @@ def render(report: Report, console: Console, *, verbose: bool, preview: bool = F
     """
     # All text goes in as `Text`, which knows no markup: tensor names may look like it.
     console.print(Text(wording.headline(report), style="bold"))
-    totals = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    totals.add_column("")
-    for title in ("before", "after", "change"):
-        totals.add_column(title, justify="right")
+    totals = _table(Column(""), "before", "after", "change")
     for row in (*(total[:4] for total in wording.totals(report)), *wording.operators(report, every=verbose)):
         totals.add_row(*map(Text, row))
     console.print(totals)
@@ -43,6 +40,12 @@ def render(report: Report, console: Console, *, verbose: bool, preview: bool = F
     for note in loud:  # last but for the other notes, where nobody can miss it
         console.print(Text("\n" + wording.safe(note), style="bold red"))
     _print_list(console, "Notes", [Text(wording.safe(note)) for note in report.notes if note not in loud])
+
+
+def _table(*columns: Column | str) -> Table:
+    """A table without rows; a column that is only a title holds numbers."""
+    given = [Column(one, justify="right") if isinstance(one, str) else one for one in columns]
+    return Table(*given, box=box.SIMPLE_HEAD, pad_edge=False)
 
 
 def _print_list(console: Console, title: str, items: Sequence[Text]) -> None:
@@ -76,12 +79,11 @@ def _print_groups(report: Report, console: Console, verbose: bool) -> None:
 
 def _group_table(groups: Sequence[GroupReport], name_width: int | None) -> Table:
     """One row a group. Names longer than `name_width` go on in the next line: both ends may tell them apart."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("group", overflow="fold", max_width=name_width)
     measured = any(group.error is not None for group in groups)
-    for title in ("channels", "parameters", *["error"] * measured):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("removed")
+    name = Column("group", overflow="fold", max_width=name_width)
+    titles = ("channels", "parameters", *["error"] * measured)
+    numbers = (Column(title, justify="right", no_wrap=True) for title in titles)
+    table = _table(name, *numbers, Column("removed"))
     for group in groups:
         cells = [wording.safe(group.name), f"{group.channels_before:,} -> {group.channels_after:,}"]
         cells += [f"-{group.saved:,}" if group.saved else "", *[wording.error(group.error)] * measured]
@@ -105,9 +107,7 @@ def _print_verdicts(report: Report, console: Console, verbose: bool) -> None:
 def _print_preview(report: Report, console: Console) -> None:
     """What would go at several budgets."""
     agreement = all(point.agreement is not None for point in report.frontier)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("--params", "channels", "expected error", "measured error", *(["agreement"] * agreement)):
-        table.add_column(title, justify="right")
+    table = _table("--params", "channels", "expected error", "measured error", *["agreement"] * agreement)
     for point in report.frontier:
         cells = [f"{point.parameters:.3f}", f"-{point.channels:,}"]
         cells += [wording.error(point.expected), wording.error(point.relative_error)]

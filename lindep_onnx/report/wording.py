@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 from lindep_onnx.report.values import GroupReport, RefusalReport, Report, Verification
@@ -134,9 +135,8 @@ def _verdict(found: Verification | None, what: str) -> str:
     if found is None:
         return "Not verified: there were no unseen samples to compare the two models on."
     passed = f"{what} passed" if found.passed else f"{what} FAILED".upper()
-    text = f"{passed}: on {many(found.samples, 'sample')} ({safe(found.data)}) "
-    text += f"the worst output error is {error(found.relative_error)}"
-    text += f" and the largest absolute difference {error(found.max_abs_error)}"
+    text = f"{passed}: on {many(found.samples, 'sample')} ({safe(found.data)}) the worst output error is "
+    text += f"{error(found.relative_error)} and the largest absolute difference {error(found.max_abs_error)}"
     if found.agreement is not None:
         text += f"; the arg-max agrees in {percent(found.agreement)}"
     if (not found.passed or what != "Verification") and found.worst_samples:
@@ -183,17 +183,14 @@ def support(group: GroupReport) -> str:
     found = group.support
     if found is None:
         return ""
-    parts = [
-        f"{many(found.rows, 'row')}, at most {found.effective_rows:,.0f} of them independent, for "
-        f"{many(found.features, 'feature')}"
-    ]
+    rows = f"{many(found.rows, 'row')}, at most {found.effective_rows:,.0f} of them independent"
+    parts = [f"{rows}, for {many(found.features, 'feature')}"]
     if found.fit_error is not None:
         held = "" if found.heldout_error is None else f", {error(found.heldout_error)} held out"
         parts.append(f"error {error(found.fit_error)} fitted{held}")
     if found.silent_bound is not None:
-        parts.append(
-            f"{found.silent:,} never changed in {found.samples:,} samples (95 % bound {percent(found.silent_bound)})"
-        )
+        bound = percent(found.silent_bound)
+        parts.append(f"{found.silent:,} never changed in {found.samples:,} samples (95 % bound {bound})")
     if found.samples_needed is not None:
         parts.append(f"combinations of several channels need {found.samples_needed:,} samples that decide")
     return "; ".join(parts)
@@ -204,15 +201,10 @@ def refusals(report: Report) -> list[RefusalReport]:
     by_reason: dict[str, list[RefusalReport]] = {}
     for found in sorted(report.refusals, key=lambda entry: -entry.channels):
         by_reason.setdefault(found.reason, []).append(found)
-    merged = [
-        RefusalReport(
-            reason,
-            tuple(dict.fromkeys(node for entry in same for node in entry.nodes)),
-            sum(entry.channels for entry in same),
-            same[0].message,
-        )
-        for reason, same in by_reason.items()
-    ]
+    merged = []
+    for same in by_reason.values():
+        nodes = dict.fromkeys(node for entry in same for node in entry.nodes)
+        merged.append(replace(same[0], nodes=tuple(nodes), channels=sum(entry.channels for entry in same)))
     return sorted(merged, key=lambda entry: -entry.channels)
 
 

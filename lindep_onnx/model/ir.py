@@ -27,7 +27,6 @@ from lindep_onnx.model.weights import array_of, bodies, read
 logger = logging.getLogger(__name__)
 
 Array: TypeAlias = NDArray[Any]
-Dim: TypeAlias = "int | str"
 
 
 @dataclass(frozen=True)

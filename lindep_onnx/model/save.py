@@ -20,12 +20,12 @@ from lindep_onnx.model.weights import (
     check_unchanged,
     content_of,
     external_entries,
-    is_external,
     locate_external,
     size_of,
     tensor_bytes,
     values_of,
     without_data,
+    without_external,
     without_weights,
     write_external,
 )
@@ -111,25 +111,21 @@ def serialise(proto: onnx.ModelProto, folder: WeightsDir | None, file: BinaryIO)
         file.write(proto.SerializeToString(deterministic=True))
         return
     copy = without_weights(proto)
-    outside = [tensor for tensor in copy.graph.initializer if is_external(tensor)]
-    inside = [tensor for tensor in copy.graph.initializer if not is_external(tensor)]
-    heads = [without_data(tensor).SerializeToString(deterministic=True) for tensor in outside]
-    del copy.graph.initializer[:]
-    copy.graph.initializer.extend(inside)
+    heads, size = {}, 0
+    for tensor in without_external(copy):
+        length = tensor_bytes(tensor)
+        head = without_data(tensor).SerializeToString(deterministic=True)
+        head += field_header(onnx.TensorProto.RAW_DATA_FIELD_NUMBER, length)
+        heads[tensor.name] = field_header(onnx.GraphProto.INITIALIZER_FIELD_NUMBER, len(head) + length) + head
+        size += len(heads[tensor.name]) + length
     graph = copy.graph.SerializeToString(deterministic=True)
     copy.ClearField("graph")
-    sizes = [tensor_bytes(tensor) for tensor in outside]
-    raws = [field_header(onnx.TensorProto.RAW_DATA_FIELD_NUMBER, size) for size in sizes]
-    lengths = [len(head) + len(raw) + size for head, raw, size in zip(heads, raws, sizes, strict=True)]
-    starts = [field_header(onnx.GraphProto.INITIALIZER_FIELD_NUMBER, body) for body in lengths]
-    size = len(graph) + sum(map(len, starts)) + sum(lengths)
     file.write(copy.SerializeToString(deterministic=True))
-    file.write(field_header(onnx.ModelProto.GRAPH_FIELD_NUMBER, size))
-    file.write(graph)
+    file.write(field_header(onnx.ModelProto.GRAPH_FIELD_NUMBER, len(graph) + size) + graph)
     value_of = values_of(proto, folder)
-    for tensor, start, head, raw in zip(outside, starts, heads, raws, strict=True):
-        file.write(start + head + raw)
-        file.write(content_of(value_of(tensor.name)))
+    for name, head in heads.items():
+        file.write(head)
+        file.write(content_of(value_of(name)))
 
 
 def field_header(field: int, length: int) -> bytes:

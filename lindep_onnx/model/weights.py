@@ -172,10 +172,7 @@ def _check_location(path: Path, tensor: onnx.TensorProto) -> None:
 
 def external_entries(tensor: onnx.TensorProto) -> dict[str, str]:
     """What a tensor says about its external data; bytes are what protobuf makes of text that is none."""
-    return {
-        entry.key: os.fsdecode(entry.value) if isinstance(entry.value, bytes) else entry.value
-        for entry in tensor.external_data
-    }
+    return {entry.key: os.fsdecode(entry.value) for entry in tensor.external_data}
 
 
 # ---- values -------------------------------------------------------------------------------------------------------
@@ -259,17 +256,12 @@ def fingerprint(proto: onnx.ModelProto, folder: WeightsDir | None) -> str:
     for parts in (proto.opset_import, proto.functions, graph.input, graph.output, graph.node, graph.initializer):
         digest.update(f"{len(parts)}:".encode())
         for part in parts:  # one at a time: together they may be larger than protobuf takes
-            inside = without_data(part) if _lies_outside(part) else part
-            content = inside.SerializeToString(deterministic=True)
-            digest.update(f"{len(content)}:".encode())
-            digest.update(content)
-            if _lies_outside(part):
+            outside = isinstance(part, onnx.TensorProto) and is_external(part)
+            content = (without_data(part) if outside else part).SerializeToString(deterministic=True)
+            digest.update(f"{len(content)}:".encode() + content)
+            if outside:
                 digest.update(content_of(array_of(part, folder)))
     return digest.hexdigest()
-
-
-def _lies_outside(part: Any) -> bool:
-    return isinstance(part, onnx.TensorProto) and is_external(part)
 
 
 # ---- models without their data, and with it -----------------------------------------------------------------------
@@ -309,34 +301,34 @@ def weights_as_inputs(proto: onnx.ModelProto) -> onnx.ModelProto:
         proto: the model; not changed.
     """
     copy = without_weights(proto)
-    graph = copy.graph
-    present = {value.name for value in graph.input}
-    outside = [tensor for tensor in graph.initializer if is_external(tensor)]
-    graph.input.extend(
+    present = {value.name for value in copy.graph.input}
+    copy.graph.input.extend(
         onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
-        for tensor in outside
+        for tensor in without_external(copy)
         if tensor.name not in present
     )
-    kept = [tensor for tensor in graph.initializer if not is_external(tensor)]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
     return copy
+
+
+def without_external(proto: onnx.ModelProto) -> list[onnx.TensorProto]:
+    """Take the external initializers out of a model, and return them."""
+    tensors = list(proto.graph.initializer)
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(tensor for tensor in tensors if not is_external(tensor))
+    return [tensor for tensor in tensors if is_external(tensor)]
 
 
 def placeholder(tensor: onnx.TensorProto) -> onnx.TensorProto:
     """A tensor without its data."""
-    made = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, data_location=EXTERNAL)
-    if tensor.HasField("doc_string"):
-        made.doc_string = tensor.doc_string
-    made.metadata_props.extend(tensor.metadata_props)
+    made = onnx.TensorProto(data_location=EXTERNAL)
+    copy_fields(tensor, made, "raw_data", "data_location", "external_data")
     return made
 
 
 def stand_in(name: str, value: Array) -> onnx.TensorProto | None:
     """A tensor without data in the place of an array, None if that is small."""
-    if value.nbytes < EXTERNAL_BYTES or value.dtype.kind not in "fV":
-        return None
-    kind = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
+    large = value.nbytes >= EXTERNAL_BYTES and value.dtype.kind in "fV"
+    kind = onnx.helper.np_dtype_to_tensor_dtype(value.dtype) if large else None
     if kind not in FLOATS:
         return None
     return onnx.TensorProto(name=name, data_type=kind, dims=value.shape, data_location=EXTERNAL)

@@ -102,7 +102,7 @@ def _frontier(report: Report) -> tuple[list[Plot], Table] | None:
     found, points = report.verification, report.frontier
     if not points:
         return None
-    errors = [of.relative_error for of in (*points, *([] if found is None else [found]))]
+    errors = [point.relative_error for point in points] + ([] if found is None else [found.relative_error])
     what = "Worst output error against the parameters that are left; the table below has the numbers"
     axis = errors_axis("worst output error", errors, 1e-6)
     plots = [_plans(report, what, axis, "relative_error", "max_error")]

@@ -93,9 +93,8 @@ class LatencyTable:
     def rate(self, layer: Layer) -> float:
         """Seconds that a multiply-accumulate is worth when the layer gets narrower."""
         half = max(1, layer.widths[0] // 2), max(1, layer.widths[1] // 2)
-        smaller = Layer(layer.kind, half, layer.shape, layer.kernel, layer.layout, layer.axis, layer.node)
         share = 0.5 if layer.depthwise else 0.75
-        gained = max(0.0, self.predict(layer) - self.predict(smaller)) / share
+        gained = max(0.0, self.predict(layer) - self.predict(replace(layer, widths=half))) / share
         return gained / max(1.0, _macs(layer))
 
     def save(self, path: Path) -> None:
@@ -130,9 +129,9 @@ class LatencyTable:
                 found[str(kind)] = tuple(map(int, inputs)), tuple(map(int, outputs)), numbers
             return LatencyTable(found)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            fault = f"{path} is no table of latencies ({error})"
             raise UsageError(
-                f"--latency-table: {path} is no table of latencies ({error}); name a file that does not exist to have "
-                "one measured."
+                f"--latency-table: {fault}; name a file that does not exist to have one measured."
             ) from error
 
 
@@ -179,23 +178,18 @@ def measure_table(found: Sequence[Layer], opset: int, runtime: Runtime) -> Laten
         opset: its operator set.
         runtime: what models run on.
     """
-    widest: dict[str, Layer] = {}
-    for layer in found:
-        known = widest.setdefault(layer.kind, layer)
-        if math.prod(layer.widths) > math.prod(known.widths):
-            widest[layer.kind] = layer
     seconds = {}
-    for kind, layer in widest.items():
+    for kind in dict.fromkeys(layer.kind for layer in found):
+        layer = max((other for other in found if other.kind == kind), key=lambda other: math.prod(other.widths))
         inputs, outputs = (_grid(width, layer.layout.group) for width in layer.widths)
         grid = np.zeros((len(inputs), len(outputs)))
-        for i, before in enumerate(inputs):
-            for o, after in enumerate(outputs):
-                if layer.depthwise and i != min(o, len(inputs) - 1):
-                    continue
-                try:
-                    grid[i, o] = _time(layer, (before, after), opset, runtime)
-                except LindepError:  # a width that the operator does not take: as slow as the whole
-                    grid[i, o] = np.nan
+        for i, o in np.ndindex(grid.shape):
+            if layer.depthwise and i != min(o, len(inputs) - 1):
+                continue
+            try:
+                grid[i, o] = _time(layer, (inputs[i], outputs[o]), opset, runtime)
+            except LindepError:  # a width that the operator does not take: as slow as the whole
+                grid[i, o] = np.nan
         if layer.depthwise:  # the two widths are one
             grid[:] = np.diagonal(grid)[:, None] if grid.shape[0] == grid.shape[1] else grid.max(axis=0)
         grid = np.where(np.isnan(grid), np.nanmax(grid) if not np.isnan(grid).all() else 0.0, grid)
@@ -229,10 +223,10 @@ def _time(layer: Layer, widths: Widths, opset: int, runtime: Runtime) -> float:
     session = runtime.open(model, purpose=Purpose.TIME)
     feeds = {"x": rng.standard_normal(shape, dtype=np.float32)}
     session.run(None, feeds)
-    best, runs, stop = math.inf, 0, time.perf_counter() + TIMED
-    while runs < MIN_RUNS or time.perf_counter() < stop:
+    taken: list[float] = []
+    stop = time.perf_counter() + TIMED
+    while len(taken) < MIN_RUNS or time.perf_counter() < stop:
         start = time.perf_counter()
         session.run(None, feeds)
-        best = min(best, time.perf_counter() - start)
-        runs += 1
-    return best
+        taken.append(time.perf_counter() - start)
+    return min(taken)

@@ -210,9 +210,8 @@ def _gather(proto: onnx.ModelProto, place: ChannelAxis, width: int, number: int)
     positions = _positions_name(number)
     flat, shape, picked = (positions + what for what in ("_flat", "_shape", "_picked"))
     target = [0, width, -1] if place.axis == 1 else [0, -1, width]
-    proto.graph.input.append(
-        onnx.helper.make_tensor_value_info(positions, onnx.TensorProto.INT64, [positions + "_rows"])
-    )
+    given = onnx.helper.make_tensor_value_info(positions, onnx.TensorProto.INT64, [positions + "_rows"])
+    proto.graph.input.append(given)
     proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(target, dtype=np.int64), shape))
     return [
         onnx.helper.make_node("Reshape", [place.tensor, shape], [flat]),

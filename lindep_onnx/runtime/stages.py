@@ -97,11 +97,8 @@ class Stages:
         Raises:
             ModelError: ONNX Runtime cannot run a part of the model.
         """
-        nodes = [
-            node
-            for node in self._model.nodes[self._position : index]
-            if not all(name in self._constants for name in node.outputs if name)
-        ]
+        ahead = self._model.nodes[self._position : index]
+        nodes = [node for node in ahead if not all(name in self._constants for name in node.outputs if name)]
         self._position = max(self._position, index)
         made = {name for node in nodes for name in node.outputs if name}
         wanted = sorted(name for name in made if self._last.get(name, -1) >= self._position)
@@ -149,9 +146,8 @@ class Stages:
                 value = self._weights.get(name, self._constants[name])
                 graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(value), name))
             else:
-                dtype = onnx.helper.np_dtype_to_tensor_dtype(held[name].dtype)
-                shape = [None] * held[name].ndim
-                graph.input.append(onnx.helper.make_tensor_value_info(name, dtype, shape))
+                dtype, rank = onnx.helper.np_dtype_to_tensor_dtype(held[name].dtype), held[name].ndim
+                graph.input.append(onnx.helper.make_tensor_value_info(name, dtype, [None] * rank))
         graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
         model = onnx.ModelProto(ir_version=max(4, source.ir_version), graph=graph)
         model.opset_import.extend(source.opset_import)

@@ -38,18 +38,14 @@ def measure_groups(
     wanted: dict[int, list[ChannelAxis]] = {}
     for number, group in enumerate(structure.groups):
         if removed[group.units].any():
-            wanted[number] = [
-                _place(structure, reader)
-                for consumer in group.consumers
-                for reader in structure.consumers[consumer].readers
-            ]
-    most = {place: POSITIONS for places in wanted.values() for place in places}
-    shape_info = resolve(smaller)
-    most = {place: limit for place, limit in most.items() if place.tensor in smaller.producer}
+            readers = (reader for index in group.consumers for reader in structure.consumers[index].readers)
+            wanted[number] = [_place(structure, reader) for reader in readers]
+    places = (place for places in wanted.values() for place in places)
+    most = {place: POSITIONS for place in places if place.tensor in smaller.producer}
     if not most or not len(samples.parts[Part.VERIFY]):
         return {}
     before = RowSampler(structure.model, structure.shape_info, most, runtime)
-    after = RowSampler(smaller, shape_info, most, runtime)
+    after = RowSampler(smaller, resolve(smaller), most, runtime)
     sums = {place: [0, 0.0, 0.0, 0.0] for place in most}
     placement = Placement(structure, removed)
     kept = {place: placement.chosen_along(place.tensor, place.axis) for place in most}
@@ -63,11 +59,8 @@ def measure_groups(
     for place, (count, total, square, difference) in sums.items():
         spread = square - total * total / max(1, count)
         errors[place] = float(np.sqrt(difference / max(spread, 1e-30))) if difference else 0.0
-    return {
-        number: max(errors[place] for place in places if place in errors)
-        for number, places in wanted.items()
-        if any(place in errors for place in places)
-    }
+    by_group = {number: [errors[place] for place in places if place in errors] for number, places in wanted.items()}
+    return {number: max(own) for number, own in by_group.items() if own}
 
 
 def _place(structure: Structure, reader: ConsumerNode) -> ChannelAxis:

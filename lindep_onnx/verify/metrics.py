@@ -169,13 +169,12 @@ class OutputErrors:
         if not self._samples or not self._outputs:
             raise VerificationError("There was no sample to compare the models on; give more calibration data.")
         outputs = tuple(output.result() for output in self._outputs.values())
+        absolute = (o.max_abs_error for o in outputs if o.changed_share is None or o.relative_error == np.inf)
         return Comparison(
             samples=self._samples,
             outputs=outputs,
             relative_error=max(output.relative_error for output in outputs),
-            max_abs_error=max(
-                (o.max_abs_error for o in outputs if o.changed_share is None or o.relative_error == np.inf), default=0.0
-            ),
+            max_abs_error=max(absolute, default=0.0),
             agreement=self._agreeing / self._positions if self._positions else None,
             worst_samples=tuple(sample for _, sample in self._worst),
             worst_errors=tuple(-error for error, _ in self._worst),

@@ -146,6 +146,11 @@ class Calibrated:
             self.opened.close()
 
     @property
+    def understood(self) -> TracedModel:
+        """The model, by its name in version 0.1."""
+        return self.traced
+
+    @property
     def uncertain(self) -> NDArray[np.bool_]:
         """(units,) bool, channels that never changed, but might."""
         return np.zeros(self.traced.structure.units, dtype=bool) if self.saved is None else self.saved.uncertain

@@ -44,6 +44,11 @@ class TracedModel:
     stored: Model | None
     config: Config
 
+    @property
+    def channels(self) -> Structure:
+        """The structure, by its name in version 0.1."""
+        return self.structure
+
 
 def load_and_trace(source: str | Path | onnx.ModelProto, config: Config, log: Log | None = None) -> TracedModel:
     """Everything that needs no data.

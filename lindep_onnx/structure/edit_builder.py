@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from lindep_onnx.model.edit import GraphEdits, Insertion
 from lindep_onnx.model.node import Node
+from lindep_onnx.model.shapes import Shape
 from lindep_onnx.structure.placement import Placement
 from lindep_onnx.structure.types import Structure
 
@@ -21,11 +22,12 @@ class EditBuilder:
 
     Attributes:
         structure: the traced model.
+        model, shape_info: of the structure.
         placement: what goes, and where the others sit then.
     """
 
     def __init__(self, structure: Structure, removed: NDArray[np.bool_]) -> None:
-        self.structure = structure
+        self.structure, self.model, self.shape_info = structure, structure.model, structure.shape_info
         self.placement = Placement(structure, removed)
         self._constants: dict[str, Array] = {}
         self._inputs: dict[tuple[int, int], str | Array] = {}
@@ -35,7 +37,6 @@ class EditBuilder:
         self._before: dict[int, list[Insertion]] = {}
         self._after: dict[str, Insertion] = {}
         self._elements: dict[tuple[int, int], dict[int, int]] = {}
-        self._dims: dict[tuple[str, int], int] = {}
 
     def kept(self, tensor: str) -> dict[int, NDArray[np.bool_]]:
         """Masks of what survives, for the axes of a tensor that lose something."""
@@ -43,16 +44,20 @@ class EditBuilder:
 
     def constant(self, name: str) -> Array | None:
         """Original value of a constant tensor, None for others."""
-        return self.structure.shape_info.constants.get(name)
+        return self.shape_info.constants.get(name)
 
-    def shape(self, name: str) -> tuple[int | str, ...]:
+    def shape(self, name: str) -> Shape:
         """Original shape."""
-        return self.structure.shape_info.shapes[name]
+        return self.shape_info.shapes[name]
 
-    def new_shape(self, name: str) -> tuple[int | str, ...]:
+    def new_sizes(self, tensor: str) -> dict[int, int]:
+        """How many places are left on the axes of a tensor that lose something."""
+        return {axis: int(mask.sum()) for axis, mask in self.kept(tensor).items()}
+
+    def new_shape(self, name: str) -> Shape:
         """Shape once the units are gone."""
-        kept = self.kept(name)
-        return tuple(int(kept[axis].sum()) if axis in kept else size for axis, size in enumerate(self.shape(name)))
+        sizes = self.new_sizes(name)
+        return tuple(sizes.get(axis, size) for axis, size in enumerate(self.shape(name)))
 
     def set_constant(self, name: str, value: Array) -> None:
         """Replace a constant for all of its readers."""
@@ -70,10 +75,6 @@ class EditBuilder:
         """Turn a node into another operator that has only the first `inputs` inputs."""
         self._ops[node.index] = op
         self._dropped[node.index] = inputs
-
-    def set_dim(self, tensor: str, axis: int, size: int) -> None:
-        """Record the new size of one axis."""
-        self._dims[tensor, axis] = size
 
     def insert_before(self, node: Node, insertion: Insertion) -> None:
         """Put a node right before another."""
@@ -94,20 +95,19 @@ class EditBuilder:
 
     def _apply_elements(self) -> None:
         for (index, position), elements in self._elements.items():
-            node = self.structure.model.nodes[index]
+            node = self.model.nodes[index]
             name = node.input(position)
             value = self.constant(name)
+            places, numbers = list(elements), list(elements.values())
             if value is not None:
                 changed = value.copy()
-                for place, element in elements.items():
-                    changed[place] = element
+                changed[places] = numbers
                 if (changed != value).any():
                     self.set_input(node, position, changed)
                 continue
             (size,) = self.shape(name)
             mask, new = np.ones(int(size), np.int64), np.zeros(int(size), np.int64)
-            for place, element in elements.items():
-                mask[place], new[place] = 0, element
+            mask[places], new[places] = 0, numbers
             base = f"{name}_for_{node.outputs[0]}"
             self.insert_before(node, Insertion("Mul", (name, mask), base + "_masked"))
             self.insert_before(node, Insertion("Add", (base + "_masked", new), base))
@@ -115,15 +115,8 @@ class EditBuilder:
         self._elements.clear()
 
     def edits(self) -> GraphEdits:
-        """Everything collected so far."""
+        """Everything collected so far, and the new sizes."""
         self._apply_elements()
-        return GraphEdits(
-            constants=self._constants,
-            inputs=self._inputs,
-            attributes=self._attributes,
-            ops=self._ops,
-            dropped_inputs=self._dropped,
-            before=self._before,
-            after=self._after,
-            dims=self._dims,
-        )
+        dims = {(name, axis): size for name in self.structure.labels for axis, size in self.new_sizes(name).items()}
+        changed = self._constants, self._inputs, self._attributes, self._ops, self._dropped
+        return GraphEdits(*changed, self._before, self._after, dims)

@@ -31,13 +31,12 @@ def equalized(
         order: the removed units in the order in which they went; the last ones are put back first. Ascending if None.
     """
     gone = _places(structure, removed)
-    excess = np.bincount(structure.interchangeable, removed, structure.units) - np.bincount(
-        structure.interchangeable, gone, structure.units
-    )
+    own = structure.interchangeable
+    excess = np.bincount(own, removed, structure.units) - np.bincount(own, gone, structure.units)
     result = removed.copy()
     for unit in (np.flatnonzero(removed) if order is None else order)[::-1] if excess.any() else ():
-        if excess[structure.interchangeable[unit]] > 0:
-            excess[structure.interchangeable[unit]] -= 1
+        if excess[own[unit]] > 0:
+            excess[own[unit]] -= 1
             result[unit] = False
     return result
 
@@ -116,10 +115,7 @@ class Placement:
     def of(self, tensor: str, axis: int) -> Selection | None:
         """Which channels of a computed tensor are left on an axis, in order; None where nothing goes."""
         index = self.chosen_along(tensor, axis)
-        size = next(
-            (len(label.along_cut()) for label in self._structure.labels.get(tensor, ()) if label.cut == axis), 0
-        )
-        return None if index is None else Selection(index, size)
+        return None if index is None else Selection(index, len(self.kept(tensor)[axis]))
 
     def touches(self, tensor: str) -> bool:
         """Whether a tensor loses channels."""

@@ -13,9 +13,11 @@ from lindep_onnx.model.edit import GraphEdits, Insertion, apply_edits
 from lindep_onnx.model.ir import Model
 from lindep_onnx.structure.edit_builder import EditBuilder
 from lindep_onnx.structure.rules import rewriting_rule
-from lindep_onnx.structure.types import Axes, Bias, ConsumerNode, Structure
+from lindep_onnx.structure.types import ConsumerNode, Structure
 
 Array: TypeAlias = NDArray[Any]
+#: New values of constants by (node index, input position).
+Biases: TypeAlias = "Mapping[tuple[int, int], NDArray[np.float64]]"
 
 
 @dataclass(frozen=True)
@@ -58,32 +60,23 @@ def removal_edits(structure: Structure, new: Removal) -> GraphEdits:
         if rule is not None and any(builder.kept(name) for name in (*node.inputs, *node.outputs)):
             rule(node, builder)
     biases = _biases(builder, new)
-    for name, readers in structure.reads.items():
-        _rewrite_constant(builder, name, readers, new.weights.get(name), biases)
-    for tensor in structure.labels:
-        for axis, mask in builder.kept(tensor).items():
-            builder.set_dim(tensor, axis, int(mask.sum()))
+    for name in structure.reads:
+        _rewrite_constant(builder, name, new.weights.get(name), biases)
     return builder.edits()
 
 
-def _rewrite_constant(
-    builder: EditBuilder,
-    name: str,
-    readers: Mapping[tuple[int, int], Axes],
-    weight: Array | None,
-    biases: Mapping[tuple[int, int], NDArray[np.float64]],
-) -> None:
+def _rewrite_constant(builder: EditBuilder, name: str, weight: Array | None, biases: Biases) -> None:
     """Slice a constant for its readers: in place where they agree, else with a copy for each."""
-    model = builder.structure.model
-    original = builder.structure.shape_info.constants[name]
+    model = builder.model
+    original = builder.shape_info.constants[name]
     values = {}
-    for (index, position), axes in readers.items():
-        value = biases.get((index, position), original if weight is None else weight)
+    for reader, axes in builder.structure.reads[name].items():
+        value = biases.get(reader, original if weight is None else weight)
         for axis, atoms in sorted(axes.items(), reverse=True):  # axis 0 last, since its blocks tell the others apart
             parts = np.split(value, len(atoms)) if atoms.ndim == 2 else [value]
             chosen = [builder.placement.chosen(own) for own in np.atleast_2d(atoms)]
             value = np.concatenate([part.take(own, axis) for part, own in zip(parts, chosen, strict=True)])
-        values[index, position] = value.astype(original.dtype)
+        values[reader] = value.astype(original.dtype)
     first = next(iter(values.values()))
     everyone = sum(node.inputs.count(name) for node in model.consumers.get(name, ()))
     if len(values) == everyone and name not in model.outputs and all(_same(value, first) for value in values.values()):
@@ -99,35 +92,31 @@ def _same(left: Array, right: Array) -> bool:
     return left.shape == right.shape and left.tobytes() == right.tobytes()
 
 
-def _biases(builder: EditBuilder, new: Removal) -> dict[tuple[int, int], NDArray[np.float64]]:
+def _biases(builder: EditBuilder, new: Removal) -> Biases:
     """New values, in their original shape, of constants that take a shift; missing ones are added to the graph."""
     found = {}
     weights = {reader: consumer.weight for consumer in builder.structure.consumers for reader in consumer.readers}
     for reader, shift in new.shifts.items():
-        bias = reader.bias
+        bias, output = reader.bias, reader.output
         if bias is None or not shift.any():
             continue
-        if bias.name:
-            found[bias.node or 0, bias.position] = _shifted(builder, reader, bias, shift)
+        node = None if bias.node is None else builder.model.nodes[bias.node]
+        if node is not None and bias.name:
+            added = shift * bias.scale
+            added = _along_channels(builder, reader, added) if node.op == "Add" else added
+            found[node.index, bias.position] = builder.shape_info.constants[bias.name].astype(np.float64) + added
             continue
-        model = builder.structure.model
-        chosen = builder.placement.chosen_along(reader.output, reader.output_axis)
-        dtype = builder.structure.shape_info.constants[weights[reader]].dtype
+        chosen = builder.placement.chosen_along(output, reader.output_axis)
+        dtype = builder.shape_info.constants[weights[reader]].dtype
         value = ((shift if chosen is None else shift[chosen]) * bias.scale).astype(dtype)
-        if bias.node is not None:
-            builder.set_input(model.nodes[bias.node], bias.position, value)
+        if node is not None:
+            builder.set_input(node, bias.position, value)
         else:
-            behind = len(builder.shape(reader.output)) - reader.output_axis - 1
-            inputs = (reader.output, value.reshape(-1, *(1,) * behind))
-            builder.insert_after(reader.output, Insertion("Add", inputs, reader.output + "_bias"))
+            addend = _along_channels(builder, reader, value)
+            builder.insert_after(output, Insertion("Add", (output, addend), output + "_bias"))
     return found
 
 
-def _shifted(builder: EditBuilder, reader: ConsumerNode, bias: Bias, shift: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The constant that is there plus the shift, in a shape that still broadcasts."""
-    current = builder.structure.shape_info.constants[bias.name].astype(np.float64)
-    op = builder.structure.model.nodes[bias.node or 0].op
-    if op == "Add":
-        behind = len(builder.shape(reader.output)) - reader.output_axis - 1
-        return current + (shift * bias.scale).reshape(-1, *(1,) * behind)
-    return current + shift * bias.scale
+def _along_channels(builder: EditBuilder, reader: ConsumerNode, values: Array) -> Array:
+    """(outputs,) values in a shape that broadcasts to the product."""
+    return values.reshape(-1, *(1,) * (len(builder.shape(reader.output)) - reader.output_axis - 1))

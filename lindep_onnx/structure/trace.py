@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from types import MappingProxyType
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,41 +20,26 @@ from lindep_onnx.model.node import Node
 from lindep_onnx.model.shapes import ShapeInfo
 from lindep_onnx.structure import reasons
 from lindep_onnx.structure.rules import tracing_rule
-from lindep_onnx.structure.tracer import PendingConsumer, Tracer
-from lindep_onnx.structure.types import (
-    FROZEN,
-    Atoms,
-    Consumer,
-    Group,
-    Refusal,
-    Structure,
-)
+from lindep_onnx.structure.tracer import Tracer
+from lindep_onnx.structure.types import FROZEN, Atoms, Consumer, Group, Product, Refusal, Structure
+
+Globs: TypeAlias = "Sequence[str]"
 
 _QUANTISED = re.compile(
     r"(^|::)(QLinear\w+|QAttention|QGemm|(De|Dynamic)?[Qq]uantizeLinear|\w+Integer\w*|MatMulNBits)$"
 )
 #: Which input of an operator is the weight, and which of its axes counts output channels.
 _QUANTISED_WEIGHT = {
-    "Conv": (1, 0),
-    "ConvInteger": (1, 0),
+    **dict.fromkeys(("Conv", "ConvInteger"), (1, 0)),
     "QLinearConv": (3, 0),
     "ConvTranspose": (1, 1),
-    "MatMul": (1, -1),
-    "MatMulInteger": (1, -1),
-    "DynamicQuantizeMatMul": (1, -1),
-    "QLinearMatMul": (3, -1),
-    "Gemm": (1, -1),
-    "QGemm": (3, -1),
+    **dict.fromkeys(("MatMul", "MatMulInteger", "DynamicQuantizeMatMul", "Gemm"), (1, -1)),
+    **dict.fromkeys(("QLinearMatMul", "QGemm"), (3, -1)),
 }
 
 
 def trace(
-    model: Model,
-    shape_info: ShapeInfo,
-    *,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    min_channels: int = 1,
+    model: Model, shape_info: ShapeInfo, *, include: Globs = (), exclude: Globs = (), min_channels: int = 1
 ) -> Structure:
     """Find units, consumers, groups and refusals of a model.
 
@@ -95,8 +82,8 @@ def _quantised(model: Model, shape_info: ShapeInfo) -> Refusal | None:
     return Refusal(reasons.QUANTISED, (nodes[0].name,), channels)
 
 
-def _leave_alone(tracer: Tracer, node: Node, include: Sequence[str], exclude: Sequence[str]) -> None:
-    def matches(globs: Sequence[str]) -> bool:
+def _leave_alone(tracer: Tracer, node: Node, include: Globs, exclude: Globs) -> None:
+    def matches(globs: Globs) -> bool:
         return any(fnmatch.fnmatchcase(node.name, glob) for glob in globs)
 
     weighted = bool(tracer.producers) and tracer.producers[-1].node == node.index
@@ -114,12 +101,16 @@ def _check_claims(tracer: Tracer) -> None:
     """
     model = tracer.model
     multiplied = _by_weight(tracer)
+
+    def keep(those: Sequence[Atoms], reason: reasons.Reason, blame: Node) -> None:
+        for atoms in those:
+            tracer.freeze(atoms, reason, blame)
+
     for name, claims in tracer.claims.items():
         first = model.nodes[min(claims)[0]]
         labelled = [atoms for axes in claims.values() for atoms in axes.values()]
         if name in model.overridable:
-            for atoms in labelled:
-                tracer.freeze(atoms, reasons.OVERRIDABLE, first)
+            keep(labelled, reasons.OVERRIDABLE, first)
         if sum(size > 1 for size in tracer.shape_info.constants[name].shape) <= 1 or not labelled:
             continue
         readers = {(node.index, place) for node in model.consumers[name] for place in _places(node, name)}
@@ -127,8 +118,7 @@ def _check_claims(tracer: Tracer) -> None:
         for axis in {axis for axes in claims.values() for axis in axes}:
             asked = [axes[axis] for axes in claims.values() if axis in axes]
             if len({atoms.shape for atoms in asked}) > 1:
-                for atoms in asked:
-                    tracer.freeze(atoms, reasons.TWO_WAYS, first)
+                keep(asked, reasons.TWO_WAYS, first)
                 continue
             for atoms in asked:
                 tracer.link(atoms, asked[0])
@@ -136,20 +126,17 @@ def _check_claims(tracer: Tracer) -> None:
                 blame = next((model.nodes[index] for index, _ in sorted(readers - set(claims))), first)
                 tracer.freeze(asked[0], reasons.TWO_WAYS, blame)
         layouts = multiplied.get(name, [])
-        ways = {(product.inputs, product.outputs, product.group) for product in (entry.product for entry in layouts)}
+        ways = {(product.inputs, product.outputs, product.group) for product, _ in layouts}
         if layouts and (len(ways) > 1 or len(layouts) != len(claims)):
             # A fold changes the weight for every reader, so all must multiply it in the same way.
-            for atoms in labelled:
-                tracer.freeze(atoms, reasons.TWO_WAYS, first)
+            keep(labelled, reasons.TWO_WAYS, first)
         reason = None if name in model.stored else _replaceable(tracer, name)
         if reason is not None:
-            for atoms in labelled:
-                tracer.freeze(atoms, reason, model.producer[name])
+            keep(labelled, reason, model.producer[name])
 
 
 def _places(node: Node, name: str) -> list[int]:
-    places = [place for place, read in enumerate(node.inputs) if read == name]
-    return places if places else [-1]  # a capture
+    return [place for place, read in enumerate(node.inputs) if read == name] or [-1]  # a capture
 
 
 def _replaceable(tracer: Tracer, name: str) -> reasons.Reason | None:
@@ -228,26 +215,25 @@ def _connected(links: Sequence[tuple[Atoms, Atoms]], count: int) -> Atoms:
     return np.asarray(connected_components(edges, directed=False)[1], dtype=np.int64)
 
 
-def _by_weight(tracer: Tracer) -> dict[str, list[PendingConsumer]]:
-    found: dict[str, list[PendingConsumer]] = {}
-    for entry in tracer.consumers:
-        found.setdefault(entry.product.weight, []).append(entry)
+def _by_weight(tracer: Tracer) -> dict[str, list[tuple[Product, bool]]]:
+    found: dict[str, list[tuple[Product, bool]]] = {}
+    for product, affine in tracer.consumers:
+        found.setdefault(product.weight, []).append((product, affine))
     return found
 
 
 def _consumers(tracer: Tracer) -> list[Consumer]:
     consumers = []
     for name, entries in _by_weight(tracer).items():
-        first = entries[0].product
+        first, affine = entries[0]
         blocks, inputs, outputs = first.group, first.inputs, first.outputs
-        axes = next(
-            axes for (node, _), axes in tracer.claims[name].items() if node == first.reader.node and inputs in axes
-        )
+        claims = tracer.claims[name].items()
+        axes = next(axes for (node, _), axes in claims if node == first.reader.node and inputs in axes)
         shape = tracer.shape_info.constants[name].shape
         size = shape[outputs] if outputs == 0 else shape[outputs] * blocks
         rows = axes[outputs] if outputs in axes else tracer.fresh(size)  # a single output is never labelled
-        readers = tuple(entry.product.reader for entry in entries)
-        affine = entries[0].affine and len(readers) == 1
+        readers = tuple(product.reader for product, _ in entries)
+        affine = affine and len(readers) == 1
         parts = zip(axes[inputs].reshape(blocks, -1), rows.reshape(blocks, -1), strict=True)
         for block, (own_columns, own_rows) in enumerate(parts):
             consumers.append(Consumer(name, inputs, outputs, readers, own_columns, own_rows, affine, block, blocks))
@@ -292,16 +278,9 @@ def _lines(tracer: Tracer) -> Iterator[Atoms]:
 
 
 def _groups(tracer: Tracer, consumers: Sequence[Consumer], unit: Atoms, units: int) -> tuple[Group, ...]:
-    left, right = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    for index, consumer in enumerate(consumers):
-        met = np.unique(unit[consumer.columns])
-        met = met[met != FROZEN]
-        left.append(met)
-        right.append(np.full(len(met), units + index))
-    rows, columns = np.concatenate(left), np.concatenate(right)
-    size = units + len(consumers)
-    edges = coo_array((np.ones(len(rows)), (rows, columns)), shape=(size, size))
-    member = connected_components(edges, directed=False)[1]
+    met = [np.unique(unit[consumer.columns]) for consumer in consumers]
+    links = [(own[own != FROZEN], np.full((own != FROZEN).sum(), units + index)) for index, own in enumerate(met)]
+    member = _connected(links, units + len(consumers))
     owner: dict[int, str] = {}
     for producer in tracer.producers:
         made = unit[producer.atoms]
@@ -318,11 +297,10 @@ def _groups(tracer: Tracer, consumers: Sequence[Consumer], unit: Atoms, units: i
 
 
 def _refusals(tracer: Tracer, component: Atoms, cause: Atoms) -> tuple[Refusal, ...]:
-    channels: dict[int, int] = {}
+    channels: Counter[int] = Counter()
     for producer in tracer.producers:
         causes = cause[component[producer.atoms]]
-        for index, count in zip(*np.unique(causes[causes >= 0], return_counts=True), strict=True):
-            channels[int(index)] = channels.get(int(index), 0) + int(count)
+        channels.update(sorted(causes[causes >= 0].tolist()))
     merged: dict[tuple[str, str], tuple[reasons.Reason, int]] = {}
     for index, count in channels.items():
         _, reason, node = tracer.frozen[index]

@@ -15,17 +15,12 @@ from lindep_onnx.structure.reasons import Reason
 from lindep_onnx.structure.types import Array, Atoms, Labelling, Producer, Product
 
 
-@dataclass(frozen=True)
-class PendingConsumer:
-    """A product along a labelled axis, and whether its output can take up a constant."""
-
-    product: Product
-    affine: bool
-
-
 @dataclass
 class Tracer:
-    """What the operator rules read and write while a graph is traced. It lives inside `trace` only."""
+    """What the operator rules read and write while a graph is traced. It lives inside `trace` only.
+
+    `consumers` are products along a labelled axis, and whether their output can take up a constant.
+    """
 
     model: Model
     shape_info: ShapeInfo
@@ -35,7 +30,7 @@ class Tracer:
     aligned: list[tuple[Atoms, Atoms]] = field(default_factory=list)
     frozen: list[tuple[Atoms, Reason, Node | None]] = field(default_factory=list)
     claims: dict[str, dict[tuple[int, int], dict[int, Atoms]]] = field(default_factory=dict)
-    consumers: list[PendingConsumer] = field(default_factory=list)
+    consumers: list[tuple[Product, bool]] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
     producers: list[Producer] = field(default_factory=list)
 
@@ -44,6 +39,10 @@ class Tracer:
     def constant(self, name: str) -> Array | None:
         """Value of a tensor that never changes; None for others and for absent inputs."""
         return self.shape_info.constants.get(name)
+
+    def computed(self, node: Node) -> list[str]:
+        """The inputs of a node that are there and no constants."""
+        return [name for name in node.inputs if name and self.constant(name) is None]
 
     def shape(self, name: str) -> Shape | None:
         """Shape of a tensor, None if not even its rank is known."""
@@ -96,6 +95,23 @@ class Tracer:
         if differ.any():
             self.links.append((left[differ], right[differ]))
 
+    def linked(
+        self, node: Node, reason: Reason, operands: Iterable[tuple[str, int]], axes: Iterable[int]
+    ) -> dict[int, Atoms]:
+        """Link tensors along axes that mean the same in each, and keep what one of them has no channels for.
+
+        Operands are tensors, and what to add to an axis to have their own.
+        """
+        found = [(self.axes(name), offset) for name, offset in operands]
+        result: dict[int, Atoms] = {}
+        for axis in axes:
+            asked = [own[axis + offset] for own, offset in found if axis + offset in own]
+            for atoms in asked:
+                self.link(result.setdefault(axis, atoms), atoms)
+            if asked and len(asked) < len(found):
+                self.freeze(asked[0], reason, node)
+        return result
+
     def align(self, rows: Atoms) -> None:
         """Make the places (rows, places) of a column vanish together, whichever channels sit on them then."""
         left, right = np.broadcast_arrays(rows, rows[:1])
@@ -114,12 +130,19 @@ class Tracer:
             if chosen is None or label.cut in chosen:
                 self.freeze(label.atoms.ravel(), reason, node)
 
+    def stop(self, node: Node, reason: Reason, axes: Iterable[int]) -> dict[int, Atoms]:
+        """Keep the channels of the first input of a node along `axes`; returns its atoms along the others."""
+        data = node.inputs[0]
+        rank = self.rank(data)
+        stopped = {axis % rank if rank else axis for axis in axes}
+        self.freeze_tensor(data, reason, node, stopped)
+        return {axis: atoms for axis, atoms in self.axes(data).items() if axis not in stopped}
+
     def label(self, name: str, labels: Iterable[Labelling]) -> None:
         """Say which labellings a computed tensor carries. Axes of size 1 never carry one."""
-        if name:
-            kept = tuple(label for label in labels if label.atoms.shape[label.axes.index(label.cut)] > 1)
-            if kept:
-                self.labels[name] = kept
+        kept = tuple(label for label in labels if label.atoms.shape[label.axes.index(label.cut)] > 1)
+        if name and kept:
+            self.labels[name] = kept
 
     def label_axes(self, name: str, axes: Mapping[int, Atoms]) -> None:
         """`label` with one labelling for each axis."""
@@ -146,8 +169,7 @@ class Tracer:
     def refuse(self, node: Node, reason: Reason) -> None:
         """Leave everything alone that a node reads; its outputs carry no channels."""
         for name in (*node.inputs, *node.captures):
-            if name:
-                self.freeze_tensor(name, reason, node)
+            self.freeze_tensor(name, reason, node)
 
     def produce(self, node: Node, channels: int) -> Atoms:
         """Start the output channels of a node with a constant weight."""
@@ -157,4 +179,4 @@ class Tracer:
 
     def consumer(self, product: Product, affine: bool) -> None:
         """Record that a node multiplies a constant weight along a labelled axis."""
-        self.consumers.append(PendingConsumer(product, affine))
+        self.consumers.append((product, affine))

@@ -41,7 +41,7 @@ def dropout(node: Node, tracer: Tracer) -> None:
 def broadcast(node: Node, tracer: Tracer) -> list[Labelling]:
     """Link the labellings of all inputs place by place, label constants alike, and return those of the result."""
     ranks = [tracer.rank(name) for name in node.inputs if name]
-    rank = max((known for known in ranks if known is not None), default=0)
+    rank = max((known or 0 for known in ranks), default=0)
     if None in ranks and len(ranks) > 1:
         tracer.refuse(node, reasons.UNKNOWN_RANK)
         return []

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeAlias
-
 import numpy as np
 
 from lindep_onnx.model.edit import Insertion
@@ -13,15 +10,13 @@ from lindep_onnx.structure import reasons
 from lindep_onnx.structure.edit_builder import EditBuilder
 from lindep_onnx.structure.rules.registry import rewrites, traces
 from lindep_onnx.structure.tracer import Tracer
-from lindep_onnx.structure.types import Array, Atoms
+from lindep_onnx.structure.types import Atoms
 
 #: Channels that a Pad may add: arrays over more would take longer than all else.
 MAX_PADDED = 1 << 20
 END = np.iinfo(np.int64).max
 #: Inputs of a Slice behind the data, once attributes.
 RANGES = ("starts", "ends", "axes", "steps")
-
-Constants: TypeAlias = Callable[[str], Array | None]
 
 
 @traces("Concat")
@@ -32,7 +27,8 @@ def concat(node: Node, tracer: Tracer) -> None:
         tracer.refuse(node, reasons.FROZEN_OPERAND)
         return
     joined = node.attributes["axis"] % rank
-    across = _linked_across(node, tracer, joined)
+    data = [(name, 0) for name in tracer.computed(node)]
+    across = tracer.linked(node, reasons.FROZEN_OPERAND, data, [axis for axis in range(rank) if axis != joined])
     labels = dict(across)
     if any(joined in tracer.axes(name) for name in node.inputs):
         found = [_part(node, tracer, position, joined) for position in range(len(node.inputs))]
@@ -48,19 +44,6 @@ def concat(node: Node, tracer: Tracer) -> None:
         for position in range(len(node.inputs)):
             tracer.claim(node, position, across)
     tracer.label_axes(node.outputs[0], labels)
-
-
-def _linked_across(node: Node, tracer: Tracer, joined: int) -> dict[int, Atoms]:
-    data = [name for name in node.inputs if tracer.constant(name) is None]
-    result: dict[int, Atoms] = {}
-    for name in data:
-        for axis, atoms in tracer.axes(name).items():
-            if axis != joined:
-                tracer.link(result.setdefault(axis, atoms), atoms)
-    for axis, atoms in result.items():
-        if any(axis not in tracer.axes(name) for name in data):
-            tracer.freeze(atoms, reasons.FROZEN_OPERAND, node)
-    return result
 
 
 def _part(node: Node, tracer: Tracer, position: int, axis: int) -> Atoms | None:
@@ -112,7 +95,7 @@ def split_sizes(node: Node, builder: EditBuilder) -> None:
     if axis not in builder.kept(node.inputs[0]):
         return
     sizes = [int(builder.new_shape(name)[axis]) for name in node.outputs]
-    if builder.structure.model.opset >= 13:
+    if builder.model.opset >= 13:
         builder.set_input(node, 1, np.array(sizes, dtype=np.int64))
         if "num_outputs" in node.attributes:
             builder.set_attribute(node, "num_outputs", None)
@@ -175,30 +158,27 @@ def slice_(node: Node, tracer: Tracer) -> None:
     axes = tracer.axes(data)
     if not axes:
         return
-    shape = tracer.shape(data) or ()
-    ranges = _ranges(node, tracer.constant, tracer.model.opset, len(shape))
+    ranges = _ranges(node, tracer, tracer.rank(data) or 0)
     if ranges is None:
         tracer.freeze_tensor(data, reasons.RUNTIME_INDICES, node)
         return
     for position in range(1, len(node.inputs)):
         tracer.claim(node, position, {})
-    labels = {}
-    for axis, atoms in axes.items():
-        taken = atoms[ranges[axis]] if axis in ranges else atoms
-        labels[axis] = taken
+    labels = {axis: atoms[ranges.get(axis, slice(None))] for axis, atoms in axes.items()}
+    for taken in labels.values():
         if len(taken) == 1:
             tracer.freeze(taken, reasons.PICKED, node)
     tracer.label_axes(result, labels)
 
 
-def _ranges(node: Node, constant: Constants, opset: int, rank: int) -> dict[int, slice] | None:
+def _ranges(node: Node, known: Tracer | EditBuilder, rank: int) -> dict[int, slice] | None:
     """The slice of each axis, None if something is only known at run time."""
     given: list[list[int] | None] = []
     for position, name in enumerate(RANGES, start=1):
-        if opset < 10:
+        if known.model.opset < 10:
             given.append(node.attributes.get(name))
             continue
-        value = constant(node.input(position))
+        value = known.constant(node.input(position))
         if value is None and node.input(position):
             return None
         given.append(None if value is None else [int(element) for element in value.ravel()])
@@ -217,48 +197,38 @@ def _ranges(node: Node, constant: Constants, opset: int, rank: int) -> dict[int,
 @rewrites("Slice")
 def slice_ranges(node: Node, builder: EditBuilder) -> None:
     """A range stays a range of the survivors; a range with a step becomes a Gather."""
-    opset = builder.structure.model.opset
-    shape = builder.shape(node.inputs[0])
-    ranges = _ranges(node, builder.constant, opset, len(shape))
+    ranges = _ranges(node, builder, len(builder.shape(node.inputs[0])))
     kept = builder.kept(node.inputs[0])
     if ranges is None or not kept.keys() & ranges.keys():
         return
-    stepped = [axis for axis in kept if axis in ranges and ranges[axis].step != 1]
-    starts, ends, source = {}, {}, node.inputs[0]
-    for axis in kept:
+    new, source = dict(ranges), node.inputs[0]
+    for axis, mask in kept.items():
         if axis not in ranges:
             continue
-        places = np.arange(len(kept[axis]))[ranges[axis]]
-        places = places[kept[axis][places]]
-        chosen = (np.cumsum(kept[axis]) - 1)[places].astype(np.int64)
-        if axis in stepped:
-            if len(ranges) == 1:
-                builder.set_op(node, "Gather", 2)
-                for name in RANGES:
-                    builder.set_attribute(node, name, None)
-                builder.set_attribute(node, "axis", axis)
-                builder.set_input(node, 1, chosen)
-                return
+        places = np.arange(len(mask))[ranges[axis]]
+        chosen = (np.cumsum(mask) - 1)[places[mask[places]]].astype(np.int64)
+        if ranges[axis].step == 1:
+            new[axis] = slice(int(chosen[0]), int(chosen[-1]) + 1, 1)
+        elif len(ranges) == 1:
+            builder.set_op(node, "Gather", 2)
+            for name in RANGES:
+                builder.set_attribute(node, name, None)
+            builder.set_attribute(node, "axis", axis)
+            builder.set_input(node, 1, chosen)
+            return
+        else:
             picked = f"{node.outputs[0]}_picked_{axis}"
             builder.insert_before(node, Insertion("Gather", (source, chosen), picked, {"axis": axis}))
-            source = picked
-            starts[axis], ends[axis] = 0, END
-        else:
-            starts[axis], ends[axis] = int(chosen[0]), int(chosen[-1]) + 1
+            source, new[axis] = picked, slice(0, END, 1)
     if source != node.inputs[0]:
         builder.set_input(node, 0, source)
-    order = list(ranges)
-    new = {
-        "starts": [starts.get(axis, ranges[axis].start) for axis in order],
-        "ends": [ends.get(axis, -END if ranges[axis].stop is None else int(ranges[axis].stop)) for axis in order],
-        "axes": order,
-        "steps": [1 if axis in stepped else ranges[axis].step for axis in order],
-    }
-    for position, name in enumerate(RANGES, start=1):
-        if opset >= 10:
-            builder.set_input(node, position, np.array(new[name], dtype=np.int64))
+    starts, steps = [part.start for part in new.values()], [part.step for part in new.values()]
+    ends = [-END if part.stop is None else int(part.stop) for part in new.values()]
+    for position, (name, values) in enumerate(zip(RANGES, (starts, ends, list(new), steps), strict=True), start=1):
+        if builder.model.opset >= 10:
+            builder.set_input(node, position, np.array(values, dtype=np.int64))
         elif name != "steps":
-            builder.set_attribute(node, name, new[name])
+            builder.set_attribute(node, name, values)
 
 
 @traces("Pad")
@@ -269,11 +239,11 @@ def pad(node: Node, tracer: Tracer) -> None:
     rank = tracer.rank(data)
     if not axes or rank is None:
         return
-    pads = _pad_sizes(node, tracer.constant, tracer.shape_info.integers(node.input(1)), rank, tracer.model.opset)
+    pads = _pads(node, tracer, rank)
     constant_mode = node.attributes.get("mode", "constant") == "constant"
     labels = {}
     for axis, atoms in axes.items():
-        before, after = (None, None) if pads is None else pads[axis]
+        _, before, after = (0, None, None) if pads is None else pads.get(axis, (0, 0, 0))
         if not isinstance(before, int) or not isinstance(after, int):
             tracer.freeze_tensor(data, reasons.RUNTIME_INDICES, node, [axis])
         elif (before or after) and (not constant_mode or min(before, after) < 0):
@@ -285,47 +255,29 @@ def pad(node: Node, tracer: Tracer) -> None:
     tracer.label_axes(result, labels)
 
 
-def _pad_sizes(
-    node: Node, constant: Constants, known: list[int | str] | None, rank: int, opset: int
-) -> dict[int, tuple[int | str, int | str]] | None:
-    flat = node.attributes.get("pads") if opset < 11 else known
-    if flat is None:
-        return None
-    axes = constant(node.input(3))
-    if node.input(3) and axes is None:
+def _pads(node: Node, known: Tracer | EditBuilder, rank: int) -> dict[int, tuple[int, int | str, int | str]] | None:
+    """For each axis that is named its place, and the padding before and behind it."""
+    flat = node.attributes.get("pads") if known.model.opset < 11 else known.shape_info.integers(node.input(1))
+    axes = known.constant(node.input(3))
+    if flat is None or (node.input(3) and axes is None):
         return None
     order = range(rank) if axes is None else [int(axis) % rank for axis in axes]
-    result: dict[int, tuple[int | str, int | str]] = dict.fromkeys(range(rank), (0, 0))
-    for place, axis in enumerate(order):
-        result[axis] = flat[place], flat[place + len(flat) // 2]
-    return result
+    return {axis: (place, flat[place], flat[place + len(flat) // 2]) for place, axis in enumerate(order)}
 
 
 @rewrites("Pad")
 def pad_sizes(node: Node, builder: EditBuilder) -> None:
     """As much padding on each side as survives of it."""
-    kept = builder.kept(node.outputs[0])
-    rank = len(builder.shape(node.inputs[0]))
-    opset = builder.structure.model.opset
-    integers = builder.structure.shape_info.integers(node.input(1))
-    pads = _pad_sizes(node, builder.constant, integers, rank, opset)
-    if pads is None:
-        return
+    pads = _pads(node, builder, len(builder.shape(node.inputs[0]))) or {}
     changed = {}
-    axes = builder.constant(node.input(3))
-    order = list(range(rank)) if axes is None else [int(axis) % rank for axis in axes]
-    for axis, mask in kept.items():
-        before, after = pads[axis]
-        if axis in order and isinstance(before, int) and isinstance(after, int) and (before or after):
-            place = order.index(axis)
+    for axis, mask in builder.kept(node.outputs[0]).items():
+        place, before, after = pads.get(axis, (0, 0, 0))
+        if isinstance(before, int) and isinstance(after, int) and (before or after):
             changed[place] = int(mask[:before].sum())
-            changed[place + len(order)] = int(mask[len(mask) - after :].sum()) if after else 0
-    if not changed:
-        return
-    if opset < 11:
-        flat = list(node.attributes["pads"])
-        for place, size in changed.items():
-            flat[place] = size
-        builder.set_attribute(node, "pads", flat)
+            changed[place + len(pads)] = int(mask[len(mask) - after :].sum())
+    if builder.model.opset < 11:
+        if changed:
+            flat = enumerate(node.attributes["pads"])
+            builder.set_attribute(node, "pads", [changed.get(place, size) for place, size in flat])
     else:
         builder.set_elements(node, 1, changed)

@@ -28,9 +28,8 @@ def convolution(node: Node, tracer: Tracer) -> None:
     axes = tracer.axes(data)
     tracer.freeze_tensor(data, reasons.WINDOWED, node, [axis for axis in axes if axis > 1])
     bias = _convolution_bias(node, tracer)
-    window = (
-        None if layout.transposed and pads_implicitly(node) else window_of(node, kernel.shape[2:], (shape or ())[2:])
-    )
+    unknown = layout.transposed and pads_implicitly(node)
+    window = None if unknown else window_of(node, kernel.shape[2:], (shape or ())[2:])
     reader = _convolution_reader(node, window, bias)
     product = _product(node, 1, layout, reader, window)
     if window is not None:
@@ -39,17 +38,10 @@ def convolution(node: Node, tracer: Tracer) -> None:
         _depthwise(node, tracer, layout.group)
         return
     made = tracer.produce(node, layout.widths(kernel.shape)[1])
-    columns = axes.get(1)
-    _claim_weight(
-        tracer,
-        node,
-        product,
-        _by_group(made, layout.group, node, tracer),
-        None if columns is None else _by_group(columns, layout.group, node, tracer),
-    )
-    _claim_bias(node, tracer, made)
-    passing = {0: axes[0]} if 0 in axes and not layout.transposed else {}
-    tracer.label_axes(node.outputs[0], {**passing, 1: made})
+    rows, columns = _by_group(made, layout.group, node, tracer), axes.get(1)
+    columns = None if columns is None else _by_group(columns, layout.group, node, tracer)
+    _claim_weight(tracer, node, product, rows, columns)
+    _finish(node, tracer, {} if layout.transposed else axes, made)
     if columns is not None:
         # The border of a ConvTranspose mixes fewer taps, so that a constant channel is not a constant of the output.
         affine = bias is not None and window is not None and not window.padded and not window.transposed
@@ -68,10 +60,12 @@ def _claim_weight(tracer: Tracer, node: Node, product: Product, made: Atoms, col
     tracer.claim(node, product.position, {product.outputs: made, **given})
 
 
-def _claim_bias(node: Node, tracer: Tracer, made: Atoms) -> None:
+def _finish(node: Node, tracer: Tracer, axes: Mapping[int, Atoms], made: Atoms) -> None:
+    """Slice the bias of a convolution like the channels made, which the output has behind the batch."""
     if node.input(2) and tracer.constant(node.input(2)) is None:
         tracer.freeze(made, reasons.RUNTIME_WEIGHT, node)
     tracer.claim(node, 2, {0: made})
+    tracer.label_axes(node.outputs[0], {axis: atoms for axis, atoms in axes.items() if axis == 0} | {1: made})
 
 
 def _by_group(atoms: Atoms, group: int, node: Node, tracer: Tracer) -> Atoms:
@@ -94,9 +88,7 @@ def _depthwise(node: Node, tracer: Tracer, group: int) -> None:
     else:
         tracer.freeze(made, reasons.FROZEN_INPUT, node)
     tracer.claim(node, 1, {0: made})
-    _claim_bias(node, tracer, made)
-    passing = {0: axes[0]} if 0 in axes else {}
-    tracer.label_axes(node.outputs[0], {**passing, 1: made})
+    _finish(node, tracer, axes, made)
 
 
 def _convolution_bias(node: Node, tracer: Tracer) -> Bias | None:
@@ -124,9 +116,9 @@ def _convolution_reader(node: Node, window: Window | None, bias: Bias | None) ->
 def convolution_groups(node: Node, builder: EditBuilder) -> None:
     """The `group` of a depthwise convolution follows its input channels."""
     if node.attributes.get("group", 1) > 1 and builder.shape(node.inputs[1])[1] == 1:
-        kept = builder.kept(node.inputs[0])
-        if 1 in kept:
-            builder.set_attribute(node, "group", int(kept[1].sum()))
+        sizes = builder.new_sizes(node.inputs[0])
+        if 1 in sizes:
+            builder.set_attribute(node, "group", sizes[1])
 
 
 @traces("Gemm")
@@ -197,9 +189,8 @@ def _constant_product(node: Node, tracer: Tracer, position: int, mixed: int) -> 
     matrix = tracer.shape_info.constants[weight]
     rank = tracer.rank(data)
     if matrix.ndim != 2 or rank is None or rank < 2:
-        reason = (
-            reasons.WEIGHT_RANK if matrix.ndim > 2 else reasons.UNKNOWN_DATA_RANK if rank is None else reasons.VECTOR
-        )
+        other = reasons.UNKNOWN_DATA_RANK if rank is None else reasons.VECTOR
+        reason = reasons.WEIGHT_RANK if matrix.ndim > 2 else other
         tracer.refuse(node, reason)
         if matrix.ndim > 1:
             tracer.freeze(tracer.produce(node, matrix.shape[-1 if position else -2]), reason, node)
@@ -243,12 +234,9 @@ def einsum(node: Node, tracer: Tracer) -> None:
     if set(weight) <= set(data) and data == result and not all(constant):
         _einsum_scale(node, tracer, position, weight, data)
         return
-    summed, made = set(weight) & set(data) - set(result), set(weight) & set(result) - set(data)
-    if all(constant) or len(weight) != 2 or len(summed) != 1 or len(made) != 1:
-        tracer.refuse(node, reasons.EQUATION)
-        return
-    (one,), (other,) = summed, made
-    if data.replace(one, "") != result.replace(other, ""):
+    one, other = "".join(set(weight) & set(data) - set(result)), "".join(set(weight) & set(result) - set(data))
+    single = len(weight) == 2 and len(one) == len(other) == 1
+    if all(constant) or not single or data.replace(one, "") != result.replace(other, ""):
         tracer.refuse(node, reasons.EQUATION)
         return
     axis, new, name = data.index(one), result.index(other), node.inputs[1 - position]
@@ -281,14 +269,12 @@ def _following_bias(node: Node, tracer: Tracer, axis: int) -> Bias:
 
 def _computed_product(node: Node, tracer: Tracer) -> None:
     """The last axis of the left operand meets the last but one of the right."""
-    ranks = [tracer.rank(name) for name in node.inputs]
-    if None in ranks or min(rank for rank in ranks if rank is not None) < 2:
+    ranks = [tracer.rank(name) or 0 for name in node.inputs]
+    if min(ranks) < 2:
         tracer.refuse(node, reasons.CONTRACTED)
         return
-    batch = [chr(_LETTERS + axis) for axis in range(max(rank for rank in ranks if rank is not None) - 2)]
-    left, right = (
-        (*batch[len(batch) + 2 - (rank or 2) :], *own) for rank, own in zip(ranks, ("ij", "jk"), strict=True)
-    )
+    batch = [chr(_LETTERS + axis) for axis in range(max(ranks) - 2)]
+    left, right = ((*batch[len(batch) + 2 - rank :], *own) for rank, own in zip(ranks, ("ij", "jk"), strict=True))
     _contraction(node, tracer, (left, right), (*batch, "i", "k"))
 
 

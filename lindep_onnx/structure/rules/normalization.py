@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from lindep_onnx.model.node import Node
 from lindep_onnx.structure import reasons
@@ -18,96 +18,64 @@ REDUCTIONS = (
 @traces("BatchNormalization")
 def batch_normalization(node: Node, tracer: Tracer) -> None:
     """Scales and shifts each channel by constants of its own."""
-    data = node.inputs[0]
     if node.attributes.get("training_mode", 0) or any(node.outputs[1:]):
         tracer.refuse(node, reasons.TRAINING)
-        return
-    _per_channel(node, tracer, data, positions=range(1, 5))
+    else:
+        _per_channel(node, tracer, positions=range(1, 5))
 
 
 @traces("InstanceNormalization")
 def instance_normalization(node: Node, tracer: Tracer) -> None:
     """Normalizes each channel of each sample over its positions."""
-    tracer.freeze_tensor(
-        node.inputs[0], reasons.MIXED, node, [axis for axis in tracer.axes(node.inputs[0]) if axis > 1]
-    )
-    _per_channel(node, tracer, node.inputs[0], positions=range(1, 3))
+    tracer.stop(node, reasons.MIXED, [axis for axis in tracer.axes(node.inputs[0]) if axis > 1])
+    _per_channel(node, tracer, positions=range(1, 3))
 
 
-def _per_channel(node: Node, tracer: Tracer, data: str, positions: Iterable[int]) -> None:
-    axes = tracer.axes(data)
+def _per_channel(node: Node, tracer: Tracer, positions: Iterable[int]) -> None:
+    axes = tracer.axes(node.inputs[0])
     for position in positions:
         if tracer.constant(node.input(position)) is None:
-            tracer.freeze_tensor(data, reasons.RUNTIME_PARAMETERS, node, [1])
+            tracer.stop(node, reasons.RUNTIME_PARAMETERS, [1])
         else:
             tracer.claim(node, position, {0: axes[1]} if 1 in axes else {})
     tracer.label_axes(node.outputs[0], axes)
 
 
-@traces("LayerNormalization", "RMSNormalization")
-def layer_normalization(node: Node, tracer: Tracer) -> None:
-    """Mixes all axes from `axis` on."""
-    data = node.inputs[0]
-    rank = tracer.rank(data)
-    first = node.attributes.get("axis", -1) % rank if rank else 0
-    _mix(node, tracer, range(first, rank or 1))
-    for position in range(1, len(node.inputs)):
-        if tracer.constant(node.input(position)) is not None:
-            tracer.claim(node, position, {})
+def _softmax_axes(node: Node, tracer: Tracer, rank: int) -> Iterable[int]:
+    if tracer.model.opset >= 13:
+        return [node.attributes.get("axis", -1)]
+    return range(node.attributes.get("axis", 1) % rank, rank)  # that one and all behind it
 
 
-@traces("GroupNormalization")
-def group_normalization(node: Node, tracer: Tracer) -> None:
-    """Mixes the channels of each group with all positions."""
-    _mix(node, tracer, range(1, tracer.rank(node.inputs[0]) or 1))
+def _summed_axes(node: Node, tracer: Tracer, rank: int) -> Iterable[int]:
+    axis = tracer.constant(node.input(1))
+    return range(rank) if axis is None else [int(axis)]
+
+
+#: Which axes of so many an operator mixes, the shape staying as it is.
+_MIXED: Mapping[str, Callable[[Node, Tracer, int], Iterable[int]]] = {
+    **dict.fromkeys(("Softmax", "LogSoftmax", "Hardmax"), _softmax_axes),
+    **dict.fromkeys(
+        ("LayerNormalization", "RMSNormalization"),
+        lambda node, tracer, rank: range(node.attributes.get("axis", -1) % rank, rank),
+    ),
+    # The channels of each group with all positions.
+    "GroupNormalization": lambda node, tracer, rank: range(1, rank),
+    "LRN": lambda node, tracer, rank: [1],  # neighbouring channels
+    "LpNormalization": lambda node, tracer, rank: [node.attributes.get("axis", -1)],
+    "MeanVarianceNormalization": lambda node, tracer, rank: node.attributes.get("axes", [0, 2, 3]),
+    "CumSum": _summed_axes,
+}
+
+
+@traces(*_MIXED)
+def mix(node: Node, tracer: Tracer) -> None:
+    """Freezes the mixed axes and passes the others on; scales, biases and indices stay whole."""
+    rank = tracer.rank(node.inputs[0])
+    passing = tracer.stop(node, reasons.MIXED, _MIXED[node.op](node, tracer, rank) if rank else ())
+    tracer.label_axes(node.outputs[0], passing)
     for position in range(1, len(node.inputs)):
         tracer.claim(node, position, {})
-
-
-@traces("Softmax", "LogSoftmax", "Hardmax")
-def softmax(node: Node, tracer: Tracer) -> None:
-    """Mixes one axis; before opset 13 that one and all behind it."""
-    rank = tracer.rank(node.inputs[0]) or 1
-    if tracer.model.opset >= 13:
-        _mix(node, tracer, [node.attributes.get("axis", -1)])
-    else:
-        _mix(node, tracer, range(node.attributes.get("axis", 1) % rank, rank))
-
-
-@traces("LRN")
-def local_response_normalization(node: Node, tracer: Tracer) -> None:
-    """Mixes neighbouring channels."""
-    _mix(node, tracer, [1])
-
-
-@traces("LpNormalization")
-def lp_normalization(node: Node, tracer: Tracer) -> None:
-    """Mixes one axis."""
-    _mix(node, tracer, [node.attributes.get("axis", -1)])
-
-
-@traces("MeanVarianceNormalization")
-def mean_variance_normalization(node: Node, tracer: Tracer) -> None:
-    """Mixes the batch and the spatial axes by default."""
-    _mix(node, tracer, node.attributes.get("axes", [0, 2, 3]))
-
-
-@traces("CumSum")
-def cumulative_sum(node: Node, tracer: Tracer) -> None:
-    """Mixes one axis, given as an input."""
-    axis = tracer.constant(node.input(1))
-    _mix(node, tracer, range(tracer.rank(node.inputs[0]) or 0) if axis is None else [int(axis)])
-
-
-def _mix(node: Node, tracer: Tracer, axes: Iterable[int]) -> None:
-    """Freeze the mixed axes, pass the others on; input and output have the same shape."""
-    data = node.inputs[0]
-    rank = tracer.rank(data) or 0
-    mixed = {axis % rank for axis in axes} if rank else set()
-    tracer.freeze_tensor(data, reasons.MIXED, node, mixed)
-    passing = {axis: atoms for axis, atoms in tracer.axes(data).items() if axis not in mixed}
-    for name in node.outputs[:1]:
-        tracer.label_axes(name, passing)
 
 
 @traces(*REDUCTIONS)
@@ -124,22 +92,18 @@ def reduce(node: Node, tracer: Tracer) -> None:
     if not reduced and not unknown and node.attributes.get("noop_with_empty_axes", 0):
         tracer.label_axes(node.outputs[0], tracer.axes(data))
         return
-    mixed = {axis % rank for axis in reduced} if reduced else set(range(rank))
-    _remove_axes(node, tracer, mixed, bool(node.attributes.get("keepdims", 1)))
+    _remove_axes(node, tracer, {axis % rank for axis in reduced} if reduced else set(range(rank)))
 
 
 @traces("ArgMax", "ArgMin")
 def arg_extreme(node: Node, tracer: Tracer) -> None:
     """Mixes one axis, which vanishes or becomes 1."""
-    rank = tracer.rank(node.inputs[0]) or 1
-    _remove_axes(node, tracer, {node.attributes.get("axis", 0) % rank}, bool(node.attributes.get("keepdims", 1)))
+    _remove_axes(node, tracer, {node.attributes.get("axis", 0) % (tracer.rank(node.inputs[0]) or 1)})
 
 
-def _remove_axes(node: Node, tracer: Tracer, mixed: set[int], keepdims: bool) -> None:
-    data = node.inputs[0]
-    tracer.freeze_tensor(data, reasons.MIXED, node, mixed)
-    passing = {axis: atoms for axis, atoms in tracer.axes(data).items() if axis not in mixed}
-    if not keepdims:
+def _remove_axes(node: Node, tracer: Tracer, mixed: set[int]) -> None:
+    passing = tracer.stop(node, reasons.MIXED, mixed)
+    if not node.attributes.get("keepdims", 1):
         passing = {axis - sum(gone < axis for gone in mixed): atoms for axis, atoms in passing.items()}
     tracer.label_axes(node.outputs[0], passing)
 
@@ -147,10 +111,7 @@ def _remove_axes(node: Node, tracer: Tracer, mixed: set[int], keepdims: bool) ->
 @traces("TopK")
 def top_k(node: Node, tracer: Tracer) -> None:
     """Mixes one axis; both outputs keep the others."""
-    data = node.inputs[0]
-    rank = tracer.rank(data) or 1
-    mixed = node.attributes.get("axis", -1) % rank
-    tracer.freeze_tensor(data, reasons.MIXED, node, [mixed])
-    passing = {axis: atoms for axis, atoms in tracer.axes(data).items() if axis != mixed}
+    rank = tracer.rank(node.inputs[0]) or 1
+    passing = tracer.stop(node, reasons.MIXED, [node.attributes.get("axis", -1) % rank])
     for name in node.outputs:
         tracer.label_axes(name, passing)

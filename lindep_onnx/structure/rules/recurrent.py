@@ -21,8 +21,7 @@ def recurrent(node: Node, tracer: Tracer) -> None:
     columns = tracer.axes(data).get(2)
     tracer.freeze_tensor(data, reasons.STEPS, node, [0, 1])
     for name in node.inputs[3:]:
-        if name:
-            tracer.freeze_tensor(name, reasons.STEPS, node)
+        tracer.freeze_tensor(name, reasons.STEPS, node)
     for position in range(2, len(node.inputs)):
         tracer.claim(node, position, {})
     tracer.claim(node, 1, {} if columns is None else {2: columns})

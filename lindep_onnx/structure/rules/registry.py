@@ -13,7 +13,6 @@ Tracing: TypeAlias = Callable[[Node, Tracer], None]
 Rewriting: TypeAlias = Callable[[Node, EditBuilder], None]
 Rule = TypeVar("Rule", bound=Callable[..., Any])
 
-
 _TRACING: dict[str, Tracing] = {}
 _REWRITING: dict[str, Rewriting] = {}
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from lindep_onnx.model.node import Node
+from lindep_onnx.model.shapes import Shape
 from lindep_onnx.structure import reasons
 from lindep_onnx.structure.edit_builder import EditBuilder
 from lindep_onnx.structure.rules.registry import rewrites, traces
@@ -52,20 +53,19 @@ def regroup(node: Node, tracer: Tracer) -> None:
         inside = [label for label in tracer.labels[data] if label.cut in ins]
         done.update(label.cut for label in inside)
         if len(inside) > 1 and len(outs) != len(ins):
-            for label in inside:
-                tracer.freeze(label.atoms.ravel(), reasons.REGROUPED, node)
+            tracer.freeze_tensor(data, reasons.REGROUPED, node, [label.cut for label in inside])
         elif len(inside) == 1 and all(axis in renamed for axis in inside[0].axes):
             label = inside[0]
             labels.append(Labelling(tuple(renamed[axis] for axis in label.axes), label.atoms, renamed[label.cut]))
         elif len(inside) == 1:
-            labels.extend(_regrouped(inside[0], ins, outs, before, after, tracer))
-    for label in tracer.labels[data]:
-        if label.cut not in done:
-            tracer.freeze(label.atoms.ravel(), reasons.REGROUPED, node)
+            sizes = [int(before[axis]) for axis in ins], [int(after[axis]) for axis in outs]
+            labels.extend(_regrouped(inside[0], ins, outs, sizes, tracer))
+    left = [label.cut for label in tracer.labels[data] if label.cut not in done]
+    tracer.freeze_tensor(data, reasons.REGROUPED, node, left)
     tracer.label(result, labels)
 
 
-def _blocks(before: tuple[int | str, ...], after: tuple[int | str, ...]) -> list[tuple[list[int], list[int]]]:
+def _blocks(before: Shape, after: Shape) -> list[tuple[list[int], list[int]]]:
     """Smallest runs of axes that hold the same elements on both sides, matched from both ends.
 
     Runs that cannot be matched, because of sizes that are not known, are left out.
@@ -78,29 +78,17 @@ def _blocks(before: tuple[int | str, ...], after: tuple[int | str, ...]) -> list
     return front + [(run[0][::-1], run[1][::-1]) for run in back]
 
 
-def _runs(
-    before: tuple[int | str, ...], after: tuple[int | str, ...], ins: list[int], outs: list[int]
-) -> list[tuple[list[int], list[int]]]:
-    runs = []
+def _runs(before: Shape, after: Shape, ins: list[int], outs: list[int]) -> list[tuple[list[int], list[int]]]:
+    runs: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(ins) and j < len(outs):
-        if before[ins[i]] == after[outs[j]]:
-            runs.append(([ins[i]], [outs[j]]))
-            i, j = i + 1, j + 1
-            continue
         left, right = [ins[i]], [outs[j]]
         i, j = i + 1, j + 1
-        while True:
-            sizes = [before[axis] for axis in left], [after[axis] for axis in right]
-            if any(isinstance(size, str) for size in (*sizes[0], *sizes[1])):
-                return runs
-            have, want = math.prod(map(int, sizes[0])), math.prod(map(int, sizes[1]))
-            if have == want:
-                break
-            if have < want and i < len(ins):
+        while (have := _elements(before, left)) != (want := _elements(after, right)):
+            if isinstance(have, int) and isinstance(want, int) and have < want and i < len(ins):
                 left.append(ins[i])
                 i += 1
-            elif want < have and j < len(outs):
+            elif isinstance(have, int) and isinstance(want, int) and want < have and j < len(outs):
                 right.append(outs[j])
                 j += 1
             else:
@@ -109,24 +97,26 @@ def _runs(
     return runs
 
 
+def _elements(shape: Shape, axes: list[int]) -> int | str | None:
+    """How many elements some axes hold: a symbol only where it is a single one, None for more that are not known."""
+    sizes = [shape[axis] for axis in axes]
+    known = [size for size in sizes if isinstance(size, int)]
+    return math.prod(known) if len(known) == len(sizes) else sizes[0] if len(sizes) == 1 else None
+
+
 def _regrouped(
-    label: Labelling,
-    ins: list[int],
-    outs: list[int],
-    before: tuple[int | str, ...],
-    after: tuple[int | str, ...],
-    tracer: Tracer,
+    label: Labelling, ins: list[int], outs: list[int], sizes: tuple[list[int], list[int]], tracer: Tracer
 ) -> list[Labelling]:
+    """A labelling over merged and split axes, whose sizes are given as they were and as they are."""
     if any(axis not in ins for axis in label.axes):
         label = Labelling((label.cut,), tracer.flat(label), label.cut)
-    full = np.broadcast_to(_spread(label, ins), [int(before[axis]) for axis in ins])
-    atoms = full.reshape([int(after[axis]) for axis in outs])
+    spread = [label.atoms.shape[label.axes.index(axis)] if axis in label.axes else 1 for axis in ins]
+    atoms = np.broadcast_to(label.atoms.reshape(spread), sizes[0]).reshape(sizes[1])
     varying = [place for place in range(len(outs)) if (np.diff(atoms, axis=place) != 0).any()]
     if not varying:
         # One unit all along: nothing can be cut here.
         return []
-    index = tuple(slice(None) if place in varying else 0 for place in range(len(outs)))
-    atoms = atoms[index]
+    atoms = atoms[tuple(slice(None) if place in varying else 0 for place in range(len(outs)))]
     axes = [outs[place] for place in varying]
     cut = max(range(len(axes)), key=lambda place: (atoms.shape[place], place))
     made = Labelling(tuple(axes), atoms, axes[cut])
@@ -134,35 +124,22 @@ def _regrouped(
     return [made]
 
 
-def _spread(label: Labelling, ins: list[int]) -> Atoms:
-    shape = [label.atoms.shape[label.axes.index(axis)] if axis in label.axes else 1 for axis in ins]
-    return label.atoms.reshape(shape)
-
-
 @rewrites("Reshape")
 def reshape_target(node: Node, builder: EditBuilder) -> None:
     """New sizes where the target names them; -1 and 0 stay where they still say the right thing."""
-    result = node.outputs[0]
-    kept = builder.kept(result)
-    data_kept = builder.kept(node.inputs[0])
-    if not kept and not data_kept:
-        return
-    target = builder.structure.shape_info.integers(node.inputs[1])
-    new = builder.new_shape(result)
-    old_data, new_data = builder.shape(node.inputs[0]), builder.new_shape(node.inputs[0])
-    zero_copies = not node.attributes.get("allowzero", 0)
+    data, result = node.inputs[0], node.outputs[0]
+    target = builder.shape_info.integers(node.inputs[1])
+    copied, kept = builder.new_sizes(data), builder.kept(result)
     elements = {}
-    for axis, size in enumerate(new):
+    for axis, size in enumerate(builder.new_shape(result)):
         given = target[axis] if target is not None else None
-        if given == -1:
-            continue
-        if given == 0 and zero_copies:
-            if new_data[axis] != size and old_data[axis] != new_data[axis]:
-                elements[axis] = size
-            continue
-        if axis in kept:
-            elements[axis] = size
-    builder.set_elements(node, 1, {axis: int(size) for axis, size in elements.items()})
+        if given == 0 and not node.attributes.get("allowzero", 0):
+            named = axis in copied and copied[axis] != size
+        else:
+            named = given != -1 and axis in kept
+        if named:
+            elements[axis] = int(size)
+    builder.set_elements(node, 1, elements)
 
 
 @rewrites("Squeeze")
@@ -172,7 +149,7 @@ def squeeze_axes(node: Node, builder: EditBuilder) -> None:
     if named or not builder.kept(node.inputs[0]):
         return
     axes = [axis for axis, size in enumerate(builder.shape(node.inputs[0])) if size == 1]
-    if builder.structure.model.opset >= 13:
+    if builder.model.opset >= 13:
         builder.set_input(node, 1, np.array(axes, dtype=np.int64))
     else:
         builder.set_attribute(node, "axes", axes)
@@ -181,27 +158,23 @@ def squeeze_axes(node: Node, builder: EditBuilder) -> None:
 @traces("DepthToSpace")
 def depth_to_space(node: Node, tracer: Tracer) -> None:
     """The channels that become one channel, block by block of positions, go together."""
-    data = node.inputs[0]
-    axes = tracer.axes(data)
-    tracer.freeze_tensor(data, reasons.MOVED, node, [2, 3])
+    axes = tracer.stop(node, reasons.MOVED, [2, 3])
     if 1 in axes:
         squares = int(node.attributes["blocksize"]) ** 2
         last = node.attributes.get("mode", "DCR") == "CRD"
         parts = axes[1].reshape(-1, squares).T if last else axes[1].reshape(squares, -1)
         tracer.link(parts, parts[:1])
         axes[1] = parts[0]
-    tracer.label_axes(node.outputs[0], {axis: atoms for axis, atoms in axes.items() if axis < 2})
+    tracer.label_axes(node.outputs[0], axes)
 
 
 @traces("SpaceToDepth")
 def space_to_depth(node: Node, tracer: Tracer) -> None:
     """Each channel becomes one for each place in a block; they go together."""
-    data = node.inputs[0]
-    axes = tracer.axes(data)
-    tracer.freeze_tensor(data, reasons.MOVED, node, [2, 3])
+    axes = tracer.stop(node, reasons.MOVED, [2, 3])
     if 1 in axes:
         axes[1] = tracer.distinct(np.tile(axes[1], int(node.attributes["blocksize"]) ** 2))
-    tracer.label_axes(node.outputs[0], {axis: atoms for axis, atoms in axes.items() if axis < 2})
+    tracer.label_axes(node.outputs[0], axes)
 
 
 @traces("Expand")
@@ -234,14 +207,12 @@ def _made(tracer: Tracer, sizes: Mapping[int, int | str]) -> dict[int, Atoms]:
 @rewrites("Expand")
 def expand_target(node: Node, builder: EditBuilder) -> None:
     """The number of channels, where the target names it."""
-    target = builder.structure.shape_info.integers(node.inputs[1])
-    shape = builder.shape(node.inputs[1])
-    offset = len(builder.shape(node.outputs[0])) - int(shape[0])
-    elements = {}
-    for axis, mask in builder.kept(node.outputs[0]).items():
-        if axis >= offset and (target is None or target[axis - offset] != 1):
-            elements[axis - offset] = int(mask.sum())
-    builder.set_elements(node, 1, elements)
+    target = builder.shape_info.integers(node.inputs[1])
+    offset = len(builder.shape(node.outputs[0])) - int(builder.shape(node.inputs[1])[0])
+    sizes = {axis - offset: size for axis, size in builder.new_sizes(node.outputs[0]).items() if axis >= offset}
+    builder.set_elements(
+        node, 1, {place: size for place, size in sizes.items() if target is None or target[place] != 1}
+    )
 
 
 @traces("Tile")
@@ -277,9 +248,8 @@ def original_numbers(node: Node, builder: EditBuilder) -> None:
     result = node.outputs[0]
     shape = builder.shape(node.inputs[0])
     axes = range(len(shape))[slice(node.attributes.get("start", 0), node.attributes.get("end"))]
-    kept = builder.kept(node.inputs[0])
-    changed = {axes.index(axis): int(shape[axis]) for axis in kept if axis in axes}
-    for reader in builder.structure.model.consumers.get(result, ()) if changed else ():
+    changed = {axes.index(axis): int(shape[axis]) for axis in builder.kept(node.inputs[0]) if axis in axes}
+    for reader in builder.model.consumers.get(result, ()) if changed else ():
         for position, name in enumerate(reader.inputs):
             if name == result and not _picks_others(reader, position, len(axes), changed, builder):
                 builder.set_elements(reader, position, changed)
@@ -309,8 +279,7 @@ def filled(node: Node, tracer: Tracer) -> None:
 @rewrites("ConstantOfShape")
 def filled_sizes(node: Node, builder: EditBuilder) -> None:
     """The sizes that are left."""
-    kept = builder.kept(node.outputs[0])
-    builder.set_elements(node, 0, {axis: int(mask.sum()) for axis, mask in kept.items()})
+    builder.set_elements(node, 0, builder.new_sizes(node.outputs[0]))
 
 
 @traces("Range", "RandomNormal", "RandomUniform", "EyeLike", "NonZero")

@@ -63,19 +63,12 @@ def _together(node: Node, tracer: Tracer, operands: Sequence[tuple[int, int]], a
 
     Operands are their position, and what to add to an axis of the first one to have their own.
     """
-    result: dict[int, Atoms] = {}
-    computed = [
-        (node.inputs[place], offset) for place, offset in operands if tracer.constant(node.inputs[place]) is None
-    ]
+    named = [(node.inputs[place], offset) for place, offset in operands]
+    computed = [(name, offset) for name, offset in named if tracer.constant(name) is None]
     for name, offset in computed:
-        own = tracer.axes(name)
-        tracer.freeze_tensor(name, reasons.INDEXED, node, [axis for axis in own if axis - offset not in axes])
-        for axis in axes:
-            if axis + offset in own:
-                tracer.link(own[axis + offset], result.setdefault(axis, own[axis + offset]))
-    for axis, atoms in result.items():
-        if any(axis + offset not in tracer.axes(name) for name, offset in computed):
-            tracer.freeze(atoms, reasons.INDEXED, node)
+        moved = [axis for axis in tracer.axes(name) if axis - offset not in axes]
+        tracer.freeze_tensor(name, reasons.INDEXED, node, moved)
+    result = tracer.linked(node, reasons.INDEXED, computed, axes)
     for place, offset in operands:
         tracer.claim(node, place, {axis + offset: atoms for axis, atoms in result.items()})
     return result

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -24,6 +24,8 @@ from lindep_onnx.model.shapes import Shape
 Array: TypeAlias = NDArray[Any]
 Vector: TypeAlias = NDArray[np.float64]
 Keys: TypeAlias = "tuple[bytes, ...]"
+#: Lowest and highest values.
+Box: TypeAlias = "tuple[Vector, Vector]"
 
 #: Directions of weights that are this close are equal: twice what storing them as float32 changes.
 ALIKE = 2.0**-22
@@ -108,16 +110,22 @@ class ChannelBounds:
         bases = (None if form is None else replace(form, base=identity(*parts, form.base)) for form in self.form)
         return replace(self, key=keys, form=tuple(bases))
 
+    def take(self, places: NDArray[np.int64]) -> ChannelBounds:
+        """The facts about some channels, in the order of `places`."""
+        key, form = (tuple(facts[place] for place in places.tolist()) for facts in (self.key, self.form))
+        return ChannelBounds(self.axis, self.low[places], self.high[places], key, self.scale[places], form)
+
     def where_not(self, same: NDArray[np.bool_], other: ChannelBounds) -> ChannelBounds:
         """These facts for channels in `same`, those of `other` for the rest."""
-        return ChannelBounds(
-            self.axis,
-            np.where(same, self.low, other.low),
-            np.where(same, self.high, other.high),
-            tuple(old if own else new for own, old, new in zip(same, self.key, other.key, strict=True)),
-            np.where(same, self.scale, other.scale),
-            tuple(old if own else new for own, old, new in zip(same, self.form, other.form, strict=True)),
-        )
+        places = np.arange(len(same))
+        return joined([self, other]).take(np.where(same, places, places + len(same)))
+
+
+def joined(parts: Sequence[ChannelBounds]) -> ChannelBounds:
+    """The facts about channels that follow each other."""
+    low, high, scale = (np.concatenate([getattr(part, name) for part in parts]) for name in ("low", "high", "scale"))
+    keys, forms = (tuple(fact for part in parts for fact in getattr(part, name)) for name in ("key", "form"))
+    return ChannelBounds(parts[0].axis, low, high, keys, scale, forms)
 
 
 @dataclass(frozen=True)
@@ -164,8 +172,8 @@ def identity(*parts: object) -> bytes:
 
 def options_of(node: Node) -> str:
     """The attributes of a node but for its groups, as a key."""
-    plain = {key: value for key, value in node.attributes.items() if key != "group"}
-    return repr(sorted((key, np.asarray(value).tolist()) for key, value in plain.items()))
+    plain = ((key, np.asarray(value).tolist()) for key, value in node.attributes.items() if key != "group")
+    return repr(sorted(plain))
 
 
 def _chunks(rows: Array) -> Iterator[slice]:
@@ -215,7 +223,7 @@ def levels(scale: Vector) -> Vector:
     return result
 
 
-def product_bounds(weight: Array, low: Vector, high: Vector, bias: Vector, rounding: float) -> tuple[Vector, Vector]:
+def product_bounds(weight: Array, low: Vector, high: Vector, bias: Vector, rounding: float) -> Box:
     """Bounds of sum w x + b over the box, as it is computed; (C, I, T) weights and (C, I) bounds."""
     lowest, highest = np.empty(len(weight)), np.empty(len(weight))
     for part in _chunks(weight):
@@ -232,7 +240,7 @@ def product_bounds(weight: Array, low: Vector, high: Vector, bias: Vector, round
     return lowest, highest
 
 
-def widened(low: Vector, high: Vector, share: float | Vector, size: Vector | float = 0.0) -> tuple[Vector, Vector]:
+def widened(low: Vector, high: Vector, share: float | Vector, size: Vector | float = 0.0) -> Box:
     """Bounds of what is computed with a relative error of `share`, of itself and of terms of `size` in it."""
     fixed = np.isfinite(low) & (low == high)
     return (
@@ -246,9 +254,7 @@ def times(weight: Vector | float, bound: Vector) -> Vector:
     return np.where(np.equal(weight, 0), 0.0, weight * bound)
 
 
-def hull(
-    data: ChannelBounds, function: Callable[[Vector], Vector], turns: tuple[float, ...] = ()
-) -> tuple[Vector, Vector]:
+def hull(data: ChannelBounds, function: Callable[[Vector], Vector], turns: Sequence[float] = ()) -> Box:
     """Bounds of a function that is monotone between its turning points."""
     places = [data.low, data.high, *(np.clip(turn, data.low, data.high) for turn in turns)]
     values = np.stack([function(place) for place in places])

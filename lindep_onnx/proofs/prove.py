@@ -45,7 +45,7 @@ class _Seen:
     Features of equal key are multiples of each other by their scales; a key is empty where nothing is known.
     """
 
-    statistics: ConsumerLayout
+    layout: ConsumerLayout
     keys: list[bytes]
     scale: NDArray[np.float64]
     forms: list[AffineForm | None]
@@ -91,21 +91,18 @@ def prove(structure: Structure, ranges: Ranges = MappingProxyType({}), *, half: 
     shape_info = structure.shape_info
     known = BoundsContext(shape_info.constants, shape_info.shapes, facts := {}, ROUNDING_HALF if half else ROUNDING)
     for name, (low, high) in ranges.items():
-        found = _bounded(known, name, low, high)
-        if found is not None:
+        if found := _bounded(known, name, low, high):
             facts[name] = found
     for node in structure.model.nodes:
-        if node.outputs and node.outputs[0] and node.outputs[0] not in shape_info.constants:
-            found = output_bounds(node, known)
-            if found is not None:
-                facts[node.outputs[0]] = found
+        made = node.outputs[0] if node.outputs else ""
+        if made and made not in shape_info.constants and (found := output_bounds(node, known)):
+            facts[made] = found
     seen = [_consumer(structure, consumer, known) for consumer in structure.consumers]
     constant = np.ones(structure.units, dtype=bool)
-    for consumer in (entry.statistics for entry in seen):
+    for layout in (entry.layout for entry in seen):
         # A constant other than zero can only go where the output can take it up.
-        gone = consumer.constant & (consumer.consumer.affine | (consumer.mean == 0))
-        live = consumer.unit != FROZEN
-        constant[consumer.unit[live & ~gone]] = False
+        gone = layout.constant & (layout.consumer.affine | (layout.mean == 0))
+        constant[layout.unit[(layout.unit != FROZEN) & ~gone]] = False
     kind = np.zeros(structure.units, dtype=np.int8)
     bounds = Allowance(structure.units, structure.minimums)
     partner = np.full(structure.units, -1)
@@ -115,21 +112,19 @@ def prove(structure: Structure, ranges: Ranges = MappingProxyType({}), *, half: 
     for unit, other in _multiples(structure, seen, kind):
         if bounds.take(unit):
             kind[unit], partner[unit] = COLLINEAR, other
-    combinations = [
-        found for group in structure.groups for found in _combinations(structure, group, seen, kind, bounds)
-    ]
+    combinations = [found for group in structure.groups for found in _combinations(group, seen, kind, bounds)]
     for combination in combinations:
         kind[combination.removed] = JOINT
     kind[~equalized(structure, kind > 0)] = 0
     combinations = [combination.of(kind == JOINT) for combination in combinations if kind[combination.removed].any()]
     steps = ChannelSteps(kind > 0, kind, _folds(seen, kind, partner, combinations))
-    return Proof(steps, constant, tuple(_of_removed_constants(entry.statistics, kind) for entry in seen))
+    return Proof(steps, constant, tuple(_of_removed_constants(entry.layout, kind) for entry in seen))
 
 
-def _of_removed_constants(statistics: ConsumerLayout, kind: NDArray[np.int8]) -> ConsumerLayout:
+def _of_removed_constants(layout: ConsumerLayout, kind: NDArray[np.int8]) -> ConsumerLayout:
     """Means of constants that go as such: all others are made up for as multiples and combinations, which are exact."""
-    gone = np.append(kind == CONSTANT, False)[statistics.unit]
-    return replace(statistics, mean=np.where(gone, statistics.mean, 0.0))
+    gone = np.append(kind == CONSTANT, False)[layout.unit]
+    return replace(layout, mean=np.where(gone, layout.mean, 0.0))
 
 
 def ranges_of(model: Model, wanted: Ranges) -> dict[str, tuple[float, float]]:
@@ -164,14 +159,9 @@ def ranges_of(model: Model, wanted: Ranges) -> dict[str, tuple[float, float]]:
 def _bounded(known: BoundsContext, name: str, low: float, high: float) -> ChannelBounds | None:
     """The range of an input, along the axis that is most likely its channels, as constants behind it are."""
     shape = known.shapes.get(name, ())
-    likely = sorted(
-        (size, axis) for axis, size in enumerate(shape) if isinstance(size, int) and axis in (1, len(shape) - 1)
-    )
-    for axis in [axis for _, axis in likely] or range(len(shape)):
-        found = known.bounded(name, axis, low, high)
-        if found is not None:
-            return found
-    return None
+    sizes = {axis: size for axis, size in enumerate(shape) if isinstance(size, int) and axis in (1, len(shape) - 1)}
+    found = (known.bounded(name, axis, low, high) for axis in sorted(sizes, key=sizes.__getitem__) or range(len(shape)))
+    return next(filter(None, found), None)
 
 
 def _consumer(structure: Structure, consumer: Consumer, known: BoundsContext) -> _Seen:
@@ -180,14 +170,13 @@ def _consumer(structure: Structure, consumer: Consumer, known: BoundsContext) ->
     index = layout.index + consumer.first_column
     size = len(index)
     first = index[:, 0]
-    found: list[ChannelBounds | None] = [known.of(reader.tensor, reader.axis) for reader in consumer.readers]
-    facts = found[0] if len(consumer.readers) == 1 else None
+    reader = consumer.readers[0]
+    facts = known.of(reader.tensor, reader.axis) if len(consumer.readers) == 1 else None
     low, high, scale = np.full(size, -np.inf), np.full(size, np.inf), np.ones(size)
-    keys = [b"" for _ in range(size)]
+    keys = [b""] * size
     forms: list[AffineForm | None] = [None] * size
     if facts is not None:
-        every = facts.low[index], facts.high[index]
-        low, high, scale = every[0].min(axis=1), every[1].max(axis=1), facts.scale[first]
+        low, high, scale = facts.low[index].min(axis=1), facts.high[index].max(axis=1), facts.scale[first]
         ratios = facts.scale[index] / np.where(scale > 0, scale, 1.0)[:, None]
         same = (np.abs(ratios - 1) < 1e-9).all(axis=1) | (scale == 0)
         # Behind a Flatten a channel is known by all of its positions.
@@ -197,23 +186,17 @@ def _consumer(structure: Structure, consumer: Consumer, known: BoundsContext) ->
     mean = np.where(constant, low, 0.0) if consumer.affine else np.zeros(size)
     if not consumer.affine:
         constant = constant & (low == 0)
-    statistics = ConsumerLayout(consumer, layout.index, structure.unit[layout.atoms], mean, constant)
-    return _Seen(statistics, keys, scale, forms)
+    found = ConsumerLayout(consumer, layout.index, structure.unit[layout.atoms], mean, constant)
+    return _Seen(found, keys, scale, forms)
 
 
 def _common(forms: list[AffineForm | None]) -> AffineForm | None:
     """One form for all positions of a channel, if they are the same function of what is read there."""
     first = forms[0]
-    if first is None or len(forms) == 1:
-        return first
-    for form in forms[1:]:
-        if form is None or form.product is not first.product:
-            return None
-        if (form.row, form.factor, form.shift) != (first.row, first.factor, first.shift):
-            return None
-    return AffineForm(
-        b"".join(form.base for form in forms if form), first.product, first.row, first.factor, first.shift
-    )
+    same = [form for form in forms if first and form and form.product is first.product]
+    if first is None or len(same) < len(forms) or len({(form.row, form.factor, form.shift) for form in same}) > 1:
+        return None
+    return replace(first, base=b"".join(form.base for form in same))
 
 
 def _multiples(structure: Structure, seen: list[_Seen], kind: NDArray[np.int8]) -> list[tuple[int, int]]:
@@ -223,7 +206,7 @@ def _multiples(structure: Structure, seen: list[_Seen], kind: NDArray[np.int8]) 
         signature: dict[int, list[object]] = {int(unit): [] for unit in group.units if not kind[unit]}
         for index in group.consumers:
             own = seen[index]
-            for feature, unit in enumerate(own.statistics.unit.tolist()):
+            for feature, unit in enumerate(own.layout.unit.tolist()):
                 if unit in signature:
                     usable = bool(own.keys[feature]) and own.scale[feature] > 0
                     signature[unit].append((index, own.keys[feature] if usable else unit))
@@ -235,9 +218,7 @@ def _multiples(structure: Structure, seen: list[_Seen], kind: NDArray[np.int8]) 
     return found[::-1]
 
 
-def _combinations(
-    structure: Structure, group: Group, seen: list[_Seen], kind: NDArray[np.int8], bounds: Allowance
-) -> Iterator[_Combination]:
+def _combinations(group: Group, seen: list[_Seen], kind: NDArray[np.int8], bounds: Allowance) -> Iterator[_Combination]:
     """Units that are the same combination of others at every consumer of the group that reads them.
 
     A unit's vector holds the coefficients of its form at every consumer, end to end. A dependence between vectors is
@@ -246,7 +227,7 @@ def _combinations(
     forms: dict[int, list[tuple[int, AffineForm]] | None] = {int(unit): [] for unit in group.units if not kind[unit]}
     for index in group.consumers:
         counted: set[int] = set()
-        for unit, form in zip(seen[index].statistics.unit.tolist(), seen[index].forms, strict=True):
+        for unit, form in zip(seen[index].layout.unit.tolist(), seen[index].forms, strict=True):
             own = forms.get(unit)
             if own is None:
                 continue
@@ -274,10 +255,7 @@ def _dependent(units: NDArray[np.int64], vectors: NDArray[np.float64], bounds: A
     if not np.isfinite(length).all() or not (length > 0).all():
         return None
     triangle, order = scipy.linalg.qr((vectors / length[:, None]).T, mode="r", pivoting=True)
-    diagonal = np.zeros(len(units))
-    rank_at_most = min(triangle.shape)
-    diagonal[:rank_at_most] = np.abs(np.diagonal(triangle))
-    rank = int((diagonal > SMALL_REST).sum())
+    rank = int((np.abs(np.diagonal(triangle)) > SMALL_REST).sum())
     if rank == len(units) or not rank:
         return None
     factors = scipy.linalg.solve_triangular(triangle[:rank, :rank], triangle[:rank, rank:])
@@ -300,7 +278,7 @@ def _folds(
 ) -> dict[int, Fold]:
     folds = {}
     for index, own in enumerate(seen):
-        unit_of, scale = own.statistics.unit, own.scale
+        unit_of, scale = own.layout.unit, own.scale
         gone = np.append(kind > 0, False)[unit_of]
         if not gone.any():
             continue
@@ -309,8 +287,10 @@ def _folds(
         full[:, gone] = 0
         for combination in combinations:
             if int(combination.removed[0]) in places:
-                kept = np.concatenate([places[int(unit)] for unit in combination.kept])
-                removed = np.concatenate([places[int(unit)] for unit in combination.removed])
+                kept, removed = (
+                    np.concatenate([places[unit] for unit in units.tolist()])
+                    for units in (combination.kept, combination.removed)
+                )
                 full[np.ix_(kept, removed)] = combination.matrix
                 back = removed[~gone[removed]]  # what has to stay for another reason
                 full[:, back] = np.eye(len(gone))[:, back]

@@ -7,7 +7,7 @@ wherever it is read.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -28,12 +28,14 @@ from lindep_onnx.proofs.bounds import (
     directions,
     hull,
     identity,
+    joined,
     levels,
     options_of,
     product_bounds,
     times,
     widened,
 )
+from lindep_onnx.structure.rules.saturation import clip_ends
 
 Rule: TypeAlias = Callable[[Node, BoundsContext], ChannelBounds | None]
 #: A rule that is only asked where something is known of the first input.
@@ -46,9 +48,7 @@ def output_bounds(node: Node, known: BoundsContext) -> ChannelBounds | None:
     rule = _RULES.get(node.op)
     with np.errstate(all="ignore"):
         found = rule(node, known) if rule is not None else None
-    if found is None or np.isnan(found.low).any() or np.isnan(found.high).any():
-        return None
-    return found
+    return None if found is None or np.isnan([found.low, found.high]).any() else found
 
 
 def _of_facts(rule: FactsRule) -> Rule:
@@ -129,9 +129,8 @@ def _affine(
     scale = data.scale * factor
     length, direction = directions(scale[:, None], addend)
     plain = (addend == 0) & (scale > 0)
-    keys = tuple(
-        key if same else identity("affine", key, d) for key, same, d in zip(data.key, plain, direction, strict=True)
-    )
+    found = zip(data.key, plain, direction, strict=True)
+    keys = tuple(key if same else identity("affine", key, own) for key, same, own in found)
     forms = tuple(
         None if form is None or not f else replace(form, factor=form.factor * f, shift=form.shift * f + a)
         for form, f, a in zip(data.form, factor.tolist(), addend.tolist(), strict=True)
@@ -192,8 +191,7 @@ def _both(node: Node, known: BoundsContext, rank: int) -> ChannelBounds | None:
         sign = 1.0 if node.op == "Add" else -1.0
         ends = np.sort(np.stack([sign * right.low, sign * right.high]), axis=0)
         length, direction = directions(left.scale[:, None], right.scale)
-        parts = zip(left.key, right.key, direction, strict=True)
-        keys = tuple(identity(node.op, *part) for part in parts)
+        keys = tuple(identity(node.op, *part) for part in zip(left.key, right.key, direction, strict=True))
         share = np.where(left.varies | right.varies, 2 * known.rounding, 0.0)
         bounds = (
             left.low + ends[0] - times(share, np.abs(left.low) + np.abs(ends[0])),
@@ -255,7 +253,7 @@ def _monotone(function: Function, least: float = -INF) -> Rule:
 
 
 def _equal_inputs(
-    node: Node, data: ChannelBounds, function: Callable[[Vector], Vector], turns: tuple[float, ...] = ()
+    node: Node, data: ChannelBounds, function: Callable[[Vector], Vector], turns: Sequence[float] = ()
 ) -> ChannelBounds:
     """No more is said about multiples than that equal inputs give equal outputs."""
     scales = levels(data.scale).tolist()
@@ -265,12 +263,9 @@ def _equal_inputs(
 
 
 def _clip(node: Node, data: ChannelBounds, known: BoundsContext) -> ChannelBounds | None:
-    ends = []
-    for position, name, default in ((1, "min", -INF), (2, "max", INF)):
-        value = known.constants.get(node.input(position))
-        if node.input(position) and (value is None or value.size != 1):
-            return None
-        ends.append(float(node.attributes.get(name, default)) if value is None else float(value.ravel()[0]))
+    ends = clip_ends(node, known.constants.get)
+    if ends is None:
+        return None
     start, end = ends
     found = _equal_inputs(node, data, lambda x: np.minimum(np.maximum(x, start), end))
     found = replace(found, key=tuple(identity(key, start, end) for key in found.key))
@@ -281,10 +276,6 @@ def _hard_swish(node: Node, data: ChannelBounds, known: BoundsContext) -> Channe
     found = _equal_inputs(node, data, lambda x: times(np.clip((x + 3) / 6, 0, 1), x), (-3.0, -1.5))
     low, high = widened(found.low, found.high, known.rounding * MORE_ROUNDINGS)
     return data.where_not((data.low >= 3.0 + 1e-3) & (data.high <= INF), replace(found, low=low, high=high))
-
-
-def _sigmoid(x: Vector, node: Node) -> Vector:
-    return 1.0 / (1.0 + np.exp(-x))
 
 
 def _hard_sigmoid(x: Vector, node: Node) -> Vector:
@@ -313,18 +304,8 @@ def _cast(node: Node, data: ChannelBounds, known: BoundsContext) -> ChannelBound
 def _concat(node: Node, known: BoundsContext) -> ChannelBounds | None:
     rank = len(known.shapes.get(node.outputs[0], ()))
     axis = node.attributes["axis"] % rank if rank else -1
-    found = [known.of(name, axis) for name in node.inputs]
-    parts = [part for part in found if part is not None]
-    if len(parts) < len(found):
-        return None
-    return ChannelBounds(
-        axis,
-        np.concatenate([part.low for part in parts]),
-        np.concatenate([part.high for part in parts]),
-        tuple(key for part in parts for key in part.key),
-        np.concatenate([part.scale for part in parts]),
-        tuple(form for part in parts for form in part.form),
-    )
+    parts = [part for part in (known.of(name, axis) for name in node.inputs) if part is not None]
+    return joined(parts) if len(parts) == len(node.inputs) else None
 
 
 def _transpose(node: Node, data: ChannelBounds, known: BoundsContext) -> ChannelBounds:
@@ -338,18 +319,15 @@ def _flatten(node: Node, data: ChannelBounds, known: BoundsContext) -> ChannelBo
     if data.axis != 1 or len(after) != 2 or not all(isinstance(n, int) for n in before[1:]):
         return None
     count = math.prod(n for n in before[2:] if isinstance(n, int))
-    if after[1] != len(data.low) * count:
+    if not count or after[1] != len(data.low) * count:
         return None
-    places = [data.renamed("position", place) for place in range(count)]
-    keys = tuple(key for own in zip(*(place.key for place in places), strict=True) for key in own)
-    forms = tuple(form for own in zip(*(place.form for place in places), strict=True) for form in own)
-    return ChannelBounds(1, data.low.repeat(count), data.high.repeat(count), keys, data.scale.repeat(count), forms)
+    positions = joined([data.renamed("position", place) for place in range(count)])
+    return positions.take(np.arange(len(positions.low)).reshape(count, -1).T.ravel())
 
 
 _RULES: Mapping[str, Rule] = {
     "Conv": _convolution,
-    "Gemm": _matrix,
-    "MatMul": _matrix,
+    **dict.fromkeys(("Gemm", "MatMul"), _matrix),
     "BatchNormalization": _normalization,
     **dict.fromkeys(("Add", "Sub", "Mul", "Div"), _arithmetic),
     "Relu": _homogeneous(lambda x, node: np.maximum(x, 0)),
@@ -358,7 +336,7 @@ _RULES: Mapping[str, Rule] = {
     "Clip": _of_facts(_clip),
     "HardSwish": _of_facts(_hard_swish),
     "Neg": _of_facts(_negative),
-    "Sigmoid": _monotone(_sigmoid, least=0.0),
+    "Sigmoid": _monotone(lambda x, node: 1.0 / (1.0 + np.exp(-x)), least=0.0),
     "HardSigmoid": _monotone(_hard_sigmoid, least=0.0),
     "Tanh": _monotone(lambda x, node: np.tanh(x)),
     "Softplus": _monotone(lambda x, node: np.logaddexp(0, x), least=0.0),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-import numpy as np
 from numpy.typing import NDArray
 
 from lindep_onnx.model.node import Node
@@ -16,14 +15,20 @@ Constant: TypeAlias = Callable[[str], "NDArray[Any] | None"]
 INF = float("inf")
 
 
-def _clip(node: Node, constant: Constant) -> tuple[Interval, ...] | None:
-    bounds = []
+def clip_ends(node: Node, constant: Constant) -> Interval | None:
+    """What a Clip lets pass; None if that is only known at run time."""
+    ends = []
     for position, name, default in ((1, "min", -INF), (2, "max", INF)):
         value = constant(node.input(position))
-        if node.input(position) and value is None:
+        if node.input(position) and (value is None or value.size != 1):
             return None
-        bounds.append(float(node.attributes.get(name, default)) if value is None else float(np.ravel(value)[0]))
-    return (-INF, bounds[0]), (bounds[1], INF)
+        ends.append(float(node.attributes.get(name, default)) if value is None else float(value.ravel()[0]))
+    return ends[0], ends[1]
+
+
+def _clip(node: Node, constant: Constant) -> tuple[Interval, ...] | None:
+    ends = clip_ends(node, constant)
+    return None if ends is None else ((-INF, ends[0]), (ends[1], INF))
 
 
 def _hard_sigmoid(node: Node, constant: Constant) -> tuple[Interval, ...]:
@@ -44,15 +49,10 @@ _FLAT: Mapping[str, Callable[[Node, Constant], tuple[Interval, ...] | None]] = {
     "HardSwish": _fixed((-INF, -3.0)),
     "Sigmoid": _fixed((-INF, -87.0), (16.0, INF)),
     "Tanh": _fixed((-INF, -9.0), (9.0, INF)),
-    "Softplus": _fixed((-INF, -87.0)),
-    "Exp": _fixed((-INF, -87.0)),
-    "Elu": _fixed((-INF, -16.0)),
-    "Selu": _fixed((-INF, -16.0)),
-    "Celu": _fixed((-INF, -16.0)),
+    **dict.fromkeys(("Exp", "Mish", "Softplus", "Swish"), _fixed((-INF, -87.0))),
+    **dict.fromkeys(("Celu", "Elu", "Selu"), _fixed((-INF, -16.0))),
     "Erf": _fixed((-INF, -3.9), (3.9, INF)),
     "Gelu": _fixed((-INF, -5.5)),
-    "Mish": _fixed((-INF, -87.0)),
-    "Swish": _fixed((-INF, -87.0)),
 }
 #: Operators that can make a constant of something that varies, in ways that no margin describes.
 _UNPREDICTABLE = frozenset(

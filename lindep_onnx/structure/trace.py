@@ -319,8 +319,6 @@ def _minimums(lines: Sequence[Atoms], unit: Atoms, min_channels: int) -> tuple[t
         # An axis of n places made of fewer units cannot promise more places than each unit brings at least.
         wanted = min(min_channels, len(on_axis)) - int((on_axis == FROZEN).sum())
         if len(members) and wanted > 0:
-            bound = min(wanted, len(members))
-            key = members.tobytes()
-            if key not in found or found[key][1] < bound:
-                found[key] = (members, bound)
+            _, before = found.get(members.tobytes(), (members, 0))
+            found[members.tobytes()] = members, max(before, min(wanted, len(members)))
     return tuple(found.values())

@@ -66,6 +66,10 @@ class Tracer:
         self.link(rows, rows[:1])
         return np.asarray(rows[0])
 
+    def flattened(self, label: Labelling) -> Labelling:
+        """The labelling along its cut axis alone."""
+        return Labelling((label.cut,), self.flat(label), label.cut)
+
     # ---- writing -----------------------------------------------------------------------------------------------
 
     def fresh(self, count: int) -> Atoms:

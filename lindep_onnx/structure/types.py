@@ -10,7 +10,7 @@ become refusals.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -51,6 +51,11 @@ class Labelling:
         """(rows, places along the cut axis) ids, one row for each index along the other axes."""
         place = self.axes.index(self.cut)
         return np.asarray(np.moveaxis(self.atoms, place, -1).reshape(-1, self.atoms.shape[place]))
+
+    def moved(self, places: Mapping[int, int] | Sequence[int]) -> Labelling:
+        """The same ids over other axes: `places` tells where each axis is now."""
+        axes = [places[axis] for axis in self.axes]
+        return Labelling(tuple(sorted(axes)), np.transpose(self.atoms, np.argsort(axes)), places[self.cut])
 
     def along_cut(self) -> Atoms:
         """One id for each place along the cut axis, out of all that are aligned."""

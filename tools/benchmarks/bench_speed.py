@@ -301,7 +301,7 @@ def test_workers(bench: Bench, engine: str, workers: int, name: str, count: int)
     with open_samples(samples, specs, DataOptions(batch_size=1)) as opened:
         shards = shards_of(opened, 6)
     runtime = Runtime.named(("CPUExecutionProvider",), 1)
-    proto = traced.channels.model.proto.SerializeToString()
+    proto = traced.structure.model.proto.SerializeToString()
     data = DataOptions(batch_size=1)
     job = Job(proto, None, ((), (), 1), samples, specs, data, (), None, runtime, workers)
     up, done, fitted = bench.once(_on_dask if engine == "dask" else _on_ray, job, shards, workers)

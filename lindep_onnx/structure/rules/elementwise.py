@@ -51,32 +51,27 @@ def broadcast(node: Node, tracer: Tracer) -> list[Labelling]:
     for cut in sorted({label.cut for label in labels}):
         found = _linked([label for label in labels if label.cut == cut], tracer)
         if may_flatten(node) and len(found.axes) > 1:  # whether channels stay silent is watched along one axis only
-            found = Labelling((cut,), tracer.flat(found), cut)
+            found = tracer.flattened(found)
         result.append(found)
     for position, name in enumerate(node.inputs):
         shape = tracer.shape(name) if name else None
-        offset = rank - len(shape) if shape is not None else 0
+        sizes = None if shape is None else (*(1,) * (rank - len(shape)), *shape)
+        wide = [label for label in result if sizes is None or sizes[label.cut] != 1]
         if position in operands:
             own = {label.cut for label in _aligned(tracer, name, rank)}
-            for label in result:
-                size = shape[label.cut - offset] if shape is not None and label.cut >= offset else 1
-                if label.cut not in own and (shape is None or size != 1):
+            for label in wide:
+                if label.cut not in own:
                     tracer.freeze(label.atoms.ravel(), reasons.FROZEN_OPERAND, node)
         elif name and shape is not None:
-            wanted = {
-                label.cut - offset: tracer.flat(label)
-                for label in result
-                if label.cut >= offset and shape[label.cut - offset] != 1
-            }
+            wanted = {label.cut - rank + len(shape): tracer.flat(label) for label in wide}
             tracer.claim(node, position, wanted)
     return result
 
 
 def _aligned(tracer: Tracer, name: str, rank: int) -> list[Labelling]:
     """Labellings of an input, counted in the axes of the result."""
-    offset = rank - (tracer.rank(name) or 0)
-    labels = tracer.labels.get(name, ())
-    return [Labelling(tuple(axis + offset for axis in label.axes), label.atoms, label.cut + offset) for label in labels]
+    places = range(rank - (tracer.rank(name) or 0), rank)
+    return [label.moved(places) for label in tracer.labels.get(name, ())]
 
 
 def _linked(labels: list[Labelling], tracer: Tracer) -> Labelling:
@@ -87,4 +82,4 @@ def _linked(labels: list[Labelling], tracer: Tracer) -> Labelling:
         return first
     for label in labels[1:]:
         tracer.link(tracer.flat(first), tracer.flat(label))
-    return Labelling((first.cut,), tracer.flat(first), first.cut)
+    return tracer.flattened(first)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from lindep_onnx.model.node import Node
 from lindep_onnx.model.weighted import Weighted, Window, pads_implicitly, weighted, window_of
 from lindep_onnx.structure import reasons
 from lindep_onnx.structure.edit_builder import EditBuilder
 from lindep_onnx.structure.rules.registry import rewrites, traces
 from lindep_onnx.structure.tracer import Tracer
-from lindep_onnx.structure.types import Atoms, Bias, ConsumerNode, Labelling, Product
+from lindep_onnx.structure.types import Atoms, Bias, ConsumerNode, Product
 
 _LETTERS = ord("A")  # the capital ones name batch axes
 
@@ -232,7 +230,11 @@ def einsum(node: Node, tracer: Tracer) -> None:
     position = constant.index(True)
     weight, data = terms[position], terms[1 - position]
     if set(weight) <= set(data) and data == result and not all(constant):
-        _einsum_scale(node, tracer, position, weight, data)
+        # Every element of a computed tensor times one of a constant.
+        axes = tracer.axes(node.inputs[1 - position])
+        sliced = {weight.index(data[axis]): own for axis, own in axes.items() if data[axis] in weight}
+        tracer.claim(node, position, sliced)
+        tracer.label_axes(node.outputs[0], axes)
         return
     one, other = "".join(set(weight) & set(data) - set(result)), "".join(set(weight) & set(result) - set(data))
     single = len(weight) == 2 and len(one) == len(other) == 1
@@ -243,13 +245,6 @@ def einsum(node: Node, tracer: Tracer) -> None:
     outputs = weight.index(other)
     reader = ConsumerNode(node.index, name, axis, node.outputs[0], new, bias=_following_bias(node, tracer, new))
     _multiply(node, tracer, position, Weighted(1 - outputs, outputs), reader)
-
-
-def _einsum_scale(node: Node, tracer: Tracer, position: int, weight: str, data: str) -> None:
-    """Every element of a computed tensor times one of a constant."""
-    axes = tracer.axes(node.inputs[1 - position])
-    tracer.claim(node, position, {weight.index(data[axis]): own for axis, own in axes.items() if data[axis] in weight})
-    tracer.label_axes(node.outputs[0], axes)
 
 
 def _following_bias(node: Node, tracer: Tracer, axis: int) -> Bias:
@@ -290,9 +285,7 @@ def _contraction(node: Node, tracer: Tracer, terms: Sequence[Sequence[str]], res
                 tracer.freeze(label.atoms.ravel(), reasons.CONTRACTED, node)
                 continue
             if any(term[axis] not in result for axis in label.axes):
-                label = Labelling((label.cut,), tracer.flat(label), label.cut)
+                label = tracer.flattened(label)
             # Ids may vary over batch axes: the channels of each head.
-            places = [result.index(term[axis]) for axis in label.axes]
-            atoms = np.transpose(label.atoms, np.argsort(places))
-            passing.append(Labelling(tuple(sorted(places)), atoms, result.index(term[label.cut])))
+            passing.append(label.moved({axis: result.index(term[axis]) for axis in label.axes}))
     tracer.label(node.outputs[0], passing)

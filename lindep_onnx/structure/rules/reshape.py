@@ -27,12 +27,8 @@ def transpose(node: Node, tracer: Tracer) -> None:
     if rank is None:
         return
     order = list(node.attributes.get("perm", range(rank)[::-1]))
-    labels = []
-    for label in tracer.labels.get(data, ()):
-        places = [order.index(axis) for axis in label.axes]
-        atoms = np.transpose(label.atoms, np.argsort(places))
-        labels.append(Labelling(tuple(sorted(places)), atoms, order.index(label.cut)))
-    tracer.label(node.outputs[0], labels)
+    places = [order.index(axis) for axis in range(rank)]
+    tracer.label(node.outputs[0], [label.moved(places) for label in tracer.labels.get(data, ())])
 
 
 @traces("Reshape", "Flatten", "Squeeze", "Unsqueeze")
@@ -55,8 +51,7 @@ def regroup(node: Node, tracer: Tracer) -> None:
         if len(inside) > 1 and len(outs) != len(ins):
             tracer.freeze_tensor(data, reasons.REGROUPED, node, [label.cut for label in inside])
         elif len(inside) == 1 and all(axis in renamed for axis in inside[0].axes):
-            label = inside[0]
-            labels.append(Labelling(tuple(renamed[axis] for axis in label.axes), label.atoms, renamed[label.cut]))
+            labels.append(inside[0].moved(renamed))
         elif len(inside) == 1:
             sizes = [int(before[axis]) for axis in ins], [int(after[axis]) for axis in outs]
             labels.extend(_regrouped(inside[0], ins, outs, sizes, tracer))
@@ -109,7 +104,7 @@ def _regrouped(
 ) -> list[Labelling]:
     """A labelling over merged and split axes, whose sizes are given as they were and as they are."""
     if any(axis not in ins for axis in label.axes):
-        label = Labelling((label.cut,), tracer.flat(label), label.cut)
+        label = tracer.flattened(label)
     spread = [label.atoms.shape[label.axes.index(axis)] if axis in label.axes else 1 for axis in ins]
     atoms = np.broadcast_to(label.atoms.reshape(spread), sizes[0]).reshape(sizes[1])
     varying = [place for place in range(len(outs)) if (np.diff(atoms, axis=place) != 0).any()]

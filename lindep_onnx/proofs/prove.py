@@ -83,10 +83,7 @@ class Proof:
 def prove(structure: Structure, ranges: Ranges = MappingProxyType({}), *, half: bool = False) -> Proof:
     """Propagate bounds and identities through the graph, and see what they mean at the consumers.
 
-    Args:
-        structure: the traced model.
-        ranges: lowest and highest value of inputs, by name, as `ranges_of` gives them.
-        half: whether the result will be computed in half precision, of which the model is a copy in single precision.
+    `half` tells that the result will be computed in half precision, of which the model is a copy in single precision.
     """
     shape_info = structure.shape_info
     known = BoundsContext(shape_info.constants, shape_info.shapes, facts := {}, ROUNDING_HALF if half else ROUNDING)
@@ -100,9 +97,7 @@ def prove(structure: Structure, ranges: Ranges = MappingProxyType({}), *, half: 
     seen = [_consumer(structure, consumer, known) for consumer in structure.consumers]
     constant = np.ones(structure.units, dtype=bool)
     for layout in (entry.layout for entry in seen):
-        # A constant other than zero can only go where the output can take it up.
-        gone = layout.constant & (layout.consumer.affine | (layout.mean == 0))
-        constant[layout.unit[(layout.unit != FROZEN) & ~gone]] = False
+        constant[layout.unit[(layout.unit != FROZEN) & ~layout.constant]] = False
     kind = np.zeros(structure.units, dtype=np.int8)
     bounds = Allowance(structure.units, structure.minimums)
     partner = np.full(structure.units, -1)
@@ -131,7 +126,7 @@ def ranges_of(model: Model, wanted: Ranges) -> dict[str, tuple[float, float]]:
     """The range of every input that has one: declared by the user, or by a type of few values.
 
     Args:
-        model: the model.
+        model: whose inputs.
         wanted: by input name; `EVERY_INPUT` is for all that are not named.
 
     Raises:
@@ -169,23 +164,21 @@ def _consumer(structure: Structure, consumer: Consumer, known: BoundsContext) ->
     layout = features(consumer.columns)
     index = layout.index + consumer.first_column
     size = len(index)
-    first = index[:, 0]
     reader = consumer.readers[0]
     facts = known.of(reader.tensor, reader.axis) if len(consumer.readers) == 1 else None
     low, high, scale = np.full(size, -np.inf), np.full(size, np.inf), np.ones(size)
     keys = [b""] * size
     forms: list[AffineForm | None] = [None] * size
     if facts is not None:
-        low, high, scale = facts.low[index].min(axis=1), facts.high[index].max(axis=1), facts.scale[first]
+        low, high, scale = facts.low[index].min(axis=1), facts.high[index].max(axis=1), facts.scale[index[:, 0]]
         ratios = facts.scale[index] / np.where(scale > 0, scale, 1.0)[:, None]
         same = (np.abs(ratios - 1) < 1e-9).all(axis=1) | (scale == 0)
         # Behind a Flatten a channel is known by all of its positions.
         keys = [b"".join(facts.key[place] for place in row) if ok else b"" for row, ok in zip(index, same, strict=True)]
         forms = [_common([facts.form[place] for place in row]) for row in index]
-    constant = np.isfinite(low) & (low == high)
-    mean = np.where(constant, low, 0.0) if consumer.affine else np.zeros(size)
-    if not consumer.affine:
-        constant = constant & (low == 0)
+    # A constant other than zero can only go where the output can take it up.
+    constant = np.isfinite(low) & (low == high) & (consumer.affine | (low == 0))
+    mean = np.where(constant & consumer.affine, low, 0.0)
     found = ConsumerLayout(consumer, layout.index, structure.unit[layout.atoms], mean, constant)
     return _Seen(found, keys, scale, forms)
 
@@ -287,10 +280,8 @@ def _folds(
         full[:, gone] = 0
         for combination in combinations:
             if int(combination.removed[0]) in places:
-                kept, removed = (
-                    np.concatenate([places[unit] for unit in units.tolist()])
-                    for units in (combination.kept, combination.removed)
-                )
+                kept = np.concatenate([places[int(unit)] for unit in combination.kept])
+                removed = np.concatenate([places[int(unit)] for unit in combination.removed])
                 full[np.ix_(kept, removed)] = combination.matrix
                 back = removed[~gone[removed]]  # what has to stay for another reason
                 full[:, back] = np.eye(len(gone))[:, back]

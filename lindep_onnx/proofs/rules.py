@@ -214,8 +214,7 @@ def _homogeneous(function: Function) -> Rule:
         if any(node.outputs[1:]):
             return None
         low, high = widened(*hull(data, lambda x: function(x, node), (0.0,)), 2 * known.rounding)
-        changed = data.renamed(node.op, options_of(node))
-        changed = replace(changed, low=low, high=high, form=(None,) * len(low))
+        changed = replace(data.renamed(node.op, options_of(node)), low=low, high=high, form=(None,) * len(low))
         return data.where_not((data.low >= 0.0) & (data.high <= INF), changed)
 
     return _of_facts(rule)

@@ -80,9 +80,6 @@ def load_and_trace(source: str | Path | onnx.ModelProto, config: Config, log: Lo
 def inputs_of(traced: TracedModel) -> list[InputSpec]:
     """What the model declares about its inputs.
 
-    Args:
-        traced: the model.
-
     Raises:
         ModelError: an input is no tensor.
     """
@@ -103,9 +100,5 @@ def inputs_of(traced: TracedModel) -> list[InputSpec]:
 
 
 def samples_per_run(shape_info: ShapeInfo) -> int:
-    """As many samples as keep the activations of one run within `ACTIVATION_BYTES`, unknown sizes counted as 1.
-
-    Args:
-        shape_info: the shapes of the model.
-    """
+    """As many samples as keep the activations of one run within `ACTIVATION_BYTES`, unknown sizes counted as 1."""
     return max(1, min(MAX_BATCH, ACTIVATION_BYTES // max(1, shape_info.activation_bytes)))

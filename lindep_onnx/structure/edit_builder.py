@@ -71,6 +71,13 @@ class EditBuilder:
         """Set an attribute; None takes it away."""
         self._attributes[node.index, name] = value
 
+    def set_integers(self, node: Node, position: int, name: str, values: list[int], *, since: int) -> None:
+        """Set what is an input from the operator set `since` on, and an attribute before."""
+        if self.model.opset >= since:
+            self.set_input(node, position, np.array(values, dtype=np.int64))
+        else:
+            self.set_attribute(node, name, values)
+
     def set_op(self, node: Node, op: str, inputs: int) -> None:
         """Turn a node into another operator that has only the first `inputs` inputs."""
         self._ops[node.index] = op

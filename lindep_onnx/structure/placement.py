@@ -25,10 +25,7 @@ def equalized(
 ) -> NDArray[np.bool_]:
     """(units,) bool: as much of `removed` as can go with equal counts in every group.
 
-    Args:
-        structure: the traced model.
-        removed: (units,) bool.
-        order: the removed units in the order in which they went; the last ones are put back first. Ascending if None.
+    `order` is that in which the units went, ascending if None: the last ones are put back first.
     """
     gone = _places(structure, removed)
     own = structure.interchangeable
@@ -59,11 +56,7 @@ def _places(structure: Structure, removed: NDArray[np.bool_]) -> NDArray[np.bool
 
 
 class Placement:
-    """Where the survivors of a removal sit.
-
-    Args:
-        structure: the traced model.
-        removed: (units,) bool, `equalized`.
+    """Where the survivors of a removal sit; `removed` is (units,) bool, `equalized`.
 
     Raises:
         ValueError: the removal leaves groups of different sizes; see `equalized`.

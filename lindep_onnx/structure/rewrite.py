@@ -37,23 +37,12 @@ class Removal:
 
 
 def rewrite(structure: Structure, new: Removal, metadata: str) -> Model:
-    """Build the model without the removed units.
-
-    Args:
-        structure: the traced model; not changed.
-        new: what goes, and the new weights.
-        metadata: value of the metadata entry that names this package and its options.
-    """
+    """Build the model without the removed units; `metadata` names this package and its options in the file."""
     return apply_edits(structure.model, removal_edits(structure, new), metadata)
 
 
 def removal_edits(structure: Structure, new: Removal) -> GraphEdits:
-    """What removing units changes in a graph.
-
-    Args:
-        structure: the traced model.
-        new: what goes, and the new weights.
-    """
+    """What removing units changes in a graph."""
     builder = EditBuilder(structure, new.removed)
     for node in structure.model.nodes:
         rule = rewriting_rule(node.op)

@@ -44,7 +44,7 @@ def trace(
     """Find units, consumers, groups and refusals of a model.
 
     Args:
-        model: the model.
+        model: not changed.
         shape_info: its constants and shapes.
         include: globs on node names; when given, only channels that a matching node produces or reads are touched.
         exclude: globs on node names whose input and output channels are left alone.
@@ -89,8 +89,7 @@ def _leave_alone(tracer: Tracer, node: Node, include: Globs, exclude: Globs) -> 
     weighted = bool(tracer.producers) and tracer.producers[-1].node == node.index
     if weighted and (matches(exclude) or (include and not matches(include))):
         for name in (*node.inputs, *node.outputs) if matches(exclude) else node.outputs:
-            if name and name not in tracer.shape_info.constants:
-                tracer.freeze_tensor(name, reasons.EXCLUDED, node)
+            tracer.freeze_tensor(name, reasons.EXCLUDED, node)
 
 
 def _check_claims(tracer: Tracer) -> None:

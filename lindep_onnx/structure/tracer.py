@@ -77,16 +77,14 @@ class Tracer:
         self.atoms += count
         return np.arange(self.atoms - count, self.atoms, dtype=np.int64)
 
-    def distinct(self, atoms: Atoms, used: Iterable[Atoms] = ()) -> Atoms:
+    def distinct(self, atoms: Atoms) -> Atoms:
         """The same atoms with fresh, linked ones wherever an atom occurs again on the axis.
 
         An axis built from the same channels twice has two features for one unit; only a Reshape puts one atom on an
         axis several times, and means positions of one channel by it.
         """
-        seen = np.concatenate([np.empty(0, np.int64), *used])
-        first = np.zeros(len(atoms), dtype=bool)
-        first[np.unique(atoms, return_index=True)[1]] = True
-        again = ~first | np.isin(atoms, seen)
+        again = np.ones(len(atoms), dtype=bool)
+        again[np.unique(atoms, return_index=True)[1]] = False
         result = atoms.copy()
         result[again] = self.fresh(int(again.sum()))
         self.link(result[again], atoms[again])

@@ -29,26 +29,22 @@ def concat(node: Node, tracer: Tracer) -> None:
     joined = node.attributes["axis"] % rank
     data = [(name, 0) for name in tracer.computed(node)]
     across = tracer.linked(node, reasons.FROZEN_OPERAND, data, [axis for axis in range(rank) if axis != joined])
-    labels = dict(across)
-    if any(joined in tracer.axes(name) for name in node.inputs):
-        found = [_part(node, tracer, position, joined) for position in range(len(node.inputs))]
-        parts = [part for part in found if part is not None]
-        if len(parts) == len(found):
-            labels[joined] = tracer.distinct(np.concatenate(parts))
-            for position, part in enumerate(parts):
-                tracer.claim(node, position, {**across, joined: part})
-        else:
-            for name in node.inputs:
-                tracer.freeze_tensor(name, reasons.FROZEN_OPERAND, node, [joined])
+    labelled = any(joined in tracer.axes(name) for name in node.inputs)
+    found = [_part(node, tracer, name, joined) for name in node.inputs] if labelled else []
+    parts = [{joined: part} for part in found if part is not None]
+    if len(parts) < len(found):
+        for name in node.inputs:
+            tracer.freeze_tensor(name, reasons.FROZEN_OPERAND, node, [joined])
     else:
-        for position in range(len(node.inputs)):
-            tracer.claim(node, position, across)
-    tracer.label_axes(node.outputs[0], labels)
+        for position, part in enumerate(parts or [{}] * len(node.inputs)):
+            tracer.claim(node, position, {**across, **part})
+        if parts:
+            across[joined] = tracer.distinct(np.concatenate([part[joined] for part in parts]))
+    tracer.label_axes(node.outputs[0], across)
 
 
-def _part(node: Node, tracer: Tracer, position: int, axis: int) -> Atoms | None:
+def _part(node: Node, tracer: Tracer, name: str, axis: int) -> Atoms | None:
     """Atoms of one operand along the joined axis; new ones for constants and for channels that stay."""
-    name = node.inputs[position]
     atoms = tracer.axes(name).get(axis)
     shape = tracer.shape(name)
     if atoms is not None and tracer.constant(name) is None:
@@ -95,12 +91,9 @@ def split_sizes(node: Node, builder: EditBuilder) -> None:
     if axis not in builder.kept(node.inputs[0]):
         return
     sizes = [int(builder.new_shape(name)[axis]) for name in node.outputs]
-    if builder.model.opset >= 13:
-        builder.set_input(node, 1, np.array(sizes, dtype=np.int64))
-        if "num_outputs" in node.attributes:
-            builder.set_attribute(node, "num_outputs", None)
-    else:
-        builder.set_attribute(node, "split", sizes)
+    builder.set_integers(node, 1, "split", sizes, since=13)
+    if "num_outputs" in node.attributes:
+        builder.set_attribute(node, "num_outputs", None)
 
 
 @traces("Gather")
@@ -114,10 +107,8 @@ def gather(node: Node, tracer: Tracer) -> None:
         return
     axis = node.attributes.get("axis", 0) % rank
     table = tracer.constant(data)
-    if indices is None:
-        tracer.freeze_tensor(node.inputs[1], reasons.RUNTIME_INDICES, node)
-    else:
-        tracer.claim(node, 1, {})
+    tracer.freeze_tensor(node.inputs[1], reasons.RUNTIME_INDICES, node)
+    tracer.claim(node, 1, {})
     if table is not None:
         axes = {other: tracer.fresh(size) for other, size in enumerate(table.shape) if other == rank - 1 != axis}
         tracer.claim(node, 0, axes)
@@ -175,23 +166,18 @@ def _ranges(node: Node, known: Tracer | EditBuilder, rank: int) -> dict[int, sli
     """The slice of each axis, None if something is only known at run time."""
     given: list[list[int] | None] = []
     for position, name in enumerate(RANGES, start=1):
-        if known.model.opset < 10:
-            given.append(node.attributes.get(name))
-            continue
-        value = known.constant(node.input(position))
+        value = node.attributes.get(name) if known.model.opset < 10 else known.constant(node.input(position))
         if value is None and node.input(position):
             return None
-        given.append(None if value is None else [int(element) for element in value.ravel()])
+        given.append(None if value is None else [int(element) for element in np.ravel(value)])
     starts, ends, axes, steps = given
     if starts is None or ends is None:
         return None
     axes = list(range(len(starts))) if axes is None else [axis % rank for axis in axes]
     steps = [1] * len(starts) if steps is None else steps
-    ranges = {}
-    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
-        # A backward slice that ends before the first element has no end in Python's counting.
-        ranges[axis] = slice(start, None if step < 0 and end < -END // 2 else end, step)
-    return ranges
+    # A backward slice that ends before the first element has no end in Python's counting.
+    stops = [None if step < 0 and end < -END // 2 else end for end, step in zip(ends, steps, strict=True)]
+    return {axis: slice(*part) for axis, *part in zip(axes, starts, stops, steps, strict=True)}
 
 
 @rewrites("Slice")
@@ -225,10 +211,8 @@ def slice_ranges(node: Node, builder: EditBuilder) -> None:
     starts, steps = [part.start for part in new.values()], [part.step for part in new.values()]
     ends = [-END if part.stop is None else int(part.stop) for part in new.values()]
     for position, (name, values) in enumerate(zip(RANGES, (starts, ends, list(new), steps), strict=True), start=1):
-        if builder.model.opset >= 10:
-            builder.set_input(node, position, np.array(values, dtype=np.int64))
-        elif name != "steps":
-            builder.set_attribute(node, name, values)
+        if name != "steps" or builder.model.opset >= 10:
+            builder.set_integers(node, position, name, values, since=10)
 
 
 @traces("Pad")

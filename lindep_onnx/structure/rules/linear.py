@@ -25,10 +25,10 @@ def convolution(node: Node, tracer: Tracer) -> None:
         return
     axes = tracer.axes(data)
     tracer.freeze_tensor(data, reasons.WINDOWED, node, [axis for axis in axes if axis > 1])
-    bias = _convolution_bias(node, tracer)
     unknown = layout.transposed and pads_implicitly(node)
     window = None if unknown else window_of(node, kernel.shape[2:], (shape or ())[2:])
-    reader = _convolution_reader(node, window, bias)
+    bias, strides = _convolution_bias(node, tracer), _read_strides(window)
+    reader = ConsumerNode(node.index, data, 1, node.outputs[0], 1, strides=strides, bias=bias)
     product = _product(node, 1, layout, reader, window)
     if window is not None:
         tracer.products.append(product)
@@ -102,12 +102,10 @@ def _convolution_bias(node: Node, tracer: Tracer) -> Bias | None:
     return Bias(node.index, 2)
 
 
-def _convolution_reader(node: Node, window: Window | None, bias: Bias | None) -> ConsumerNode:
-    strides: tuple[int, ...] = ()
-    if window is not None and not window.transposed and not window.padded and set(window.kernel) <= {1}:
-        # A window of one position skips the others; wider windows are taken to see all of them.
-        strides = window.strides if max(window.strides, default=1) > 1 else ()
-    return ConsumerNode(node.index, node.inputs[0], 1, node.outputs[0], 1, strides=strides, bias=bias)
+def _read_strides(window: Window | None) -> tuple[int, ...]:
+    """A window of one position skips the others; wider windows are taken to see all of them."""
+    single = window is not None and not window.transposed and not window.padded and set(window.kernel) <= {1}
+    return window.strides if window is not None and single and max(window.strides, default=1) > 1 else ()
 
 
 @rewrites("Conv")
@@ -171,18 +169,16 @@ def _claim_addend(node: Node, tracer: Tracer, made: Atoms, passing: Mapping[int,
 @traces("MatMul")
 def matmul(node: Node, tracer: Tracer) -> None:
     """A product with a constant matrix on either side, or of two computed tensors."""
-    left, right = (tracer.constant(name) for name in node.inputs[:2])
-    if left is None and right is None:
-        _computed_product(node, tracer)
-    elif left is not None and right is not None:
+    constant = [tracer.constant(name) is not None for name in node.inputs[:2]]
+    if all(constant):
         tracer.refuse(node, reasons.RUNTIME_WEIGHT)
-    elif right is not None:
-        _constant_product(node, tracer, position=1, mixed=-1)
+    elif any(constant):
+        _constant_product(node, tracer, constant.index(True))
     else:
-        _constant_product(node, tracer, position=0, mixed=-2)
+        _computed_product(node, tracer)
 
 
-def _constant_product(node: Node, tracer: Tracer, position: int, mixed: int) -> None:
+def _constant_product(node: Node, tracer: Tracer, position: int) -> None:
     weight, data, result = node.inputs[position], node.inputs[1 - position], node.outputs[0]
     matrix = tracer.shape_info.constants[weight]
     rank = tracer.rank(data)
@@ -193,7 +189,7 @@ def _constant_product(node: Node, tracer: Tracer, position: int, mixed: int) -> 
         if matrix.ndim > 1:
             tracer.freeze(tracer.produce(node, matrix.shape[-1 if position else -2]), reason, node)
         return
-    axis = rank + mixed
+    axis = rank - 2 + position  # a weight on the right meets the last axis, one on the left the one before
     reader = ConsumerNode(node.index, data, axis, result, axis, bias=_following_bias(node, tracer, axis))
     _multiply(node, tracer, position, Weighted(1 - position, position), reader)
 

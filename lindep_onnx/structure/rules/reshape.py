@@ -75,19 +75,16 @@ def _blocks(before: Shape, after: Shape) -> list[tuple[list[int], list[int]]]:
 
 def _runs(before: Shape, after: Shape, ins: list[int], outs: list[int]) -> list[tuple[list[int], list[int]]]:
     runs: list[tuple[list[int], list[int]]] = []
-    i = j = 0
-    while i < len(ins) and j < len(outs):
-        left, right = [ins[i]], [outs[j]]
-        i, j = i + 1, j + 1
+    ins, outs = ins[::-1], outs[::-1]
+    while ins and outs:
+        left, right = [ins.pop()], [outs.pop()]
         while (have := _elements(before, left)) != (want := _elements(after, right)):
-            if isinstance(have, int) and isinstance(want, int) and have < want and i < len(ins):
-                left.append(ins[i])
-                i += 1
-            elif isinstance(have, int) and isinstance(want, int) and want < have and j < len(outs):
-                right.append(outs[j])
-                j += 1
-            else:
+            if not isinstance(have, int) or not isinstance(want, int):
                 return runs
+            smaller, behind = (left, ins) if have < want else (right, outs)
+            if not behind:
+                return runs
+            smaller.append(behind.pop())
         runs.append((left, right))
     return runs
 
@@ -144,10 +141,7 @@ def squeeze_axes(node: Node, builder: EditBuilder) -> None:
     if named or not builder.kept(node.inputs[0]):
         return
     axes = [axis for axis, size in enumerate(builder.shape(node.inputs[0])) if size == 1]
-    if builder.model.opset >= 13:
-        builder.set_input(node, 1, np.array(axes, dtype=np.int64))
-    else:
-        builder.set_attribute(node, "axes", axes)
+    builder.set_integers(node, 1, "axes", axes, since=13)
 
 
 @traces("DepthToSpace")

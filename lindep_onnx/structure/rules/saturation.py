@@ -55,12 +55,10 @@ _FLAT: Mapping[str, Callable[[Node, Constant], tuple[Interval, ...] | None]] = {
     "Gelu": _fixed((-INF, -5.5)),
 }
 #: Operators that can make a constant of something that varies, in ways that no margin describes.
-_UNPREDICTABLE = frozenset(
-    [
-        *("And", "Ceil", "Equal", "Floor", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual"),
-        *("Max", "MaxPool", "GlobalMaxPool", "Min", "Mod", "Not", "Or", "Round", "Shrink", "Sign", "Where", "Xor"),
-        *("BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "Cast", "PRelu", "LeakyRelu"),
-    ]
+_UNPREDICTABLE = (
+    *("And", "Ceil", "Equal", "Floor", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual"),
+    *("Max", "MaxPool", "GlobalMaxPool", "Min", "Mod", "Not", "Or", "Round", "Shrink", "Sign", "Where", "Xor"),
+    *("BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "Cast", "PRelu", "LeakyRelu"),
 )
 
 

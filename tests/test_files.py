@@ -203,11 +203,3 @@ def test_two_runs_at_once_leave_one_complete_output(work: Path) -> None:
     loaded = onnx.load(work / "out.onnx")
     x = {"x": np.ones((3, 6), np.float32)}
     np.testing.assert_allclose(run(loaded, x)[0], run(onnx.load(work / "in.onnx"), x)[0], rtol=1e-4, atol=1e-4)
-
-
-def test_runs_killed_at_random_moments_leave_the_old_output_or_a_complete_new_one() -> None:
-    # In a process of its own: it forks, which does not go with the threads of this one.
-    command = [sys.executable, str(ROOT / "tools" / "kill_test.py"), "--kills", "8"]
-    found = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    assert "killed, old output" in found.stdout

@@ -71,11 +71,11 @@ def test_a_size_is_never_exceeded_and_nearly_reached(model, data, kind: str, sha
 def test_a_looser_budget_never_gives_a_larger_model(model, data, refit: str) -> None:
     sizes = [
         parameters(lindep_onnx.compress(model, data, max_error=limit, refit=refit).model)
-        for limit in (0.003, 0.03, 0.1, 0.3)
+        for limit in (0.003, 0.05, 0.3)
     ]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] < sizes[0] < parameters(model) + 1
-    sizes = [parameters(lindep_onnx.compress(model, data, params=p, refit=refit).model) for p in (0.3, 0.5, 0.7, 0.9)]
+    sizes = [parameters(lindep_onnx.compress(model, data, params=p, refit=refit).model) for p in (0.3, 0.6, 0.9)]
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
 
 
@@ -252,7 +252,7 @@ def test_results_pass_the_full_check(model, data) -> None:
 
 def test_where_folds_are_exact_no_refit_adds_noise() -> None:
     with np.load(MODELS / "calib.npz") as archive:
-        data = dict(archive)
+        data = {name: value[:200] for name, value in archive.items()}
     # Planted dependence makes up for all that this budget takes.
     auto, forced = (
         lindep_onnx.compress(MODELS / "demo.onnx", data, params=0.6, refit=refit).report

@@ -71,7 +71,7 @@ def test_measured_layers_cost_time_at_every_width() -> None:
 
 def test_a_kept_table_makes_the_widths_a_function_of_the_inputs(tmp_path: Path) -> None:
     path = tmp_path / "t.json"
-    options = {"latency": 0.9, "latency_table": str(path), "refit": "fold", "force": True}
+    options = {"latency": 0.9, "latency_table": str(path), "refit": "fold", "force": True, "benchmark": 0.2}
     first = lindep_onnx.compress(net(), {"x": images()}, **options).report
     assert path.exists() and json.loads(path.read_text())["version"] == 1
     (budget,) = first.budget
@@ -84,7 +84,7 @@ def test_a_kept_table_makes_the_widths_a_function_of_the_inputs(tmp_path: Path) 
 
 def test_what_cannot_be_reached_is_a_failure() -> None:
     with pytest.raises(lindep_onnx.BudgetError, match="--latency"):
-        lindep_onnx.compress(net(), {"x": images()}, latency=1e-4, refit="fold")
+        lindep_onnx.compress(net(), {"x": images()}, latency=1e-4, refit="fold", benchmark=0.2)
 
 
 def test_options_that_do_not_go_together_are_refused() -> None:
@@ -102,7 +102,7 @@ def test_time_is_a_price_only_where_the_sizes_alone_are_not_fast_enough(
     table = latency.measure_table
     monkeypatch.setattr(latency, "measure_table", lambda *a, **k: measured.append(1) or table(*a, **k))
     monkeypatch.setattr(Runtime, "time", lambda *_, **__: (1.0, share))
-    options = {"macs": 0.7, "latency": 0.6, "refit": "fold", "force": True}
+    options = {"macs": 0.7, "latency": 0.6, "refit": "fold", "force": True, "benchmark": 0.2}
     report = lindep_onnx.compress(net(), {"x": images()}, **options).report
     assert bool(measured) is timed
     assert {budget.kind: budget.achieved for budget in report.budget}["latency"] == share
@@ -111,7 +111,7 @@ def test_time_is_a_price_only_where_the_sizes_alone_are_not_fast_enough(
 
 
 def test_prices_by_time_are_not_kept_as_prices_by_size(tmp_path: Path) -> None:
-    saved, options = tmp_path / "m.npz", {"refit": "fold", "force": True}
+    saved, options = tmp_path / "m.npz", {"refit": "fold", "force": True, "benchmark": 0.2}
     lindep_onnx.compress(net(), {"x": images()}, latency=0.9, save_moments=saved, **options)
     first = lindep_onnx.compress(net(), {"x": images()}, macs=0.7, load_moments=saved, **options)
     second = lindep_onnx.compress(net(), {"x": images()}, macs=0.7, **options)

@@ -48,11 +48,9 @@ def check_arity(where: str, proto: onnx.ModelProto) -> None:
         least = _least_arity(node, versions)
         for what, number, found in zip(("inputs", "outputs"), least, (len(node.input), len(node.output)), strict=True):
             if found < number:
-                name = node.name or node.op_type
-                raise ModelError(
-                    f"{where}: node {name!r} ({node.op_type}) has {found} {what}, not the {number} that the operator "
-                    "needs."
-                )
+                name = f"{(node.name or node.op_type)!r} ({node.op_type})"
+                need = f"not the {number} that the operator needs"
+                raise ModelError(f"{where}: node {name} has {found} {what}, {need}.")
 
 
 def _least_arity(node: onnx.NodeProto, versions: Mapping[str, int]) -> tuple[int, int]:
@@ -120,11 +118,7 @@ def full_check_passes(model: onnx.ModelProto | str | Path) -> str | None:
 
 
 def check_model(model: onnx.ModelProto | str | Path, *, original_passed: bool) -> None:
-    """Hold a result to the checker that its original passed.
-
-    Args:
-        model: the result.
-        original_passed: whether `full_check_passes` found nothing in the original; else nothing is asked of the result.
+    """Hold a result to the checker that its original passed, if it did.
 
     Raises:
         VerificationError: the result does not pass.
@@ -137,10 +131,6 @@ def check_model(model: onnx.ModelProto | str | Path, *, original_passed: bool) -
 @contextmanager
 def as_model_error(proto: onnx.ModelProto, source: object = None) -> Iterator[None]:
     """Blame what goes wrong inside on the model: rules rely on what the ONNX standard says, and nothing has run it yet.
-
-    Args:
-        proto: the model.
-        source: its path, for the message.
 
     Raises:
         ModelError: instead of any other exception.

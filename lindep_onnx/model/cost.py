@@ -33,13 +33,7 @@ class Cost:
 
 
 def cost(model: Model, inputs: Mapping[str, Shape], samples: int = 1) -> Cost:
-    """Count what a model costs.
-
-    Args:
-        model: the model.
-        inputs: shapes of its inputs; dimensions that stay unknown count as 1.
-        samples: how many samples these inputs hold.
-    """
+    """Costs for one of the `samples` that inputs of these shapes hold; dimensions that stay unknown count as 1."""
     shape_info = resolve(model, inputs)
     floats = [value for value in model.stored.values() if value.dtype.kind in "fV" and value.size > 1]
     outside = sum(tensor_bytes(tensor) for tensor in model.proto.graph.initializer if is_external(tensor))

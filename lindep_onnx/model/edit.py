@@ -74,10 +74,7 @@ def apply_edits(model: Model, edits: GraphEdits, metadata: str) -> Model:
     annotations, the exact declaration of inputs and outputs) is put back from the original. It never sees the data of
     large tensors.
 
-    Args:
-        model: the original; not changed.
-        edits: what to change.
-        metadata: value of the metadata entry that names this package and its options.
+    `metadata` is the value of the metadata entry that names this package and its options.
     """
     if edits:
         proto, folder = _edited(model, edits)

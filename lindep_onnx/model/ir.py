@@ -80,12 +80,7 @@ def load(source: str | Path | onnx.ModelProto) -> Model:
 
 
 def model_of(proto: onnx.ModelProto, folder: WeightsDir | None, where: str = "") -> Model:
-    """A protobuf as a `Model`.
-
-    Args:
-        proto: the protobuf; not changed, and not to be changed later.
-        folder: of its external data.
-        where: what to call it in messages.
+    """A protobuf, not to be changed any more, as a `Model`; messages call it `where`.
 
     Raises:
         ModelError: the graph is not well formed.

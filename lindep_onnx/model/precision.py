@@ -28,20 +28,12 @@ TYPES = ("to", "dtype")
 
 
 def epsilon(proto: onnx.ModelProto) -> float:
-    """Relative spacing of the coarsest floating-point type that stores a weight; 0 for single and double precision.
-
-    Args:
-        proto: the model.
-    """
+    """Relative spacing of the coarsest floating-point type that stores a weight; 0 for single and double precision."""
     return max((NARROW.get(tensor.data_type, 0.0) for tensor in _tensors(proto.graph)), default=0.0)
 
 
 def to_float32(model: Model) -> Model:
-    """A copy of a model in which half precision has become single precision; names and nodes stay.
-
-    Args:
-        model: the model.
-    """
+    """A copy of a model in which half precision has become single precision; names and nodes stay."""
     copy = without_weights(model.proto)
     for tensor in _tensors(copy.graph):
         if tensor.data_type in NARROW:
@@ -58,13 +50,9 @@ def to_float32(model: Model) -> Model:
 
 
 def to_stored_dtype(result: Model, original: Model) -> Model:
-    """Give every tensor of a result the type that it has in the original.
+    """Give every tensor of a result, made from `to_float32(original)`, the type that it has in the original.
 
     What the original does not have (a bias, a copy of a shared vector) gets the type of the node that reads it.
-
-    Args:
-        result: made from `to_float32(original)`.
-        original: in half precision.
     """
     copy = without_weights(result.proto)
     types = _types(original.proto)
@@ -81,10 +69,9 @@ def to_stored_dtype(result: Model, original: Model) -> Model:
             continue
         before = {attribute.name: attribute for attribute in attributes.get(node.output[0], ())}
         for attribute in node.attribute:
-            if attribute.name in before and attribute.name not in ("group", "axes", "axis", "pads", "split"):
-                old = before[attribute.name]
-                if attribute.name in TYPES or attribute.HasField("t") or attribute.HasField("g"):
-                    attribute.CopyFrom(old)
+            same = attribute.name in before and attribute.name not in ("group", "axes", "axis", "pads", "split")
+            if same and (attribute.name in TYPES or attribute.HasField("t") or attribute.HasField("g")):
+                attribute.CopyFrom(before[attribute.name])
     for tensor in copy.graph.initializer:
         wanted = types.get(tensor.name, readers.get(tensor.name, 0))
         if tensor.data_type == onnx.TensorProto.FLOAT and wanted in NARROW:
@@ -102,12 +89,7 @@ def _of_values(proto: onnx.ModelProto, source: Model) -> Model:
 
 
 def perturbed_one_ulp(model: Model, seed: int) -> Model:
-    """A copy of a model in which every weight moved to the next number above or below, or stayed.
-
-    Args:
-        model: the model.
-        seed: of the moves.
-    """
+    """A copy of a model in which every weight moved to the next number above or below, or stayed."""
     copy = without_weights(model.proto)
     rng = np.random.default_rng(seed)
 

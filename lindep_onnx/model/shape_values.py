@@ -80,12 +80,7 @@ class Known:
 
 
 def follow(model: Model, known: Known) -> None:
-    """Evaluate integer tensors as far as they are known, and the shapes that they describe.
-
-    Args:
-        model: the model.
-        known: read, and added to; tensors that are wholly known become constants.
-    """
+    """Evaluate integer tensors as far as they are known, and the shapes that they describe; what is found is added."""
     known.values = {}
     unknown = (KeyError, ValueError, IndexError, TypeError)
     for node in model.nodes:

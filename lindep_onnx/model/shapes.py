@@ -80,9 +80,7 @@ class ShapeInfo:
 def resolve(model: Model, inputs: Mapping[str, Shape] = MappingProxyType({})) -> ShapeInfo:
     """Fold constants, infer shapes and follow shape arithmetic, until nothing new is found.
 
-    Args:
-        model: the model.
-        inputs: shapes of graph inputs to assume instead of the ones the file declares.
+    Graph inputs have the shapes that `inputs` gives in place of those that the file declares.
     """
     known = Known(model.opset, {name: value for name, value in model.stored.items() if name not in model.overridable})
     _fold(model, known.constants)

@@ -12,12 +12,7 @@ from dataclasses import dataclass
 from lindep_onnx.model.node import Node
 
 #: Positions of the inputs that may be weights: factors, and what is added.
-WEIGHTS: Mapping[str, tuple[int, ...]] = {
-    "Conv": (1, 2),
-    "ConvTranspose": (1, 2),
-    "Gemm": (0, 1, 2),
-    "MatMul": (0, 1),
-}
+WEIGHTS: Mapping[str, tuple[int, ...]] = {"Conv": (1, 2), "ConvTranspose": (1, 2), "Gemm": (0, 1, 2), "MatMul": (0, 1)}
 
 
 @dataclass(frozen=True)

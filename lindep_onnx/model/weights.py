@@ -186,10 +186,6 @@ def is_external(tensor: onnx.TensorProto) -> bool:
 def array_of(tensor: onnx.TensorProto, folder: WeightsDir | None) -> Array:
     """The values of a tensor, mapped where they are in a file.
 
-    Args:
-        tensor: the tensor.
-        folder: of its external data.
-
     Raises:
         ValueError: there are more or fewer values than it declares.
         OSError: their file cannot be read.
@@ -245,12 +241,7 @@ def is_large(proto: onnx.ModelProto) -> bool:
 
 
 def fingerprint(proto: onnx.ModelProto, folder: WeightsDir | None) -> str:
-    """A digest of what a model computes: nodes, weights, inputs and outputs, whatever its metadata say.
-
-    Args:
-        proto: the model.
-        folder: of its external data.
-    """
+    """A digest of what a model computes: nodes, weights, inputs and outputs, whatever its metadata say."""
     digest = hashlib.blake2b(digest_size=16)
     graph = proto.graph
     for parts in (proto.opset_import, proto.functions, graph.input, graph.output, graph.node, graph.initializer):
@@ -272,9 +263,6 @@ def without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
 
     Such a tensor keeps its name, type and sizes, and says that its data is elsewhere, but not where. `with_weights`
     puts data back.
-
-    Args:
-        proto: the model; not changed.
     """
     copy = onnx.ModelProto()
     copy_fields(proto, copy, "graph")
@@ -295,11 +283,7 @@ def copy_fields(source: Any, target: Any, *without: str) -> None:
 
 
 def weights_as_inputs(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy in which large initializers are inputs: their types and sizes are all that shape inference needs of them.
-
-    Args:
-        proto: the model; not changed.
-    """
+    """A copy in which large initializers are inputs: shape inference needs only their types and sizes."""
     copy = without_weights(proto)
     present = {value.name for value in copy.graph.input}
     copy.graph.input.extend(
@@ -345,10 +329,7 @@ def with_weights(proto: onnx.ModelProto, value_of: Callable[[str], Array]) -> tu
         The same model, and the folder of its external data.
     """
     if not is_large(proto):
-        for tensor in proto.graph.initializer:
-            if is_external(tensor):
-                tensor.CopyFrom(_inside(tensor, value_of(tensor.name)))
-        return proto, None
+        return _filled(proto, value_of), None
     try:
         folder = WeightsDir.temporary()
         write_external(proto, value_of, folder.path / "weights")
@@ -373,11 +354,14 @@ def without_data(tensor: onnx.TensorProto) -> onnx.TensorProto:
     return made
 
 
-def _inside(tensor: onnx.TensorProto, value: Array) -> onnx.TensorProto:
-    """The same tensor with its data."""
-    made = without_data(tensor)
-    made.raw_data = bytes(content_of(value))
-    return made
+def _filled(proto: onnx.ModelProto, value_of: Callable[[str], Array]) -> onnx.ModelProto:
+    """The same model, with the data of external initializers put inside."""
+    for tensor in proto.graph.initializer:
+        if is_external(tensor):
+            made = without_data(tensor)
+            made.raw_data = bytes(content_of(value_of(tensor.name)))
+            tensor.CopyFrom(made)
+    return proto
 
 
 def write_external(proto: onnx.ModelProto, value_of: Callable[[str], Array], data: Path) -> None:
@@ -405,28 +389,18 @@ def locate_external(proto: onnx.ModelProto, name: str) -> None:
 
 
 def embedded(proto: onnx.ModelProto, folder: WeightsDir | None) -> onnx.ModelProto:
-    """The model with all of its data inside: itself if that is so already, else a copy.
-
-    Args:
-        proto: the model; not changed.
-        folder: of its external data.
-    """
+    """The model with all of its data inside: itself if that is so already, else a copy."""
     if folder is None:
         return proto
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
-    for tensor in copy.graph.initializer:
-        if is_external(tensor):
-            tensor.CopyFrom(_inside(tensor, array_of(tensor, folder)))
+    _filled(copy, values_of(proto, folder))
     check_unchanged(folder)
     return copy
 
 
 def check_unchanged(folder: WeightsDir | None) -> None:
     """Make sure that mapped weights are still those that everything was computed from.
-
-    Args:
-        folder: of a model's external data.
 
     Raises:
         ModelError: one of its files was written to or replaced.

@@ -160,14 +160,7 @@ def _group_reports(
 
 
 def verification_of(found: Comparison, passed: bool, data: str, variants: tuple[Variant, ...] = ()) -> Verification:
-    """A comparison as a part of the report.
-
-    Args:
-        found: the comparison.
-        passed: whether it is good enough.
-        data: what it was made on, in words.
-        variants: comparisons in other ways of running it.
-    """
+    """A comparison as a part of the report; `data` says what it was made on."""
     return Verification(**vars(found), passed=passed, data=data, variants=variants)
 
 

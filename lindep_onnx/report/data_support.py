@@ -29,14 +29,7 @@ def never_seen_bound(samples: int) -> float:
 def support(
     structure: Structure, statistics: Statistics, steps: ChannelSteps, proven: NDArray[np.bool_]
 ) -> dict[int, Support]:
-    """The support of every group.
-
-    Args:
-        structure: the traced model.
-        statistics: what the data says.
-        steps: the result.
-        proven: (units,) bool, what needs no data.
-    """
+    """The support of every group by its number; what is `proven`, (units,) bool, needs none."""
     folds = folds_of(structure, statistics, steps.removed, steps.folds)
     silent = steps.removed & (steps.kind == KINDS.index("constant")) & ~proven
     found = {}
@@ -82,10 +75,7 @@ def _error(posed: ConsumerProblem, gram: NDArray[np.float64] | None, fold: Fold)
 def sentences(found: Mapping[int, Support], uncertain: int, given: int) -> Iterator[str]:
     """What the reader should know without looking at every group.
 
-    Args:
-        found: what `support` gave.
-        uncertain: number of channels that never changed but may well.
-        given: number of samples in all.
+    `uncertain` channels never changed in the data but may well; `given` samples there are in all.
     """
     silent = sum(entry.silent for entry in found.values())
     if silent:

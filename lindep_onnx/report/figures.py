@@ -26,12 +26,7 @@ ROUNDING = 1e-8
 
 
 def layers(structure: Structure, removed: NDArray[np.bool_]) -> Iterator[Layer]:
-    """The weighted layers, in the order of the model.
-
-    Args:
-        structure: the traced model.
-        removed: (units,) bool.
-    """
+    """The weighted layers, in the order of the model, without what is `removed`, (units,) bool."""
     atoms = {producer.node: producer.atoms for producer in structure.producers}
     for number, node in enumerate(structure.model.nodes):
         width = output_channels(node, structure.shape_info)
@@ -50,13 +45,7 @@ def layers(structure: Structure, removed: NDArray[np.bool_]) -> Iterator[Layer]:
 
 
 def spectra(structure: Structure, statistics: Statistics, widest: int = MAX_UNITS) -> dict[int, Spectrum]:
-    """The redundancy of every group that is not too wide.
-
-    Args:
-        structure: the traced model.
-        statistics: what the data says.
-        widest: units of a group and features of a consumer that are not too many.
-    """
+    """The redundancy of every group with no more than `widest` units, and features at each consumer."""
     narrow = [
         number
         for number, group in enumerate(structure.groups)

@@ -17,14 +17,7 @@ MAX_GROUPS, MAX_REFUSALS = 5, 5
 
 
 def render(report: Report, console: Console, *, verbose: bool, preview: bool = False) -> None:
-    """Print a report for a person; readable at 80 columns.
-
-    Args:
-        report: what to print.
-        console: where to.
-        verbose: everything, instead of the groups and refusals that matter most.
-        preview: also what other budgets would cost.
-    """
+    """Print a report for a person, readable at 80 columns; `preview` shows too what other budgets would cost."""
     # All text goes in as `Text`, which knows no markup: tensor names may look like it.
     console.print(Text(wording.headline(report), style="bold"))
     totals = _table(Column(""), "before", "after", "change")

@@ -70,12 +70,7 @@ class Total(NamedTuple):
 
 
 def totals(report: Report, count: Callable[[float], str] = "{:,}".format) -> Iterator[Total]:
-    """What the model costs; the latency only where it was measured.
-
-    Args:
-        report: of a run.
-        count: how a count is written.
-    """
+    """What the model costs, each count written by `count`; the latency only where it was measured."""
     for name, attribute, show in (
         ("parameters", "parameters", count),
         ("MACs", "macs", count),

@@ -29,11 +29,7 @@ def check_path(path: Path) -> None:
 
 
 def write_report(report: Report, path: str | Path) -> None:
-    """Write a report so that `path` holds either its old content or the complete new one.
-
-    Args:
-        report: what to write.
-        path: a .json or .html file.
+    """Write a report as .json or .html so that `path` holds either its old content or the complete new one.
 
     Raises:
         UsageError: another suffix.

@@ -35,7 +35,7 @@ FOLDER = "session.model_external_initializers_file_folder_path"
 #: Options of providers where the caller sets no others. The products of TF32 have 10 bits: with them a result fails its
 #: own verification. And an exhaustive search for convolutions is made again for every shape.
 PROVIDER_OPTIONS: Mapping[str, Mapping[str, str]] = {
-    "CUDAExecutionProvider": {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"},
+    "CUDAExecutionProvider": {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
 }
 CPU = "CPUExecutionProvider"
 #: Others on the machine only ever make a run slower: the share of the runs that are taken for undisturbed.
@@ -100,11 +100,7 @@ class Runtime:
         return all(provider.name == CPU for provider in self.providers)
 
     def shares(self, activations: int) -> Shares:
-        """As many runs at a time as there are cores and memory; on other devices one after the other.
-
-        Args:
-            activations: bytes of all tensors of a run.
-        """
+        """As many runs, of so many bytes of activations, as cores and memory allow; on other devices one at a time."""
         if not self.on_processor:
             return Shares(1, self)
         own = self.threads or cores()
@@ -112,11 +108,7 @@ class Runtime:
         return Shares(runs, replace(self, threads=own // runs))
 
     def pieces(self, count: int) -> Shares:
-        """So many runs at a time whatever the number of cores, which must not change what is found.
-
-        Args:
-            count: of runs on the processor; on other devices a run is not cut into pieces.
-        """
+        """So many runs at a time whatever the number of cores, which must not change results; one on other devices."""
         if count == 1 or not self.on_processor:
             return Shares(1, self)
         return Shares(count, replace(self, threads=max(1, (self.threads or cores()) // count)))
@@ -217,11 +209,7 @@ class Shares:
 
 
 class Pool(ThreadPoolExecutor):
-    """Threads that do some work beside the caller's own.
-
-    Args:
-        runs: how many.
-    """
+    """Threads that do some work beside the caller's own."""
 
     def __init__(self, runs: int) -> None:
         super().__init__(runs)

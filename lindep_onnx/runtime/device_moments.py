@@ -75,16 +75,7 @@ def summing(
 def reduction(
     proto: onnx.ModelProto, op: str, source: str, name: str, axes: Sequence[int], opset: int
 ) -> onnx.NodeProto:
-    """A node that reduces some axes away, in the form of the operator set.
-
-    Args:
-        proto: gets an initializer with the axes where they are an input.
-        op: ReduceMin, ReduceMax, ReduceSum or ReduceSumSquare.
-        source: what to reduce.
-        name: of the result.
-        axes: may be none.
-        opset: version of the default operator set.
-    """
+    """A node that reduces some axes, maybe none, away, in the form of the operator set; `proto` gets an initializer."""
     if not axes:
         if op == "ReduceSumSquare":
             return onnx.helper.make_node("Mul", [source, source], [name])

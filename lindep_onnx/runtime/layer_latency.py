@@ -136,12 +136,7 @@ class LatencyTable:
 
 
 def layers(model: Model, inputs: Mapping[str, Shape]) -> list[Layer]:
-    """The weighted nodes of a model whose shapes are known.
-
-    Args:
-        model: the model.
-        inputs: shapes of its inputs in the run that counts.
-    """
+    """The weighted nodes of a model whose shapes are known, with inputs of the shapes that count."""
     shape_info = resolve(model, inputs)
     return [layer for node in model.nodes if (layer := _layer(node, shape_info)) is not None]
 
@@ -171,13 +166,7 @@ def _macs(layer: Layer) -> float:
 
 
 def measure_table(found: Sequence[Layer], opset: int, runtime: Runtime) -> LatencyTable:
-    """Time every kind of layer at a few widths.
-
-    Args:
-        found: the layers of a model.
-        opset: its operator set.
-        runtime: what models run on.
-    """
+    """Time every kind of layer at a few widths."""
     seconds = {}
     for kind in dict.fromkeys(layer.kind for layer in found):
         layer = max((other for other in found if other.kind == kind), key=lambda other: math.prod(other.widths))

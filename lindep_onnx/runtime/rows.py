@@ -135,12 +135,7 @@ class RowSampler:
         self._session = runtime.open(proto, model.folder)
 
     def run(self, batch: Batch, rng: np.random.Generator) -> ProbeResult:
-        """Run one batch: its rows, sums, and what the probe asked for.
-
-        Args:
-            batch: what to feed.
-            rng: draws the positions, the same for all samples of the batch.
-        """
+        """Run one batch: rows and sums at positions that its samples share, and what the probe asked for."""
         feeds = dict(batch.feeds)
         if self._summed:
             feeds[COUNTED] = np.array([len(batch.samples)], dtype=np.int64)
@@ -169,13 +164,7 @@ class RowSampler:
 
 
 def rows_at(data: Array, axis: int, positions: NDArray[np.int64]) -> Array:
-    """(samples, rows, channels) of a tensor with samples along its leading axis.
-
-    Args:
-        data: the tensor.
-        axis: its channel axis, not 0.
-        positions: (rows,) as in `Rows`.
-    """
+    """(samples, rows, channels) of a tensor at `positions` (rows,); samples are axis 0, channels another."""
     count, width = data.shape[0], data.shape[axis]
     before, behind = math.prod(data.shape[1:axis]), math.prod(data.shape[axis + 1 :])
     data = data.reshape(count, before, width, behind)
@@ -220,13 +209,7 @@ def _gather(proto: onnx.ModelProto, place: ChannelAxis, width: int, number: int)
 
 
 def summable(model: Model, shape_info: ShapeInfo, place: ChannelAxis) -> bool:
-    """Whether rows can be picked and summed inside the graph: samples are counted by the leading axis, as in an input.
-
-    Args:
-        model: the model.
-        shape_info: its shapes.
-        place: where rows are taken.
-    """
+    """Whether rows can be picked and summed inside the graph: the leading axis counts samples, as in an input."""
     shape = shape_info.shapes.get(place.tensor, ())
     leading = {shape_info.shapes[name][0] for name in model.inputs if shape_info.shapes.get(name)}
     return model.opset >= SLICED and _inside(shape, place.axis) is not None and leading == {shape[0]}

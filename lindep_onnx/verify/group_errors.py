@@ -25,15 +25,8 @@ def measure_groups(
 ) -> dict[int, float]:
     """RMS error of what the readers of each changed group compute, relative to its centred RMS, worst reader.
 
-    Both models run on samples that nothing was fitted to, so that errors from further up are included.
-
-    Args:
-        structure: the original model, traced.
-        removed: (units,) bool.
-        smaller: the model without them.
-        samples: the data; VERIFY samples are run.
-        runtime: what models run on.
-        seed: of the positions that are compared.
+    Both models, the `smaller` one without what is `removed` (units,), run on VERIFY samples, which nothing was fitted
+    to, so that errors from further up are included. They are compared at positions drawn by the `seed`.
     """
     wanted: dict[int, list[ChannelAxis]] = {}
     for number, group in enumerate(structure.groups):

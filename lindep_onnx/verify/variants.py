@@ -55,13 +55,7 @@ def compare_variants(
 ) -> tuple[Variant, ...]:
     """Run a few samples through both models in every other way; ways that the original does not run in are left out.
 
-    Args:
-        original: the reference.
-        result: the model to judge.
-        usual: opens sessions of both as they usually run.
-        samples: the data.
-        inputs: what the model declares.
-        shares: what runs of the usual sessions share.
+    `usual` opens sessions of both as they usually run, and their runs have `shares`.
     """
     # Before the usual sessions are opened: two at a time are enough to keep in memory.
     plain = _error(lambda: _unoptimised(original, result, shares.each), samples.batches(limit=SAMPLES), 1)

@@ -27,8 +27,8 @@ from lindep_onnx.structure.types import FROZEN, Structure
 #: Of fewer samples nothing is concluded: what never changed in n of them may change in a share of 3 / n of all others.
 MIN_SAMPLES = 32
 #: Margins, in standard deviations, times the root of the number of samples: the more was seen, the nearer to it lies
-#: what may still come. Chosen by tools/margin_figures.py, whose table is in docs/architecture.md: with less, more
-#: channels go, and more of them wake; with more, fewer go and as few wake.
+#: what may still come. Chosen by tools/benchmarks/bench_trust.py, whose table is in docs/architecture.md: with less,
+#: more channels go, and more of them become active; with more, fewer go and as few become active.
 CERTAINTY = 32.0
 #: An activation margin must exceed the largest that was violated by half as many times.
 MARGIN_SHARE = 0.5

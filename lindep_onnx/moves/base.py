@@ -5,7 +5,7 @@ kind prices its steps from statistics, says which of them can be taken together,
 edits of the graph. It knows nothing of budgets, searches, files and reports, and these know nothing of kinds. The steps
 of all kinds meet on one path (`lindep_onnx.planning.path`), sorted by error per saving; every budget is a point of it.
 
-`tests/moves/contract.py` holds any kind to this; `docs/extending.md` shows one.
+`tests/moves/test_contract.py` holds any kind to this; `docs/extending.md` shows one.
 """
 
 from __future__ import annotations

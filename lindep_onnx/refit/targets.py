@@ -119,10 +119,10 @@ def _task(
 
 
 def _sum_behind(product: Product, compressed: Structure, outputs: int) -> tuple[str, str, Matrix, Matrix] | None:
-    """A sum that the product only feeds, what is added there, and the scale and shift (M,) on the way; None if none."""
+    """A sum that the product only feeds, what is added there, and the scale and shift (M,) up to it; None if none."""
     tensor, other = product.reader.output, ""
     scale, shift = np.ones(outputs), np.zeros(outputs)
-    while tensor not in compressed.model.outputs:
+    while not other and tensor not in compressed.model.outputs:
         consumers = compressed.model.consumers.get(tensor, ())
         if len(consumers) != 1:
             break
@@ -131,7 +131,7 @@ def _sum_behind(product: Product, compressed: Structure, outputs: int) -> tuple[
         if step is not None:
             scale, shift = scale * step[0], shift * step[0] + step[1]
         else:
-            operand = None if other else _other_operand(node, tensor, product, compressed)
+            operand = _other_operand(node, tensor, product, compressed)
             if operand is None:
                 break
             other = operand

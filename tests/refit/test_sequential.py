@@ -185,3 +185,33 @@ def test_two_refits_give_the_same_bytes() -> None:
     model = build(CHAIN, CHAIN_WEIGHTS, x=("N", 3, 6, 6))
     first, second = (refitted(model, [1, 4])[1].SerializeToString(deterministic=True) for _ in range(2))
     assert first == second
+
+
+def test_a_sum_is_the_target_as_it_is_added_not_as_later_nodes_scale_it() -> None:
+    """A pre-activation block: what is behind the Add scales both of its operands."""
+    body = """
+a = Conv<pads=[1,1,1,1]>(x, w0, b0)
+r = Relu(a)
+c = Conv<pads=[1,1,1,1]>(r, w1, b1)
+s = Relu(c)
+d = Conv(s, w2, b2)
+e = Add(d, r)
+n = BatchNormalization(e, scale, shift, mean, variance)
+q = Relu(n)
+g = GlobalAveragePool(q)
+h = Flatten(g)
+y = Gemm(h, w3)
+"""
+    weights = {
+        "w0": (8, 3, 3, 3), "b0": (8,), "w1": (16, 8, 3, 3), "b1": (16,), "w2": (8, 16, 1, 1), "b2": (8,),
+        "scale": np.linspace(3, 5, 8, dtype=np.float32), "shift": np.linspace(-1, 1, 8, dtype=np.float32),
+        "mean": np.zeros(8, np.float32), "variance": np.ones(8, np.float32), "w3": (8, 4),
+    }  # fmt: skip
+    model = build(body, weights, x=("N", 3, 6, 6))
+    inner = traced(model)
+    (units,) = [group.units for group in inner.groups if len(group.units) == 16]
+    cut, whole, found = refitted(model, units[:6].tolist())
+    before, after = found.errors["d"]
+    assert after < before
+    assert error(whole, model) < 0.7 * error(cut, model)
+    assert error(whole, model) < 0.95 * error(refitted(model, units[:6].tolist(), "kernel")[1], model)

@@ -26,7 +26,7 @@ PACKAGE = ROOT / "lindep_onnx"
 #: Folders of the package that are named as a whole.
 BY_FOLDER = ("structure/rules/", "distill/autodiff/rules/")
 PAGES = sorted(DOCS.glob("*.md"))
-#: Blocks that another test or tool runs: installation, by tools/newcomer.py.
+#: Blocks that another test or tool runs: installation, by .ci/newcomer.py.
 ELSEWHERE = "pip install ."
 #: Samples that the commands of a page use here, so that the default tests stay fast.
 SAMPLES = 200

@@ -104,11 +104,7 @@ class Coverage:
 
 
 def coverage(structure: Structure) -> Coverage:
-    """Count what may go.
-
-    Args:
-        structure: the traced model.
-    """
+    """Count what may go."""
     produced = np.concatenate([np.empty(0, np.int64), *(producer.atoms for producer in structure.producers)])
     matrices = {name: value for name, value in structure.shape_info.constants.items() if _is_weight(structure, name)}
     total = sum(value.size for value in matrices.values())
@@ -150,12 +146,7 @@ def _touched(structure: Structure, name: str) -> float:
 
 
 def attempt(task: Task, samples: int) -> Outcome:
-    """Compress one model on random data, and compare.
-
-    Args:
-        task: the model.
-        samples: how many random samples to calibrate with.
-    """
+    """Compress one model on random data, and compare."""
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     onnxruntime.set_default_logger_severity(4)
@@ -261,13 +252,7 @@ def _error(original: onnxruntime.InferenceSession, proto: onnx.ModelProto, data:
 
 
 def sweep(tasks: Iterable[Task], samples: int = SAMPLES, seconds: float = SECONDS) -> list[Outcome]:
-    """Try all models, in another process, so that a crash or an endless loop is an outcome too.
-
-    Args:
-        tasks: the models.
-        samples: random samples for each.
-        seconds: that one model may take.
-    """
+    """Try all models, in another process, so that a crash or an endless loop is an outcome too."""
     outcomes = []
     pool = _pool()
     for task in tasks:

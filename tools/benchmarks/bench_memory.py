@@ -60,11 +60,6 @@ def allowed(model: Path) -> float:
 def build(folder: Path, gigabytes: float = 2.5, width: int = WIDTH) -> Path:
     """Write `large.onnx` and `large.onnx.data`, and samples `calib.npy`.
 
-    Args:
-        folder: where to.
-        gigabytes: size of the weights, about.
-        width: channels of every layer.
-
     Returns:
         The path of the model. The last `copies_of(width)` channels of every layer are copies of its first ones, twice
         as large.
@@ -121,13 +116,7 @@ def widths_of(path: Path) -> list[int]:
 
 
 def compress_it(model: Path, result: Path, limit: float) -> Ran:
-    """Run the command on what `build` wrote.
-
-    Args:
-        model: its path; the samples are beside it.
-        result: where to write.
-        limit: megabytes of data (RLIMIT_DATA: memory that is no file's) that the process may have.
-    """
+    """Run the command on what `build` wrote; the samples are beside the model, the limit is in MB."""
     line = [sys.executable, "-m", "lindep_onnx", str(model), str(result)]
     line += ["--calib", str(model.parent / "calib.npy"), "--quiet"]
     line = ["/bin/sh", "-c", f'ulimit -d {round(limit * 1000)}; exec "$@"', "sh", *line]

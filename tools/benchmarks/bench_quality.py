@@ -90,14 +90,7 @@ def test_frontier(bench: Bench, name: str, method: str) -> None:
 def frontier(
     task: Task, method: str, folder: Path, measured: Callable[..., Any] = apart
 ) -> Iterator[dict[str, object]]:
-    """Run a method at every point of a task.
-
-    Args:
-        task: model and images.
-        method: one of `METHODS`.
-        folder: where models and images go meanwhile.
-        measured: calls in a fresh process.
-    """
+    """Run a method at every point of a task; `measured` calls in a fresh process."""
     calib, result = folder / "calib.npz", folder / "result.onnx"
     np.savez(calib, allow_pickle=False, **{task.input: task.calib})
     reference = outputs(task.model, task.judged)
@@ -125,16 +118,7 @@ def frontier(
 
 
 def build(method: str, model: Path, calib: Path, target: int, out: Path, budget: Mapping[str, float]) -> None:
-    """Write what a method makes of a model.
-
-    Args:
-        method: one of `METHODS`.
-        model: the original.
-        calib: npz of calibration images.
-        target: the number of parameters to come down to.
-        out: the file to write.
-        budget: what this project is asked for.
-    """
+    """Write what a method makes of a model: this project is asked for a budget, its rivals for a target."""
     if method in REFITS:
         onnx.save(compress(model, calib, **budget, refit=method).model, out)
     else:

@@ -32,7 +32,6 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from lindep_onnx.structure.traced import inputs_of
 from measure import Bench, apart, command, run
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
@@ -46,6 +45,7 @@ from lindep_onnx.integrations.dask import connected
 from lindep_onnx.linalg.elimination import Limits, eliminate
 from lindep_onnx.linalg.fold import ConsumerProblem
 from lindep_onnx.options import DataOptions
+from lindep_onnx.proofs.traced import inputs_of
 from lindep_onnx.runtime.backend import Runtime
 
 REPEAT = 2
@@ -97,13 +97,7 @@ class Costs:
 
 
 def costs(model: Path, samples: Path, folder: Path) -> Costs:
-    """Measure one model.
-
-    Args:
-        model: its file.
-        samples: `.npy` of its only input.
-        folder: to write to.
-    """
+    """Measure one model."""
     plain, whole = [], []
     report = folder / "report.json"
     for _ in range(REPEAT):

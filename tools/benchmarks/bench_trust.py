@@ -205,14 +205,7 @@ def test_planted_nets(bench: Bench, number: int) -> None:
 
 
 def planted_in(name: str, folder: Path, *, samples: int = 64, seed: int = 0) -> Found:
-    """Plant, compress, compare.
-
-    Args:
-        name: one of `planted.NAMES`.
-        folder: where models and data go meanwhile.
-        samples: calibration images.
-        seed: of weights, planting and images.
-    """
+    """Plant, compress, compare."""
     source, result, again, plain, smaller = (folder / f"{what}.onnx" for what in ("a", "b", "c", "p", "q"))
     calib = folder / "calib.npz"
     built = planted.build(name, seed=seed, samples=samples)
@@ -317,12 +310,7 @@ def test_margins(bench: Bench, name: str) -> None:
 
 
 def observe(model: Path, images: NDArray[np.float32]) -> Observed:
-    """Run a model over all images, one by one.
-
-    Args:
-        model: has one input.
-        images: samples first.
-    """
+    """Run a model over all images, one by one."""
     structure = _traced(model)
     everything = [np.ones(len(features(consumer.columns).atoms), dtype=bool) for consumer in structure.consumers]
     watched = tuple(flat for flat in inactive.watched_tensors(structure, everything) if flat.parts)
@@ -345,12 +333,7 @@ def observe(model: Path, images: NDArray[np.float32]) -> Observed:
 
 
 def tried(model: Observed, draws: int) -> Iterator[dict[str, str]]:
-    """Let the rule see some samples, and judge it by the others; the means over several draws for each size.
-
-    Args:
-        model: what `observe` gave.
-        draws: how many.
-    """
+    """Let the rule see some samples, and judge it by the others; the means over several draws for each size."""
     count, rng = len(model.samples), np.random.default_rng(0)
     awake = [
         [np.stack([seen[place].margins[part].count == 0 for seen in model.samples]) for part in range(len(flat.parts))]

@@ -148,8 +148,13 @@ def test_the_page_on_architecture_names_every_module() -> None:
 
 
 def test_what_the_page_on_python_describes_can_be_imported() -> None:
+    # Steps for other tools need these tools; a module stands for itself.
+    absent = [name for name in ("onnx_ir", "olive") if importlib.util.find_spec(name) is None]
     for name in re.findall(r"^::: (\S+)$", (DOCS / "api.md").read_text("utf-8"), flags=re.M):
-        pkgutil.resolve_name(name)
+        if name.rpartition(".")[2] in absent:
+            assert (ROOT / f"{name.replace('.', '/')}.py").is_file(), name
+        else:
+            pkgutil.resolve_name(name)
 
 
 def test_links_and_pictures_lead_somewhere() -> None:

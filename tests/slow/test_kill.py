@@ -142,4 +142,4 @@ def test_a_killed_run_leaves_the_old_output_or_a_complete_new_one(kills: int, tm
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         seen = pool.submit(kill_runs, tmp_path, kills, 0).result()
     assert sum(count for what, count in seen.items() if "output" in what) == kills
-    assert seen["killed, old output"]
+    assert any(what.startswith("killed") for what in seen)

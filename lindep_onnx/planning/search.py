@@ -1,16 +1,16 @@
-"""Find the plan that a budget asks for on a ladder of nested plans.
+"""Find the plan that a budget asks for on a path of nested plans.
 
 Sizes fall with every unit, so that the first plan that is small enough is found by bisection over all of them. Measured
-errors wobble: they are bisected over fixed rungs, so that a looser limit takes the same turns or better ones, and never
-ends at a larger model. The cheap fold is bisected over all rungs. A refit does better, at a price: it is bisected over
-every second rung, and only beyond what the fold allows.
+errors wobble: they are bisected over fixed stops, so that a looser limit takes the same turns or better ones, and never
+ends at a larger model. The cheap fold is bisected over all stops. A refit does better, at a price: it is bisected over
+every second stop, and only beyond what the fold allows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-#: One in so many rungs is refitted.
+#: One in so many stops is refitted.
 COARSE = 2
 
 
@@ -34,22 +34,22 @@ def first_small_enough(most: int, small: Callable[[int], bool]) -> int | None:
 
 
 def last_good_enough(
-    rungs: Sequence[int], good: Callable[[int], bool], refitted: Callable[[int], bool] | None = None
+    stops: Sequence[int], good: Callable[[int], bool], refitted: Callable[[int], bool] | None = None
 ) -> tuple[int, bool]:
-    """The largest rung that is good enough, and whether that is so only once it is refitted.
+    """The largest stop that is good enough, and whether that is so only once it is refitted.
 
     Args:
-        rungs: ascending counts; the first is taken to be good.
+        stops: ascending counts; the first is taken to be good.
         good: whether a plan is good enough with the cheap fold.
         refitted: whether it is with the refit; None does without.
     """
-    fold = _last(len(rungs), lambda place: good(rungs[place]))
+    fold = _last(len(stops), lambda place: good(stops[place]))
     if refitted is None:
-        return rungs[fold], False
+        return stops[fold], False
     # What the fold allows the refit is taken to allow too.
-    grid = range(0, len(rungs), COARSE)
-    best = grid[_last(len(grid), lambda at: grid[at] <= fold or refitted(rungs[grid[at]]))]
-    return (rungs[best], True) if best > fold else (rungs[fold], False)
+    grid = range(0, len(stops), COARSE)
+    best = grid[_last(len(grid), lambda at: grid[at] <= fold or refitted(stops[grid[at]]))]
+    return (stops[best], True) if best > fold else (stops[fold], False)
 
 
 def _last(count: int, good: Callable[[int], bool]) -> int:
@@ -64,6 +64,6 @@ def _last(count: int, good: Callable[[int], bool]) -> int:
     return low
 
 
-def on_grid(rungs: Sequence[int], below: int) -> list[int]:
-    """Coarse rungs under a count, descending: where to go if unseen samples turn it down."""
-    return [count for count in rungs[::COARSE] if count < below][::-1]
+def on_grid(stops: Sequence[int], below: int) -> list[int]:
+    """Coarse stops under a count, descending: where to go if unseen samples turn it down."""
+    return [count for count in stops[::COARSE] if count < below][::-1]

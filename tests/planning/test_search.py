@@ -1,4 +1,4 @@
-"""The search for a rung of the ladder."""
+"""The search for a stop of the path."""
 
 from __future__ import annotations
 

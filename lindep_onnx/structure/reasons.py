@@ -73,6 +73,7 @@ INDEXED = Reason("indexed", "a Scatter or Gather moves along them by indices")
 BORDER = Reason("pad_mode", "a Pad that crops, repeats or reflects them")
 ENORMOUS = Reason("enormous", "a Pad makes more than a million of them")
 REGROUPED = Reason("reshape", "a Reshape regroups them with axes of unknown size or other channels")
+LOST = Reason("not_followed", "they cannot be followed through an operator")
 COUNTED = Reason("counted", "their number is an output of the model, or a Size operator counts them")
 REPEATED = Reason("repeated", "a Tile repeats them as often as is known at run time only")
 RUNTIME_SHAPE = Reason("runtime_shape", "the shape they are given is computed at run time")
@@ -92,6 +93,7 @@ ADVICE: Mapping[str, str] = {
     "indexed": "Nothing to do: indices say which of these channels are read or written.",
     "misfit": "Check the model: a constant has another size than the channels it belongs to.",
     "mixed_axis": "Nothing to do: the operator mixes all channels, so that each one changes the others.",
+    "not_followed": "Export with fixed shapes, so that every operator can be followed.",
     "outside": "Check the model: an index lies outside the axis that it picks from.",
     "overridable": "Take the weight out of the graph inputs, if no caller replaces it.",
     "pad_mode": "Export with zero padding, or leave these channels as they are.",

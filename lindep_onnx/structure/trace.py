@@ -18,22 +18,26 @@ from scipy.sparse.csgraph import connected_components
 from lindep_onnx.model.ir import Model
 from lindep_onnx.model.node import Node
 from lindep_onnx.model.shapes import ShapeInfo
+from lindep_onnx.model.weighted import weighted
 from lindep_onnx.structure import reasons
 from lindep_onnx.structure.rules import tracing_rule
+from lindep_onnx.structure.rules.registry import Tracing
 from lindep_onnx.structure.tracer import Tracer
 from lindep_onnx.structure.types import FROZEN, Atoms, Consumer, Group, Product, Refusal, Structure
 
 Globs: TypeAlias = "Sequence[str]"
 
+#: Operators that read how many channels there are, and rewrite what becomes of the numbers.
+SIZES_ONLY = ("Shape",)
+
 _QUANTISED = re.compile(
     r"(^|::)(QLinear\w+|QAttention|QGemm|(De|Dynamic)?[Qq]uantizeLinear|\w+Integer\w*|MatMulNBits)$"
 )
-#: Which input of an operator is the weight, and which of its axes counts output channels.
+#: Which input of an operator on integers is the weight, and which of its axes counts output channels.
 _QUANTISED_WEIGHT = {
-    **dict.fromkeys(("Conv", "ConvInteger"), (1, 0)),
+    "ConvInteger": (1, 0),
     "QLinearConv": (3, 0),
-    "ConvTranspose": (1, 1),
-    **dict.fromkeys(("MatMul", "MatMulInteger", "DynamicQuantizeMatMul", "Gemm"), (1, -1)),
+    **dict.fromkeys(("MatMulInteger", "DynamicQuantizeMatMul"), (1, -1)),
     **dict.fromkeys(("QLinearMatMul", "QGemm"), (3, -1)),
 }
 
@@ -59,7 +63,7 @@ def trace(
         if rule is None or node.captures:
             tracer.refuse(node, reasons.SUBGRAPH if node.captures else reasons.UNKNOWN)
         else:
-            rule(node, tracer)
+            _apply(rule, node, tracer)
         _leave_alone(tracer, node, include, exclude)
     for name in model.outputs:
         tracer.freeze_tensor(name, reasons.GRAPH_OUTPUT, model.producer.get(name))
@@ -68,26 +72,55 @@ def trace(
     return structure if quantised is None else dataclasses.replace(structure, refusals=(quantised,))
 
 
+def _apply(rule: Tracing, node: Node, tracer: Tracer) -> None:
+    """Ask the rule of a node; an axis of its inputs that the rule says nothing about stays."""
+    links, frozen = len(tracer.links), len(tracer.frozen)
+    rule(node, tracer)
+    if node.op in SIZES_ONLY:
+        return
+    told = [label.atoms for name in node.outputs for label in tracer.labels.get(name, ())]
+    told += [atoms for pair in tracer.links[links:] for atoms in pair]
+    told += [atoms for atoms, _, _ in tracer.frozen[frozen:]]
+    told += [
+        atoms
+        for position, name in enumerate(node.inputs)
+        for atoms in tracer.claims.get(name, {}).get((node.index, position), {}).values()
+    ]
+    known = np.concatenate([atoms.ravel() for atoms in told] or [np.empty(0, np.int64)])
+    for name in node.inputs:
+        for label in tracer.labels.get(name, ()):
+            if not np.isin(label.atoms, known).any():
+                tracer.freeze(label.atoms.ravel(), reasons.LOST, node)
+
+
 def _quantised(model: Model, shape_info: ShapeInfo) -> Refusal | None:
     """One refusal for a whole quantised model: its weights are integers, and its scales belong to all that is there."""
     nodes = [node for node in model.nodes if _QUANTISED.search(node.op)]
     if not nodes:
         return None
-    channels = 0
-    for node in model.nodes:
-        position, axis = _QUANTISED_WEIGHT.get(node.op.rpartition("::")[2], (None, 0))
-        shape = shape_info.shapes.get(node.input(position)) if position is not None else None
-        size = shape[axis] if shape and len(shape) > 1 else 0
-        channels += size if isinstance(size, int) else 0
+    channels = sum(_quantised_channels(node, shape_info) for node in model.nodes)
     return Refusal(reasons.QUANTISED, (nodes[0].name,), channels)
+
+
+def _quantised_channels(node: Node, shape_info: ShapeInfo) -> int:
+    """Output channels of a node that multiplies a weight, integers or behind a DequantizeLinear."""
+    layout = weighted(node)
+    position, axis = (1, -1) if layout else _QUANTISED_WEIGHT.get(node.op.rpartition("::")[2], (-1, -1))
+    sizes = shape_info.shapes.get(node.input(position), ()) if position > 0 else ()
+    fixed = [size for size in sizes if isinstance(size, int)]
+    if len(fixed) < max(2, len(sizes)):
+        return 0
+    if layout is not None and node.op != "MatMul":  # which may multiply batches
+        return layout.widths(fixed)[1]
+    return fixed[0 if node.attributes.get("transB", 0) else axis]
 
 
 def _leave_alone(tracer: Tracer, node: Node, include: Globs, exclude: Globs) -> None:
     def matches(globs: Globs) -> bool:
         return any(fnmatch.fnmatchcase(node.name, glob) for glob in globs)
 
-    weighted = bool(tracer.producers) and tracer.producers[-1].node == node.index
-    if weighted and (matches(exclude) or (include and not matches(include))):
+    multiplies = bool(tracer.producers) and tracer.producers[-1].node == node.index
+    if multiplies and (matches(exclude) or (include and not matches(include))):
         for name in (*node.inputs, *node.outputs) if matches(exclude) else node.outputs:
             tracer.freeze_tensor(name, reasons.EXCLUDED, node)
 
@@ -96,7 +129,7 @@ def _check_claims(tracer: Tracer) -> None:
     """Link the readers of each constant, and freeze what some reader needs whole or nothing can replace.
 
     A vector is cheap and may end up different for each of its readers: exporters share one vector of zeros between
-    layers that have nothing else in common. A matrix stays one matrix.
+    layers that have nothing else in common. A matrix, and whatever is multiplied, stays one constant.
     """
     model = tracer.model
     multiplied = _by_weight(tracer)
@@ -110,7 +143,9 @@ def _check_claims(tracer: Tracer) -> None:
         labelled = [atoms for axes in claims.values() for atoms in axes.values()]
         if name in model.overridable:
             keep(labelled, reasons.OVERRIDABLE, first)
-        if sum(size > 1 for size in tracer.shape_info.constants[name].shape) <= 1 or not labelled:
+        layouts = [product for product, _ in multiplied.get(name, [])]
+        vector = sum(size > 1 for size in tracer.shape_info.constants[name].shape) <= 1 and not layouts
+        if vector or not labelled:
             continue
         readers = {(node.index, place) for node in model.consumers[name] for place in _places(node, name)}
         partial = readers != set(claims) or name in model.outputs
@@ -124,11 +159,12 @@ def _check_claims(tracer: Tracer) -> None:
             if partial or len(asked) < len(claims):
                 blame = next((model.nodes[index] for index, _ in sorted(readers - set(claims))), first)
                 tracer.freeze(asked[0], reasons.TWO_WAYS, blame)
-        layouts = multiplied.get(name, [])
-        ways = {(product.inputs, product.outputs, product.group) for product, _ in layouts}
-        if layouts and (len(ways) > 1 or len(layouts) != len(claims)):
-            # A fold changes the weight for every reader, so all must multiply it in the same way.
-            keep(labelled, reasons.TWO_WAYS, first)
+        ways = {(product.inputs, product.outputs, product.group) for product in layouts}
+        if len(ways) > 1 or len(layouts) != len(claims):
+            # A fold changes the weight for every reader: unless all multiply it in the same way, nothing that it is
+            # multiplied with goes. What it makes may go, for every reader slices that alike.
+            met = {product.inputs for product in layouts}
+            keep([axes[axis] for axes in claims.values() for axis in met & axes.keys()], reasons.TWO_WAYS, first)
         reason = None if name in model.stored else _replaceable(tracer, name)
         if reason is not None:
             keep(labelled, reason, model.producer[name])

@@ -13,9 +13,9 @@ import onnx
 import pytest
 from build import build, feed, ignoring, run, traced
 from onnx import helper
+from oracle import removal
 
 from lindep_onnx.api import compress
-from lindep_onnx.structure.placement import equalized
 from lindep_onnx.structure.rewrite import Removal, rewrite
 from lindep_onnx.structure.rules import supported
 
@@ -181,16 +181,6 @@ CASES = [
     Case("gated MLP split from one product", "h = MatMul(x, w)\na, b = Split<axis=-1>(h)\ns = Sigmoid(a)\ng = Mul(a, s)\nt = Mul(g, b)\ny = MatMul(t, v)", {"w": (6, 16), "v": (8, 6)}, x=("N", 4, 6)),
     Case("U-Net", "a = Conv<pads=[1,1,1,1]>(x, w)\nr = Relu(a)\np = MaxPool<kernel_shape=[2,2], strides=[2,2]>(r)\nb = Conv<pads=[1,1,1,1]>(p, k)\nq = Relu(b)\nu = ConvTranspose<strides=[2,2]>(q, e)\nt = Concat<axis=1>(r, u)\ny = Conv<pads=[1,1,1,1]>(t, v)", {"w": (8, 3, 3, 3), "k": (6, 8, 3, 3), "e": (6, 5, 2, 2), "v": (2, 13, 3, 3)}, units=19),
 ]  # fmt: skip
-
-
-def removal(channels, share: float, seed: int) -> np.ndarray:
-    removed = np.random.default_rng(seed).random(channels.units) < share
-    removed[0] = True
-    for members, least in channels.minimums:
-        short = least - int((~removed[members]).sum())
-        if short > 0:
-            removed[members[removed[members]][:short]] = False
-    return equalized(channels, removed)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

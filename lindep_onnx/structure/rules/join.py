@@ -33,8 +33,9 @@ def concat(node: Node, tracer: Tracer) -> None:
     found = [_part(node, tracer, name, joined) for name in node.inputs] if labelled else []
     parts = [{joined: part} for part in found if part is not None]
     if len(parts) < len(found):
-        for name in node.inputs:
+        for position, name in enumerate(node.inputs):
             tracer.freeze_tensor(name, reasons.FROZEN_OPERAND, node, [joined])
+            tracer.claim(node, position, across)
     else:
         for position, part in enumerate(parts or [{}] * len(node.inputs)):
             tracer.claim(node, position, {**across, **part})

@@ -39,7 +39,7 @@ def convolution(node: Node, tracer: Tracer) -> None:
     rows, columns = _by_group(made, layout.group, node, tracer), axes.get(1)
     columns = None if columns is None else _by_group(columns, layout.group, node, tracer)
     _claim_weight(tracer, node, product, rows, columns)
-    _finish(node, tracer, {} if layout.transposed else axes, made)
+    _finish(node, tracer, axes, made)
     if columns is not None:
         # The border of a ConvTranspose mixes fewer taps, so that a constant channel is not a constant of the output.
         affine = bias is not None and window is not None and not window.padded and not window.transposed

@@ -84,6 +84,7 @@ def reduce(node: Node, tracer: Tracer) -> None:
     data = node.inputs[0]
     rank = tracer.rank(data)
     if rank is None:
+        tracer.refuse(node, reasons.UNKNOWN_RANK)
         return
     reduced, unknown = node.attributes.get("axes"), False
     if reduced is None and node.input(1):

@@ -278,7 +278,7 @@ def trainable(model: Model, frozen: Collection[str]) -> list[str]:
     arithmetic = {"Add": (0, 1), "Mul": (0, 1)}
     places = {"BatchNormalization": (1, 2), "LayerNormalization": (1, 2), "PRelu": (1,), **WEIGHTS, **arithmetic}
     found: dict[str, None] = {}
-    kept: set[str] = {*model.overridable, *model.outputs}
+    kept: set[str] = {*model.fixed, *model.outputs}
     for node in model.nodes:
         for position, name in enumerate(node.inputs):
             value = model.stored.get(name)

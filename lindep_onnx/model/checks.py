@@ -80,7 +80,7 @@ def check_order(where: str, nodes: Iterable[Node], known: set[str], outputs: Ite
             if name and name not in known:
                 raise ModelError(
                     f"{where}: node {node.name!r} reads {name!r}, which nothing before it defines "
-                    "(a missing initializer, a cycle, or nodes out of order)."
+                    "(a missing initializer, or a cycle)."
                 )
         for name in filter(None, node.outputs):
             if name in known:

@@ -57,7 +57,7 @@ def _macs(node: Node, shape_info: ShapeInfo) -> int:
 def output_channels(node: Node, shape_info: ShapeInfo) -> int:
     """Output channels of a Conv, ConvTranspose, Gemm or MatMul with a constant weight; 0 for any other node."""
     for position in (1, 0) if node.op == "MatMul" else (1,):
-        layout, weight = weighted(node, position), shape_info.constants.get(node.input(position))
+        layout, weight = weighted(node, position), shape_info.weight_shape(node.input(position))
         if layout is not None and weight is not None:
-            return layout.widths(weight.shape)[1] if node.op != "MatMul" or weight.ndim == 2 else 0
+            return layout.widths(weight)[1] if node.op != "MatMul" or len(weight) == 2 else 0
     return 0

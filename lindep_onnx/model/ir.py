@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -22,7 +22,8 @@ from lindep_onnx.errors import ModelError, one_line
 from lindep_onnx.files import WeightsDir
 from lindep_onnx.model.checks import check_arity, check_order, check_sizes, check_windows, defined_twice
 from lindep_onnx.model.node import Node
-from lindep_onnx.model.weights import array_of, bodies, read
+from lindep_onnx.model.order import in_order, of_true_types
+from lindep_onnx.model.weights import array_of, bodies, dense_of, read
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,9 @@ class Model:
         outputs: graph outputs.
         stored: every constant tensor the file holds, initializer or `Constant` node.
         overridable: initializers that are graph inputs too, so that a caller may feed another value.
+        sparse: initializers that the file holds as their values and where they are; `stored` has them whole.
         opset: version of the default operator set.
+        notes: what was put right when the file was read.
     """
 
     proto: onnx.ModelProto
@@ -51,7 +54,14 @@ class Model:
     outputs: tuple[str, ...]
     stored: Mapping[str, Array]
     overridable: frozenset[str]
+    sparse: frozenset[str]
     opset: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fixed(self) -> frozenset[str]:
+        """Stored tensors whose values cannot be changed."""
+        return self.overridable | self.sparse
 
     @cached_property
     def consumers(self) -> Mapping[str, tuple[Node, ...]]:
@@ -76,7 +86,12 @@ def load(source: str | Path | onnx.ModelProto) -> Model:
         ModelError: the file cannot be read, or the graph is not well formed.
     """
     where = str(source) if not isinstance(source, onnx.ModelProto) else (source.graph.name or "the model")
-    return model_of(*read(source), where)
+    proto, folder = read(source)
+    proto, moved = in_order(_inlined(proto))
+    model = model_of(proto, folder, where)
+    # Only now: shape inference, in C++, takes for granted what was checked on the way.
+    proto, corrected = of_true_types(proto)
+    return replace(model, proto=proto, notes=(*moved, *corrected))
 
 
 def model_of(proto: onnx.ModelProto, folder: WeightsDir | None, where: str = "") -> Model:
@@ -85,7 +100,6 @@ def model_of(proto: onnx.ModelProto, folder: WeightsDir | None, where: str = "")
     Raises:
         ModelError: the graph is not well formed.
     """
-    proto = _inlined(proto)
     where = where or proto.graph.name or "the model"
     opset = next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 0)
     graph = proto.graph
@@ -98,18 +112,18 @@ def model_of(proto: onnx.ModelProto, folder: WeightsDir | None, where: str = "")
             if tensor.name in stored:
                 raise defined_twice(where, tensor.name)
             stored[tensor.name] = array_of(tensor, folder)
-        sparse = {tensor.values.name for tensor in graph.sparse_initializer}
-        nodes, constants = _read_nodes(graph)
+        sparse = {tensor.values.name: dense_of(tensor) for tensor in graph.sparse_initializer}
+        nodes, constants, scattered = _read_nodes(graph)
     except Exception as error:  # decoding raises whatever it meets
         raise ModelError(f"{where}: a tensor or attribute in it is damaged: {one_line(error)}") from error
-    for name, value in constants.items():
+    for name, value in (*constants.items(), *sparse.items(), *scattered.items()):
         if name in stored:
             raise defined_twice(where, name)
         stored[name] = value
 
     graph_inputs = [value.name for value in graph.input]
     check_windows(where, nodes)
-    check_order(where, nodes, {*stored, *sparse, *graph_inputs}, [value.name for value in graph.output])
+    check_order(where, nodes, {*stored, *graph_inputs}, [value.name for value in graph.output])
     return Model(
         proto=proto,
         folder=folder,
@@ -118,6 +132,7 @@ def model_of(proto: onnx.ModelProto, folder: WeightsDir | None, where: str = "")
         outputs=tuple(value.name for value in graph.output),
         stored=MappingProxyType(stored),
         overridable=frozenset(name for name in graph_inputs if name in stored and proto.ir_version >= 4),
+        sparse=frozenset((*sparse, *scattered)),
         opset=opset,
     )
 
@@ -133,11 +148,16 @@ def _inlined(proto: onnx.ModelProto) -> onnx.ModelProto:
         return proto
 
 
-def _read_nodes(graph: onnx.GraphProto) -> tuple[list[Node], dict[str, Array]]:
+def _read_nodes(graph: onnx.GraphProto) -> tuple[list[Node], dict[str, Array], dict[str, Array]]:
+    """Nodes, and what `Constant` nodes hold: whole tensors and sparse ones."""
     nodes: list[Node] = []
     constants: dict[str, Array] = {}
+    sparse: dict[str, Array] = {}
     for proto in graph.node:
         if proto.op_type == "Constant" and proto.domain in ("", "ai.onnx"):
+            if [attribute.name for attribute in proto.attribute] == ["sparse_value"]:
+                sparse[proto.output[0]] = dense_of(proto.attribute[0].sparse_tensor)
+                continue
             value = _constant_value(proto)
             if value is not None:
                 constants[proto.output[0]] = value
@@ -154,7 +174,7 @@ def _read_nodes(graph: onnx.GraphProto) -> tuple[list[Node], dict[str, Array]]:
                 captures=tuple(sorted(set().union(*(_captures(g) for g in bodies(proto))))),
             )
         )
-    return nodes, constants
+    return nodes, constants, sparse
 
 
 def first_name(names: Iterable[str]) -> str:

@@ -57,12 +57,23 @@ class ShapeInfo:
         shapes: shape of every tensor whose rank is known; symbols are strings.
         values: partly known integer tensors as object arrays of int and str.
         dtypes: element type (`onnx.TensorProto.DataType`) of tensors where inference found one.
+        overridable: tensors that would be the same in every run if no caller replaced the stored tensor that this
+            names: it is an input too.
     """
 
     constants: Mapping[str, Array]
     shapes: Mapping[str, Shape]
     values: Mapping[str, Array]
     dtypes: Mapping[str, int]
+    overridable: Mapping[str, str]
+
+    def weight_shape(self, name: str) -> tuple[int, ...] | None:
+        """Shape of what is the same in every run, or would be if no caller replaced it; None of anything else."""
+        if name in self.constants:
+            return self.constants[name].shape
+        shape = self.shapes.get(name) if name in self.overridable else None
+        sizes = tuple(size for size in shape or () if isinstance(size, int))
+        return sizes if shape is not None and len(sizes) == len(shape) else None
 
     @property
     def activation_bytes(self) -> int:
@@ -96,7 +107,21 @@ def resolve(model: Model, inputs: Mapping[str, Shape] = MappingProxyType({})) ->
         shapes=MappingProxyType(known.shapes),
         values=MappingProxyType(known.values),
         dtypes=MappingProxyType(known.dtypes),
+        overridable=MappingProxyType(_overridable(model, known)),
     )
+
+
+def _overridable(model: Model, known: Known) -> dict[str, str]:
+    """Tensors that depend on nothing but constants and inputs with a stored value, and one such input of each."""
+    roots = {name: name for name in sorted(model.overridable)}
+    for name in roots:
+        known.shapes[name] = model.stored[name].shape
+    for node in model.nodes if roots else ():
+        read = [name for name in node.inputs if name]
+        named = next((roots[name] for name in read if name in roots), "")
+        if named and not node.captures and all(name in roots or name in known.constants for name in read):
+            roots.update((name, named) for name in node.outputs if name)
+    return roots
 
 
 def _progress(known: Known) -> tuple[int, int, int]:

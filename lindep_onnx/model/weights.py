@@ -39,6 +39,8 @@ IN_MEMORY = 1 << 28
 EXTERNAL_BYTES = 1024
 #: Every tensor in a file of weights begins at a multiple of this.
 ALIGNMENT = 64
+#: A sparse tensor of more elements is not written out.
+MOST_DENSE = 1 << 28
 #: Bits of an element, of types that do not fill whole bytes.
 PACKED = {"INT2": 2, "UINT2": 2, "INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4}
 EXTERNAL = onnx.TensorProto.EXTERNAL
@@ -211,6 +213,24 @@ def array_of(tensor: onnx.TensorProto, folder: WeightsDir | None) -> Array:
     return (np.array(own) if offset % dtype.itemsize else own).view(dtype).reshape(tuple(tensor.dims))
 
 
+def dense_of(tensor: onnx.SparseTensorProto) -> Array:
+    """The whole of a sparse tensor.
+
+    Raises:
+        ValueError: an index lies outside of it, or there are more or fewer indices than values.
+    """
+    values, indices = array_of(tensor.values, None), array_of(tensor.indices, None)
+    shape = tuple(tensor.dims)
+    if math.prod(shape) > MOST_DENSE:
+        raise ValueError(f"the sparse tensor {tensor.values.name!r} has {math.prod(shape):,} elements")
+    dense = np.zeros(shape, values.dtype)
+    places = tuple(indices.T) if indices.ndim == 2 else np.unravel_index(indices, shape)
+    if len(indices) != len(values) or any((np.asarray(place) < 0).any() for place in places):
+        raise ValueError(f"the sparse tensor {tensor.values.name!r} has indices that do not fit its values")
+    dense[places] = values
+    return dense
+
+
 def _goes_outside(tensor: onnx.TensorProto) -> bool:
     """Whether an initializer goes into a file if the model is large.
 
@@ -244,7 +264,8 @@ def fingerprint(proto: onnx.ModelProto, folder: WeightsDir | None) -> str:
     """A digest of what a model computes: nodes, weights, inputs and outputs, whatever its metadata say."""
     digest = hashlib.blake2b(digest_size=16)
     graph = proto.graph
-    for parts in (proto.opset_import, proto.functions, graph.input, graph.output, graph.node, graph.initializer):
+    tensors = (graph.initializer, graph.sparse_initializer)
+    for parts in (proto.opset_import, proto.functions, graph.input, graph.output, graph.node, *tensors):
         digest.update(f"{len(parts)}:".encode())
         for part in parts:  # one at a time: together they may be larger than protobuf takes
             outside = isinstance(part, onnx.TensorProto) and is_external(part)

@@ -84,7 +84,7 @@ def tasks_of(
 def _replaceable(product: Product, compressed: Structure) -> bool:
     """Whether nobody else reads the weight, and it and the bias can be replaced."""
     model, layout = compressed.model, weighted(compressed.model.nodes[product.reader.node], product.position)
-    stored = product.weight in model.stored and product.weight not in (*model.overridable, *model.outputs)
+    stored = product.weight in model.stored and product.weight not in (*model.fixed, *model.outputs)
     alone = len(model.consumers.get(product.weight, ())) <= 1
     given = layout.bias if layout is not None else ""
     return stored and alone and (not given or given in compressed.shape_info.constants) and product.reader.axis > 0

@@ -93,6 +93,7 @@ def build_report(
             kept = int((uncertain & statistics.inactive & ~result.removed).sum())
             notes = (*notes, *sentences(found, kept, len(samples)))
     before, after = result.latency or (None, None)
+    read = (traced.stored or traced.structure.model).notes
     random, achieved = config.random_calib is not None, result.evaluation.achieved.items()
     return Report(
         before=_size(finished.before, before),
@@ -116,7 +117,7 @@ def build_report(
             "python": platform.python_version(),
         },
         options=finished.options,
-        notes=(*([RANDOM] if random else []), *(samples.notes if samples is not None else ()), *notes),
+        notes=(*([RANDOM] if random else []), *read, *(samples.notes if samples is not None else ()), *notes),
         mode=finished.mode,
         model=traced.name,
         layers=tuple(layers(traced.structure, result.removed)),

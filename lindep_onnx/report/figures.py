@@ -5,6 +5,7 @@ Everything is bounded in size: a curve is told by at most `POINTS` of its points
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -33,13 +34,14 @@ def layers(structure: Structure, removed: NDArray[np.bool_]) -> Iterator[Layer]:
         if not width:
             continue
         kept = int(structure.mask(atoms[number], removed).sum()) if number in atoms else width
-        weight = next(name for name in (node.input(1), node.input(0)) if name in structure.shape_info.constants)
+        shapes = {name: structure.shape_info.weight_shape(name) for name in (node.input(1), node.input(0))}
+        weight, shape = next((name, shape) for name, shape in shapes.items() if shape is not None)
         yield Layer(
             name=node.name,
             op=node.op,
             channels_before=width,
             channels_after=kept,
-            parameters_before=structure.shape_info.constants[weight].size,
+            parameters_before=math.prod(shape),
             parameters_after=structure.kept_elements(weight, removed),
         )
 

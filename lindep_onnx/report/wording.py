@@ -192,10 +192,10 @@ def support(group: GroupReport) -> str:
 
 
 def refusals(report: Report) -> list[RefusalReport]:
-    """Refusals by reason, the one that costs most channels first."""
-    by_reason: dict[str, list[RefusalReport]] = {}
+    """Refusals by what is said of them, the one that costs most channels first."""
+    by_reason: dict[tuple[str, str], list[RefusalReport]] = {}
     for found in sorted(report.refusals, key=lambda entry: -entry.channels):
-        by_reason.setdefault(found.reason, []).append(found)
+        by_reason.setdefault((found.reason, found.message), []).append(found)
     merged = []
     for same in by_reason.values():
         nodes = dict.fromkeys(node for entry in same for node in entry.nodes)

@@ -18,6 +18,10 @@ class Reason:
     code: str
     message: str
 
+    def naming(self, tensor: str) -> Reason:
+        """The same, with the tensor that it is about."""
+        return Reason(self.code, f"{self.message} ({tensor!r})")
+
 
 # ---- of the model as a whole --------------------------------------------------------------------------------------
 
@@ -38,6 +42,7 @@ COMPUTED_WEIGHT = Reason(
     "computed_weight", "a weight is computed in the graph from other tensors; fold constants first"
 )
 OVERRIDABLE = Reason("overridable", "a weight is a graph input as well, so that a caller may replace it")
+SPARSE = Reason("sparse_weight", "a weight is stored as a sparse tensor, which is left as it is")
 RUNTIME_WEIGHT = Reason("runtime_weight", "the weight is computed at run time")
 RUNTIME_PARAMETERS = Reason("runtime_parameters", "scale or bias of a normalization are computed at run time")
 
@@ -108,6 +113,7 @@ ADVICE: Mapping[str, str] = {
     "runtime_shape": "Export with fixed shapes, or fold constants before compressing.",
     "runtime_weight": "Fold constants before compressing; a quantised model is best compressed before quantising.",
     "shared_weight": "Export with a copy of the weight for each use, if the larger file is worth it.",
+    "sparse_weight": "Store the weight as a plain tensor (an initializer), if it may lose its zeros.",
     "spatial_axis": "Nothing to do: these are positions in space rather than channels.",
     "subgraph": "Export without If, Loop or Scan around these channels, if the model allows it.",
     "training_mode": "Export the model for inference (evaluation mode).",

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from lindep_onnx.model.cost import output_channels
 from lindep_onnx.model.ir import Model
 from lindep_onnx.model.node import Node
 from lindep_onnx.model.shapes import ShapeInfo
@@ -30,6 +31,8 @@ Globs: TypeAlias = "Sequence[str]"
 #: Operators that read how many channels there are, and rewrite what becomes of the numbers.
 SIZES_ONLY = ("Shape",)
 
+#: Reasons where a tensor is computed that could be a constant.
+_OF_COMPUTED = (reasons.RUNTIME_WEIGHT, reasons.RUNTIME_PARAMETERS, reasons.FROZEN_OPERAND, reasons.CONTRACTED)
 _QUANTISED = re.compile(
     r"(^|::)(QLinear\w+|QAttention|QGemm|(De|Dynamic)?[Qq]uantizeLinear|\w+Integer\w*|MatMulNBits)$"
 )
@@ -59,11 +62,7 @@ def trace(
     for node in model.nodes if quantised is None else ():
         if all(name in shape_info.constants for name in node.outputs if name) and not node.captures:
             continue
-        rule = tracing_rule(node.op)
-        if rule is None or node.captures:
-            tracer.refuse(node, reasons.SUBGRAPH if node.captures else reasons.UNKNOWN)
-        else:
-            _apply(rule, node, tracer)
+        _follow(tracer, node)
         _leave_alone(tracer, node, include, exclude)
     for name in model.outputs:
         tracer.freeze_tensor(name, reasons.GRAPH_OUTPUT, model.producer.get(name))
@@ -91,6 +90,29 @@ def _apply(rule: Tracing, node: Node, tracer: Tracer) -> None:
         for label in tracer.labels.get(name, ()):
             if not np.isin(label.atoms, known).any():
                 tracer.freeze(label.atoms.ravel(), reasons.LOST, node)
+
+
+def _follow(tracer: Tracer, node: Node) -> None:
+    """Apply the rule of a node; what stops there because of a weight that a caller may replace is told so."""
+    known = tracer.shape_info.overridable
+    named = next((known[name] for name in (*node.inputs, *node.captures) if name in known), None)
+    if named is not None and all(name in known for name in node.outputs if name):
+        return
+    first, rule = len(tracer.frozen), tracing_rule(node.op)
+    if rule is None or node.captures:
+        tracer.refuse(node, reasons.SUBGRAPH if node.captures else reasons.UNKNOWN)
+    else:
+        _apply(rule, node, tracer)
+    if named is None:
+        return
+    reason = reasons.OVERRIDABLE.naming(named)
+    counted = bool(tracer.producers) and tracer.producers[-1].node == node.index
+    for place, (atoms, cause, blame) in enumerate(tracer.frozen[first:], first):
+        if cause in _OF_COMPUTED:
+            tracer.frozen[place] = atoms, reason, blame
+    width = 0 if counted else output_channels(node, tracer.shape_info)
+    if width:
+        tracer.freeze(tracer.produce(node, width), reason, node)
 
 
 def _quantised(model: Model, shape_info: ShapeInfo) -> Refusal | None:
@@ -145,6 +167,8 @@ def _check_claims(tracer: Tracer) -> None:
             keep(labelled, reasons.OVERRIDABLE, first)
         layouts = [product for product, _ in multiplied.get(name, [])]
         vector = sum(size > 1 for size in tracer.shape_info.constants[name].shape) <= 1 and not layouts
+        if name in model.sparse:
+            keep(labelled, reasons.SPARSE, first)
         if vector or not labelled:
             continue
         readers = {(node.index, place) for node in model.consumers[name] for place in _places(node, name)}
@@ -196,6 +220,8 @@ def _replaceable(tracer: Tracer, name: str) -> reasons.Reason | None:
         if all(made == name or vanishes(made) for made in model.nodes[index].outputs if made):
             gone.add(index)
     stored = {read for index in behind for read in model.nodes[index].inputs if read in model.stored}
+    if stored & model.sparse:
+        return reasons.SPARSE
     sizes = {read: model.stored[read].size for read in stored}
     needed = tracer.shape_info.constants[name].size
     if sum(size for read, size in sizes.items() if vanishes(read)) >= needed:

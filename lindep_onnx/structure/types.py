@@ -256,7 +256,8 @@ class Structure:
         """How many elements of a constant are left when the units in `removed` go."""
         axes = next(iter(self.reads.get(name, {}).values()), {})
         shares = (float(self.mask(atoms, removed).mean()) for atoms in axes.values())
-        return round(self.shape_info.constants[name].size * math.prod(shares))
+        shape = self.shape_info.weight_shape(name)
+        return round(math.prod(self.model.stored[name].shape if shape is None else shape) * math.prod(shares))
 
     def kept_parameters(self, removed: NDArray[np.bool_]) -> int:
         """Parameters of the model that are left when the units in `removed` go; without biases that folds add."""

@@ -107,3 +107,10 @@ def ignoring(structure: Structure, removed: np.ndarray) -> onnx.ModelProto:
         consumer.part(value)[tuple(index)] = 0
         model = with_initializer(model, name, value)
     return model
+
+
+def copied(name: str, shape: Shape, axis: int, count: int) -> np.ndarray:
+    """A seeded array whose last `count` slices along an axis are copies of the first ones."""
+    value = np.moveaxis(as_array(name, shape), axis, 0)
+    value[-count:] = value[:count]
+    return np.ascontiguousarray(np.moveaxis(value, 0, axis))

@@ -33,6 +33,10 @@ class OutputError(LindepError):
     """A result cannot be written where it was asked for."""
 
 
+class TimingError(LindepError):
+    """A model cannot be timed: its process does not start, ends early, or cannot load or run it."""
+
+
 class BudgetError(LindepError):
     """No plan meets all budgets."""
 

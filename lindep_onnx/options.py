@@ -322,7 +322,14 @@ class RuntimeOptions(Options):
     )
     threads: int = _option("intra-op threads of ONNX Runtime; 0 lets it choose", "N", _FROM_0, default=0)
     benchmark: float | None = _option(
-        "time original and result against each other for S seconds (0.4; 4 with --latency)", "S", _SECONDS
+        "time original, result and a copy of the original for S seconds in all (1.5; more where a run takes long)",
+        "S", _SECONDS,
+    )  # fmt: skip
+    benchmark_batch: int = _option(
+        "samples in a run that is timed, where the model leaves its batch free", "N", _FROM_1, default=1
+    )
+    benchmark_threads: int | None = _option(
+        "intra-op threads of the models while they are timed (as --threads)", "N", _FROM_0
     )
 
 

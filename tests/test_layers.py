@@ -15,7 +15,7 @@ LAYERS = (
     "calibration", "refit moves", "planning", "distill", "report", "pipeline", "api", "integrations", "cli",
 )  # fmt: skip
 #: Modules that alone may import these packages.
-HOMES = {"onnxruntime": "runtime/backend.py", "onnx_graphsurgeon": "model/edit.py"}
+HOMES = {"onnxruntime": ("runtime/backend.py", "runtime/timed_process.py"), "onnx_graphsurgeon": ("model/edit.py",)}
 MAX_MODULE, MAX_FUNCTION, MAX_PARAMETERS = 500, 60, 6
 
 
@@ -88,7 +88,7 @@ def test_each_library_has_one_home() -> None:
             names = [entry.name for entry in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             for name in names:
-                assert HOMES.get(name.split(".")[0], path) == path, f"{path} imports {name}"
+                assert path in HOMES.get(name.split(".")[0], (path,)), f"{path} imports {name}"
 
 
 def test_no_private_name_crosses_a_module() -> None:

@@ -207,6 +207,21 @@ class Samples:
             for start in range(0, len(own), step):
                 yield own[start : start + step]
 
+    def run_of(self, count: int) -> Batch:
+        """One run of the first samples, repeated where there are too few; of the fixed batch where it is fixed.
+
+        Args:
+            count: samples wanted in the run.
+
+        Raises:
+            CalibrationError: a value is NaN, infinite or outside the declared range, naming input and sample.
+        """
+        numbers = np.sort(np.concatenate([self.parts[part] for part in Part]))
+        shard = self._feeder.shard_of(numbers)  # samples of one shard have the same shapes
+        own = numbers[shard == shard[0]][: count if self.free_batch else 1]
+        filled = self._feeder.filled(np.resize(own, count if self.free_batch else 1))
+        return Batch(MappingProxyType(self._feeder.feeds(int(shard[0]), filled)), own, len(filled))
+
     def take(self, numbers: NDArray[np.int64]) -> Arrays:
         """Feeds for chosen samples of a `uniform` source, in the order asked for.
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import onnx
+from numpy.typing import NDArray
 
 from lindep_onnx.data.samples import Batch, Samples
 from lindep_onnx.data.split import Part
-from lindep_onnx.errors import LindepError, VerificationError
+from lindep_onnx.errors import LindepError, UsageError, VerificationError
 from lindep_onnx.log import Log
 from lindep_onnx.model.cost import Cost, cost
 from lindep_onnx.model.ir import Model
@@ -22,14 +27,13 @@ from lindep_onnx.planning.plan_file import ResolvedPlan
 from lindep_onnx.planning.search import COARSE
 from lindep_onnx.planning.values import Candidate, Evaluation
 from lindep_onnx.runtime.backend import Runtime, Session, Shares
+from lindep_onnx.runtime.timing import Stopwatch, Timing
 from lindep_onnx.verify.compare import compare
 from lindep_onnx.verify.metrics import Comparison
 
 #: Errors that the original itself makes when every weight moves to a neighbouring number or stays: below so many of
 #: them a result is lossless, whatever its error.
 OUTPUT_ROUNDINGS = 2.0
-#: Seconds that original and result are timed against each other; where a budget depends on it.
-TIMED, DECISIVE = 0.4, 4.0
 #: Plans that a search by measured errors tries: two bisections, see `planning.search`.
 PROBES = math.ceil(math.log2(STOPS)) + math.ceil(math.log2(STOPS / COARSE))
 
@@ -87,6 +91,7 @@ class Judge:
         )
         self.shares: Shares = runtime.shares(reference.activations * (1 if samples is None else samples.batch))
         original = self._open(reference.model)  # first of all, for damaged models do not load
+        self._stopwatch: Stopwatch | None = None
         self._original = original if reference.model.folder is None else None
         self._first = None if samples is None else next(iter(samples.batches(limit=1)))
         self.before = self._priced(reference.stored or reference.model)
@@ -110,13 +115,40 @@ class Judge:
         """A result as it is written: in the precision of the original."""
         return model if self._reference.stored is None else to_stored_dtype(model, self._reference.stored)
 
-    def latency(self, model: Model) -> tuple[float, float] | None:
-        """Milliseconds of a run of the original and of a result; None without data."""
-        if self._first is None:
+    def latency(self, model: Model) -> Timing | None:
+        """How long a result takes beside the original, both as they are written; None without data.
+
+        Raises:
+            TimingError: one of them cannot be timed.
+        """
+        if self._samples is None:
             return None
-        seconds = self._config.benchmark or (TIMED if self.budgets.latency is None else DECISIVE)
-        before, after = self._runtime.time((self._reference.model, model), self._first.feeds, seconds=seconds)
-        return before, after
+        with self.stopwatch() as stopwatch:
+            return stopwatch.compare(self.stored(model))
+
+    @contextmanager
+    def stopwatch(self) -> Iterator[Stopwatch]:
+        """What times models, as they are written, against the original; `latency` uses it too as long as it is open.
+
+        Raises:
+            UsageError: there is no data to run models on.
+        """
+        if self._stopwatch is not None:
+            yield self._stopwatch
+            return
+        if self._samples is None:
+            raise UsageError("Latency is measured on calibration data: give --calib.")
+        config, original = self._config, self._reference.stored or self._reference.model
+        batch = self._samples.run_of(config.benchmark_batch)
+        threads = self._runtime.threads if config.benchmark_threads is None else config.benchmark_threads
+        runtime = replace(self._runtime, threads=threads)
+        feeds = _of_types(batch.feeds, original)
+        try:
+            with Stopwatch(original, feeds, runtime, batch=batch.size, seconds=config.benchmark) as stopwatch:
+                self._stopwatch = stopwatch
+                yield stopwatch
+        finally:
+            self._stopwatch = None
 
     # ---- quality -----------------------------------------------------------------------------------------------
 
@@ -222,3 +254,12 @@ class Judge:
         moved = perturbed_one_ulp(self._reference.stored or self._reference.model, self._config.seed)
         found = self.compare_part(moved if self._reference.stored is None else to_float32(moved), Part.VERIFY)
         return 0.0 if found is None else found.relative_error
+
+
+def _of_types(feeds: Mapping[str, NDArray[Any]], model: Model) -> dict[str, NDArray[Any]]:
+    """Feeds in the floating-point types that a model declares for its inputs."""
+    declared = {value.name: value.type.tensor_type.elem_type for value in model.proto.graph.input}
+    return {
+        name: value.astype(onnx.helper.tensor_dtype_to_np_dtype(declared[name])) if value.dtype.kind == "f" else value
+        for name, value in feeds.items()
+    }

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lindep_onnx.errors import UsageError
+from lindep_onnx.errors import TimingError, UsageError
 from lindep_onnx.log import Log
 from lindep_onnx.model.ir import Model
 from lindep_onnx.moves.base import Exactness
@@ -100,8 +100,18 @@ class Round:
         return final, self.judge.evaluate(final)
 
     def result(self, candidate: Candidate, evaluation: Evaluation) -> Result:
-        """What the search ends with, timed."""
-        return Result(candidate, evaluation, self.judge.latency(candidate.model), candidate.notes)
+        """What the search ends with, timed.
+
+        Raises:
+            TimingError: it cannot be timed, and a budget depends on it.
+        """
+        try:
+            latency, notes = self.judge.latency(candidate.model), candidate.notes
+        except TimingError as error:
+            if self.judge.budgets.latency is not None:
+                raise
+            latency, notes = None, (*candidate.notes, f"No latency was measured. {error}")
+        return Result(candidate, evaluation, latency, notes)
 
     def proven(self) -> tuple[Candidate, Evaluation]:
         """Without what the weights prove redundant."""
@@ -429,7 +439,7 @@ def _fast_by_size(round_: Round, path: Path, width: int, allowed: float) -> Resu
     if count is None:
         return None
     found = round_.judge.latency(_bare(round_, path, count, width))
-    if found is not None and found[1] / max(found[0], 1e-9) > SURE * allowed:
+    if found is not None and found.ratio > SURE * allowed:
         return None
     result = _held_to_time(round_, round_.result(*round_.finish(_small_candidate(round_, path, count, width))))
     return result if result.failure is None else None

@@ -12,6 +12,7 @@ from lindep_onnx.errors import LindepError
 from lindep_onnx.model.cost import Cost
 from lindep_onnx.model.ir import Model
 from lindep_onnx.moves.base import Steps
+from lindep_onnx.runtime.timing import Timing
 from lindep_onnx.structure.steps import ChannelSteps, Prices
 from lindep_onnx.verify.metrics import Comparison
 
@@ -105,7 +106,7 @@ class Result:
     Attributes:
         candidate: the model, and what was done to it.
         evaluation: what it is worth.
-        latency: milliseconds of the original and of the result; None if not measured.
+        latency: of the result beside the original; None if not measured.
         notes: what the user should know.
         prices: the curves that it was priced with; empty without a budget on a size.
         frontier: what smaller and larger reductions would cost, largest model first; empty if nobody measured it.
@@ -113,7 +114,7 @@ class Result:
 
     candidate: Candidate
     evaluation: Evaluation
-    latency: tuple[float, float] | None
+    latency: Timing | None
     notes: tuple[str, ...] = ()
     prices: Prices = field(default_factory=dict)
     frontier: tuple[FrontierPoint, ...] = ()
@@ -131,4 +132,4 @@ class Result:
     @property
     def ratio(self) -> float:
         """Latency of the result as a share of the original's; 1 if not measured."""
-        return 1.0 if self.latency is None else self.latency[1] / max(self.latency[0], 1e-9)
+        return 1.0 if self.latency is None else self.latency.ratio

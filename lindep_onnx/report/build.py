@@ -92,7 +92,7 @@ def build_report(
             curves = spectra(traced.structure, statistics)
             kept = int((uncertain & statistics.inactive & ~result.removed).sum())
             notes = (*notes, *sentences(found, kept, len(samples)))
-    before, after = result.latency or (None, None)
+    before, after = (None, None) if result.latency is None else (result.latency.before, result.latency.after)
     read = (traced.stored or traced.structure.model).notes
     random, achieved = config.random_calib is not None, result.evaluation.achieved.items()
     return Report(

@@ -1,4 +1,4 @@
-"""Where and how models run: sessions of ONNX Runtime, devices, several runs of one session at a time, and timing.
+"""Where and how models run: sessions of ONNX Runtime, devices, and several runs of one session at a time.
 
 A run on one thread takes less of a processor than the same run on several, which wait for each other at every node. So
 many runs are made at the same time, each on few threads, and what they give is taken in one after the other, always in
@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import enum
 import os
-import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
-import numpy as np
 import onnx
 import onnxruntime
 
@@ -38,8 +36,6 @@ PROVIDER_OPTIONS: Mapping[str, Mapping[str, str]] = {
     "CUDAExecutionProvider": {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
 }
 CPU = "CPUExecutionProvider"
-#: Others on the machine only ever make a run slower: the share of the runs that are taken for undisturbed.
-UNDISTURBED = 0.1
 
 
 class Purpose(enum.Enum):
@@ -174,22 +170,6 @@ class Runtime:
                     options.graph_optimization_level = levels.ORT_ENABLE_EXTENDED
         return options
 
-    def time(self, models: Sequence[Model], feeds: Mapping[str, Any], *, seconds: float) -> tuple[float, ...]:
-        """Time models against each other; large ones one after the other, for what is timed has copies of its weights.
-
-        Args:
-            models: what to time; all take the same feeds.
-            feeds: arrays by input name.
-            seconds: how long to measure, all models together.
-
-        Returns:
-            Milliseconds of a run that little disturbed, for each model.
-        """
-        if any(model.folder is not None for model in models) and len(models) > 1:
-            each = seconds / len(models)
-            return tuple(taken for model in models for taken in self.time([model], feeds, seconds=each))
-        return measure_latency([self.open(model, purpose=Purpose.TIME) for model in models], feeds, seconds=seconds)
-
 
 @dataclass(frozen=True)
 class Shares:
@@ -238,35 +218,6 @@ class Pool(ThreadPoolExecutor):
         finally:
             for _, future in waiting:
                 future.cancel()
-
-
-def measure_latency(sessions: Sequence[Session], feeds: Mapping[str, Any], *, seconds: float) -> tuple[float, ...]:
-    """Time sessions against each other.
-
-    They take turns, forwards and backwards, so that whatever else the machine does falls on all of them alike.
-
-    Args:
-        sessions: what to time; all take the same feeds.
-        feeds: arrays by input name.
-        seconds: how long to measure, all sessions together; every one runs at least once after its warm-up.
-
-    Returns:
-        Milliseconds of a run that little disturbed, for each session: the lower decile.
-    """
-    inputs = dict(feeds)
-    for session in sessions:
-        session.run(None, inputs)
-    times: list[list[float]] = [[] for _ in sessions]
-    order = list(range(len(sessions)))
-    stop = time.perf_counter() + seconds
-    while True:
-        for index in order:
-            start = time.perf_counter()
-            sessions[index].run(None, inputs)
-            times[index].append(time.perf_counter() - start)
-        order.reverse()
-        if time.perf_counter() >= stop:
-            return tuple(float(np.quantile(taken, UNDISTURBED)) * 1e3 for taken in times)
 
 
 def cores() -> int:

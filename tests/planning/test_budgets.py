@@ -10,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 from build import build, run, traced
+from timings import timing
 
 import lindep_onnx
 from lindep_onnx.errors import BudgetError, UsageError
@@ -18,7 +19,7 @@ from lindep_onnx.moves.kinds import MOVES
 from lindep_onnx.moves.prices import savings
 from lindep_onnx.planning.path import Path as PlanPath
 from lindep_onnx.planning.path import build_path, lower_hull
-from lindep_onnx.runtime.backend import Runtime
+from lindep_onnx.runtime.timing import Stopwatch, Timing
 from lindep_onnx.structure.rewrite import Removal, rewrite
 from lindep_onnx.structure.steps import Curve
 
@@ -155,7 +156,7 @@ def test_widths_of_a_lossless_result_are_rounded_without_losing_exactness(data) 
 
 @pytest.mark.parametrize(("after", "removed"), [(0.9, True), (2.0, False)])
 def test_automatic_widths_are_never_slower(model, data, monkeypatch, after: float, removed: bool) -> None:
-    monkeypatch.setattr(Runtime, "time", lambda self, models, feeds, *, seconds: (1.0, after))
+    monkeypatch.setattr(Stopwatch, "compare", lambda *_: timing(after))
     report = lindep_onnx.compress(model, data, max_error=0.5, round_to="auto").report
     assert (report.after.parameters < report.before.parameters) == removed
     assert any("no width" in note for note in report.notes) != removed
@@ -263,11 +264,20 @@ def test_where_folds_are_exact_no_refit_adds_noise() -> None:
     assert [any("they were kept" in note for note in report.notes) for report in (auto, forced)] == [True, False]
 
 
-def test_latencies_are_measured_for_as_long_as_asked(model, data, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latencies_are_measured_as_asked(model, data, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(Runtime, "time", lambda *_, seconds: asked.append(seconds) or (2.0, 1.0))
-    report = lindep_onnx.compress(model, data, params=0.8, refit="fold", benchmark=2.5).report
-    lindep_onnx.compress(model, data, params=0.8, refit="fold")
-    assert asked == [2.5, 0.4] and report.before.latency_ms == 2 * report.after.latency_ms
+
+    def told(stopwatch: Stopwatch, result: object) -> Timing:
+        asked.append((stopwatch.seconds, stopwatch.batch, stopwatch.runtime.threads, stopwatch.feeds["x"].shape))
+        return timing(0.5)
+
+    monkeypatch.setattr(Stopwatch, "compare", told)
+    options = {"params": 0.8, "refit": "fold", "threads": 1}
+    report = lindep_onnx.compress(
+        model, data, benchmark=2.5, benchmark_batch=300, benchmark_threads=2, **options
+    ).report
+    lindep_onnx.compress(model, data, **options)
+    assert asked == [(2.5, 300, 2, (300, 3, 6, 6)), (None, 1, 1, (1, 3, 6, 6))]
+    assert report.before.latency_ms == 2 * report.after.latency_ms
     with pytest.raises(UsageError, match="--benchmark is a number of seconds"):
         lindep_onnx.compress(model, data, benchmark=0.0)

@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from build import build
+from timings import timing
 
 import lindep_onnx
 from lindep_onnx.errors import UsageError
 from lindep_onnx.model import ir as graph
 from lindep_onnx.runtime import layer_latency as latency
 from lindep_onnx.runtime.backend import Runtime
+from lindep_onnx.runtime.timing import Stopwatch
 
 RUNTIME = Runtime(threads=1)
 NET = (
@@ -101,7 +103,7 @@ def test_time_is_a_price_only_where_the_sizes_alone_are_not_fast_enough(
     measured: list[int] = []
     table = latency.measure_table
     monkeypatch.setattr(latency, "measure_table", lambda *a, **k: measured.append(1) or table(*a, **k))
-    monkeypatch.setattr(Runtime, "time", lambda *_, **__: (1.0, share))
+    monkeypatch.setattr(Stopwatch, "compare", lambda *_: timing(share))
     options = {"macs": 0.7, "latency": 0.6, "refit": "fold", "force": True, "benchmark": 0.2}
     report = lindep_onnx.compress(net(), {"x": images()}, **options).report
     assert bool(measured) is timed

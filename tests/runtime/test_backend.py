@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 import time
 
 import pytest
-from build import build
 
-from lindep_onnx.model import ir as graph
-from lindep_onnx.runtime.backend import Pool, Provider, Purpose, Runtime, Shares, cores
+from lindep_onnx.runtime.backend import Pool, Provider, Runtime, Shares, cores
 
 
 def test_results_come_in_the_order_of_the_items_whoever_is_done_first() -> None:
@@ -86,24 +83,3 @@ def test_products_on_cuda_are_not_shortened_unless_asked_for() -> None:
     )
     assert plain.settings == {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
     assert asked.settings == {"use_tf32": "1", "cudnn_conv_algo_search": "HEURISTIC", "device_id": "1"}
-
-
-@pytest.mark.parametrize("large", [False, True])
-def test_large_models_are_timed_one_after_the_other(large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[str] = []
-    model = build("y = Relu(x)", {}, x=("N", 3))
-    models = [dataclasses.replace(graph.load(model), folder=object() if large else None) for _ in range(2)]
-    monkeypatch.setattr(Runtime, "open", lambda self, model, purpose: opened.append(purpose) or Session(opened))
-    before, after = Runtime().time(models, {}, seconds=0.01)
-    assert opened[:2] == ([Purpose.TIME, "run"] if large else [Purpose.TIME, Purpose.TIME])
-    assert before >= 0 and after >= 0
-
-
-class Session:
-    """Says when it is run."""
-
-    def __init__(self, told: list[object]) -> None:
-        self._told = told
-
-    def run(self, names: None, feeds: dict[str, object]) -> None:
-        self._told.append("run")

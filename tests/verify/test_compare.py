@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -15,7 +14,7 @@ from lindep_onnx.errors import ModelError, UsageError, VerificationError
 from lindep_onnx.model import weights as storage
 from lindep_onnx.model.checks import full_check_passes
 from lindep_onnx.model.ir import load
-from lindep_onnx.runtime.backend import Purpose, Runtime, measure_latency
+from lindep_onnx.runtime.backend import Purpose, Runtime
 from lindep_onnx.verify.compare import as_array, compare
 from lindep_onnx.verify.metrics import MAX_SLICES, Comparison, OutputErrors
 
@@ -418,27 +417,6 @@ def test_a_model_too_large_for_one_string_goes_by_way_of_the_disk(
 def test_an_unknown_provider_is_a_usage_error_that_lists_the_known_ones(model: onnx.ModelProto) -> None:
     with pytest.raises(UsageError, match=r"'NoProvider' is not available.*CPUExecutionProvider"):
         Runtime.named(["NoProvider"]).open(model)
-
-
-def test_sessions_are_timed_in_turns() -> None:
-    calls: list[str] = []
-
-    def session(name: str) -> SimpleNamespace:
-        return SimpleNamespace(run=lambda names, feeds: calls.append(name))
-
-    times = measure_latency((session("a"), session("b")), {}, seconds=0.01)
-    assert len(times) == 2 and all(0 <= t < 10 for t in times)
-    assert calls[:6] == ["a", "b", "a", "b", "b", "a"]
-    assert calls.count("a") == calls.count("b")
-
-
-def test_the_slower_session_takes_longer() -> None:
-    import time
-
-    slow = SimpleNamespace(run=lambda names, feeds: time.sleep(0.02))
-    fast = SimpleNamespace(run=lambda names, feeds: None)
-    first, second = measure_latency((slow, fast), {}, seconds=0.1)
-    assert first >= 20 > second
 
 
 def test_the_cosine_is_that_of_the_whole_output(rng: np.random.Generator) -> None:

@@ -1,0 +1,119 @@
+"""Models timed in processes of their own: what is known about them is found, and no process stays."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import scipy.stats
+from build import build
+from timings import timing
+
+from lindep_onnx.errors import TimingError
+from lindep_onnx.model import weights as storage
+from lindep_onnx.model.ir import Model, load
+from lindep_onnx.runtime import timing as module
+from lindep_onnx.runtime.backend import Runtime
+from lindep_onnx.runtime.timing import Ratio, Stopwatch, median_ratio
+
+ONE = Runtime(threads=1)
+WORK = {"w": (256, 256)}
+
+
+def chain(steps: int) -> Model:
+    """So many products in a row, of the same size each."""
+    lines = [f"t{step} = MatMul({'x' if not step else f't{step - 1}'}, w)" for step in range(steps)]
+    return load(build("\n".join([*lines, f"y = Relu(t{steps - 1})"]), WORK, x=("N", 256)))
+
+
+def feeds(rows: int = 256) -> dict[str, np.ndarray]:
+    return {"x": np.ones((rows, 256), np.float32)}
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[str]]:
+    found: list[subprocess.Popen[str]] = []
+
+    class Told(subprocess.Popen):
+        def __init__(self, *given: object, **named: object) -> None:
+            super().__init__(*given, **named)
+            found.append(self)
+
+    monkeypatch.setattr(module.subprocess, "Popen", Told)
+    return found
+
+
+@pytest.mark.timed
+def test_a_ratio_that_is_known_is_found_and_processes_end(started: list[subprocess.Popen[str]]) -> None:
+    with Stopwatch(chain(16), feeds(), ONE, batch=256) as stopwatch:
+        quarter, same = stopwatch.compare(chain(4)), stopwatch.compare(chain(16))
+        assert [process.poll() is None for process in started] == [False, True, True, False]
+    assert all(process.poll() is not None for process in started)
+    # Generous: others may use the same cores.
+    assert 0.08 < quarter.ratio < 0.6 and quarter.low <= quarter.ratio <= quarter.high
+    assert all(0.6 < found < 1.6 for found in (quarter.control.ratio, same.control.ratio, same.ratio))
+    assert (quarter.rounds, quarter.batch, quarter.threads) == (10, 256, 1) and quarter.after < quarter.before
+
+
+@pytest.mark.timed
+def test_a_model_that_cannot_be_run_is_one_clear_error(started: list[subprocess.Popen[str]], tmp_path: Path) -> None:
+    (tmp_path / "none.onnx").write_bytes(b"none")
+    for found, wrong in ((tmp_path / "none.onnx", feeds()), (chain(1), {"x": np.ones((2, 3), np.float32)})):
+        with (
+            pytest.raises(TimingError, match="cannot be timed in a process"),
+            Stopwatch(chain(1), wrong, ONE) as stopwatch,
+        ):
+            stopwatch.compare(found)
+    assert started and all(process.poll() is not None for process in started)
+
+
+@pytest.mark.timed
+def test_a_process_that_dies_hangs_or_is_interrupted_leaves_none_behind(
+    started: list[subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(module.threading.Timer):  # at once
+        def __init__(self, seconds: float, what: object) -> None:
+            super().__init__(0.0, what)
+
+    with monkeypatch.context() as patched, Stopwatch(chain(1), feeds(1), ONE) as stopwatch:
+        patched.setattr(module.threading, "Timer", Killed)
+        with pytest.raises(TimingError, match="ended with code"):
+            stopwatch.compare(chain(1))
+    with pytest.raises(KeyboardInterrupt), Stopwatch(chain(1), feeds(1), ONE) as stopwatch:
+        monkeypatch.setattr(module.np, "median", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        stopwatch.compare(chain(1))
+    assert len(started) == 6 and all(process.poll() is not None for process in started)
+
+
+@pytest.mark.timed
+def test_weights_in_files_and_text_are_fed_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "IN_MEMORY", 0)
+    large = chain(1)
+    assert large.folder is not None and large.proto.graph.initializer[0].data_location == onnx.TensorProto.EXTERNAL
+    with Stopwatch(large, feeds(1), ONE, seconds=0.01) as stopwatch:
+        assert stopwatch.compare(large).after > 0
+    text = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> g (string[N] s) => (string[N] y) { y = Identity(s) }'
+    )
+    onnx.save(text, tmp_path / "text.onnx")
+    with Stopwatch(tmp_path / "text.onnx", {"s": np.array(["a", "bc"], object)}, ONE, seconds=0.01) as stopwatch:
+        assert stopwatch.compare(tmp_path / "text.onnx").rounds >= 6
+
+
+def test_a_difference_has_to_leave_the_interval_and_the_control() -> None:
+    assert timing(0.5).faster and not timing(0.5).slower and timing(1.5).slower and timing(1.5).differs
+    assert not timing(1.0).differs and not timing(1.0).faster
+    assert timing(1.025).differs and not timing(1.025).slower  # the interval begins below 1.02
+    noisy = dataclasses.replace(timing(0.9), control=Ratio(1.0, 0.8, 1.3))
+    assert not noisy.differs and not noisy.faster
+
+
+@pytest.mark.parametrize("count", [6, 7, 10, 11, 30])
+def test_the_interval_is_that_of_order_statistics(count: int) -> None:
+    shares = np.random.default_rng(count).lognormal(size=count)
+    found, wanted = median_ratio(shares), scipy.stats.quantile_test(shares, q=1.0, p=0.5).confidence_interval(0.95)
+    assert (found.low, found.high) == (wanted.low, wanted.high) and found.ratio == np.median(shares)

@@ -34,7 +34,7 @@ import numpy as np
 import onnx
 import threadpoolctl
 
-VOLATILE = {"seconds", "latency_ms", "versions", "version"}
+VOLATILE = {"seconds", "latency", "latency_ms", "versions", "version"}
 TIMED_NOTE = "ONNX Runtime here"  # in notes that hold a measured latency
 FORMAT = "lindep_onnx_plan"
 CORPUS_SAMPLES, OPEN_AXIS, PHOTOS, SHOWN = 300, 6, 64, 5

@@ -28,6 +28,7 @@ from lindep_onnx.report.figures import layers, spectra
 from lindep_onnx.report.values import (
     BudgetReport,
     GroupReport,
+    Latency,
     RefusalReport,
     Report,
     Size,
@@ -36,6 +37,7 @@ from lindep_onnx.report.values import (
     Verification,
 )
 from lindep_onnx.runtime import backend
+from lindep_onnx.runtime.timing import Timing
 from lindep_onnx.structure.steps import KINDS, ChannelSteps
 from lindep_onnx.verify.metrics import Comparison
 from lindep_onnx.verify.variants import Variant
@@ -92,12 +94,12 @@ def build_report(
             curves = spectra(traced.structure, statistics)
             kept = int((uncertain & statistics.inactive & ~result.removed).sum())
             notes = (*notes, *sentences(found, kept, len(samples)))
-    before, after = (None, None) if result.latency is None else (result.latency.before, result.latency.after)
+    latency = None if result.latency is None else _latency(result.latency)
     read = (traced.stored or traced.structure.model).notes
     random, achieved = config.random_calib is not None, result.evaluation.achieved.items()
     return Report(
-        before=_size(finished.before, before),
-        after=_size(result.evaluation.cost, after),
+        before=_size(finished.before, None if latency is None else latency.before_ms),
+        after=_size(result.evaluation.cost, None if latency is None else latency.after_ms),
         verification=_verification(finished, random),
         stress=finished.stressed,
         groups=tuple(_group_reports(finished, found, curves)),
@@ -122,6 +124,7 @@ def build_report(
         model=traced.name,
         layers=tuple(layers(traced.structure, result.removed)),
         frontier=result.frontier,
+        latency=latency,
     )
 
 
@@ -163,6 +166,11 @@ def _group_reports(
 def verification_of(found: Comparison, passed: bool, data: str, variants: tuple[Variant, ...] = ()) -> Verification:
     """A comparison as a part of the report; `data` says what it was made on."""
     return Verification(**vars(found), passed=passed, data=data, variants=variants)
+
+
+def _latency(found: Timing) -> Latency:
+    values = {**vars(found)}
+    return Latency(values.pop("before"), values.pop("after"), differs=found.differs, **values)
 
 
 def _size(cost: Cost, latency: float | None) -> Size:

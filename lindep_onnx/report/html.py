@@ -260,13 +260,15 @@ def _worst(found: Verification) -> Bars:
 
 
 def _latency(report: Report) -> tuple[Bars, str] | None:
-    """Milliseconds of both models, and how many times as fast the result is."""
+    """Milliseconds of both models, and what they say."""
     before, after = report.before.latency_ms, report.after.latency_ms
     if before is None or after is None:
         return None
     longest = max(before, after) or 1.0
     bars = [("original", before / longest, f"{before:.3g} ms"), ("result", after / longest, f"{after:.3g} ms")]
-    return bars, f"{before / after if after else math.inf:.2f}"
+    copy = report.latency and report.latency.control
+    control = f" A copy of the original takes {copy.low:.2f} to {copy.high:.2f} of its time." if copy else ""
+    return bars, (wording.latency(report) or "") + control
 
 
 def _seconds(report: Report) -> Bars:

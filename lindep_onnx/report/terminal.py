@@ -24,6 +24,9 @@ def render(report: Report, console: Console, *, verbose: bool, preview: bool = F
     for row in (*(total[:4] for total in wording.totals(report)), *wording.operators(report, every=verbose)):
         totals.add_row(*map(Text, row))
     console.print(totals)
+    latency = wording.latency(report)
+    if latency is not None:
+        console.print(Text(latency + "\n"))
     _print_groups(report, console, verbose)
     _print_verdicts(report, console, verbose)
     if (preview or verbose) and report.frontier:

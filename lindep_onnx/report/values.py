@@ -14,6 +14,7 @@ from typing import Any
 from lindep_onnx.errors import UsageError
 from lindep_onnx.planning.values import FrontierPoint
 from lindep_onnx.report.json_values import from_json_values, to_json_values
+from lindep_onnx.runtime.timing import Ratio
 from lindep_onnx.verify.metrics import OutputComparison
 from lindep_onnx.verify.variants import Variant
 
@@ -27,7 +28,7 @@ class Size:
         macs: multiply-accumulates for one sample.
         bytes: size of the file, weights included.
         channels: output channels over Conv, ConvTranspose, Gemm and MatMul with constant weights.
-        latency_ms: milliseconds of one run, the lower decile; None if it was not measured.
+        latency_ms: milliseconds of one run, the median; None if it was not measured.
         operators: how many nodes there are of each operator.
     """
 
@@ -213,6 +214,34 @@ class BudgetReport:
 
 
 @dataclass(frozen=True)
+class Latency:
+    """How long a run takes, each model alone in a process of its own, in turns.
+
+    Attributes:
+        before_ms: milliseconds of a run of the original, the median.
+        after_ms: milliseconds of a run of the result, the median.
+        ratio: time of the result as a share of the original's, the median over the rounds.
+        low, high: ends of the 95 % interval of the ratio.
+        control: a copy of the original as a share of the original, measured alike.
+        differs: whether there is a difference: 1 is not in the interval, and the copy differs by less.
+        rounds: turns of all models; each gives one ratio.
+        batch: samples in a run.
+        threads: of each model; 0 for as many as ONNX Runtime takes by itself.
+    """
+
+    before_ms: float
+    after_ms: float
+    ratio: float
+    low: float
+    high: float
+    control: Ratio
+    differs: bool
+    rounds: int
+    batch: int
+    threads: int
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything a run did and measured.
 
@@ -232,6 +261,7 @@ class Report:
         model: name of the file, or of the graph of a model in memory.
         layers: widths before and after, in the order of the model.
         frontier: what other reductions cost without a refit, largest model first; empty without a budget.
+        latency: of the result beside the original; None if it was not measured.
     """
 
     before: Size
@@ -249,6 +279,7 @@ class Report:
     model: str = ""
     layers: tuple[Layer, ...] = ()
     frontier: tuple[FrontierPoint, ...] = ()
+    latency: Latency | None = None
 
     def to_json(self) -> str:
         """Strict JSON with sorted keys; infinity becomes the string "inf", a number that is none becomes null."""

@@ -76,12 +76,38 @@ def totals(report: Report, count: Callable[[float], str] = "{:,}".format) -> Ite
         ("MACs", "macs", count),
         ("size", "bytes", size),
         ("channels", "channels", count),
-        ("latency", "latency_ms", "{:.3g} ms".format),
+        ("latency", "latency_ms", _milliseconds),
     ):
         old, new = getattr(report.before, attribute), getattr(report.after, attribute)
         if old is not None and new is not None:
-            change = f"{100 * (new - old) / old:+.1f} %" if old and old != new else "0 %" if old == new else ""
-            yield Total(name, show(old), show(new), change, new / old if old else None)
+            left = new / old if old else None
+            if show is _milliseconds and report.latency is not None:  # the median of ratios, not a ratio of medians
+                left = report.latency.ratio if report.latency.differs else 1.0
+            change = "" if left is None and new else "0 %" if left in (None, 1.0) else f"{100 * (left - 1):+.1f} %"
+            yield Total(name, show(old), show(new), change, left)
+
+
+def _milliseconds(taken: float) -> str:
+    return f"{taken:.3g} ms"
+
+
+def latency(report: Report) -> str | None:
+    """What the latencies of both models say; None where they were not measured, or by an earlier version."""
+    found = report.latency
+    if found is None:
+        return None
+    threads = many(found.threads, "thread") if found.threads else "default threads"
+    interval = f"95 % interval {_times(found.low)} to {_times(found.high)}; batch {found.batch:,}, {threads}"
+    if found.differs:
+        return f"Latency {_times(found.ratio)} of the original's ({interval})."
+    copy = ""
+    if not found.low <= 1.0 <= found.high:
+        copy = f"; a copy of the original takes {_times(found.control.low)} to {_times(found.control.high)}"
+    return f"No measurable difference in latency ({_times(found.ratio)}, {interval}{copy})."
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.2g}"
 
 
 def operators(report: Report, *, every: bool) -> Iterator[tuple[str, str, str, str]]:

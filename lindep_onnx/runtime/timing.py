@@ -85,7 +85,7 @@ class Timing:
 
     @property
     def differs(self) -> bool:
-        """Whether there is a difference: larger than the interval, and than those of a copy of the original."""
+        """Whether there is a difference: 1 is not in the interval, and a copy of the original differs by less."""
         return not self.low <= 1.0 <= self.high and not self.control.low <= self.ratio <= self.control.high
 
     @property

@@ -17,6 +17,7 @@ from lindep_onnx.report import wording
 from lindep_onnx.report.terminal import render
 from lindep_onnx.report.values import Report, Size
 from lindep_onnx.report.writing import check_path, write_report
+from lindep_onnx.runtime.timing import Ratio
 from lindep_onnx.structure import reasons
 
 
@@ -105,7 +106,26 @@ def test_totals_groups_and_verification_are_shown_in_80_columns() -> None:
 def test_latency_that_was_not_measured_is_left_out() -> None:
     size = Size(1, 1, 1, 1)
     assert "latency" in shown(a_report())
-    assert "latency" not in shown(a_report(before=size, after=size))
+    assert "atency" not in shown(a_report(before=size, after=size, latency=None))
+
+
+def test_latency_is_said_with_its_interval_and_a_difference_only_where_there_is_one() -> None:
+    found = a_report().latency
+    assert found is not None
+    assert "Latency 0.80 of the original's (95 % interval 0.78 to 0.83; batch 1, 2 threads)." in flat(a_report())
+    same = dataclasses.replace(found, ratio=0.99, low=0.96, high=1.03, differs=False, threads=0, batch=32)
+    text = flat(a_report(latency=same))
+    assert (
+        "10 ms 0 %" in text
+        and "No measurable difference in latency (0.99, 95 % interval 0.96 to 1.03; batch 32, default threads)" in text
+    )
+    noisy = dataclasses.replace(found, control=Ratio(0.9, 0.7, 1.3), differs=False)
+    assert "a copy of the original takes 0.70 to 1.30" in flat(a_report(latency=noisy))
+    assert "No measurable" not in flat(a_report(latency=None)) and "Latency 0" not in flat(a_report(latency=None))
+
+
+def flat(report: Report) -> str:
+    return " ".join(shown(report).split())
 
 
 def test_failed_and_missing_verification_are_said_in_plain_words() -> None:

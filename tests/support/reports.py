@@ -8,6 +8,7 @@ from lindep_onnx.planning.values import FrontierPoint
 from lindep_onnx.report.values import (
     BudgetReport,
     GroupReport,
+    Latency,
     Layer,
     RefusalReport,
     Report,
@@ -16,6 +17,7 @@ from lindep_onnx.report.values import (
     Support,
     Verification,
 )
+from lindep_onnx.runtime.timing import Ratio
 from lindep_onnx.verify.metrics import OutputComparison
 from lindep_onnx.verify.variants import Variant
 
@@ -56,6 +58,7 @@ def a_report(**changes: object) -> Report:
         groups=(group(kinds={"joint": 12, "constant": 4}), group("conv3", 32, 32, error=None, redundancy=None)),
         refusals=(refusal(),),
         budget=(BudgetReport("params", 0.75, 0.75), BudgetReport("max_error", 1e-3, 1.5e-4)),
+        latency=Latency(12.5, 10.0, 0.8, 0.78, 0.83, Ratio(1.0, 0.97, 1.04), True, 10, 1, 2),
         seconds={"load": 0.5, "calibrate": 2.25},
         versions={"onnx": "1.2.3"},
         options={"seed": 3},

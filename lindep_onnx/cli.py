@@ -269,6 +269,8 @@ def _config(options: argparse.Namespace) -> tuple[Config, pipeline.Repeated | No
         value = getattr(options, name)
         if isinstance(value, list):
             value = dict(value) if isinstance(getattr(default, name), Mapping) else tuple(value)
+            if name == "latency_table" and len(value) == 1:  # as it is in reports and plans
+                value = value[0]
         if name in ("eval", "augment") and value not in (None, "mix"):
             value = load_function(value, flag(name))
         if value is not None:

@@ -189,9 +189,11 @@ class BudgetOptions(Options):
     size: float | None = _option("keep at most this share of the file size", "F", _KEPT)
     channels: float | None = _option("keep at most this share of the output channels", "F", _KEPT)
     latency: float | None = _option("keep at most this share of the measured latency", "F")
-    latency_table: str | None = _option(
-        "latencies of layers: read if the file is there, else measured and written; measured anew without", "FILE.json"
-    )
+    latency_table: str | tuple[str, ...] | None = _option(
+        "latencies of layers: a table, read if the file is there, else measured and written; or a profile of the model "
+        "by ONNX Runtime, trtexec or benchmark_app, on another machine too. Several are joined; measured anew without",
+        "FILE", nargs="append",
+    )  # fmt: skip
     eval: Callable[[Any], float] | None = _option(
         "a metric of yours, FUNC(onnxruntime.InferenceSession) -> float, higher is better",
         "FILE.py:FUNC",

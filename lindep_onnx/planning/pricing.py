@@ -15,14 +15,14 @@ from lindep_onnx.data.split import Part
 from lindep_onnx.log import Log
 from lindep_onnx.model.ir import Model
 from lindep_onnx.moves.sensitivity import Measured, PerturbationRunner, consumer_sensitivity
-from lindep_onnx.options import Config
+from lindep_onnx.options import Config, several
 from lindep_onnx.planning.builder import Builder, Workpiece
 from lindep_onnx.planning.judge import Judge
 from lindep_onnx.planning.path import Path, build_path
 from lindep_onnx.planning.values import FrontierPoint
 from lindep_onnx.runtime import layer_latency
 from lindep_onnx.runtime.backend import Runtime
-from lindep_onnx.runtime.layer_latency import LatencyTable, layers
+from lindep_onnx.runtime.layer_latency import LayerTimes, layers
 from lindep_onnx.structure.steps import Curves, Saving
 
 #: Shares of the path, and samples, that the frontier of errors is measured at.
@@ -115,16 +115,30 @@ class TimeTable:
     runtime: Runtime
     log: Log
 
+    @property
+    def _table(self) -> LayerTimes:
+        return self._read[0]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of times that were read."""
+        return self._read[1] if self._files else ()
+
+    @property
+    def _files(self) -> list[FilePath]:
+        """What there is to read."""
+        paths = [FilePath(name) for name in several(self.config.latency_table) if name is not None]
+        return paths if len(paths) != 1 or paths[0].exists() else []
+
     @functools.cached_property
-    def _table(self) -> LatencyTable:
-        path = FilePath(self.config.latency_table) if self.config.latency_table is not None else None
-        if path is not None and path.exists():
-            return LatencyTable.load(path)
+    def _read(self) -> tuple[LayerTimes, tuple[str, ...]]:
+        if self._files:
+            return layer_latency.load_times(self._files, self.original, self.judge.shapes)
         with self.log.stage("latency table"):
             table = layer_latency.measure_table(layers(self.model, self.judge.shapes), self.model.opset, self.runtime)
-        if path is not None:
-            table.save(path)
-        return table
+        if isinstance(self.config.latency_table, str):
+            table.save(FilePath(self.config.latency_table))
+        return table, ()
 
     def rates(self) -> dict[int, float]:
         """By node, seconds for each multiply-accumulate."""

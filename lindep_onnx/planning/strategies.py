@@ -105,12 +105,13 @@ class Round:
         Raises:
             TimingError: it cannot be timed, and a budget depends on it.
         """
+        notes = (*candidate.notes, *self.times.notes)
         try:
-            latency, notes = self.judge.latency(candidate.model), candidate.notes
+            latency = self.judge.latency(candidate.model)
         except TimingError as error:
             if self.judge.budgets.latency is not None:
                 raise
-            latency, notes = None, (*candidate.notes, f"No latency was measured. {error}")
+            latency, notes = None, (*notes, f"No latency was measured. {error}")
         return Result(candidate, evaluation, latency, notes)
 
     def proven(self) -> tuple[Candidate, Evaluation]:

@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import onnx
 import onnxruntime
 
 from lindep_onnx.errors import LindepError, ModelError, UsageError, one_line
-from lindep_onnx.files import WeightsDir
+from lindep_onnx.files import Scratch, WeightsDir
 from lindep_onnx.model.ir import Model
 from lindep_onnx.model.weights import read
 
@@ -119,6 +119,7 @@ class Runtime:
         folder: WeightsDir | None = None,
         *,
         purpose: Purpose = Purpose.RUN,
+        profile: Path | None = None,
     ) -> Session:
         """Make a model ready to run.
 
@@ -126,6 +127,7 @@ class Runtime:
             model: a model in memory, or a path.
             folder: of the external data of a `ModelProto`.
             purpose: what the session is for.
+            profile: folder that the session writes its profile to; None for a session that is not profiled.
 
         Raises:
             UsageError: a provider is not available here.
@@ -144,6 +146,8 @@ class Runtime:
             if isinstance(source, onnx.ModelProto) and folder is None:
                 source, folder = read(source)  # a large one that was put together here goes by way of the disk
             options = self._session_options(purpose, folder)
+            if profile is not None:
+                options.enable_profiling, options.profile_file_prefix = True, str(profile / "profile")
             content = source.SerializeToString() if isinstance(source, onnx.ModelProto) else str(source)
             return Session(content, options, providers=[(own.name, own.settings) for own in self.providers])
         except LindepError:
@@ -169,6 +173,29 @@ class Runtime:
                 if optimised:
                     options.graph_optimization_level = levels.ORT_ENABLE_EXTENDED
         return options
+
+    def profile(self, model: Model | onnx.ModelProto, feeds: Mapping[str, Any], runs: int) -> str:
+        """Run a model a few times, as ONNX Runtime does it by default, and look at its nodes.
+
+        Args:
+            model: what to run.
+            feeds: arrays by input name.
+            runs: how often it runs after its warm-up.
+
+        Returns:
+            The profile of ONNX Runtime, JSON; the first run in it is the warm-up.
+
+        Raises:
+            ModelError: ONNX Runtime cannot load or run the model.
+        """
+        with Scratch() as folder:
+            session = self.open(model, purpose=Purpose.TIME, profile=Path(folder))
+            try:
+                for _ in range(1 + runs):
+                    session.run(None, dict(feeds))
+            except Exception as error:  # ONNX Runtime's exceptions have no common base
+                raise ModelError(f"{_where(model)}: ONNX Runtime cannot run it: {one_line(error)}") from error
+            return Path(session.end_profiling()).read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """What a layer costs in time, by its width: the currency of a budget on latency.
 
-MACs promise what kernels do not keep: a layer of half the width may take three quarters of the time, or half of it only
-at widths that suit the kernel. So every distinct layer shape is run alone, at a few widths, and what lies between is
-interpolated. The table prices units and predicts the latency of a plan. Whether the result is as fast as asked for is
-measured on the whole model, original and result in turns.
+MACs promise what kernels do not keep: within the blocks that a kernel lays channels out in, time is a staircase. So
+widths count in whole blocks of the target. Seconds come from a table of every distinct layer shape, run at a few widths
+here or on another machine, or from profiles, which have each layer at the widths of the original; what lies between is
+filled in. They price units and predict the latency of a plan. Whether the result is as fast as asked for is measured on
+the whole model.
 
 Timings differ from run to run, and so may the plan. A table that is kept in a file makes the plan a function of the
 inputs again.
@@ -14,30 +15,49 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from lindep_onnx.errors import LindepError, OutputError, UsageError
+from lindep_onnx.errors import LindepError, OutputError, UsageError, one_line
 from lindep_onnx.files import replacing
-from lindep_onnx.model.ir import Model
+from lindep_onnx.model.ir import Model, load
 from lindep_onnx.model.node import Node
 from lindep_onnx.model.shapes import Shape, ShapeInfo, resolve
-from lindep_onnx.model.weighted import Weighted, weighted
+from lindep_onnx.model.weighted import WEIGHTS, Weighted, weighted
 from lindep_onnx.runtime.backend import Purpose, Runtime
+from lindep_onnx.runtime.profiles import match, parse_profile
 
 Widths: TypeAlias = "tuple[int, int]"
+#: The channels of one block of the kernel that runs a layer, in each of its groups: widths count in whole ones.
+Block: TypeAlias = "Callable[[Layer], int]"
 
-#: Shares of the channels at which layers are timed, and what widths are rounded up to there.
-SHARES, MULTIPLE = (0.25, 0.5, 0.75, 1.0), 8
-#: Seconds that one width is timed for, and runs at least; the fastest counts.
-TIMED, MIN_RUNS = 0.015, 5
+#: Shares of the channels at which layers are timed, beside one block of them.
+SHARES = (0.5, 1.0)
+#: Runs of each width, and seconds that one is timed for where the host's clock has to do; the fastest counts.
+RUNS, TIMED, MIN_RUNS = 12, 0.015, 5
+#: Elements of a weight from which widths are timed one after the other, not all in one session.
+LARGE = 1 << 24
+#: What of a layer's time at full width does not go with its channels. `bench_widths.py` finds it from .02 (3x3
+#: convolutions, MatMul) and .1 (depthwise, Conv1d) to .2 (1x1, Conv3d, ConvTranspose) and .28 (Gemm of one row).
+FIXED = 0.1
+#: Below this share of the MACs in layers that a profile names, it is taken for that of another model.
+NAMED = 0.5
+#: Names that a note lists.
+LISTED = 5
 VERSION = 1
+
+
+def single(layer: Layer) -> int:
+    """The block of a target whose kernels have no steps: one channel."""
+    return 1
 
 
 @dataclass(frozen=True)
@@ -67,35 +87,76 @@ class Layer:
         """Whether every channel is a group of its own."""
         return self.layout.group > 1 and self.layout.group == self.widths[0]
 
+    @property
+    def macs(self) -> float:
+        """Multiply-accumulates of one run, those at the border counted like all others."""
+        positions = math.prod(size for place, size in enumerate(self.shape) if place != self.axis)
+        strides = math.prod(self.node.attributes.get("strides", ())) if self.node.op == "Conv" else 1
+        pairs = self.widths[0] * self.widths[1] / self.layout.group
+        return positions * pairs * math.prod(self.kernel) / max(1, strides)
+
+    def whole(self, block: Block) -> Widths:
+        """The widths as kernels see them: in each group rounded up to whole blocks."""
+        step = block(self) * (1 if self.depthwise else self.layout.group)
+        before, after = (-(-width // step) * step for width in self.widths)
+        return before, after
+
+
+# ---- where seconds come from --------------------------------------------------------------------------------------
+
+
+class LayerTimes(ABC):
+    """Seconds of layers by their widths, wherever they come from."""
+
+    @abstractmethod
+    def predict(self, layer: Layer) -> float | None:
+        """Seconds of a layer at the widths that it has; None where nothing is known of it."""
+
+    @property
+    def rest(self) -> float:
+        """Seconds of a run beside its layers."""
+        return 0.0
+
+    def unknown(self, found: Iterable[Layer]) -> tuple[str, ...]:
+        """Names of the layers that nothing is known of."""
+        return tuple(layer.node.name for layer in found if self.predict(layer) is None)
+
+    def total(self, found: Sequence[Layer]) -> float:
+        """Seconds of a run of a model with these layers; those that are unknown count as the others do, by MACs."""
+        known = [(layer, seconds) for layer in found if (seconds := self.predict(layer)) is not None]
+        macs = sum(layer.macs for layer, _ in known)
+        more = sum(layer.macs for layer in found) / macs if macs > 0 else 1.0
+        return sum(seconds for _, seconds in known) * more + self.rest
+
+    def rate(self, layer: Layer) -> float:
+        """Seconds that a multiply-accumulate is worth when the layer gets narrower; 0 for unknown layers."""
+        half = max(1, layer.widths[0] // 2), max(1, layer.widths[1] // 2)
+        now, then = self.predict(layer), self.predict(replace(layer, widths=half))
+        if now is None or then is None:
+            return 0.0
+        return max(0.0, now - then) / (0.5 if layer.depthwise else 0.75) / max(1.0, layer.macs)
+
 
 @dataclass(frozen=True)
-class LatencyTable:
+class LatencyTable(LayerTimes):
     """Seconds of layers, by kind and widths.
 
     Attributes:
         seconds: by kind, a grid of input widths, of output widths, and the seconds at each pair.
+        block: what widths count in.
     """
 
     seconds: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], NDArray[np.float64]]]
+    block: Block = single
 
-    def predict(self, layer: Layer) -> float:
-        """Seconds of a layer, interpolated between the widths that were measured; 0 for unknown kinds."""
+    def predict(self, layer: Layer) -> float | None:
+        """Seconds of a layer in whole blocks, interpolated between the widths that were measured; None if unknown."""
         if layer.kind not in self.seconds:
-            return 0.0
+            return None
         inputs, outputs, grid = self.seconds[layer.kind]
-        along = [float(np.interp(layer.widths[1], outputs, row)) for row in grid]
-        return float(np.interp(layer.widths[0], inputs, along))
-
-    def total(self, found: Sequence[Layer]) -> float:
-        """Seconds of several layers."""
-        return sum(self.predict(layer) for layer in found)
-
-    def rate(self, layer: Layer) -> float:
-        """Seconds that a multiply-accumulate is worth when the layer gets narrower."""
-        half = max(1, layer.widths[0] // 2), max(1, layer.widths[1] // 2)
-        share = 0.5 if layer.depthwise else 0.75
-        gained = max(0.0, self.predict(layer) - self.predict(replace(layer, widths=half))) / share
-        return gained / max(1.0, _macs(layer))
+        before, after = layer.whole(self.block)
+        along = [float(np.interp(after, outputs, row)) for row in grid]
+        return float(np.interp(before, inputs, along))
 
     def save(self, path: Path) -> None:
         """Write the table as JSON, in one step.
@@ -111,8 +172,12 @@ class LatencyTable:
             raise OutputError(f"{path}: cannot be written ({error.strerror or error}).") from error
 
     @staticmethod
-    def load(path: Path) -> LatencyTable:
+    def load(path: Path, block: Block = single) -> LatencyTable:
         """Read what `save` wrote.
+
+        Args:
+            path: of the file.
+            block: what widths count in.
 
         Raises:
             UsageError: it is no such table.
@@ -127,7 +192,7 @@ class LatencyTable:
                 if numbers.shape != (len(inputs), len(outputs)) or not (np.isfinite(numbers) & (numbers >= 0)).all():
                     raise ValueError("sizes or times that cannot be")
                 found[str(kind)] = tuple(map(int, inputs)), tuple(map(int, outputs)), numbers
-            return LatencyTable(found)
+            return LatencyTable(found, block)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             fault = f"{path} is no table of latencies ({error})"
             raise UsageError(
@@ -135,10 +200,135 @@ class LatencyTable:
             ) from error
 
 
+@dataclass(frozen=True)
+class ProfiledTimes(LayerTimes):
+    """Seconds of layers as a profile has them: at the widths of the original, by the names of nodes.
+
+    Attributes:
+        seconds: by name.
+        original: the layers, by name, at the widths that they were profiled at.
+        beside: seconds of a run that are no layer's.
+        block: what widths count in.
+    """
+
+    seconds: Mapping[str, float]
+    original: Mapping[str, Layer]
+    beside: float = 0.0
+    block: Block = single
+
+    @property
+    def rest(self) -> float:
+        """Seconds of a run beside its layers."""
+        return self.beside
+
+    def predict(self, layer: Layer) -> float | None:
+        """Seconds of a layer, all but a fixed share of which go with its blocks; None if it was not profiled."""
+        full = self.original.get(layer.node.name)
+        if full is None or layer.node.name not in self.seconds:
+            return None
+        shares = [now / then for now, then in zip(layer.whole(self.block), full.whole(self.block), strict=True)]
+        left = shares[0] if full.depthwise else math.prod(shares)
+        return self.seconds[layer.node.name] * (FIXED + (1 - FIXED) * left)
+
+
+@dataclass(frozen=True)
+class JoinedTimes(LayerTimes):
+    """The mean of several, for each layer that of those which know it.
+
+    Attributes:
+        times: what is joined.
+    """
+
+    times: tuple[LayerTimes, ...]
+
+    @cached_property
+    def rest(self) -> float:
+        """Seconds of a run beside its layers."""
+        return float(np.mean([own.rest for own in self.times]))
+
+    def predict(self, layer: Layer) -> float | None:
+        """Seconds of a layer; None if nobody knows it."""
+        found = [seconds for own in self.times if (seconds := own.predict(layer)) is not None]
+        return float(np.mean(found)) if found else None
+
+
+def load_times(
+    paths: Sequence[Path], model: Model, inputs: Mapping[str, Shape], block: Block = single
+) -> tuple[LayerTimes, tuple[str, ...]]:
+    """Read tables, and profiles of the original, and join them.
+
+    Args:
+        paths: of the files.
+        model: the original.
+        inputs: shapes of its inputs.
+        block: what widths count in.
+
+    Returns:
+        The times, and what the user should know of them, in sentences.
+
+    Raises:
+        UsageError: one of them is neither a table nor a profile of this model.
+    """
+    found = layers(model, inputs)
+    read = [_read(path, model, found, block) for path in paths]
+    times = tuple(own for own, _ in read)
+    return times[0] if len(times) == 1 else JoinedTimes(times), tuple(note for _, note in read if note)
+
+
+def _read(path: Path, model: Model, found: Sequence[Layer], block: Block) -> tuple[LayerTimes, str]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--latency-table: {path}: cannot be read ({one_line(error)}).") from error
+    if '"version"' in text[:200] and text.lstrip().startswith("{"):
+        return LatencyTable.load(path, block), ""
+    profile = parse_profile(text, f"--latency-table: {path}")
+    macs = {layer.node.index: layer.macs for layer in found}
+    matched = match(profile, model, lambda node: macs.get(node.index, 0.0))
+    own = {layer.node.name: layer for layer in found if layer.node.name in matched.seconds}
+    named, whole = sum(layer.macs for layer in own.values()), sum(layer.macs for layer in found)
+    if not own or named < NAMED * whole:
+        raise UsageError(
+            f"--latency-table: {path}: this profile of {profile.tool} names {len(own)} of the {len(found)} layers of "
+            f"the model, with {named / max(1.0, whole):.0%} of the MACs; its longest unknown entry is "
+            f"{matched.other[0][0] if matched.other else 'none'!r}. Profile the file that is compressed, with the "
+            "names of its nodes."
+        )
+    total = sum(matched.seconds.values()) + sum(seconds for _, seconds in matched.other)
+    beside = total - sum(matched.seconds[name] for name in own)
+    times = ProfiledTimes({name: matched.seconds[name] for name in own}, own, beside, block)
+    return times, _note(path, profile.tool, times.unknown(found), matched.other, total)
+
+
+def _note(path: Path, tool: str, missing: Sequence[str], other: Sequence[tuple[str, float]], total: float) -> str:
+    """What of a profile, and of the model, could not be matched; nothing if all was."""
+    parts = []
+    if other:
+        share = sum(seconds for _, seconds in other) / total
+        parts.append(f"{share:.0%} of its time matches no node ({_listed([name for name, _ in other])})")
+    if missing:
+        parts.append(f"it has no time of {_listed(missing)}")
+    return f"Profile of {tool} in {path}: {'; '.join(parts)}." if parts else ""
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - LISTED
+    return ", ".join(names[:LISTED]) + (f" and {more} others" if more > 0 else "")
+
+
+# ---- the layers of a model ----------------------------------------------------------------------------------------
+
+
 def layers(model: Model, inputs: Mapping[str, Shape]) -> list[Layer]:
     """The weighted nodes of a model whose shapes are known, with inputs of the shapes that count."""
     shape_info = resolve(model, inputs)
     return [layer for node in model.nodes if (layer := _layer(node, shape_info)) is not None]
+
+
+def untimed(model: Model, inputs: Mapping[str, Shape]) -> tuple[str, ...]:
+    """Names of the nodes that multiply but are no `layers`: no constant weight, or a shape that is not known."""
+    shape_info = resolve(model, inputs)
+    return tuple(node.name for node in model.nodes if node.op in WEIGHTS and _layer(node, shape_info) is None)
 
 
 def _layer(node: Node, shape_info: ShapeInfo) -> Layer | None:
@@ -158,64 +348,92 @@ def _layer(node: Node, shape_info: ShapeInfo) -> Layer | None:
     return Layer(kind, layout.widths(weight.shape), fixed, tuple(map(int, kernel)), layout, axis, node)
 
 
-def _macs(layer: Layer) -> float:
-    positions = math.prod(size for place, size in enumerate(layer.shape) if place != layer.axis)
-    strides = math.prod(layer.node.attributes.get("strides", ())) if layer.node.op == "Conv" else 1
-    pairs = layer.widths[0] * layer.widths[1] / layer.layout.group
-    return positions * pairs * math.prod(layer.kernel) / max(1, strides)
+# ---- measured here ------------------------------------------------------------------------------------------------
 
 
-def measure_table(found: Sequence[Layer], opset: int, runtime: Runtime) -> LatencyTable:
-    """Time every kind of layer at a few widths."""
+def measure_table(found: Sequence[Layer], opset: int, runtime: Runtime, block: Block = single) -> LatencyTable:
+    """Time every kind of layer at a few widths, all widths of a kind in turns; kinds that do not run are left out.
+
+    Args:
+        found: the layers of the original.
+        opset: version of the operators.
+        runtime: what they run on.
+        block: what widths count in.
+    """
     seconds = {}
     for kind in dict.fromkeys(layer.kind for layer in found):
-        layer = max((other for other in found if other.kind == kind), key=lambda other: math.prod(other.widths))
-        inputs, outputs = (_grid(width, layer.layout.group) for width in layer.widths)
-        grid = np.zeros((len(inputs), len(outputs)))
-        for i, o in np.ndindex(grid.shape):
-            if layer.depthwise and i != min(o, len(inputs) - 1):
-                continue
-            try:
-                grid[i, o] = _time(layer, (inputs[i], outputs[o]), opset, runtime)
-            except LindepError:  # a width that the operator does not take: as slow as the whole
-                grid[i, o] = np.nan
+        own = [layer for layer in found if layer.kind == kind]
+        layer = max(own, key=lambda other: math.prod(other.widths))
+        widest = (max(other.widths[0] for other in own), max(other.widths[1] for other in own))
+        inputs, outputs = (_grid(layer, width, block) for width in widest)
+        pairs = tuple((before, after) for before in inputs for after in outputs)
         if layer.depthwise:  # the two widths are one
-            grid[:] = np.diagonal(grid)[:, None] if grid.shape[0] == grid.shape[1] else grid.max(axis=0)
-        grid = np.where(np.isnan(grid), np.nanmax(grid) if not np.isnan(grid).all() else 0.0, grid)
+            outputs = tuple(width * layer.widths[1] // layer.widths[0] for width in inputs)
+            pairs = tuple(zip(inputs, outputs, strict=True))
+        try:
+            taken = np.array(_timed(layer, pairs, opset, runtime))
+        except LindepError:  # nothing is known of what does not run alone
+            continue
+        grid = np.repeat(taken[:, None], len(outputs), 1) if layer.depthwise else taken.reshape(len(inputs), -1)
         seconds[kind] = inputs, outputs, grid
-    return LatencyTable(seconds)
+    return LatencyTable(seconds, block)
 
 
-def _grid(width: int, group: int) -> tuple[int, ...]:
-    step = MULTIPLE * (group if 1 < group < width else 1)
-    return tuple(sorted({min(width, -(-round(share * width) // step) * step) for share in SHARES}))
+def _grid(layer: Layer, width: int, block: Block) -> tuple[int, ...]:
+    """One block, and shares of the width in whole blocks."""
+    step = block(layer) * (1 if layer.depthwise else layer.layout.group)
+    return tuple(sorted({min(width, max(1, -(-round(share * width) // step)) * step) for share in (0.0, *SHARES)}))
 
 
-def _time(layer: Layer, widths: Widths, opset: int, runtime: Runtime) -> float:
-    """Seconds of one layer alone, the fastest of several runs."""
-    before, after = widths
-    node, layout = layer.node, replace(layer.layout, group=before if layer.depthwise else layer.layout.group)
-    shape = tuple(before if place == layer.axis else size for place, size in enumerate(layer.shape))
-    rng = np.random.default_rng(0)
-    constants = {"w": rng.standard_normal(layout.weight_shape(widths, layer.kernel), dtype=np.float32)}
-    if node.op == "Gemm" and opset < 11:
-        constants["c"] = np.zeros(after, np.float32)
-    attributes = {**node.attributes, **({"group": layout.group} if node.op in ("Conv", "ConvTranspose") else {})}
-    graph = onnx.helper.make_graph(
-        [onnx.helper.make_node(node.op, ["x", *constants], ["y"], **attributes)],
+def _timed(layer: Layer, pairs: Sequence[Widths], opset: int, runtime: Runtime) -> list[float]:
+    """Seconds of a layer alone, at each pair of widths."""
+    if not runtime.on_processor:
+        return [_clocked(*_alone(layer, [pair], opset), runtime) for pair in pairs]
+    before, after = pairs[-1]
+    if len(pairs) > 1 and before * after * math.prod(layer.kernel) > LARGE * layer.layout.group:
+        return [seconds for pair in pairs for seconds in _timed(layer, [pair], opset, runtime)]
+    proto, feeds = _alone(layer, pairs, opset)
+    profile = parse_profile(runtime.profile(proto, feeds, RUNS), f"{layer.node.name} alone")
+    matched = match(profile, load(proto), lambda node: 0.0).seconds
+    if any(f"node{place}" not in matched for place in range(len(pairs))):
+        raise LindepError(f"{layer.node.name}: cannot be found in its own profile.")
+    return [matched[f"node{place}"] for place in range(len(pairs))]
+
+
+def _alone(layer: Layer, pairs: Sequence[Widths], opset: int) -> tuple[onnx.ModelProto, dict[str, NDArray[Any]]]:
+    """A model that has a layer at each pair of widths, side by side, and its feeds."""
+    node, helper, rng = layer.node, onnx.helper, np.random.default_rng(0)
+    nodes, constants, feeds = [], {}, {}
+    for place, (before, after) in enumerate(pairs):
+        layout = replace(layer.layout, group=before if layer.depthwise else layer.layout.group)
+        shape = tuple(before if axis == layer.axis else size for axis, size in enumerate(layer.shape))
+        feeds[f"x{before}"] = rng.standard_normal(shape, dtype=np.float32)
+        own = {f"w{place}": rng.standard_normal(layout.weight_shape((before, after), layer.kernel), dtype=np.float32)}
+        if node.op == "Gemm" and opset < 11:
+            own[f"c{place}"] = np.zeros(after, np.float32)
+        attributes = {**node.attributes, **({"group": layout.group} if node.op in ("Conv", "ConvTranspose") else {})}
+        names = [f"x{before}", *own]
+        nodes.append(helper.make_node(node.op, names, [f"y{place}"], name=f"node{place}", **attributes))
+        constants.update(own)
+    kind = onnx.TensorProto.FLOAT
+    graph = helper.make_graph(
+        nodes,
         "layer",
-        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shape)],
-        [onnx.helper.make_empty_tensor_value_info("y")],
+        [helper.make_tensor_value_info(name, kind, value.shape) for name, value in feeds.items()],
+        [helper.make_empty_tensor_value_info(f"y{place}") for place in range(len(pairs))],
         [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=8)
-    session = runtime.open(model, purpose=Purpose.TIME)
-    feeds = {"x": rng.standard_normal(shape, dtype=np.float32)}
-    session.run(None, feeds)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8), feeds
+
+
+def _clocked(proto: onnx.ModelProto, feeds: Mapping[str, NDArray[Any]], runtime: Runtime) -> float:
+    """Seconds of a run by the clock of the host, the fastest of several, where no profile tells of the device."""
+    session = runtime.open(proto, purpose=Purpose.TIME)
+    session.run(None, dict(feeds))
     taken: list[float] = []
     stop = time.perf_counter() + TIMED
     while len(taken) < MIN_RUNS or time.perf_counter() < stop:
         start = time.perf_counter()
-        session.run(None, feeds)
+        session.run(None, dict(feeds))
         taken.append(time.perf_counter() - start)
     return min(taken)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -64,11 +65,65 @@ def test_a_damaged_table_is_refused(tmp_path: Path, text: str) -> None:
         latency.LatencyTable.load(tmp_path / "t.json")
 
 
+def test_widths_count_in_whole_blocks() -> None:
+    first, depthwise, *_ = latency.layers(graph.load(net()), {"x": (1, 3, 24, 24)})
+    seconds = {first.kind: ((3,), (8, 32, 64), np.array([[1.0, 4.0, 8.0]]))}
+    table = latency.LatencyTable(seconds, lambda layer: 16)
+    narrow = [replace(first, widths=(3, width)) for width in (33, 40, 48, 49, 64)]
+    assert [table.predict(layer) for layer in narrow] == [6.0, 6.0, 6.0, 8.0, 8.0]
+    grouped = replace(first, widths=(36, 40), layout=replace(first.layout, group=4))
+    assert grouped.whole(lambda layer: 8) == (64, 64) and depthwise.whole(lambda layer: 48) == (96, 96)
+
+
+def test_layers_of_which_nothing_is_known_are_named_and_count_like_the_others() -> None:
+    found = latency.layers(graph.load(net()), {"x": (1, 3, 24, 24)})
+    table = latency.LatencyTable({found[0].kind: ((3,), (64,), np.array([[2.0]]))})
+    assert table.unknown(found) == tuple(layer.node.name for layer in found[1:])
+    assert table.predict(found[1]) is None and table.rate(found[1]) == 0.0
+    macs = sum(layer.macs for layer in found) / found[0].macs
+    assert table.total(found) == pytest.approx(2.0 * macs) and table.total(found[:1]) == 2.0
+
+
+def test_nodes_that_are_no_layers_are_named() -> None:
+    model = graph.load(build("a = MatMul(x, x)\ny = MatMul(a, w)", {"w": (8, 8)}, x=("N", 8, 8)))
+    assert latency.untimed(model, {"x": (1, 8, 8)}) == ("MatMul_0",)
+
+
+def test_the_documented_table_loads(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "latency.md").read_text("utf-8")
+    (tmp_path / "t.json").write_text(page.split("```json")[1].split("```")[0])
+    body, weights = "a = Conv<pads=[1,1,1,1]>(x, w)\nb = Flatten(a)\ny = Gemm<transB=1>(b, v)", {"w": (16, 8, 3, 3)}
+    model = graph.load(build(body, {**weights, "v": (10, 3136)}, x=("N", 8, 14, 14)))
+    times, notes = latency.load_times([tmp_path / "t.json"], model, {"x": (1, 8, 14, 14)})
+    assert [times.predict(layer) for layer in latency.layers(model, {"x": (1, 8, 14, 14)})] == [3.0e-05, 6e-06]
+    assert notes == ()
+
+
 def test_measured_layers_cost_time_at_every_width() -> None:
     found = latency.layers(graph.load(net()), {"x": (1, 3, 24, 24)})
     table = latency.measure_table(found, 17, RUNTIME)
     assert set(table.seconds) == {layer.kind for layer in found}
     assert all((grid > 0).all() for _, _, grid in table.seconds.values())
+
+
+def test_a_layer_of_a_kind_is_timed_at_the_widths_of_all() -> None:
+    body, weights = "a = Conv(x, w)\nb = Conv(a, v)\ny = Conv(b, u)", {"w": (8, 64, 1, 1), "v": (96, 8, 1, 1)}
+    proto = build(body, {**weights, "u": (8, 96, 1, 1)}, x=("N", 64, 24, 24))
+    found = latency.layers(graph.load(proto), {"x": (1, 64, 24, 24)})
+    ((inputs, outputs, _),) = latency.measure_table(found, 17, RUNTIME, lambda layer: 8).seconds.values()
+    assert inputs == outputs == (8, 48, 96)
+
+
+def test_a_profile_is_a_table_too(tmp_path: Path) -> None:
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    for file in files:
+        file.write_text(RUNTIME.profile(net(), {"x": images(1)}, 2))
+    options = {"refit": "fold", "force": True, "benchmark": 0.2}
+    for given in (str(files[0]), tuple(map(str, files))):
+        report = lindep_onnx.compress(net(), {"x": images()}, latency=0.9, latency_table=given, **options).report
+        assert report.options["latency_table"] == given and report.after.macs < report.before.macs
+    with pytest.raises(UsageError, match=r"--latency-table.*there\.json"):
+        lindep_onnx.compress(net(), {"x": images()}, latency=0.9, latency_table=(str(files[0]), "there.json"))
 
 
 def test_a_kept_table_makes_the_widths_a_function_of_the_inputs(tmp_path: Path) -> None:

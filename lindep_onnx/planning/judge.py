@@ -123,7 +123,7 @@ class Judge:
         """
         if self._samples is None:
             return None
-        with self.stopwatch() as stopwatch:
+        with self._log.stage("latency"), self.stopwatch() as stopwatch:
             return stopwatch.compare(self.stored(model))
 
     @contextmanager

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from build import build
+from build import as_array, build
+from onnx import TensorProto
 from timings import timing
 
 import lindep_onnx
-from lindep_onnx.errors import UsageError
+from lindep_onnx.errors import TimingError, UsageError
 from lindep_onnx.model import ir as graph
 from lindep_onnx.runtime import layer_latency as latency
 from lindep_onnx.runtime.backend import Runtime
-from lindep_onnx.runtime.timing import Stopwatch
+from lindep_onnx.runtime.timing import Stopwatch, Timing
 
 RUNTIME = Runtime(threads=1)
 NET = (
@@ -173,3 +174,27 @@ def test_prices_by_time_are_not_kept_as_prices_by_size(tmp_path: Path) -> None:
     first = lindep_onnx.compress(net(), {"x": images()}, macs=0.7, load_moments=saved, **options)
     second = lindep_onnx.compress(net(), {"x": images()}, macs=0.7, **options)
     assert first.model.SerializeToString() == second.model.SerializeToString()
+
+
+@pytest.mark.timed
+def test_half_precision_is_timed_as_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = {name: as_array(name, shape).astype(np.float16) for name, shape in WEIGHTS.items()}
+    model = build(NET, half, x=("N", 3, 24, 24), kind=TensorProto.FLOAT16)
+    compared: list[Stopwatch] = []
+    compare = Stopwatch.compare
+    monkeypatch.setattr(Stopwatch, "compare", lambda own, model: compared.append(own) or compare(own, model))
+    result = lindep_onnx.compress(model, {"x": images()}, benchmark=0.1, benchmark_batch=2)
+    assert compared[0].feeds["x"].dtype == np.float16 and compared[0].feeds["x"].shape == (2, 3, 24, 24)
+    assert result.report.latency.batch == 2 and result.report.before.latency_ms > 0 and result.report.seconds["latency"]
+
+
+def test_what_cannot_be_timed_is_noted_and_a_budget_on_it_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unable(stopwatch: Stopwatch, model: object) -> Timing:
+        raise TimingError("The result cannot be timed in a process of its own: it ended with code -9.")
+
+    monkeypatch.setattr(Stopwatch, "compare", unable)
+    report = lindep_onnx.compress(net(), {"x": images()}).report
+    assert report.latency is None and report.before.latency_ms is None
+    assert any("No latency was measured. The result cannot be timed" in note for note in report.notes)
+    with pytest.raises(TimingError, match="code -9"):
+        lindep_onnx.compress(net(), {"x": images()}, latency=0.9, refit="fold")

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 from tasks import Places
 
+from lindep_onnx.runtime.timing import Ratio, Timing
+
 #: Starts a process and writes down what it took. A process counts the memory of the one that started it, so that must
 #: be a small one.
 LAUNCHER = """
@@ -66,6 +68,11 @@ class Taken(NamedTuple):
     peak: float
     code: int
     said: str
+
+
+def ratio(found: Ratio | Timing) -> str:
+    """A latency as a share of the original's, with its 95 % interval."""
+    return f"{found.ratio:.2f} ({found.low:.2f} to {found.high:.2f})"
 
 
 def run(*line: object) -> Taken:

@@ -24,6 +24,7 @@ from lindep_onnx.pipeline import (
     open_data,
     open_round,
     run,
+    strict_failure,
 )
 from lindep_onnx.pipeline import calibrate as calibrate_samples
 from lindep_onnx.planning.plan_file import Plan, options_of, to_plan
@@ -184,9 +185,11 @@ def plan(calibrated: Calibrated, *, progress: Progress | None = None, **options:
         raise UsageError("A plan is one cut, and rounds make several: use compress for rounds.")
     with half_the_cores():
         runtime = Runtime.named(config.providers, config.threads)
-        result = choose(open_round(calibrated, config, runtime, Log(progress)))
-    if result.failure is not None and not config.force:
-        raise result.failure
+        round_ = open_round(calibrated, config, runtime, Log(progress))
+        result = choose(round_)
+        failure = result.failure or strict_failure(round_.judge.verdict(result.evaluation), config)
+    if failure is not None and not config.force:
+        raise failure
     return to_plan(calibrated.traced.structure, result.candidate, config.described())
 
 

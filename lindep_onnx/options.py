@@ -408,6 +408,10 @@ class OutputOptions(Options):
     title: ClassVar[str] = "output"
 
     force: bool = _option("write OUT even if verification fails (exit code stays 3)", default=False, repeated=False)
+    strict: bool = _option(
+        "fail (exit code 3) where no limit on quality was checked: without one, on random inputs, or on fewer than 10 "
+        "held-out samples", default=False, recorded=False,
+    )  # fmt: skip
 
 
 #: In the order of the usage text.

@@ -26,7 +26,7 @@ from lindep_onnx.data.samples import Samples, open_samples
 from lindep_onnx.data.sources import RandomInputs
 from lindep_onnx.data.split import Part
 from lindep_onnx.distill.rounds import contract_in_rounds
-from lindep_onnx.errors import LindepError, OutputError, UsageError, VerificationError
+from lindep_onnx.errors import BudgetError, LindepError, OutputError, UsageError, VerificationError
 from lindep_onnx.log import Log
 from lindep_onnx.model.checks import as_model_error, check_model, full_check_passes
 from lindep_onnx.model.edit import GraphEdits, apply_edits
@@ -36,6 +36,7 @@ from lindep_onnx.model.save import save
 from lindep_onnx.model.weights import check_unchanged
 from lindep_onnx.moves.kinds import MOVES
 from lindep_onnx.options import Config, ImageOptions, declared
+from lindep_onnx.planning.budgets import COMPARED
 from lindep_onnx.planning.builder import Builder, Workpiece
 from lindep_onnx.planning.judge import Judge, Reference
 from lindep_onnx.planning.plan_file import Plan, ResolvedPlan, resolve_plan, to_plan
@@ -51,6 +52,7 @@ from lindep_onnx.structure.steps import Prices
 from lindep_onnx.structure.types import Structure
 from lindep_onnx.verify.group_errors import measure_groups
 from lindep_onnx.verify.variants import Variant, compare_variants
+from lindep_onnx.verify.verdict import Verdict
 
 
 @dataclass(frozen=True)
@@ -192,9 +194,10 @@ def run(request: Request, config: Config, log: Log) -> Outcome:
         if config.save_moments is not None:
             calibrated.save_moments(config.save_moments, result.prices)
         model, finished = _verified(calibrated, round_, result, log)
-        failure = finished.result.failure
+        failure = finished.result.failure or strict_failure(finished.verdict, config)
         if stressing is not None:
-            finished, failure = _stressed(finished, round_, stressing, log)
+            finished, failed = _stressed(finished, round_, stressing, log)
+            failure = failure or failed
         report = build_report(finished, calibrated.statistics, calibrated.uncertain, config, log)
     candidate = finished.result.candidate
     saved = to_plan(traced.structure, candidate, finished.options) if config.rounds == 1 else None
@@ -400,8 +403,15 @@ def _verified(calibrated: Calibrated, round_: Round, result: Result, log: Log) -
             variants = compare_variants(structure.model, model, usual, samples, inputs_of(traced), judge.shares)
         failure = result.failure or _variant_failure(variants)
         result = replace(result, evaluation=replace(result.evaluation, failure=failure))
-    mode, options = judge.budgets.mode, round_.options
-    return written, Finished(traced, samples, result, judge.before, mode, options, variants, errors)
+    mode, options, verdict = judge.budgets.mode, round_.options, judge.verdict(result.evaluation)
+    return written, Finished(traced, samples, result, judge.before, mode, options, variants, errors, verdict)
+
+
+def strict_failure(verdict: Verdict, config: Config) -> LindepError | None:
+    """Why a result must not be used where nothing but a limit on quality that holds will do; None if all is well."""
+    if not config.strict or verdict.status != "unchecked":
+        return None
+    return BudgetError(f"--strict: the quality was not checked: {verdict.reason}. Nothing was written.")
 
 
 def _stressed(finished: Finished, round_: Round, stressing: Samples, log: Log) -> tuple[Finished, LindepError | None]:
@@ -409,10 +419,10 @@ def _stressed(finished: Finished, round_: Round, stressing: Samples, log: Log) -
     with log.stage("stress"):
         compared = judge.compare(finished.result.candidate.model, stressing.batches())
         lossless = None if finished.mode == "budgeted" else judge.is_lossless(compared.relative_error)
-        failure = judge.budgets.stress_failure(compared, lossless)
-        where = "the stress data, which nothing was fitted to or chosen by"
-        stressed = verification_of(compared, failure is None, where)
-    return replace(finished, stressed=stressed), finished.result.failure or failure
+        failure = judge.budgets.stress_failure(compared, lossless) or judge.budgets.chance_failure(compared)
+        verdict = judge.budgets.verdict(compared, failure, judged=COMPARED)
+        stressed = verification_of(compared, verdict, "stress samples")
+    return replace(finished, stressed=stressed), failure
 
 
 def _write(model: Model, plan: Plan | None, files: Files) -> None:

@@ -95,8 +95,10 @@ def perturbed_one_ulp(model: Model, seed: int) -> Model:
 
     def moved(value: Array) -> Array:
         bits = np.atleast_1d(value).view(f"i{value.dtype.itemsize}")
-        steps = bits + rng.integers(-1, 2, bits.shape, dtype=bits.dtype) * (bits != 0)
-        changed: Array = steps.astype(bits.dtype).view(value.dtype).reshape(value.shape)
+        steps = (bits + rng.integers(-1, 2, bits.shape, dtype=bits.dtype)).astype(bits.dtype).view(value.dtype)
+        # No neighbours: a zero of either sign, and the ends of the range, whose next bits are no number.
+        alone = (np.atleast_1d(value) == 0) | ~np.isfinite(steps) | ~np.isfinite(np.atleast_1d(value))
+        changed: Array = np.where(alone, np.atleast_1d(value), steps).reshape(value.shape)
         return changed
 
     for tensor in _tensors(copy.graph):

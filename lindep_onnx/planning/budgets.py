@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from lindep_onnx.errors import BudgetError, LindepError, VerificationError
 from lindep_onnx.model.cost import Cost
-from lindep_onnx.options import LOSSLESS_VERIFIED_ERROR, Config
+from lindep_onnx.options import LOSSLESS_VERIFIED_ERROR, Config, flag
 from lindep_onnx.planning.plan_file import ResolvedPlan
 from lindep_onnx.structure.steps import Saving
 from lindep_onnx.verify.metrics import Comparison
+from lindep_onnx.verify.verdict import MIN_JUDGED, Verdict, kept, near_chance
 
 #: Fields of `Cost` by the options that limit them.
 SIZES = {"params": "parameters", "macs": "macs", "size": "bytes", "channels": "channels"}
@@ -75,8 +76,9 @@ class Budgets:
         return next((PRICED_BY[name] for name in PRICED_BY if name in self.limits), "parameters")
 
     def share(self, name: str, after: Cost) -> float:
-        """Of a size, what is left."""
-        return float(getattr(after, SIZES[name]) / max(1, getattr(self.before, SIZES[name])))
+        """Of a size, what is left; NaN where the original has nothing that counts: no share of nothing is less."""
+        before, left = getattr(self.before, SIZES[name]), getattr(after, SIZES[name])
+        return float(left / before) if before else math.nan
 
     def small(self, after: Cost) -> bool:
         """Whether a model is small enough."""
@@ -89,30 +91,71 @@ class Budgets:
         limit = self.limits[name]
         return bool(value >= limit if name == "min_agreement" else value <= limit)
 
-    def failure(self, achieved: Mapping[str, float | None]) -> LindepError | None:
-        """Why a result misses a budget; None if it misses none.
+    def failure(self, achieved: Mapping[str, float | None], found: Comparison | None = None) -> LindepError | None:
+        """Why a result misses a budget, or must not be used whatever it meets; None if all is well.
 
         Args:
             achieved: what was reached, by option name.
+            found: the comparison with the original on held-out samples; None without.
         """
         for name, share in self.sizes.items():
             reached = achieved[name]
             asked = self.enforced is None or name in self.enforced  # an edited plan may keep more
-            if asked and reached is not None and reached > share:
-                return BudgetError(
-                    f"--{name} {share:g} cannot be reached: with everything removed that can go, "
-                    f"{math.ceil(1e4 * reached) / 1e4:g} of the "
-                    "original are left. Nothing was written; ask for at least that much."
-                )
+            if asked and reached is not None and not reached <= share:
+                return _too_large(name, share, reached)
         for name in QUALITY:
             if name in achieved and not self.holds(name, achieved[name]):
-                value = achieved[name]
-                reached_text = "could not be measured" if value is None else f"is {value:.4g}"
                 return BudgetError(
-                    f"{_flag(name)} {self.limits[name]:g} does not hold together with the other budgets: on unseen "
-                    f"samples it {reached_text}. Nothing was written; loosen one of them."
+                    f"{flag(name)} {self.limits[name]:g} does not hold together with the other limits: "
+                    f"{_quality_reached(name, achieved[name], found)}. Nothing was written; loosen one of them."
                 )
-        return None
+        return self.chance_failure(found)
+
+    def chance_failure(self, found: Comparison | None) -> LindepError | None:
+        """Why a result is not to be used that is near chance; None if it is not. A lossless one has its own bound.
+
+        Args:
+            found: the comparison with the original; None without.
+        """
+        clause = None if found is None or self.mode != "budgeted" else near_chance(found)
+        if clause is None:
+            return None
+        asked = " ".join(f"{flag(name)} {value:g}" for name, value in self.limits.items()) or "this plan"
+        return BudgetError(
+            f"With {asked} the result {clause}: close to a random model. Nothing was written; ask for a larger share, "
+            "or for a quality such as --min-agreement 0.9 or --max-error 0.3 (--force writes it anyway)."
+        )
+
+    def verdict(
+        self,
+        found: Comparison | None,
+        failure: LindepError | None,
+        random: bool = False,
+        judged: Sequence[str] = QUALITY,
+    ) -> Verdict:
+        """What may be said of a result: a limit on its quality was judged and holds, does not, or there was none.
+
+        Args:
+            found: the comparison with the original, on held-out samples; None without.
+            failure: why it must not be used; None if all is well.
+            random: whether it was made on random inputs.
+            judged: limits on quality that were judged.
+        """
+        if failure is not None:
+            return Verdict("failed", str(failure))
+        limited = [name for name in judged if name in self.limits]
+        if random:
+            return Verdict("unchecked", "random inputs say little about real ones; give --calib DATA")
+        if found is None:
+            return Verdict("unchecked", "there were no held-out samples; give --calib DATA")
+        if self.mode == "budgeted" and not limited:
+            wanted = "--max-error" if found.agreement is None else "--min-agreement or --max-error"
+            return Verdict("unchecked", f"no limit on quality was set; set one with {wanted}")
+        if found.samples < MIN_JUDGED and "max_drop" not in limited:
+            what = "the lossless bound" if self.mode != "budgeted" else " and ".join(map(flag, limited))
+            count = f"{found.samples} held-out sample{'s' * (found.samples != 1)}"
+            return Verdict("unchecked", f"{count} cannot judge {what}; give so many that {MIN_JUDGED} are held out")
+        return Verdict("passed")
 
     def latency_failure(self, reached: float) -> LindepError | None:
         """Why a result is too slow; None if it is not."""
@@ -130,8 +173,8 @@ class Budgets:
             found: the comparison there.
             lossless: whether it counts as lossless there; None where that is not asked for.
         """
-        for name, value, kept in self._stressed(found, lossless):
-            if not kept:
+        for name, value, holds in self._stressed(found, lossless):
+            if not holds:
                 reached = "it could not be measured" if value is None else f"it is {value:.4g}"
                 worst = ", ".join(map(str, found.worst_samples[:3])) or "none"
                 return VerificationError(
@@ -144,10 +187,33 @@ class Budgets:
         values = {"max_error": found.relative_error, "min_agreement": found.agreement}
         for name in COMPARED:
             if name in self.limits:
-                yield f"{_flag(name)} {self.limits[name]:g}", values[name], self.holds(name, values[name])
+                yield f"{flag(name)} {self.limits[name]:g}", values[name], self.holds(name, values[name])
         if lossless is not None:
             yield f"the lossless bound {LOSSLESS_VERIFIED_ERROR:g}", found.relative_error, lossless
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def _too_large(name: str, share: float, reached: float) -> BudgetError:
+    if math.isnan(reached):
+        return BudgetError(
+            f"--{name} {share:g} cannot be reached: the model has nothing that it counts (a quantized model counts no "
+            "parameters). Nothing was written; compress the floating-point model."
+        )
+    return BudgetError(
+        f"--{name} {share:g} cannot be reached: with everything removed that can be removed, "
+        f"{math.ceil(1e4 * reached) / 1e4:g} of the original are left. Nothing was written; ask for at least that much."
+    )
+
+
+def _quality_reached(name: str, value: float | None, found: Comparison | None) -> str:
+    if value is None or math.isnan(value):
+        return "it could not be measured"
+    if name == "min_agreement" and found is not None and found.agreement is not None:
+        return f"the result {kept(found.agreement, found.samples, found.decisions)}"
+    differs = next((output for output in found.outputs if output.shapes_differ), None) if found is not None else None
+    if name == "max_error" and math.isinf(value) and differs is not None:
+        assert found is not None
+        return (
+            f"output {differs.name!r} has another shape on {differs.shapes_differ:,} of {found.samples:,} held-out "
+            "samples, which counts as an infinite error"
+        )
+    return f"on held-out samples it is {value:.4g}"

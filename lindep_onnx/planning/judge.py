@@ -30,6 +30,8 @@ from lindep_onnx.runtime.backend import Runtime, Session, Shares
 from lindep_onnx.runtime.timing import Stopwatch, Timing
 from lindep_onnx.verify.compare import compare
 from lindep_onnx.verify.metrics import Comparison
+from lindep_onnx.verify.outputs import held
+from lindep_onnx.verify.verdict import Verdict
 
 #: Errors that the original itself makes when every weight moves to a neighbouring number or stays: below so many of
 #: them a result is lossless, whatever its error.
@@ -166,8 +168,15 @@ class Judge:
             model: the result.
             batches: what both are run on.
         """
-        wanted = self._config.agreement_output
-        return compare(*self.sessions(model), batches, agreement_output=wanted, runs=self.shares.runs)
+        wanted, runs = self._config.agreement_output, self.shares.runs
+        return compare(*self.sessions(model), batches, agreement_output=wanted, holds=self._holds, runs=runs)
+
+    @functools.cached_property
+    def _holds(self) -> Mapping[str, str]:
+        """What outputs hold by the graph. Who asks for an agreement says that there are class scores."""
+        asked = self._config.min_agreement is not None or self._config.agreement_output is not None
+        found = held(self._reference.model)
+        return {name: what for name, what in found.items() if what != "embedding" or not asked}
 
     def compare_part(self, model: Model, part: Part) -> Comparison | None:
         """A result against the original on one part of the data; None if there is none of it."""
@@ -202,10 +211,12 @@ class Judge:
         probes = itertools.count(1)
 
         def holds(model: Model) -> bool:
-            measured = self.quality(model, self.compare_part(model, Part.SELECT))
+            found = self.compare_part(model, Part.SELECT)
+            measured = self.quality(model, found)
             done = next(probes)
             self._log.progress("search", done, max(done, PROBES))
-            return all(self.budgets.holds(name, value) for name, value in measured.items())
+            kept = all(self.budgets.holds(name, value) for name, value in measured.items())
+            return kept and self.budgets.chance_failure(found) is None
 
         return holds
 
@@ -222,7 +233,7 @@ class Judge:
             after = self.cost(candidate.model)
             achieved: dict[str, float | None] = {name: self.budgets.share(name, after) for name in self.budgets.sizes}
             achieved.update(self.quality(candidate.model, found))
-            failure = self.budgets.failure(achieved) or self._not_lossless(found)
+            failure = self.budgets.failure(achieved, found) or self._not_lossless(found)
         return Evaluation(after, found, achieved, failure)
 
     def timed(self, evaluation: Evaluation, ratio: float) -> Evaluation:
@@ -236,11 +247,15 @@ class Judge:
         failure = evaluation.failure or self.budgets.latency_failure(ratio)
         return Evaluation(evaluation.cost, evaluation.comparison, achieved, failure)
 
+    def verdict(self, evaluation: Evaluation) -> Verdict:
+        """What may be said of a candidate after it was evaluated."""
+        return self.budgets.verdict(evaluation.comparison, evaluation.failure, self._config.random_calib is not None)
+
     def _not_lossless(self, found: Comparison | None) -> LindepError | None:
         if self.budgets.mode == "budgeted" or found is None or self.is_lossless(found.relative_error):
             return None
         return VerificationError(
-            f"The result differs from the original by {found.relative_error:.2g} on unseen samples, more than "
+            f"The result differs from the original by {found.relative_error:.2g} on held-out samples, more than "
             f"the {LOSSLESS_VERIFIED_ERROR:.2g} allowed. Nothing was written; give more or more varied data."
         )
 

@@ -89,8 +89,8 @@ def frontier(path: Path, curves: Curves, builder: Builder, judge: Judge, log: Lo
                 for own in taken
                 for curve in curves[own.move.name]
             )
-            channels = int(removed.sum())
-            points.append(FrontierPoint(left, found.relative_error, found.agreement, channels, expected**0.5))
+            errors = (found.relative_error, found.agreement)
+            points.append(FrontierPoint(left, *errors, int(removed.sum()), expected**0.5, found.decisions))
             log.progress("frontier", done + 1, len(FRONTIER))
     return tuple(points)
 

@@ -90,6 +90,7 @@ class FrontierPoint:
         agreement: share of them with the same arg-max; None if no output has one.
         channels: how many went.
         expected: root of the squared relative error of the outputs, averaged over them, that the plan was priced at.
+        decisions: arg-maxes that the agreement was counted on.
     """
 
     parameters: float
@@ -97,6 +98,7 @@ class FrontierPoint:
     agreement: float | None
     channels: int = 0
     expected: float | None = None
+    decisions: int = 0
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ from lindep_onnx.runtime.timing import Timing
 from lindep_onnx.structure.steps import KINDS, ChannelSteps
 from lindep_onnx.verify.metrics import Comparison
 from lindep_onnx.verify.variants import Variant
+from lindep_onnx.verify.verdict import Verdict
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Finished:
         options: those that differ from their defaults.
         variants: comparisons in other ways of running it.
         errors: measured, by group.
+        verdict: what may be said of it.
         stressed: the comparison on a second data set; None without one.
     """
 
@@ -67,6 +69,7 @@ class Finished:
     options: Mapping[str, Any]
     variants: tuple[Variant, ...]
     errors: Mapping[int, float]
+    verdict: Verdict
     stressed: Verification | None = None
 
 
@@ -130,11 +133,11 @@ def build_report(
 
 def _verification(finished: Finished, random: bool) -> Verification | None:
     found = finished.result.evaluation.comparison
-    unseen = "calibration samples that nothing was fitted to or chosen by"
-    where = "random inputs, which say little about real ones" if random else unseen
     if found is None:
         return None
-    return verification_of(found, finished.result.failure is None, where, finished.variants)
+    return verification_of(
+        found, finished.verdict, "random inputs" if random else "held-out samples", finished.variants
+    )
 
 
 def _group_reports(
@@ -163,9 +166,12 @@ def _group_reports(
         )
 
 
-def verification_of(found: Comparison, passed: bool, data: str, variants: tuple[Variant, ...] = ()) -> Verification:
+def verification_of(found: Comparison, verdict: Verdict, data: str, variants: tuple[Variant, ...] = ()) -> Verification:
     """A comparison as a part of the report; `data` says what it was made on."""
-    return Verification(**vars(found), passed=passed, data=data, variants=variants)
+    passed = verdict.status != "failed"
+    return Verification(
+        **vars(found), passed=passed, data=data, variants=variants, status=verdict.status, reason=verdict.reason
+    )
 
 
 def _latency(found: Timing) -> Latency:

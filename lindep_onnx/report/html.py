@@ -115,7 +115,11 @@ def _frontier(report: Report) -> tuple[list[Plot], Table] | None:
     if found is not None:
         plans.append((f"{wording.percent(_left(report))} (this result)", found))
     rows = [
-        (left, wording.error(of.relative_error), "" if of.agreement is None else wording.percent(of.agreement))
+        (
+            left,
+            wording.error(of.relative_error),
+            "" if of.agreement is None else wording.agreement(of.agreement, of.decisions),
+        )
         for left, of in plans
     ]
     return plots, Table(("parameters left", "worst output error", "same decision"), rows)

@@ -14,6 +14,7 @@ from lindep_onnx.report.values import GroupReport, Report
 
 #: What is shown without `verbose`.
 MAX_GROUPS, MAX_REFUSALS = 5, 5
+TONES = {"good": "green", "warn": "yellow", "bad": "bold red"}
 
 
 def render(report: Report, console: Console, *, verbose: bool, preview: bool = False) -> None:
@@ -89,8 +90,7 @@ def _group_table(groups: Sequence[GroupReport], name_width: int | None) -> Table
 
 def _print_verdicts(report: Report, console: Console, verbose: bool) -> None:
     for found, verdict in wording.verdicts(report):
-        style = "yellow" if found is None else "green" if found.passed else "bold red"
-        console.print(Text(verdict, style=style))
+        console.print(Text(verdict, style=TONES[wording.tone(report, found)]))
         if verbose and found is not None:
             for output in found.outputs:
                 console.print(Text(f"  output {wording.safe(output.name)}: {wording.output(output)}"))
@@ -107,7 +107,9 @@ def _print_preview(report: Report, console: Console) -> None:
     for point in report.frontier:
         cells = [f"{point.parameters:.3f}", f"-{point.channels:,}"]
         cells += [wording.error(point.expected), wording.error(point.relative_error)]
-        cells += [wording.percent(point.agreement)] if point.agreement is not None and agreement else []
+        cells += (
+            [wording.agreement(point.agreement, point.decisions)] if point.agreement is not None and agreement else []
+        )
         table.add_row(*map(Text, cells))
     console.print(Text("\nWhat would go at other budgets", style="bold"))
     console.print(table)

@@ -49,12 +49,18 @@ class Verification:
         relative_error: worst output error, as `lindep_onnx.verify` defines it.
         max_abs_error: largest absolute difference of a float output.
         agreement: share of samples (0 to 1) with the same arg-max; None if no output has one.
-        passed: whether all that was asked for holds.
+        passed: whether nothing that was asked for is broken: `status` is not "failed". It is true where no limit on
+            quality was set as well, and says nothing of the quality then: look at `status`.
         data: what the samples were, in words.
         worst_samples: the samples that differ most, worst first, by their place in the data.
         outputs: one entry per output.
         variants: the same comparison with other batches, shapes and optimisations.
         worst_errors: relative error of each of the worst samples.
+        status: "passed" where a limit on quality was set and holds, or the lossless bound does, on at least 10 samples;
+            "unchecked" where no limit on quality was set, or too few samples judged it; "failed" else.
+        reason: why it is not "passed", in words; empty where it is.
+        agreement_output: name of the output whose arg-max is counted; None if there is none.
+        decisions: how many arg-maxes were counted: samples, times positions of a 4-D output.
     """
 
     samples: int
@@ -67,6 +73,10 @@ class Verification:
     outputs: tuple[OutputComparison, ...] = ()
     variants: tuple[Variant, ...] = ()
     worst_errors: tuple[float, ...] = ()
+    status: str = "unchecked"
+    reason: str = ""
+    agreement_output: str | None = None
+    decisions: int = 0
 
 
 @dataclass(frozen=True)

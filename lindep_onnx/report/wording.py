@@ -14,6 +14,10 @@ from lindep_onnx.report.values import GroupReport, RefusalReport, Report, Verifi
 from lindep_onnx.structure.reasons import ADVICE
 from lindep_onnx.verify.metrics import OutputComparison
 from lindep_onnx.verify.variants import Variant
+from lindep_onnx.verify.verdict import MIN_PERCENT
+
+#: A result counts as slower from this share of the original's time on.
+SLOWER = 1.1
 
 # ------------------------------------------------------------------------------------------------------------ numbers
 
@@ -147,25 +151,82 @@ def headline(report: Report) -> str:
 
 def verdicts(report: Report) -> Iterator[tuple[Verification | None, str]]:
     """The comparison with the original and that on stress data, each with a sentence."""
-    yield report.verification, _verdict(report.verification, "Verification")
+    slow = slowdown(report)
+    yield report.verification, _verdict(report.verification, "Verification", "" if slow is None else f", {slow}")
     if report.stress is not None:
-        yield report.stress, _verdict(report.stress, "Stress test")
+        yield report.stress, _verdict(report.stress, "Stress test", "")
 
 
-def _verdict(found: Verification | None, what: str) -> str:
+def tone(report: Report, found: Verification | None) -> str:
+    """How a verdict is to be taken: "good", "warn" or "bad"; what is slower than the original is never good."""
+    if found is not None and found.status == "failed":
+        return "bad"
+    return "good" if found is not None and found.status == "passed" and slowdown(report) is None else "warn"
+
+
+def slowdown(report: Report) -> str | None:
+    """By how much the result is slower, where it is; None else."""
+    before, after = report.before.latency_ms, report.after.latency_ms
+    if not before or after is None or not report.changed or after / before <= SLOWER:
+        return None
+    return slower(after / before, smaller=report.after.bytes < report.before.bytes)
+
+
+def slower(ratio: float, *, smaller: bool) -> str:
+    """What is said of a result that takes `ratio` times as long."""
+    share = f"{100 * (ratio - 1):.0f} % slower"
+    return f"smaller but {share}" if smaller else share
+
+
+def _verdict(found: Verification | None, what: str, slow: str) -> str:
     if found is None:
-        return "Not verified: there were no unseen samples to compare the two models on."
-    passed = f"{what} passed" if found.passed else f"{what} FAILED".upper()
-    text = f"{passed}: on {many(found.samples, 'sample')} ({safe(found.data)}) the worst output error is "
-    text += f"{error(found.relative_error)} and the largest absolute difference {error(found.max_abs_error)}"
-    if found.agreement is not None:
-        text += f"; the arg-max agrees in {percent(found.agreement)}"
-    if (not found.passed or what != "Verification") and found.worst_samples:
-        text += f". Samples that differ most: {', '.join(map(str, found.worst_samples))}"
+        return f"Not verified{slow}: there were no held-out samples to compare the two models on."
+    start = {"passed": f"{what} passed", "failed": f"{what} FAILED".upper()}
+    quality = "Quality" if what == "Verification" else what
+    text = start.get(found.status, f"{quality} not checked") + slow + ": "
+    text += f"{safe(found.reason)}. " if found.status == "unchecked" and found.reason else ""
+    text += f"{_compared(found)}output error {_output_error(found)}, largest absolute difference "
+    text += f"{error(found.max_abs_error)}."
+    text += "".join(f" {shapes(output, found)}." for output in found.outputs if output.shapes_differ)
+    if (found.status == "failed" or what != "Verification") and found.worst_samples:
+        text += f" Samples that differ most: {', '.join(map(str, found.worst_samples))}."
     failed = [entry for entry in found.variants if not entry.passed]
     if failed:
-        text += ". Run otherwise, it differs by more: " + ", ".join(map(variant, failed))
-    return text + "."
+        text += " Run otherwise, it differs by more: " + ", ".join(map(variant, failed)) + "."
+    return text
+
+
+def _compared(found: Verification) -> str:
+    noun = safe(found.data)
+    samples = f"{found.samples:,} {noun.removesuffix('s') if found.samples == 1 else noun}"
+    if found.agreement is None or math.isnan(found.agreement):
+        return f"{samples}, "
+    if found.decisions != found.samples:
+        return f"{percent(found.agreement)} of the positions of {samples} keep their predicted class; "
+    if found.samples < MIN_PERCENT:
+        return f"{round(found.agreement * found.samples):,} of {samples} keep their predicted class; "
+    return f"{percent(found.agreement)} of {samples} keep their predicted class; "
+
+
+def agreement(share: float, decisions: int) -> str:
+    """A share of so many decisions that stay: counted where they are few, in percent else."""
+    return f"{round(share * decisions)} of {decisions}" if 0 < decisions < MIN_PERCENT else percent(share)
+
+
+def _output_error(found: Verification) -> str:
+    """The worst error of outputs that can be compared: on samples on which their shapes agree."""
+    if not any(output.shapes_differ for output in found.outputs):
+        return error(found.relative_error)
+    errors = [output.shared_error if output.shapes_differ else output.relative_error for output in found.outputs]
+    known = [value for value in errors if value is not None]
+    return error(max(known)) if known else "unknown"
+
+
+def shapes(output: OutputComparison, found: Verification) -> str:
+    """What is said of an output whose shape depends on the data and differs."""
+    text = f"Output {safe(output.name)!r} has another number of rows on {output.shapes_differ:,} of {found.samples:,}, "
+    others = f"error {error(output.shared_error)} on the others" if output.shared_error is not None else "so on all"
+    return text + "for the data decides on it: " + others
 
 
 def variant(found: Variant) -> str:
@@ -177,6 +238,9 @@ def output(found: OutputComparison) -> str:
     """How much an output differs."""
     if found.changed_share is not None:
         return f"{percent(found.changed_share)} of the elements differ"
+    if found.shapes_differ:
+        others = "" if found.shared_error is None else f", error {error(found.shared_error)} on the others"
+        return f"another number of rows on {many(found.shapes_differ, 'sample')}{others}"
     text = f"error {error(found.relative_error)}, as one tensor {error(found.whole_error)}"
     return text if found.cosine is None else f"{text}, 1 - cosine {error(1 - found.cosine)}"
 
@@ -184,8 +248,16 @@ def output(found: OutputComparison) -> str:
 def budgets(report: Report) -> Iterator[str]:
     """What was asked for and what was reached."""
     for budget in report.budget:
-        achieved = "not measured" if budget.achieved is None else f"{budget.achieved:.4g}"
-        yield f"Budget {safe(budget.kind)}: {budget.requested:.4g} asked for, {achieved} reached."
+        reached = budget.achieved
+        name = "--" + safe(budget.kind).replace("_", "-")
+        if reached is None or math.isnan(reached):
+            yield f"Limit {name} {budget.requested:.4g}: not measured"
+            continue
+        few = budget.kind == "min_agreement" and report.verification is not None
+        text = agreement(reached, report.verification.decisions) if few and report.verification else ""
+        met = reached >= budget.requested if budget.kind == "min_agreement" else reached <= budget.requested
+        counted = f" ({text})" if " of " in text else ""
+        yield f"Limit {name} {budget.requested:.4g}: {reached:.4g} reached{counted}{'' if met else ', NOT MET'}"
 
 
 # ------------------------------------------------------------------------------------------------ groups and refusals

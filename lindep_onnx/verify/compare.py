@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -23,6 +24,7 @@ def compare(
     batches: Iterable[Batch],
     *,
     agreement_output: str | None = None,
+    holds: Mapping[str, str] = MappingProxyType({}),
     runs: int = 1,
 ) -> Comparison:
     """Run two models on the same batches and compare what they put out.
@@ -32,6 +34,7 @@ def compare(
         result_session: the model to judge; same inputs.
         batches: what to feed.
         agreement_output: see `OutputErrors`.
+        holds: see `OutputErrors`.
         runs: batches that are run at the same time.
 
     Raises:
@@ -40,7 +43,7 @@ def compare(
         VerificationError: the result cannot run on the data or lacks an output, or there is no batch.
     """
     wanted = [output.name for output in original_session.get_outputs()]
-    errors = OutputErrors(agreement_output=agreement_output)
+    errors = OutputErrors(agreement_output=agreement_output, holds=holds)
     numbers: list[int] = []
 
     def both(batch: Batch) -> tuple[dict[str, Array], dict[str, Array]]:

@@ -10,6 +10,12 @@ where y_k is everything in slice k over all samples, mean(y_k) is one number, an
 axis. Centring makes a slice that hides a small signal behind a large offset count by its signal; the second term keeps
 a slice that never varies from dividing by zero. Integer, bool and string outputs count the elements that differ.
 
+Beside it stands the error of the whole output as the prediction of something that varies: `centered_error` is
+||y - y'|| over what the original is away from its own mean, the mean of each slice of an axis. One is what a model
+gives that answers with that mean whatever it is fed. Of axis 1, the last axis and the tensor as one slice that one
+counts which explains most by its means. An offset that all samples share, such as the place of a box in a large
+picture, hides nothing there.
+
 Everything is streamed: for each slice the count, the mean, the centred sum of squares (merged as in Chan, Golub and
 LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979, so that centring does not
 cancel) and the sum of squared differences, in float64.
@@ -19,7 +25,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -51,6 +58,14 @@ class OutputComparison:
         worst_sample: the sample with the largest ||y - y'|| / ||y||.
         changed_share: share of elements that differ, of an integer, bool or string output; None for floats.
         cosine: y.y' / (||y|| ||y'||) of the whole tensor; None for other outputs than floats, and where one is zero.
+        centered_error: of the whole tensor relative to how far y is from its mean, see the module; `whole_error` where
+            y does not vary, and for other outputs than floats.
+        mean_cosine: mean of the cosines of single samples; None where `cosine` is.
+        worst_cosine: lowest of them.
+        holds: what the graph says of it, see `lindep_onnx.verify.outputs`: "embedding", "decisions" or nothing.
+        shapes_differ: samples on which the shape differs, such as the number of boxes found. They make `relative_error`
+            infinite; `centered_error` and the cosines are of the others.
+        shared_error: `relative_error` of the samples whose shapes agree; None where all or none of them do.
     """
 
     name: str
@@ -60,6 +75,12 @@ class OutputComparison:
     worst_sample: int
     changed_share: float | None
     cosine: float | None = None
+    centered_error: float | None = None
+    mean_cosine: float | None = None
+    worst_cosine: float | None = None
+    holds: str = ""
+    shapes_differ: int = 0
+    shared_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +96,8 @@ class Comparison:
         worst_samples: up to five samples that differ most, worst first: by the numbers that `compare` was given, by
             order of the updates without any.
         worst_errors: ||y - y'|| / ||y|| of each of them, for the output that differs most.
+        agreement_output: name of the output whose arg-max is counted; None if there is none.
+        decisions: how many arg-maxes were counted: samples, times positions of a 4-D output.
     """
 
     samples: int
@@ -84,6 +107,8 @@ class Comparison:
     agreement: float | None
     worst_samples: tuple[int, ...]
     worst_errors: tuple[float, ...] = ()
+    agreement_output: str | None = None
+    decisions: int = 0
 
 
 class OutputErrors:
@@ -92,12 +117,19 @@ class OutputErrors:
     Args:
         agreement_output: `NAME` or `NAME:AXIS`, the output and axis of the arg-max. None takes the first float
             output that looks like class scores: the last axis in 2-D, axis 1 in 4-D with at most 1000 channels,
-            and in both more than one class.
+            and in both more than one class; none that holds an embedding.
+        holds: what the graph says of outputs, by name, see `lindep_onnx.verify.outputs`.
         chunk: elements of an output that are worked on at a time, so that float64 copies of large outputs stay small.
     """
 
-    def __init__(self, *, agreement_output: str | None = None, chunk: int = 1 << 20) -> None:
-        self._chunk = chunk
+    def __init__(
+        self,
+        *,
+        agreement_output: str | None = None,
+        holds: Mapping[str, str] = MappingProxyType({}),
+        chunk: int = 1 << 20,
+    ) -> None:
+        self._chunk, self._holds = chunk, holds
         self._outputs: dict[str, _Output] = {}
         self._samples = 0
         self._worst: list[tuple[float, int]] = []
@@ -134,7 +166,7 @@ class OutputErrors:
             # A run that found nothing (no boxes) is a sample too.
             count = fed if fed is not None else max(1, next((len(y) for y in reference.values() if np.ndim(y)), 1))
         if not self._outputs:
-            self._arg_max = decision(reference, self._wanted)
+            self._arg_max = decision(reference, self._wanted, self._holds)
         worst = np.zeros(count)
         for name, value in reference.items():
             y, other = np.asarray(value), np.asarray(candidate[name])
@@ -168,7 +200,9 @@ class OutputErrors:
         """
         if not self._samples or not self._outputs:
             raise VerificationError("There was no sample to compare the models on; give more calibration data.")
-        outputs = tuple(output.result() for output in self._outputs.values())
+        outputs = tuple(
+            replace(output.result(), holds=self._holds.get(name, "")) for name, output in self._outputs.items()
+        )
         absolute = (o.max_abs_error for o in outputs if o.changed_share is None or o.relative_error == np.inf)
         return Comparison(
             samples=self._samples,
@@ -178,6 +212,8 @@ class OutputErrors:
             agreement=self._agreeing / self._positions if self._positions else None,
             worst_samples=tuple(sample for _, sample in self._worst),
             worst_errors=tuple(-error for error, _ in self._worst),
+            agreement_output=self._arg_max[0] if self._arg_max is not None and self._positions else None,
+            decisions=self._positions,
         )
 
 
@@ -194,12 +230,15 @@ def _is_float(dtype: np.dtype[Any]) -> bool:
     return dtype.kind == "f" or (dtype.kind == "V" and "float" in dtype.name)
 
 
-def decision(outputs: Mapping[str, Array], wanted: str | None) -> tuple[str, int] | None:
+def decision(
+    outputs: Mapping[str, Array], wanted: str | None, holds: Mapping[str, str] = MappingProxyType({})
+) -> tuple[str, int] | None:
     """Name and axis of the output whose arg-max is the decision of the model; None if none is.
 
     Args:
         outputs: by name, samples along the leading axis.
         wanted: `NAME` or `NAME:AXIS`; None finds one.
+        holds: what the graph says of them: an embedding is not found.
 
     Raises:
         UsageError: the output does not exist or has no such axis.
@@ -207,7 +246,7 @@ def decision(outputs: Mapping[str, Array], wanted: str | None) -> tuple[str, int
     shapes = {name: np.shape(value) for name, value in outputs.items()}
     if wanted is None:
         for name, shape in shapes.items():
-            if not _is_float(np.asarray(outputs[name]).dtype) or len(shape) not in (2, 4):
+            if not _is_float(np.asarray(outputs[name]).dtype) or len(shape) not in (2, 4) or name in holds:
                 continue
             if shape[1] > 1 and (len(shape) == 2 or shape[1] <= MAX_CLASSES):
                 return name, 1
@@ -239,35 +278,41 @@ class _Output:
         self._slices = {axis: _Slices(axis) for axis in sorted(axes) if y.shape[axis] <= MAX_SLICES}
         self._rank = y.ndim
         self._first: tuple[int, ...] | None = None  # shape of the first arrays that hold anything
-        self._shapes_differ = False
+        self._shapes_differ = self._shapes_agree = 0
         self._changed = 0
         self._elements = 0
         self._max_abs = 0.0
         self._products = np.zeros(3)  # y.y, y'.y', y.y'
+        self._cosines = _Cosines()
         self._worst = (-1.0, 0)
 
     def update(self, y: Array, other: Array, samples: int) -> Floats:
         """Add arrays whose leading axis holds `samples` samples; returns the error of each, (samples,)."""
         if y.shape != other.shape:
             differ = bool(y.size or other.size)
-            self._shapes_differ |= differ
+            self._shapes_differ += samples if differ else 0
             return np.full(samples, np.inf if differ else 0.0)
+        self._shapes_agree += samples
         if not y.size:
             return np.zeros(samples)
         first = self._first = self._first or y.shape
         same = (axis for axis in self._slices if y.ndim == self._rank and y.shape[axis] == first[axis])
         self._slices = {axis: self._slices[axis] for axis in same}
-        squares = np.zeros((2, len(y) if y.ndim else 1))  # of the difference and of y, for each leading entry
+        # Of the difference and of y squares, of y' squares and its products with y, for each leading entry.
+        squares = np.zeros((4, len(y) if y.ndim else 1))
         y, other = (y, other) if y.ndim else (y[None], other[None])
         step = max(1, self._chunk // (y.size // len(y)))
         for start in range(0, len(y), step):
             piece = slice(start, start + step)
             rows = self._update_floats if self._is_float else self._update_others
             squares[:, piece] = rows(y[piece], other[piece])
-        difference, size = np.sqrt(squares.reshape(2, samples, -1).sum(axis=2))
-        return _quotient(difference, size)
+        difference, size, others, products = squares.reshape(4, samples, -1).sum(axis=2)
+        if self._is_float:
+            self._products += (size.sum(), others.sum(), products.sum())
+            self._cosines.update(size, others, products)
+        return _quotient(np.sqrt(difference), np.sqrt(size))
 
-    def _update_floats(self, y: Array, other: Array) -> tuple[Floats, Floats]:
+    def _update_floats(self, y: Array, other: Array) -> tuple[Floats, ...]:
         y, other = y.astype(np.float64), other.astype(np.float64)
         finite = np.isfinite(y)
         with np.errstate(invalid="ignore", over="ignore"):
@@ -276,15 +321,14 @@ class _Output:
             difference[~finite] = np.where((other == y) | (np.isnan(other) & np.isnan(y)), 0.0, np.inf)[~finite]
             y[~finite] = 0.0
             seen = np.where(finite, other, 0.0)
-            self._products += (np.vdot(y, y), np.vdot(seen, seen), np.vdot(y, seen))
             self._max_abs = max(self._max_abs, float(difference.max()))
             difference *= difference
             for slices in (self._whole, *self._slices.values()):
                 slices.update(y, difference, finite)
-            others = tuple(range(1, y.ndim))
-            return difference.sum(axis=others), (y * y).sum(axis=others)
+            inside = tuple(range(1, y.ndim))
+            return tuple(term.sum(axis=inside) for term in (difference, y * y, seen * seen, y * seen))
 
-    def _update_others(self, y: Array, other: Array) -> tuple[Floats, Floats]:
+    def _update_others(self, y: Array, other: Array) -> tuple[Floats, ...]:
         changed = np.asarray(y != other, dtype=bool)
         self._changed += int(changed.sum())
         self._elements += changed.size
@@ -292,7 +336,9 @@ class _Output:
             numbers = y.dtype.kind in "iub" and other.dtype.kind in "iub"
             apart = np.abs(y.astype(np.float64) - other.astype(np.float64)).max() if numbers else np.inf
             self._max_abs = max(self._max_abs, float(apart))
-        return changed.reshape(len(y), -1).sum(axis=1, dtype=np.float64), np.full(len(y), float(changed[0].size))
+        nothing = np.zeros(len(y))
+        count = np.full(len(y), float(changed[0].size))
+        return changed.reshape(len(y), -1).sum(axis=1, dtype=np.float64), count, nothing, nothing
 
     def note_worst(self, errors: Floats, first: int) -> None:
         """Remember the worst sample; `first` is the number of the first one in `errors`."""
@@ -301,22 +347,63 @@ class _Output:
 
     def result(self) -> OutputComparison:
         share = None if self._is_float else self._changed / max(1, self._elements)
-        if self._shapes_differ:
-            relative = whole = largest = np.inf
-        elif share is not None:
-            relative, whole, largest = share, share, self._max_abs
+        if share is not None:
+            relative, whole = share, share
+            centered = share
         else:
             # With one entry in each slice nothing is left after centring: the next larger slice answers.
             several = [slices.error() for slices in self._slices.values() if slices.most_entries > 1]
-            whole, largest = self._whole.uncentred_error(), self._max_abs
+            whole = self._whole.uncentred_error()
             relative = max(several) if several else self._whole.error() if self._whole.most_entries > 1 else whole
-        return OutputComparison(self._name, relative, whole, largest, self._worst[1], share, self._cosine())
+            centered = self._centered(whole)
+        largest, shared = self._max_abs, None
+        if self._shapes_differ:
+            shared = relative if self._shapes_agree else None
+            relative = whole = largest = np.inf
+        found = OutputComparison(self._name, relative, whole, largest, self._worst[1], share)
+        cosine = self._cosine()
+        mean, lowest = (None, None) if cosine is None else self._cosines.result()
+        return replace(
+            found,
+            cosine=None if self._shapes_differ else cosine,
+            centered_error=np.inf if self._shapes_differ and not self._shapes_agree else centered,
+            mean_cosine=mean,
+            worst_cosine=lowest,
+            shapes_differ=self._shapes_differ,
+            shared_error=shared,
+        )
+
+    def _centered(self, whole: float) -> float:
+        """`OutputComparison.centered_error`, and `whole` where nothing varies."""
+        found = (slices.explained_error() for slices in (self._whole, *self._slices.values()))
+        return max((error for error in found if error is not None), default=whole)
 
     def _cosine(self) -> float | None:
         one, two, both = self._products
-        if not self._is_float or self._shapes_differ or not (one > 0 and 0 < two < np.inf):
+        if not self._is_float or not (one > 0 and 0 < two < np.inf):
             return None
         return float(np.clip(both / (np.sqrt(one) * np.sqrt(two)), -1.0, 1.0))
+
+
+class _Cosines:
+    """The cosines of single samples; those in which the original is zero have none."""
+
+    def __init__(self) -> None:
+        self._count, self._sum, self._lowest = 0, 0.0, 1.0
+
+    def update(self, one: Floats, two: Floats, both: Floats) -> None:
+        """Add samples: squared norms of both models' outputs, and their products, each (samples,)."""
+        counted = (one > 0) & np.isfinite(one)
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            cosines = both[counted] / np.sqrt(one[counted]) / np.sqrt(two[counted])
+        cosines = np.clip(np.nan_to_num(cosines, nan=0.0, posinf=0.0, neginf=0.0), -1.0, 1.0)
+        self._count += len(cosines)
+        self._sum += float(cosines.sum())
+        self._lowest = min(self._lowest, float(cosines.min(initial=1.0)))
+
+    def result(self) -> tuple[float, float]:
+        """Mean and lowest."""
+        return self._sum / max(1, self._count), self._lowest
 
 
 class _Slices:
@@ -351,6 +438,17 @@ class _Slices:
         """The formula of the module, worst slice."""
         floor = FLOOR * np.max(self._norms())
         return float(np.max(_quotient(np.sqrt(self._difference), np.sqrt(self._spread) + floor)))
+
+    def explained_error(self) -> float | None:
+        """`OutputComparison.centered_error` of this axis; None where no slice varies, or has two entries."""
+        several = self._count > 1
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            # The mean is fitted to the same entries, so that few of them seem to be nearer to it than others would be.
+            spread = np.where(several, self._spread * self._count / (self._count - 1), 0.0).sum()
+            size = np.sqrt(np.square(self._norms())[several].sum() if np.ndim(several) else self._norms())
+        if not spread > (FLOOR * size) ** 2:
+            return None
+        return float(_quotient(np.sqrt(np.sum(np.where(several, self._difference, 0.0))), np.sqrt(spread)))
 
     def uncentred_error(self) -> float:
         return float(np.max(_quotient(np.sqrt(self._difference), self._norms())))

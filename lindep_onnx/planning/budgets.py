@@ -149,8 +149,7 @@ class Budgets:
         if found is None:
             return Verdict("unchecked", "there were no held-out samples; give --calib DATA")
         if self.mode == "budgeted" and not limited:
-            wanted = "--max-error" if found.agreement is None else "--min-agreement or --max-error"
-            return Verdict("unchecked", f"no limit on quality was set; set one with {wanted}")
+            return Verdict("unchecked", f"no limit on quality was set; set one with {_judging(found)}")
         if found.samples < MIN_JUDGED and "max_drop" not in limited:
             what = "the lossless bound" if self.mode != "budgeted" else " and ".join(map(flag, limited))
             count = f"{found.samples} held-out sample{'s' * (found.samples != 1)}"
@@ -202,6 +201,13 @@ def _too_large(name: str, share: float, reached: float) -> BudgetError:
         f"--{name} {share:g} cannot be reached: with everything removed that can be removed, "
         f"{math.ceil(1e4 * reached) / 1e4:g} of the original are left. Nothing was written; ask for at least that much."
     )
+
+
+def _judging(found: Comparison) -> str:
+    """Options that limit the quality of a result, as far as its outputs can be compared."""
+    if any(output.shapes_differ for output in found.outputs):
+        return "--eval and --max-drop, for outputs with another number of rows have no error"
+    return "--max-error" if found.agreement is None else "--min-agreement or --max-error"
 
 
 def _quality_reached(name: str, value: float | None, found: Comparison | None) -> str:

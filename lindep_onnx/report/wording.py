@@ -16,9 +16,6 @@ from lindep_onnx.verify.metrics import OutputComparison
 from lindep_onnx.verify.variants import Variant
 from lindep_onnx.verify.verdict import MIN_PERCENT
 
-#: A result counts as slower from this share of the original's time on.
-SLOWER = 1.1
-
 # ------------------------------------------------------------------------------------------------------------ numbers
 
 
@@ -159,17 +156,23 @@ def verdicts(report: Report) -> Iterator[tuple[Verification | None, str]]:
 
 def tone(report: Report, found: Verification | None) -> str:
     """How a verdict is to be taken: "good", "warn" or "bad"; what is slower than the original is never good."""
-    if found is not None and found.status == "failed":
+    status = None if found is None else _status(found)
+    if status == "failed":
         return "bad"
-    return "good" if found is not None and found.status == "passed" and slowdown(report) is None else "warn"
+    return "good" if status == "passed" and slowdown(report) is None else "warn"
+
+
+def _status(found: Verification) -> str:
+    """Reports of versions without a status say only that a verification failed."""
+    return found.status if found.passed else "failed"
 
 
 def slowdown(report: Report) -> str | None:
-    """By how much the result is slower, where it is; None else."""
-    before, after = report.before.latency_ms, report.after.latency_ms
-    if not before or after is None or not report.changed or after / before <= SLOWER:
+    """By how much the result is slower, where the measurement leaves no doubt; None else."""
+    found = report.latency
+    if found is None or not found.slower or not report.changed:
         return None
-    return slower(after / before, smaller=report.after.bytes < report.before.bytes)
+    return slower(found.ratio, smaller=report.after.bytes < report.before.bytes)
 
 
 def slower(ratio: float, *, smaller: bool) -> str:
@@ -181,14 +184,14 @@ def slower(ratio: float, *, smaller: bool) -> str:
 def _verdict(found: Verification | None, what: str, slow: str) -> str:
     if found is None:
         return f"Not verified{slow}: there were no held-out samples to compare the two models on."
-    start = {"passed": f"{what} passed", "failed": f"{what} FAILED".upper()}
+    status, start = _status(found), {"passed": f"{what} passed", "failed": f"{what} FAILED".upper()}
     quality = "Quality" if what == "Verification" else what
-    text = start.get(found.status, f"{quality} not checked") + slow + ": "
-    text += f"{safe(found.reason)}. " if found.status == "unchecked" and found.reason else ""
+    text = start.get(status, f"{quality} not checked") + slow + ": "
+    text += f"{safe(found.reason)}. " if status == "unchecked" and found.reason else ""
     text += f"{_compared(found)}output error {_output_error(found)}, largest absolute difference "
     text += f"{error(found.max_abs_error)}."
     text += "".join(f" {shapes(output, found)}." for output in found.outputs if output.shapes_differ)
-    if (found.status == "failed" or what != "Verification") and found.worst_samples:
+    if (status == "failed" or what != "Verification") and found.worst_samples:
         text += f" Samples that differ most: {', '.join(map(str, found.worst_samples))}."
     failed = [entry for entry in found.variants if not entry.passed]
     if failed:

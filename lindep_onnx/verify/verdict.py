@@ -9,7 +9,8 @@ and not to be used unless the user insists, where for one of its outputs
 - which is anything else: what is wrong is above nine tenths of what the output varies by (`centered_error`; of the
   whole output with too few samples to know its mean). Half of the class numbers behind an ArgMax have to stay.
 
-An output that has another shape where the data decides on its rows is judged by the samples on which its shape agrees.
+An output whose number of rows depends on the data and differs is not judged: where as many boxes are found, they need
+not be the same ones in the same order.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ def near_chance(found: Comparison) -> str | None:
 
 def _clauses(found: Comparison) -> Iterator[str]:
     for output in found.outputs:
+        if output.shapes_differ:
+            continue
         error = _whole(output, found.samples)
         if output.name == found.agreement_output and found.agreement is not None:
             if found.agreement < MIN_AGREEMENT and error > MIN_SCORES:
@@ -66,14 +69,14 @@ def _clauses(found: Comparison) -> Iterator[str]:
                 yield f"gives {output.name!r} with a mean cosine of {output.mean_cosine:.2g} to the original's"
         elif output.changed_share is not None:
             allowed = MIN_AGREEMENT if output.holds == "decisions" else MAX_WHOLE
-            if output.shapes_differ == 0 and output.changed_share > allowed:
+            if output.changed_share > allowed:
                 yield f"changes {output.changed_share:.1%} of the elements of output {output.name!r}"
-        elif error > MAX_WHOLE and (output.shapes_differ == 0 or output.shared_error is not None):
+        elif error > MAX_WHOLE:
             yield f"errs by {error:.2g} of what output {output.name!r} varies by"
 
 
 def _whole(output: OutputComparison, samples: int) -> float:
-    centered = output.centered_error if samples >= MIN_JUDGED or output.shapes_differ else None
+    centered = output.centered_error if samples >= MIN_JUDGED else None
     return output.whole_error if centered is None else centered
 
 

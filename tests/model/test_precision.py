@@ -78,6 +78,16 @@ def test_a_neighbour_is_one_spacing_away_at_most() -> None:
     assert (moved[0] == 0).all() and steps[1:].max() == 1 and (steps[1:] == 0).any()
 
 
+def test_what_has_no_neighbour_stays() -> None:
+    """The bits beside those of a negative zero, and of the ends of the range, are those of no number."""
+    ends = np.finfo(np.float32)
+    alone = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, ends.max, ends.min], np.float32)
+    model = build("y = MatMul(x, w)", {"w": np.tile(alone, (10, 4))}, x=("N", 10))
+    moved = initializer(perturbed_one_ulp(load(model), 0).proto, "w").reshape(10, 4, 7)
+    np.testing.assert_array_equal(moved[..., :5], np.broadcast_to(alone[:5], (10, 4, 5)))
+    assert np.isfinite(moved[..., 5:]).all() and (moved[..., 5:] != alone[5:]).any()
+
+
 def test_double_precision_stays() -> None:
     w = as_array("w", (10, 16)).astype(np.float64)
     w[:, 3], w[:, 5] = 2 * w[:, 1], 0

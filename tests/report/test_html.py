@@ -53,7 +53,7 @@ def test_it_is_one_file_that_needs_no_script_and_no_network() -> None:
     assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in parsed.tags}
     assert "http://" not in text and "https://" not in text and "url(" not in text
     assert "prefers-color-scheme: dark" in text and "@media print" in text and "width=device-width" in text
-    for part in ("net.onnx", "3,000,000", "conv1", "Verification passed", "unknown_operator", "What to do: ",
+    for part in ("net.onnx", "3,000,000", "conv1", "Verification passed:", "unknown_operator", "What to do: ",
                  "calibrate", "2.25", "1.2.3", "Never active", "sample 3", "10 ms", "interval 0.78 to 0.83"):  # fmt: skip
         assert part in parsed.text, part
 

@@ -97,8 +97,8 @@ def test_totals_groups_and_verification_are_shown_in_80_columns() -> None:
     flat = " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 80
     for part in ("4,000,000 3,000,000 -25.0 %", "16 MB 12 MB", "12.5 ms 10 ms -20.0 %", "64 -> 48", "12 joint",
-                 "Verification passed: on 40 samples (held-out calibration samples)", "agrees in 97.5 %",
-                 "Budget max_error: 0.001 asked for, 0.00015 reached", "Never active in 280 samples"):  # fmt: skip
+                 "Verification passed: 39 of 40 held-out samples keep their predicted class; output error 0.00015",
+                 "Limit --max-error 0.001: 0.00015 reached", "Never active in 280 samples"):  # fmt: skip
         assert part in flat
     assert "conv3" not in text  # it did not change
 
@@ -131,7 +131,7 @@ def flat(report: Report) -> str:
 def test_failed_and_missing_verification_are_said_in_plain_words() -> None:
     failed = dataclasses.replace(a_report().verification, passed=False, relative_error=np.inf)
     text = " ".join(shown(a_report(verification=failed)).split())
-    assert "VERIFICATION FAILED" in text and "error is infinite" in text and "differ most: 3, 17" in text
+    assert "VERIFICATION FAILED" in text and "output error infinite" in text and "differ most: 3, 17" in text
     assert "passed" not in text
     assert "Not verified" in shown(a_report(verification=None))
 
@@ -261,4 +261,4 @@ def test_wins_are_those_of_most_parameters_and_nodes_are_counted() -> None:
 def test_a_preview_is_a_table_of_budgets() -> None:
     text = shown(a_report(), preview=True)
     assert "0.913 -12 4e-05 0.0001 100 %" in " ".join(text.split()) and max(map(len, text.splitlines())) <= 80
-    assert "--params" not in shown(a_report())
+    assert "What would go" not in shown(a_report())

@@ -29,11 +29,14 @@ VERIFIED = Verification(
     max_abs_error=2e-5,
     agreement=0.975,
     passed=True,
-    data="held-out calibration samples",
+    data="held-out samples",
     worst_samples=(3, 17),
     outputs=(OutputComparison("scores", 1.5e-4, 1e-5, 2e-5, 3, None), OutputComparison("ids", 0.0, 0.0, 0.0, 0, 0.0)),
     variants=(Variant("in batches of 1", 8, 1e-4, True),),
     worst_errors=(0.4, 0.1),
+    status="passed",
+    agreement_output="scores",
+    decisions=40,
 )
 
 

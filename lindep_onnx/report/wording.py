@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from lindep_onnx.report.values import GroupReport, RefusalReport, Report, Verification
+from lindep_onnx.runtime.timing import SLOWER
 from lindep_onnx.structure.reasons import ADVICE
 from lindep_onnx.verify.metrics import OutputComparison
 from lindep_onnx.verify.variants import Variant
@@ -170,7 +171,7 @@ def _status(found: Verification) -> str:
 def slowdown(report: Report) -> str | None:
     """By how much the result is slower, where the measurement leaves no doubt; None else."""
     found = report.latency
-    if found is None or not found.slower or not report.changed:
+    if found is None or not found.differs or found.low <= SLOWER or not report.changed:
         return None
     return slower(found.ratio, smaller=report.after.bytes < report.before.bytes)
 

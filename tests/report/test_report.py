@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from reports import HOSTILE, a_report, group, refusal
+from reports import HOSTILE, VERIFIED, a_report, group, refusal
 from rich.console import Console
 
 from lindep_onnx.errors import OutputError, UsageError
 from lindep_onnx.report import wording
 from lindep_onnx.report.terminal import render
-from lindep_onnx.report.values import Report, Size
+from lindep_onnx.report.values import BudgetReport, Report, Size
 from lindep_onnx.report.writing import check_path, write_report
 from lindep_onnx.runtime.timing import Ratio
 from lindep_onnx.structure import reasons
@@ -134,6 +134,59 @@ def test_failed_and_missing_verification_are_said_in_plain_words() -> None:
     assert "VERIFICATION FAILED" in text and "output error infinite" in text and "differ most: 3, 17" in text
     assert "passed" not in text
     assert "Not verified" in shown(a_report(verification=None))
+
+
+def told(**changes: object) -> str:
+    return " ".join(shown(a_report(verification=dataclasses.replace(VERIFIED, **changes)), width=400).split())
+
+
+def test_what_no_limit_judged_is_yellow_and_says_what_to_set() -> None:
+    unchecked = dataclasses.replace(VERIFIED, status="unchecked", reason="no limit was set; set one with --max-error")
+    report = a_report(verification=unchecked)
+    text = told(status="unchecked", reason="no limit was set; set one with --max-error")
+    assert "Quality not checked: no limit was set; set one with --max-error. 39 of 40 held-out samples keep" in text
+    assert wording.tone(report, unchecked) == "warn" and "passed" not in text
+    assert wording.tone(a_report(), VERIFIED) == "good" and wording.tone(a_report(verification=None), None) == "warn"
+    assert wording.tone(report, dataclasses.replace(VERIFIED, status="failed")) == "bad"
+    old = dataclasses.replace(VERIFIED, status="unchecked", passed=False)  # a report of a version without a status
+    assert wording.tone(report, old) == "bad" and "VERIFICATION FAILED" in shown(a_report(verification=old))
+
+
+def test_what_is_slower_is_never_green() -> None:
+    latency = dataclasses.replace(a_report().latency, ratio=1.12, low=1.08, high=1.2)
+    slow, unsure = (a_report(latency=dataclasses.replace(latency, low=low)) for low in (1.08, 1.01))
+    assert "Verification passed, smaller but 12 % slower: 39 of 40" in " ".join(shown(slow).split())
+    assert wording.tone(slow, VERIFIED) == "warn" and wording.tone(unsure, VERIFIED) == "good"
+    assert "slower" not in shown(a_report(latency=latency, groups=(group(after=64),)))  # nothing was removed
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"samples": 25, "decisions": 25, "agreement": 22 / 25},
+            "22 of 25 held-out samples keep their predicted class",
+        ),
+        ({"samples": 1, "decisions": 1, "agreement": 0.0}, "0 of 1 held-out sample keep"),
+        ({"samples": 162, "decisions": 162, "agreement": 0.8827}, "88.27 % of 162 held-out samples keep"),
+        ({"samples": 25, "decisions": 25 * 64, "agreement": 0.88}, "88 % of the positions of 25 held-out samples keep"),
+        ({"agreement": None}, "40 held-out samples, output error 0.00015"),
+    ],
+)
+def test_samples_are_counted_where_they_are_few(changes: dict[str, object], words: str) -> None:
+    assert words in told(**changes)
+
+
+def test_limits_are_named_like_their_options_and_say_where_they_are_missed() -> None:
+    kinds = (("params", 0.8, 0.794), ("min_agreement", 0.98, 0.975), ("max_error", 0.1, 0.2), ("macs", 0.5, None))
+    text = shown(a_report(budget=tuple(BudgetReport(*kind) for kind in kinds)))
+    for line in (
+        "Limit --params 0.8: 0.794 reached\n",
+        "Limit --min-agreement 0.98: 0.975 reached (39 of 40), NOT MET\n",
+        "Limit --max-error 0.1: 0.2 reached, NOT MET\n",
+        "Limit --macs 0.5: not measured\n",
+    ):
+        assert line in text
 
 
 @pytest.mark.parametrize(

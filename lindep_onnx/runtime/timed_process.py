@@ -48,7 +48,13 @@ def _opened(asked: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     with numpy.load(asked["feeds"]) as archive:
         names = archive["names"].tolist()
         feeds = {name: archive[str(place)] for place, name in enumerate(names)}
-    return onnxruntime.InferenceSession(source, options, providers=providers), feeds
+    if any("CUDA" in name or "Tensorrt" in name for name, _ in providers) and hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()  # which the process that asks may have done, or PyTorch in it
+    session = onnxruntime.InferenceSession(source, options, providers=providers)
+    left_out = [name for name, _ in providers if name not in session.get_providers()]
+    if left_out:  # ONNX Runtime goes on with the others, and that would be another time
+        raise RuntimeError(f"{left_out[0]} does not start in it")
+    return session, feeds
 
 
 def _run(session: Any, feeds: dict[str, Any], discard: float, seconds: float) -> list[float]:

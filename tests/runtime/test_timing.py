@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import scipy.stats
 from build import build
@@ -68,6 +69,13 @@ def test_a_model_that_cannot_be_run_is_one_clear_error(started: list[subprocess.
             Stopwatch(chain(1), wrong, ONE) as stopwatch,
         ):
             stopwatch.compare(found)
+    elsewhere = Runtime.named(("CUDAExecutionProvider", "CPUExecutionProvider"))
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        with (
+            pytest.raises(TimingError, match="CUDAExecutionProvider does not start"),
+            Stopwatch(chain(1), feeds(), elsewhere) as stopwatch,
+        ):
+            stopwatch.compare(chain(1))
     assert started and all(process.poll() is not None for process in started)
 
 

@@ -72,6 +72,7 @@ class Layer:
         layout: what the node does with its weight.
         axis: channel axis of the input.
         node: the node itself.
+        depthwise: whether every channel is a group of its own, whatever the widths.
     """
 
     kind: str
@@ -81,23 +82,29 @@ class Layer:
     layout: Weighted
     axis: int
     node: Node
+    depthwise: bool = False
 
     @property
-    def depthwise(self) -> bool:
-        """Whether every channel is a group of its own."""
-        return self.layout.group > 1 and self.layout.group == self.widths[0]
+    def group(self) -> int:
+        """Groups at the widths that it has."""
+        return self.widths[0] if self.depthwise else self.layout.group
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the weight at the widths that it has."""
+        return replace(self.layout, group=self.group).weight_shape(self.widths, self.kernel)
 
     @property
     def macs(self) -> float:
         """Multiply-accumulates of one run, those at the border counted like all others."""
         positions = math.prod(size for place, size in enumerate(self.shape) if place != self.axis)
         strides = math.prod(self.node.attributes.get("strides", ())) if self.node.op == "Conv" else 1
-        pairs = self.widths[0] * self.widths[1] / self.layout.group
+        pairs = self.widths[0] * self.widths[1] / self.group
         return positions * pairs * math.prod(self.kernel) / max(1, strides)
 
     def whole(self, block: Block) -> Widths:
         """The widths as kernels see them: in each group rounded up to whole blocks."""
-        step = block(self) * (1 if self.depthwise else self.layout.group)
+        step = block(self) * (1 if self.depthwise else self.group)
         before, after = (-(-width // step) * step for width in self.widths)
         return before, after
 
@@ -343,9 +350,10 @@ def _layer(node: Node, shape_info: ShapeInfo) -> Layer | None:
     kernel = weight.shape[2:]
     others = tuple(size for place, size in enumerate(fixed) if place != axis)
     attributes = {key: value for key, value in sorted(node.attributes.items()) if key not in ("group", "alpha", "beta")}
-    groups = "depthwise" if layout.depthwise(weight.shape) else layout.group
+    depthwise = layout.depthwise(weight.shape)
+    groups = "depthwise" if depthwise else layout.group
     kind = f"{node.op} {others} {kernel} {groups} {weight.dtype} {attributes}"
-    return Layer(kind, layout.widths(weight.shape), fixed, tuple(map(int, kernel)), layout, axis, node)
+    return Layer(kind, layout.widths(weight.shape), fixed, tuple(map(int, kernel)), layout, axis, node, depthwise)
 
 
 # ---- measured here ------------------------------------------------------------------------------------------------
@@ -381,7 +389,7 @@ def measure_table(found: Sequence[Layer], opset: int, runtime: Runtime, block: B
 
 def _grid(layer: Layer, width: int, block: Block) -> tuple[int, ...]:
     """One block, and shares of the width in whole blocks."""
-    step = block(layer) * (1 if layer.depthwise else layer.layout.group)
+    step = block(layer) * (1 if layer.depthwise else layer.group)
     return tuple(sorted({min(width, max(1, -(-round(share * width) // step)) * step) for share in (0.0, *SHARES)}))
 
 
@@ -390,7 +398,7 @@ def _timed(layer: Layer, pairs: Sequence[Widths], opset: int, runtime: Runtime) 
     if not runtime.on_processor:
         return [_clocked(*_alone(layer, [pair], opset), runtime) for pair in pairs]
     before, after = pairs[-1]
-    if len(pairs) > 1 and before * after * math.prod(layer.kernel) > LARGE * layer.layout.group:
+    if len(pairs) > 1 and math.prod(replace(layer, widths=(before, after)).weight_shape) > LARGE:
         return [seconds for pair in pairs for seconds in _timed(layer, [pair], opset, runtime)]
     proto, feeds = _alone(layer, pairs, opset)
     profile = parse_profile(runtime.profile(proto, feeds, RUNS), f"{layer.node.name} alone")
@@ -405,13 +413,13 @@ def _alone(layer: Layer, pairs: Sequence[Widths], opset: int) -> tuple[onnx.Mode
     node, helper, rng = layer.node, onnx.helper, np.random.default_rng(0)
     nodes, constants, feeds = [], {}, {}
     for place, (before, after) in enumerate(pairs):
-        layout = replace(layer.layout, group=before if layer.depthwise else layer.layout.group)
+        at = replace(layer, widths=(before, after))
         shape = tuple(before if axis == layer.axis else size for axis, size in enumerate(layer.shape))
         feeds[f"x{before}"] = rng.standard_normal(shape, dtype=np.float32)
-        own = {f"w{place}": rng.standard_normal(layout.weight_shape((before, after), layer.kernel), dtype=np.float32)}
+        own = {f"w{place}": rng.standard_normal(at.weight_shape, dtype=np.float32)}
         if node.op == "Gemm" and opset < 11:
             own[f"c{place}"] = np.zeros(after, np.float32)
-        attributes = {**node.attributes, **({"group": layout.group} if node.op in ("Conv", "ConvTranspose") else {})}
+        attributes = {**node.attributes, **({"group": at.group} if node.op in ("Conv", "ConvTranspose") else {})}
         names = [f"x{before}", *own]
         nodes.append(helper.make_node(node.op, names, [f"y{place}"], name=f"node{place}", **attributes))
         constants.update(own)

@@ -74,6 +74,9 @@ def test_widths_count_in_whole_blocks() -> None:
     assert [table.predict(layer) for layer in narrow] == [6.0, 6.0, 6.0, 8.0, 8.0]
     grouped = replace(first, widths=(36, 40), layout=replace(first.layout, group=4))
     assert grouped.whole(lambda layer: 8) == (64, 64) and depthwise.whole(lambda layer: 48) == (96, 96)
+    thin = replace(depthwise, widths=(17, 17))
+    assert thin.whole(lambda layer: 8) == (24, 24) and thin.weight_shape == (17, 1, 3, 3)
+    assert thin.macs / depthwise.macs == pytest.approx(17 / 64)
 
 
 def test_layers_of_which_nothing_is_known_are_named_and_count_like_the_others() -> None:

@@ -189,6 +189,20 @@ def reference() -> str:
     return text
 
 
+def with_negatives(arguments: Sequence[str]) -> list[str]:
+    """The arguments with values that begin with a minus (`-5:5`, `-1,0,1`) joined to their option.
+
+    argparse takes such a value for an option of its own.
+    """
+    found: list[str] = []
+    for argument in arguments:
+        if re.match(r"-(\.?[0-9]|inf)", argument) and found and re.fullmatch(r"--[a-z][a-z-]*", found[-1]):
+            found[-1] += "=" + argument
+        else:
+            found.append(argument)
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -202,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _give_memory_back()
     errors = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
     try:
-        options = parser().parse_intermixed_args(given)  # OUT may come behind options
+        options = parser().parse_intermixed_args(with_negatives(given))  # OUT may come behind options
         logging.basicConfig(level=logging.DEBUG if options.debug else logging.ERROR, stream=sys.stderr)
         return _run(options, errors)
     except (Exception, KeyboardInterrupt) as error:

@@ -208,18 +208,40 @@ def measure(
         return rows, moments, seen.probed
 
     done, total = 0, sum(len(samples.parts[part]) for part in MEASURED)
-    with shares.pool() as pool:
-        for part, own in sums.parts.items():
-            for batch, (rows, moments, probed) in pool.in_order(sampled, samples.batches(part)):
-                for point, found in moments.items():
-                    own[point].absorb(found)
-                full = {point: own[point] for point, values in rows.items() if own[point].take(values)}
-                list(pool.map(_add_up, full, full.values()))
-                if probe is not None:
-                    probe.update(probed, batch)
-                done += len(batch.samples)
-                log.progress("calibrate", done, total)
-            list(pool.map(_add_up, own, own.values()))
+    try:
+        with shares.pool() as pool:
+            for part, own in sums.parts.items():
+                for batch, (rows, moments, probed) in pool.in_order(sampled, samples.batches(part)):
+                    for point, found in moments.items():
+                        own[point].absorb(found)
+                    full = {point: own[point] for point, values in rows.items() if own[point].take(values)}
+                    list(pool.map(_add_up, full, full.values()))
+                    if probe is not None:
+                        probe.update(probed, batch)
+                    done += len(batch.samples)
+                    log.progress("calibrate", done, total)
+                list(pool.map(_add_up, own, own.values()))
+    except _NotFiniteError as error:
+        found_at = next(_not_finite(error.point, sampler, draw, samples), None)
+        where = "this data" if found_at is None else f"sample {found_at}; remove or repair it"
+        raise CalibrationError(f"Tensor {error.point.tensor!r} becomes NaN or infinite on {where}.") from error
+
+
+class _NotFiniteError(CalibrationError):
+    """What is measured at a point is not finite."""
+
+    def __init__(self, point: MeasuringPoint) -> None:
+        super().__init__(point.tensor)
+        self.point = point
+
+
+def _not_finite(point: MeasuringPoint, sampler: RowSampler, draw: Draw, samples: Samples) -> Iterator[int]:
+    """The samples on which what is measured at a point is not finite, looked for at the same positions again."""
+    for batch in samples.batches(*MEASURED):
+        rows = sampler.run(batch, draw.streams(batch)[0]).rows.get(_place(point))
+        for number, own in zip(batch.samples, rows.values if rows is not None else (), strict=False):
+            if not np.isfinite(own).all():
+                yield int(number)
 
 
 def _place(point: MeasuringPoint) -> ChannelAxis:
@@ -250,7 +272,7 @@ def _named(point: MeasuringPoint) -> Iterator[None]:
     try:
         yield
     except CalibrationError as error:
-        raise CalibrationError(f"Tensor {point.tensor!r} becomes NaN or infinite on this data.") from error
+        raise _NotFiniteError(point) from error
 
 
 def _features(rows: Array, index: NDArray[np.int64], rng: np.random.Generator) -> Array:

@@ -271,8 +271,9 @@ def cast(value: Array, dtype: np.dtype[Any], where: str) -> Array:
 
 
 def not_finite(where: str, dtype: np.dtype[Any], stored: Array, sample: int | None) -> CalibrationError:
-    """The error for an array that is not finite once it is cast."""
-    what = "NaN or infinite values" if not np.isfinite(stored).all() else f"values too large for {dtype}"
+    """The error for an array that holds what may not be fed once it is cast; minus infinity may, where it is stored."""
+    wrong = np.isnan(stored).any() or (stored == np.inf).any()
+    what = "NaN or infinite values" if wrong else f"values too large for {dtype}"
     which, remedy = ("", "repair it") if sample is None else (f" (sample {sample})", "remove or repair this sample")
     return CalibrationError(f"{where} holds {what}{which}; {remedy}.")
 

@@ -86,7 +86,7 @@ class _Feeder:
             where = f"{self.shards[index].where}: input {spec.name!r}"
             fed = feeds[spec.name] = cast(taken, spec.dtype, where)
             # What counts comes first; filler repeats it.
-            good = np.isfinite(fed) if kind_of(spec.dtype) == "float" else np.ones(1, dtype=bool)
+            good = _usable(fed, taken) if kind_of(spec.dtype) == "float" else np.ones(1, dtype=bool)
             if not good.all():
                 raise not_finite(where, spec.dtype, taken, self._first_bad(spec, numbers, good))
             if spec.range is not None and fed.size:
@@ -123,6 +123,11 @@ class _Feeder:
                     digest.update(np.asarray(arrays[name][row]).tobytes())
                 found.append(digest.digest())
         return found
+
+
+def _usable(fed: Array, stored: Array) -> NDArray[np.bool_]:
+    """Which values may be fed: minus infinity, as in the masks of attention, where it is stored like that."""
+    return np.asarray(np.isfinite(fed) | ((fed == -np.inf) & (stored == -np.inf)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,7 +195,7 @@ class Samples:
             size: samples per run, where the model leaves that free; None for the usual number.
 
         Raises:
-            CalibrationError: a value is NaN, infinite or outside the declared range, naming input and sample.
+            CalibrationError: a value is NaN, plus infinity or outside the declared range, naming input and sample.
         """
         for numbers in self.numbers(*parts, limit=limit, size=size):
             filled = self._feeder.filled(numbers)
@@ -229,7 +234,7 @@ class Samples:
             numbers: sample numbers, at most `batch`; filled up by repetition where the model fixes the batch.
 
         Raises:
-            CalibrationError: a value is NaN or infinite.
+            CalibrationError: a value is NaN or plus infinity.
         """
         numbers = self._feeder.filled(numbers)
         shard = self._feeder.shard_of(numbers)

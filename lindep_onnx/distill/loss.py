@@ -15,6 +15,7 @@ its effort on scores that never decide anything.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -98,18 +99,18 @@ class Teacher:
         floats = [output.name for output in self._session.get_outputs() if output.type == "tensor(float)"]
         decides: tuple[str, int] | None = None
         gathered: dict[str, list[_Variation]] = {}
-        taken = 0
+        taken = runs = 0
         for batch in samples.batches(Part.FIT, limit=MEASURED) if floats else ():
             outputs = dict(zip(floats, self._session.run(floats, dict(batch.feeds)), strict=True))
             if not taken:
                 with suppress(UsageError):  # it is none of the floats
                     decides = decision(outputs, agreement_output)
-            taken += batch.size
+            taken, runs = taken + batch.size, runs + 1
             for name, value in outputs.items():
-                if value.ndim:
+                if value.ndim and len(value) % batch.size == 0:
                     axis = decides[1] if decides is not None and decides[0] == name else None
-                    gathered.setdefault(name, []).append(_Variation.of(value, axis))
-        measures = {name: _measure(parts, taken) for name, parts in gathered.items()}
+                    gathered.setdefault(name, []).append(_Variation.of(value, axis, batch.size))
+        measures = {name: _measure(parts, taken) for name, parts in gathered.items() if len(parts) == runs}
         self.measures: Mapping[str, Measure] = {name: found for name, found in measures.items() if found is not None}
         self._targets = [f"{TARGET}{number}" for number in range(len(self.measures))]
 
@@ -133,8 +134,18 @@ class Teacher:
 
 @dataclass(frozen=True)
 class _Variation:
-    """An output in one run: count, sum and sum of squares of each slice, variance within decisions, decisions."""
+    """An output in one run.
 
+    Attributes:
+        share: shape of what belongs to one sample.
+        sums: (3, slices) count, sum and sum of squares.
+        aligned: shape in which values by slice broadcast.
+        axis: along which its arg-max decides; None if it decides nothing.
+        within: sum of the variances within decisions.
+        decisions: how many.
+    """
+
+    share: tuple[int, ...]
     sums: Array
     aligned: tuple[int, ...]
     axis: int | None
@@ -142,21 +153,21 @@ class _Variation:
     decisions: int
 
     @staticmethod
-    def of(value: Array, axis: int | None) -> _Variation:
-        exact = value.astype(np.float64)
+    def of(value: Array, axis: int | None, samples: int) -> _Variation:
+        exact, share = value.astype(np.float64), (len(value) // samples, *value.shape[1:])
         channel = slice_axis(value.shape)
         slices = np.moveaxis(exact, channel, 0).reshape(value.shape[channel], -1)
         sums = np.stack([np.full(len(slices), slices.shape[1]), slices.sum(axis=1), np.square(slices).sum(axis=1)])
         aligned = tuple(-1 if place == channel else 1 for place in range(value.ndim))
         if axis is None:
-            return _Variation(sums, aligned, None, 0.0, 0)
+            return _Variation(share, sums, aligned, None, 0.0, 0)
         variances = exact.var(axis=axis)
-        return _Variation(sums, aligned, axis, float(variances.sum()), variances.size)
+        return _Variation(share, sums, aligned, axis, float(variances.sum()), variances.size)
 
 
 def _measure(parts: Sequence[_Variation], samples: int) -> Measure | None:
     """None for an output of varying size, or one that does not vary or is not finite."""
-    if len({part.sums.shape for part in parts}) != 1:
+    if len({part.share for part in parts}) != 1 or not math.prod(parts[0].share):
         return None
     count, total, squares = np.sum([part.sums for part in parts], axis=0)
     varies = (squares - total**2 / count) / samples

@@ -124,7 +124,7 @@ def distill(
         return _untrained("there are too few samples")
     teacher = Teacher(training.teacher, samples, runtime, agreement_output=training.agreement_output)
     if not teacher.measures:
-        return _untrained("no output of type float32 varies")
+        return _untrained("no output of type float32 varies, with as many rows for every sample")
     try:
         student = with_loss(training.student, teacher.measures)
         steps = _Steps(training, teacher, samples, runtime)

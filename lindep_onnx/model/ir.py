@@ -23,7 +23,7 @@ from lindep_onnx.files import WeightsDir
 from lindep_onnx.model.checks import check_arity, check_order, check_sizes, check_windows, defined_twice
 from lindep_onnx.model.node import Node
 from lindep_onnx.model.order import in_order, of_true_types
-from lindep_onnx.model.weights import array_of, bodies, dense_of, read
+from lindep_onnx.model.weights import array_of, bodies, dense_of, graphs, read
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +77,31 @@ class Model:
     def producer(self) -> Mapping[str, Node]:
         """The node that computes each tensor."""
         return MappingProxyType({name: node for node in self.nodes for name in node.outputs if name})
+
+
+@dataclass(frozen=True)
+class Body:
+    """A sub-graph of a node, at any depth.
+
+    Attributes:
+        nodes: its own, those of bodies inside it not among them.
+        stored: its own constants.
+    """
+
+    nodes: tuple[Node, ...]
+    stored: Mapping[str, Array]
+
+
+def bodies_of(node: Node) -> list[Body]:
+    """The sub-graphs of a node (If, Loop, Scan), those inside them too."""
+    values = (value if isinstance(value, list) else [value] for value in node.attributes.values())
+    direct = [value for those in values for value in those if isinstance(value, onnx.GraphProto)]
+    found = []
+    for graph in (inner for body in direct for inner in graphs(body)):
+        nodes, whole, sparse = _read_nodes(graph)
+        stored = {tensor.name: array_of(tensor, None) for tensor in graph.initializer}
+        found.append(Body(tuple(nodes), MappingProxyType({**stored, **whole, **sparse})))
+    return found
 
 
 def load(source: str | Path | onnx.ModelProto) -> Model:

@@ -74,9 +74,13 @@ class Known:
         """Take over a shape, but for what is known as a number already."""
         known = self.shapes.get(name)
         if known is not None and len(known) == len(found):
-            pairs = zip(known, found, strict=True)
-            found = tuple(old if isinstance(old, int) or not isinstance(new, int) else new for old, new in pairs)
+            found = tuple(min(pair, key=_vagueness) for pair in zip(known, found, strict=True))
         self.shapes[name] = found
+
+
+def _vagueness(size: int | str) -> int:
+    """How little a size says: a number, a name that the file gives, a name that was made up for something unknown."""
+    return 0 if isinstance(size, int) else 2 if size.startswith(("?", "unk__")) else 1
 
 
 def follow(model: Model, known: Known) -> None:
@@ -218,8 +222,19 @@ def _expand_target(node: Node, known: Known) -> Shape:
     return tuple(wanted if size == 1 else size for size, wanted in pairs)
 
 
+def _resize_target(node: Node, known: Known) -> Shape:
+    """The `sizes`, where they say all; scales, which inference follows, are empty then if they are not left out."""
+    if "axes" in node.attributes or node.attributes.get("keep_aspect_ratio_policy", "stretch") != "stretch":
+        raise KeyError(node.name)
+    target = known.sizes(node.inputs[3])
+    if len(target) != len(known.shapes[node.inputs[0]]):
+        raise KeyError(node.name)
+    return tuple(target)
+
+
 _TARGETS: Mapping[str, Callable[[Node, Known], Shape]] = {
     "Reshape": _reshape_target,
     "Expand": _expand_target,
+    "Resize": _resize_target,
     "ConstantOfShape": lambda node, known: tuple(known.sizes(node.inputs[0])),
 }

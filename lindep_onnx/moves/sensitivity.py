@@ -22,6 +22,7 @@ from lindep_onnx.moves.channels import channel_edits
 from lindep_onnx.runtime.backend import Runtime
 from lindep_onnx.structure.steps import ChannelSteps, Curve, Fold
 from lindep_onnx.structure.types import Structure
+from lindep_onnx.verify.compare import as_array
 
 #: Squared relative error that is made at a consumer: large enough to stand out, small enough to be linear.
 PERTURBATION = 0.02
@@ -67,7 +68,7 @@ class PerturbationRunner:
         batches = self._batches if names else []
         with self._shares.pool() as pool:
             runs = list(pool.map(lambda batch: session.run(names, dict(batch.feeds)), batches))
-        return {name: [np.asarray(run[place], dtype=np.float64) for run in runs] for place, name in enumerate(names)}
+        return {name: [as_array(run[place]).astype(np.float64) for run in runs] for place, name in enumerate(names)}
 
 
 def consumer_sensitivity(

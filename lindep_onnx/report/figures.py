@@ -30,7 +30,7 @@ def layers(structure: Structure, removed: NDArray[np.bool_]) -> Iterator[Layer]:
     """The weighted layers, in the order of the model, without what is `removed`, (units,) bool."""
     atoms = {producer.node: producer.atoms for producer in structure.producers}
     for number, node in enumerate(structure.model.nodes):
-        width = output_channels(node, structure.shape_info)
+        width = output_channels(node, structure.shape_info.weight_shape)
         if not width:
             continue
         kept = int(structure.mask(atoms[number], removed).sum()) if number in atoms else width

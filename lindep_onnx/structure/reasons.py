@@ -32,6 +32,7 @@ QUANTISED = Reason(
 )
 UNKNOWN = Reason("unknown_operator", "an operator without a rule reads them")
 SUBGRAPH = Reason("subgraph", "a node with sub-graphs (If, Loop, Scan) reads them")
+BODY = Reason("subgraph", "they are inside the body of a node (If, Loop, Scan), which is left as it is")
 TRAINING = Reason("training_mode", "a node in training mode reads them; export the model for inference")
 
 # ---- of constants -------------------------------------------------------------------------------------------------

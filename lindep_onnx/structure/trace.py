@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from lindep_onnx.model.cost import output_channels
+from lindep_onnx.model.cost import channels_inside, output_channels
 from lindep_onnx.model.ir import Model
 from lindep_onnx.model.node import Node
 from lindep_onnx.model.shapes import ShapeInfo
@@ -103,6 +103,9 @@ def _follow(tracer: Tracer, node: Node) -> None:
         tracer.refuse(node, reasons.SUBGRAPH if node.captures else reasons.UNKNOWN)
     else:
         _apply(rule, node, tracer)
+    inside = channels_inside(node, tracer.shape_info.weight_shape)
+    if inside:
+        tracer.freeze(tracer.produce(node, inside), reasons.BODY, node)
     if named is None:
         return
     reason = reasons.OVERRIDABLE.naming(named)
@@ -110,7 +113,7 @@ def _follow(tracer: Tracer, node: Node) -> None:
     for place, (atoms, cause, blame) in enumerate(tracer.frozen[first:], first):
         if cause in _OF_COMPUTED:
             tracer.frozen[place] = atoms, reason, blame
-    width = 0 if counted else output_channels(node, tracer.shape_info)
+    width = 0 if counted else output_channels(node, tracer.shape_info.weight_shape)
     if width:
         tracer.freeze(tracer.produce(node, width), reason, node)
 

@@ -74,6 +74,8 @@ def _run(session: Session, names: Sequence[str], feeds: Mapping[str, Array]) -> 
 
 def as_array(value: Any) -> Array:
     """An output as an array: sequences of tensors end to end, maps (one a sample) as rows ordered by key."""
+    if isinstance(value, dict):
+        value = [value]
     if not isinstance(value, list):
         return np.asarray(() if value is None else value)
     if value and all(isinstance(item, dict) for item in value):

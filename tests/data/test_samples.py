@@ -342,7 +342,7 @@ def test_an_integer_that_does_not_fit_is_refused(value: int) -> None:
     refused("'x' holds integers that do not fit uint8", {"x": values}, spec("x", "N", 3, dtype=np.uint8))
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, ml_dtypes.bfloat16])
 def test_nan_and_infinity_are_refused_by_input_and_sample(value: float, dtype: Any) -> None:
     values = rows(9).astype(dtype)
@@ -351,6 +351,15 @@ def test_nan_and_infinity_are_refused_by_input_and_sample(value: float, dtype: A
         r"input 'x' holds NaN or infinite values \(sample 6\)", {"x": values}, spec("x", "N", 3, dtype=dtype)
     )
     assert "remove or repair" in message
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, ml_dtypes.bfloat16])
+def test_minus_infinity_may_be_fed_where_it_is_stored(dtype: Any) -> None:
+    values = rows(9).astype(dtype)
+    values[6, 1] = -np.inf
+    assert np.isneginf(fed(opened({"x": values}))[6, 1])
+    values[6, 1] = -3e38  # too large for half precision
+    refused("too large for float16", {"x": values}, spec("x", "N", 3, dtype=np.float16))
 
 
 def test_nan_in_a_fixed_batch_with_filler_is_reported_as_the_sample_it_is() -> None:

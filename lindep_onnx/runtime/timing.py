@@ -192,8 +192,9 @@ class Stopwatch:
         discard = 0.0 if max(quick) > LONG else DISCARDED
         times = np.zeros((len(models), rounds))
         for number in range(rounds):
-            places = range(len(models)) if number % 2 == 0 else reversed(range(len(models)))
-            for place in places:
+            # Two rounds, forwards and backwards, begin with each of them: none is always behind the same one.
+            turn = np.roll(np.arange(len(models)), number // 2)
+            for place in turn if number % 2 == 0 else turn[::-1]:
                 times[place, number] = np.median(models[place].run(block, discard))
         return times
 

@@ -10,13 +10,15 @@
 | hed_vgg16 | the same, resized to 320 x 320; 48 to calibrate with, 24 to judge by | edges |
 | mtcnn_onet, open_nsfw | the same | agreement |
 | crepe_tiny | tones that are made here | |
+| realesr_animevideov3_x4 | the photographs, resized to 128 x 128 | likeness |
+| ppocrv6_tiny_rec | lines of words that are drawn here, 48 x 320; needs Pillow | likeness |
 
 `--models` is a folder of models, `--data` one with cifar10_jpeg.npz and `imagenet/*.jpg` (600 crops of 224 x 224
 pixels; needs Pillow), `--fashion` the four idx `.gz` files of Fashion-MNIST.
 
 Agreement is the share of images whose arg-max stays that of the original; edges is the share of pixels that stay on
-their side of the threshold. The test images are for final figures only: while methods are developed, `--held-out` keeps
-every fourth calibration image out of calibration to judge by.
+their side of the threshold; likeness is 1 less the error of the output. The test images are for final figures only:
+while methods are developed, `--held-out` keeps every fourth calibration image out of calibration to judge by.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from numpy.typing import NDArray
 
 Array: TypeAlias = NDArray[Any]
 Floats: TypeAlias = NDArray[np.float32]
-Metric: TypeAlias = Literal["accuracy", "agreement", "edges"]
+Metric: TypeAlias = Literal["accuracy", "agreement", "edges", "likeness"]
 
 ROOT = Path(__file__).parents[2]
 #: Mean and standard deviation of the pixels that models were trained on, on the scale of the pixels that they divide.
@@ -47,6 +49,7 @@ EDGE = 0.5
 HELD_OUT = 4
 BATCH = 32
 RATE, FRAME, TONES = 16_000, 1024, 2000
+LINES = 300
 
 
 class Places(NamedTuple):
@@ -215,6 +218,8 @@ def score(metric: Metric, reference: Floats, found: Floats, labels: Array | None
     """
     if metric == "edges":
         return float(np.mean((found > EDGE) == (reference > EDGE)))
+    if metric == "likeness":
+        return 1.0 - error(reference, found)
     wanted = labels if metric == "accuracy" else reference.argmax(axis=1)
     return float(np.mean(found.argmax(axis=1) == wanted))
 
@@ -290,6 +295,23 @@ def _tones(_: Places, test: bool) -> tuple[Array, None]:
     return np.array(sounds, dtype=np.float32), None
 
 
+def _lines(_: Places, test: bool) -> tuple[Array, None]:
+    """(LINES, 48, 320, 3) lines of random letters, dark on bright."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    rng = np.random.default_rng(int(test))
+    letters = list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 ")
+    images = []
+    for _line in range(LINES):
+        ink, paper = (tuple(rng.integers(low, low + 80, 3).tolist()) for low in (0, 170))
+        image = Image.new("RGB", (320, 48), paper)
+        text = "".join(rng.choice(letters, int(rng.integers(6, 18))))
+        font = ImageFont.load_default(size=int(rng.integers(22, 34)))
+        ImageDraw.Draw(image).text((int(rng.integers(2, 20)), int(rng.integers(2, 12))), text, fill=ink, font=font)
+        images.append(np.asarray(image))
+    return np.stack(images), None
+
+
 def normalised(images: Array) -> Floats:
     """float32 [count, 1, height, width] of grey pixels, as the nets of `tools/train.py` want them."""
     if images.dtype != np.uint8:
@@ -340,4 +362,13 @@ SUBJECTS = {
     "mtcnn_onet": Subject("mtcnn_onet.onnx", _photographs, partial(_colours, 127.5, 128.0, size=48)),
     "open_nsfw": Subject("open_nsfw.onnx", _photographs, _last),
     "crepe_tiny": Subject("crepe_tiny.onnx", _tones, lambda tones: tones),
+    "realesr_animevideov3_x4": Subject(
+        "realesr_animevideov3_x4.onnx",
+        _photographs,
+        partial(_colours, 0.0, 255.0, size=128),
+        "likeness",
+        calib=48,
+        judged=24,
+    ),
+    "ppocrv6_tiny_rec": Subject("ppocrv6_tiny_rec.onnx", _lines, partial(_colours, 127.5, 127.5), "likeness"),
 }

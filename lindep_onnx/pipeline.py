@@ -107,6 +107,7 @@ class Request:
         over: runs the calibration in the place of this process; None for this process.
         files: where to write what.
         preview: whether the report also says what budgets would cost where none is asked for.
+        profiled: whether the report also says how long each layer takes.
     """
 
     source: str | Path | onnx.ModelProto
@@ -116,6 +117,7 @@ class Request:
     over: ShardRunner | None = None
     files: Files = Files()
     preview: bool = False
+    profiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,8 @@ def run(request: Request, config: Config, log: Log) -> Outcome:
         if stressing is not None:
             finished, failed = _stressed(finished, round_, stressing, log)
             failure = failure or failed
+        if request.profiled:
+            finished = _profiled(finished, round_)
         report = build_report(finished, calibrated.statistics, calibrated.uncertain, config, log)
     candidate = finished.result.candidate
     saved = to_plan(traced.structure, candidate, finished.options) if config.rounds == 1 else None
@@ -423,6 +427,16 @@ def _stressed(finished: Finished, round_: Round, stressing: Samples, log: Log) -
         verdict = judge.budgets.verdict(compared, failure, judged=COMPARED)
         stressed = verification_of(compared, verdict, "stress samples")
     return replace(finished, stressed=stressed), failure
+
+
+def _profiled(finished: Finished, round_: Round) -> Finished:
+    """The same with the times of layers, or with the reason why there are none."""
+    result = finished.result
+    try:
+        return replace(finished, layer_times=round_.judge.layer_times(result.candidate.model))
+    except LindepError as error:
+        note = f"No times of single layers were measured. {error}"
+        return replace(finished, result=replace(result, notes=(*result.notes, note)))
 
 
 def _write(model: Model, plan: Plan | None, files: Files) -> None:

@@ -27,6 +27,7 @@ from lindep_onnx.planning.plan_file import ResolvedPlan
 from lindep_onnx.planning.search import COARSE
 from lindep_onnx.planning.values import Candidate, Evaluation
 from lindep_onnx.runtime.backend import Runtime, Session, Shares
+from lindep_onnx.runtime.node_times import LayerTime, layer_times
 from lindep_onnx.runtime.timing import Stopwatch, Timing
 from lindep_onnx.verify.compare import compare
 from lindep_onnx.verify.metrics import Comparison
@@ -138,19 +139,38 @@ class Judge:
         if self._stopwatch is not None:
             yield self._stopwatch
             return
-        if self._samples is None:
-            raise UsageError("Latency is measured on calibration data: give --calib.")
-        config, original = self._config, self._reference.stored or self._reference.model
-        batch = self._samples.run_of(config.benchmark_batch)
-        threads = self._runtime.threads if config.benchmark_threads is None else config.benchmark_threads
-        runtime = replace(self._runtime, threads=threads)
-        feeds = _of_types(batch.feeds, original)
+        original, batch, runtime = self._run()
+        feeds, seconds = _of_types(batch.feeds, original), self._config.benchmark
         try:
-            with Stopwatch(original, feeds, runtime, batch=batch.size, seconds=config.benchmark) as stopwatch:
+            with Stopwatch(original, feeds, runtime, batch=batch.size, seconds=seconds) as stopwatch:
                 self._stopwatch = stopwatch
                 yield stopwatch
         finally:
             self._stopwatch = None
+
+    def layer_times(self, model: Model) -> tuple[LayerTime, ...]:
+        """How long each node takes, in the original and in a result; nothing without data.
+
+        Nothing either where weights lie in files, for what is profiled has copies of them.
+
+        Raises:
+            ModelError: a model does not run.
+            UsageError: the profiler does not tell.
+        """
+        if self._samples is None or self._reference.model.folder is not None:
+            return ()
+        original, batch, runtime = self._run()
+        with self._log.stage("layer times"):
+            return layer_times(original, self.stored(model), _of_types(batch.feeds, original), runtime)
+
+    def _run(self) -> tuple[Model, Batch, Runtime]:
+        """What is timed: the original as it is written, a batch, and what both run on."""
+        if self._samples is None:
+            raise UsageError("Latency is measured on calibration data: give --calib.")
+        config = self._config
+        threads = self._runtime.threads if config.benchmark_threads is None else config.benchmark_threads
+        runtime = replace(self._runtime, threads=threads)
+        return self._reference.stored or self._reference.model, self._samples.run_of(config.benchmark_batch), runtime
 
     # ---- quality -----------------------------------------------------------------------------------------------
 

@@ -37,6 +37,7 @@ from lindep_onnx.report.values import (
     Verification,
 )
 from lindep_onnx.runtime import backend
+from lindep_onnx.runtime.node_times import LayerTime
 from lindep_onnx.runtime.timing import Timing
 from lindep_onnx.structure.steps import KINDS, ChannelSteps
 from lindep_onnx.verify.metrics import Comparison
@@ -59,6 +60,7 @@ class Finished:
         errors: measured, by group.
         verdict: what may be said of it.
         stressed: the comparison on a second data set; None without one.
+        layer_times: of the nodes of both models; empty if nobody asked.
     """
 
     traced: TracedModel
@@ -71,6 +73,7 @@ class Finished:
     errors: Mapping[int, float]
     verdict: Verdict
     stressed: Verification | None = None
+    layer_times: tuple[LayerTime, ...] = ()
 
 
 def build_report(
@@ -128,6 +131,7 @@ def build_report(
         layers=tuple(layers(traced.structure, result.removed)),
         frontier=result.frontier,
         latency=latency,
+        layer_times=finished.layer_times,
     )
 
 

@@ -60,6 +60,7 @@ def page(report: Report) -> str:
         variants=_variants,
         worst=_worst,
         latency=_latency(report),
+        layer_times=_layer_times(report),
         seconds=_seconds(report),
         options=Table(("option", "value"), [(name, _json(value)) for name, value in report.options.items()]),
     )
@@ -273,6 +274,22 @@ def _latency(report: Report) -> tuple[Bars, str] | None:
     copy = report.latency and report.latency.control
     control = f" A copy of the original takes {copy.low:.2f} to {copy.high:.2f} of its time." if copy else ""
     return bars, (wording.latency(report) or "") + control
+
+
+def _layer_times(report: Report) -> tuple[Table, Table] | None:
+    """Milliseconds of the slowest layers, and of all."""
+    if not report.layer_times:
+        return None
+    most = Table(("layer", "before", "after", "share of the result"), wording.slowest_layers(report), {1, 2, 3})
+    rows = [
+        (
+            entry.name,
+            entry.op,
+            *("" if taken is None else f"{taken:.4f}" for taken in (entry.before_ms, entry.after_ms)),
+        )
+        for entry in report.layer_times
+    ]
+    return most, Table(("layer", "operator", "before, ms", "after, ms"), rows, {2, 3})
 
 
 def _seconds(report: Report) -> Bars:

@@ -28,6 +28,7 @@ def render(report: Report, console: Console, *, verbose: bool, preview: bool = F
     latency = wording.latency(report)
     if latency is not None:
         console.print(Text(latency + "\n"))
+    _print_slowest(report, console)
     _print_groups(report, console, verbose)
     _print_verdicts(report, console, verbose)
     if (preview or verbose) and report.frontier:
@@ -58,6 +59,19 @@ def _print_list(console: Console, title: str, items: Sequence[Text]) -> None:
 def _print_more(console: Console, count: int, noun: str, end: str = "") -> None:
     if count:
         console.print(Text(f"... {wording.many(count, f'more {noun}')} (-v shows all){end}", style="dim"))
+
+
+def _print_slowest(report: Report, console: Console) -> None:
+    """The layers that hold most of the time of the result, where it was profiled."""
+    rows = wording.slowest_layers(report)
+    if rows:
+        table = _table(
+            Column("layer", overflow="fold", max_width=max(12, console.width - 44)), "before", "after", "share"
+        )
+        for row in rows:
+            table.add_row(*map(Text, row))
+        console.print(Text("Where the time goes", style="bold"))
+        console.print(table)
 
 
 def _print_groups(report: Report, console: Console, verbose: bool) -> None:

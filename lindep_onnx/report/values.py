@@ -14,6 +14,7 @@ from typing import Any
 from lindep_onnx.errors import UsageError
 from lindep_onnx.planning.values import FrontierPoint
 from lindep_onnx.report.json_values import from_json_values, to_json_values
+from lindep_onnx.runtime.node_times import LayerTime
 from lindep_onnx.runtime.timing import Ratio
 from lindep_onnx.verify.metrics import OutputComparison
 from lindep_onnx.verify.variants import Variant
@@ -272,6 +273,7 @@ class Report:
         layers: widths before and after, in the order of the model.
         frontier: what other reductions cost without a refit, largest model first; empty without a budget.
         latency: of the result beside the original; None if it was not measured.
+        layer_times: of the nodes of both models, by ONNX Runtime's profiler; empty if it was not asked for.
     """
 
     before: Size
@@ -290,6 +292,7 @@ class Report:
     layers: tuple[Layer, ...] = ()
     frontier: tuple[FrontierPoint, ...] = ()
     latency: Latency | None = None
+    layer_times: tuple[LayerTime, ...] = ()
 
     def to_json(self) -> str:
         """Strict JSON with sorted keys; infinity becomes the string "inf", a number that is none becomes null."""

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from lindep_onnx.report.values import GroupReport, RefusalReport, Report, Verification
+from lindep_onnx.runtime.node_times import LayerTime, slowest
 from lindep_onnx.runtime.timing import SLOWER
 from lindep_onnx.structure.reasons import ADVICE
 from lindep_onnx.verify.metrics import OutputComparison
@@ -106,6 +107,19 @@ def latency(report: Report) -> str | None:
     if not found.low <= 1.0 <= found.high:
         copy = f"; a copy of the original takes {_times(found.control.low)} to {_times(found.control.high)}"
     return f"No measurable difference in latency ({_times(found.ratio)}, {interval}{copy})."
+
+
+def slowest_layers(report: Report) -> list[tuple[str, str, str, str]]:
+    """(layer, before, after, share of the result) of those that hold most of its time; nothing if not profiled."""
+    return [
+        (safe(entry.name) + (f" ({safe(entry.op)})" if entry.op else ""), *_before_after(entry), f"{100 * share:.0f} %")
+        for entry, share in slowest(report.layer_times)
+    ]
+
+
+def _before_after(entry: LayerTime) -> tuple[str, str]:
+    before, after = ("" if taken is None else _milliseconds(taken) for taken in (entry.before_ms, entry.after_ms))
+    return before, after
 
 
 def _times(ratio: float) -> str:

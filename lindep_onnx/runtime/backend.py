@@ -8,7 +8,9 @@ the same order.
 from __future__ import annotations
 
 import enum
+import math
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -174,13 +176,16 @@ class Runtime:
                     options.graph_optimization_level = levels.ORT_ENABLE_EXTENDED
         return options
 
-    def profile(self, model: Model | onnx.ModelProto, feeds: Mapping[str, Any], runs: int) -> str:
+    def profile(
+        self, model: Model | onnx.ModelProto, feeds: Mapping[str, Any], runs: int, seconds: float = math.inf
+    ) -> str:
         """Run a model a few times, as ONNX Runtime does it by default, and look at its nodes.
 
         Args:
             model: what to run.
             feeds: arrays by input name.
             runs: how often it runs after its warm-up.
+            seconds: after which no further run begins, but for the first.
 
         Returns:
             The profile of ONNX Runtime, JSON; the first run in it is the warm-up.
@@ -191,8 +196,11 @@ class Runtime:
         with Scratch() as folder:
             session = self.open(model, purpose=Purpose.TIME, profile=Path(folder))
             try:
-                for _ in range(1 + runs):
-                    session.run(None, dict(feeds))
+                session.run(None, dict(feeds))
+                start = time.perf_counter()
+                for run in range(runs):
+                    if run == 0 or time.perf_counter() < start + seconds:
+                        session.run(None, dict(feeds))
             except Exception as error:  # ONNX Runtime's exceptions have no common base
                 raise ModelError(f"{_where(model)}: ONNX Runtime cannot run it: {one_line(error)}") from error
             return Path(session.end_profiling()).read_text(encoding="utf-8")

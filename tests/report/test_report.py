@@ -315,3 +315,10 @@ def test_a_preview_is_a_table_of_budgets() -> None:
     text = shown(a_report(), preview=True)
     assert "0.913 -12 4e-05 0.0001 100 %" in " ".join(text.split()) and max(map(len, text.splitlines())) <= 80
     assert "What would go" not in shown(a_report())
+
+
+def test_the_slowest_layers_of_the_result_are_shown() -> None:
+    text = flat(a_report())
+    assert "Where the time goes" in text and "conv1 (Conv) 6 ms 4.5 ms 56 %" in text
+    assert text.index("conv1 (Conv)") < text.index("fc7 (Gemm)") < text.index("other 0.25 ms 0.5 ms 6 %")
+    assert "relu9" not in text and "Where the time goes" not in flat(a_report(layer_times=()))

@@ -17,6 +17,7 @@ from lindep_onnx.report.values import (
     Support,
     Verification,
 )
+from lindep_onnx.runtime.node_times import LayerTime
 from lindep_onnx.runtime.timing import Ratio
 from lindep_onnx.verify.metrics import OutputComparison
 from lindep_onnx.verify.variants import Variant
@@ -69,6 +70,12 @@ def a_report(**changes: object) -> Report:
         mode="lossless",
         model="net.onnx",
         layers=(Layer("conv1", "Conv", 64, 48, 1728, 1296), Layer("conv3", "Conv", 16, 16, 9216, 6912)),
+        layer_times=(
+            LayerTime("conv1", "Conv", 6.0, 4.5),
+            LayerTime("fc7", "Gemm", 3.0, 3.0),
+            LayerTime("relu9", "Relu", 0.5, None),
+            LayerTime("other", "", 0.25, 0.5),
+        ),
         frontier=(FrontierPoint(0.913, 1e-4, 1.0, 12, 4e-5), FrontierPoint(0.4, 0.2, 0.5, 340, 0.1)),
     )
     return dataclasses.replace(report, **changes)  # type: ignore[arg-type]
@@ -92,4 +99,5 @@ def a_hostile_report() -> Report:
         notes=(HOSTILE,),
         model=HOSTILE,
         layers=(Layer(HOSTILE, HOSTILE, 4, 2, 4, 2),),
+        layer_times=(LayerTime(HOSTILE, HOSTILE, 1.0, 1.0),),
     )

@@ -31,7 +31,6 @@ from lindep_onnx.log import Log
 from lindep_onnx.model.checks import as_model_error, check_model, full_check_passes
 from lindep_onnx.model.edit import GraphEdits, apply_edits
 from lindep_onnx.model.ir import Model
-from lindep_onnx.model.precision import epsilon
 from lindep_onnx.model.save import save
 from lindep_onnx.model.weights import check_unchanged
 from lindep_onnx.moves.kinds import MOVES
@@ -205,7 +204,7 @@ def run(request: Request, config: Config, log: Log) -> Outcome:
         report = build_report(finished, calibrated.statistics, calibrated.uncertain, config, log)
     candidate = finished.result.candidate
     saved = to_plan(traced.structure, candidate, finished.options) if config.rounds == 1 else None
-    check_unchanged((traced.stored or traced.structure.model).folder)
+    check_unchanged(traced.stored.folder)
     if failure is None or config.force:
         _write(model, saved, request.files)
     return Outcome(model, report, failure, saved)
@@ -361,9 +360,8 @@ def open_round(
     metadata = json.dumps({"version": __version__, "options": options}, sort_keys=True)
     builder = Builder(piece, judge, config, metadata, runtime, log)
     times = TimeTable(whole.structure.model, structure.model, judge, config, runtime, log)
-    rounding = 0.0 if whole.stored is None else epsilon(whole.stored.proto)
     prices = {} if calibrated.saved is None else calibrated.saved.prices
-    return Round(piece, builder, judge, times, config, options, rounding, prices, original is None)
+    return Round(piece, builder, judge, times, config, options, whole.rounding, prices, original is None)
 
 
 def _decided(
@@ -377,7 +375,7 @@ def _decided(
             first = open_round(calibrated, options, runtime, log, wanted)
             return first, choose(first) if wanted is None else replayed(first, wanted)
         assert samples is not None
-        proof = prove(current, traced.ranges, half=traced.stored is not None)
+        proof = prove(current, traced.ranges, half=traced.rounding > 0)
         smaller = replace(traced, structure=current, proof=proof)
         observed = _observed(smaller, samples, config, runtime, log, None)
         later = open_round(observed, options, runtime, log, original=traced)
@@ -394,9 +392,9 @@ def _verified(calibrated: Calibrated, round_: Round, result: Result, log: Log) -
     structure, model = traced.structure, result.candidate.model
     with log.stage("verify"):
         written = judge.stored(model)
-        if traced.stored is not None and not result.removed.any():
+        if not result.candidate.decision and round_.config.recover is None:
             written = apply_edits(traced.stored, GraphEdits(), round_.builder.metadata)
-        original_passed = full_check_passes((traced.stored or structure.model).proto) is None
+        original_passed = full_check_passes(traced.stored.proto) is None
         check_model(written.proto, original_passed=original_passed)
         errors: dict[int, float] = {}
         variants: tuple[Variant, ...] = ()

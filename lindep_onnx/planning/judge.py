@@ -19,7 +19,8 @@ from lindep_onnx.errors import LindepError, UsageError, VerificationError
 from lindep_onnx.log import Log
 from lindep_onnx.model.cost import Cost, cost
 from lindep_onnx.model.ir import Model
-from lindep_onnx.model.precision import perturbed_one_ulp, to_float32, to_stored_dtype
+from lindep_onnx.model.precision import perturbed_one_ulp
+from lindep_onnx.model.working import as_stored, working_copy
 from lindep_onnx.options import LOSSLESS_VERIFIED_ERROR, Config
 from lindep_onnx.planning.budgets import COMPARED, QUALITY, Budgets
 from lindep_onnx.planning.path import STOPS
@@ -46,13 +47,13 @@ class Reference:
     """What results are compared with.
 
     Attributes:
-        model: the original, in the precision that is worked in.
-        stored: the original in half precision of which `model` is the widened copy; None for any other model.
+        model: the original as it is worked on.
+        stored: the original as it is stored.
         activations: bytes of all tensors of one sample.
     """
 
     model: Model
-    stored: Model | None
+    stored: Model
     activations: int
 
 
@@ -97,7 +98,7 @@ class Judge:
         self._stopwatch: Stopwatch | None = None
         self._original = original if reference.model.folder is None else None
         self._first = None if samples is None else next(iter(samples.batches(limit=1)))
-        self.before = self._priced(reference.stored or reference.model)
+        self.before = self._priced(reference.stored)
         self.budgets = Budgets.of(config, self.before, wanted)
 
     # ---- size and time -----------------------------------------------------------------------------------------
@@ -116,7 +117,7 @@ class Judge:
 
     def stored(self, model: Model) -> Model:
         """A result as it is written: in the precision of the original."""
-        return model if self._reference.stored is None else to_stored_dtype(model, self._reference.stored)
+        return as_stored(model, self._reference.stored)
 
     def latency(self, model: Model) -> Timing | None:
         """How long a result takes beside the original, both as they are written; None without data.
@@ -244,7 +245,7 @@ class Judge:
 
     def rounded(self, model: Model) -> Model:
         """A result whose weights have been rounded like what is written, in the precision that is worked in."""
-        return model if self._reference.stored is None else to_float32(self.stored(model))
+        return working_copy(self.stored(model))
 
     def evaluate(self, candidate: Candidate) -> Evaluation:
         """Hold a candidate to everything that is asked for, on samples that nothing was fitted to or chosen by."""
@@ -286,8 +287,8 @@ class Judge:
     @functools.cached_property
     def _rounding_error(self) -> float:
         """What one rounding of all weights does to the outputs of the original; no error below it counts."""
-        moved = perturbed_one_ulp(self._reference.stored or self._reference.model, self._config.seed)
-        found = self.compare_part(moved if self._reference.stored is None else to_float32(moved), Part.VERIFY)
+        moved = perturbed_one_ulp(self._reference.stored, self._config.seed)
+        found = self.compare_part(working_copy(moved), Part.VERIFY)
         return 0.0 if found is None else found.relative_error
 
 

@@ -13,8 +13,9 @@ from lindep_onnx.errors import ModelError
 from lindep_onnx.log import Log
 from lindep_onnx.model.checks import as_model_error
 from lindep_onnx.model.ir import Model, load
-from lindep_onnx.model.precision import epsilon, to_float32
+from lindep_onnx.model.precision import epsilon
 from lindep_onnx.model.shapes import ShapeInfo, resolve
+from lindep_onnx.model.working import working_copy
 from lindep_onnx.options import Config
 from lindep_onnx.proofs.prove import Proof, prove, ranges_of
 from lindep_onnx.structure.trace import trace
@@ -33,7 +34,7 @@ class TracedModel:
         structure: the traced model.
         ranges: lowest and highest value of inputs, where they are known.
         proof: what follows from the weights.
-        stored: the model as it is stored, where that is in half precision: all else is about a copy in float32.
+        stored: the model as it is stored; all else is about its working copy.
         config: the options so far.
     """
 
@@ -41,8 +42,13 @@ class TracedModel:
     structure: Structure
     ranges: Mapping[str, tuple[float, float]]
     proof: Proof
-    stored: Model | None
+    stored: Model
     config: Config
+
+    @property
+    def rounding(self) -> float:
+        """Spacing of the numbers of a model that stores half precision; 0 for any other."""
+        return epsilon(self.stored.proto)
 
     @property
     def channels(self) -> Structure:
@@ -59,12 +65,10 @@ def load_and_trace(source: str | Path | onnx.ModelProto, config: Config, log: Lo
     """
     log = log or Log()
     with log.stage("load"):
-        model = load(source)
-        half = model if epsilon(model.proto) else None
-    with as_model_error(model.proto, source):
+        stored = load(source)
+    with as_model_error(stored.proto, source):
         with log.stage("load"):
-            if half is not None:
-                model = to_float32(half)
+            model = working_copy(stored)
             shape_info = resolve(model)
         with log.stage("trace"):
             structure = trace(
@@ -72,9 +76,9 @@ def load_and_trace(source: str | Path | onnx.ModelProto, config: Config, log: Lo
             )
         with log.stage("prove"):
             ranges = ranges_of(model, config.input_range)
-            proof = prove(structure, ranges, half=half is not None)
+            proof = prove(structure, ranges, half=epsilon(stored.proto) > 0)
     name = Path(source).name if isinstance(source, (str, Path)) else model.proto.graph.name
-    return TracedModel(name, structure, ranges, proof, half, config)
+    return TracedModel(name, structure, ranges, proof, stored, config)
 
 
 def inputs_of(traced: TracedModel) -> list[InputSpec]:

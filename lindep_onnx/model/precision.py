@@ -7,7 +7,8 @@ every tensor of the result the type that it has in the original.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from lindep_onnx.model.checks import impossible_sizes
 from lindep_onnx.model.ir import Model, model_of
+from lindep_onnx.model.shapes import REARRANGING
 from lindep_onnx.model.weights import graphs, is_external, weights_as_inputs, with_weights, without_weights
 
 Array: TypeAlias = NDArray[Any]
@@ -52,34 +54,89 @@ def to_float32(model: Model) -> Model:
 def to_stored_dtype(result: Model, original: Model) -> Model:
     """Give every tensor of a result, made from `to_float32(original)`, the type that it has in the original.
 
-    What the original does not have (a bias, a copy of a shared vector) gets the type of the node that reads it.
+    What the original does not have (a bias, a copy of a shared vector) gets the type of the node that reads it. What
+    the original stores in one type and widens by a Cast is stored so again, with its Cast.
     """
     copy = without_weights(result.proto)
     types = _types(original.proto)
-    attributes = {node.output[0]: node.attribute for node in original.proto.graph.node if node.output}
+    stored = _stored_behind(original)
+    before = {_first(node.output): node for node in original.proto.graph.node}
     readers: dict[str, int] = {}
     for node in copy.graph.node:
         wanted = next((types[name] for name in (*node.output, *node.input) if name in types), 0)
-        for name in node.input:
-            readers.setdefault(name, wanted)
+        source = before.get(_first(node.output))
+        read = source.input if source is not None else ()
+        for place, name in enumerate(node.input):
+            readers.setdefault(name, stored.get(read[place] if place < len(read) else "", wanted))
         if node.op_type == "Constant" and node.output[0] in types:
             for attribute in node.attribute:
                 if attribute.t.data_type == onnx.TensorProto.FLOAT:
                     _cast(attribute.t, types[node.output[0]])
             continue
-        before = {attribute.name: attribute for attribute in attributes.get(node.output[0], ())}
+        attributes = {attribute.name: attribute for attribute in (source.attribute if source is not None else ())}
         for attribute in node.attribute:
-            same = attribute.name in before and attribute.name not in ("group", "axes", "axis", "pads", "split")
+            same = attribute.name in attributes and attribute.name not in ("group", "axes", "axis", "pads", "split")
             if same and (attribute.name in TYPES or attribute.HasField("t") or attribute.HasField("g")):
-                attribute.CopyFrom(before[attribute.name])
+                attribute.CopyFrom(attributes[attribute.name])
     for tensor in copy.graph.initializer:
-        wanted = types.get(tensor.name, readers.get(tensor.name, 0))
+        wanted = stored.get(tensor.name, types.get(tensor.name, readers.get(tensor.name, 0)))
         if tensor.data_type == onnx.TensorProto.FLOAT and wanted in NARROW:
             _cast(tensor, wanted)
     for value in (*copy.graph.input, *copy.graph.output, *copy.graph.value_info):
         if value.name in types:
             value.type.tensor_type.elem_type = types[value.name]
+    _cast_where_read(copy.graph, before, types)
     return _of_values(copy, result)
+
+
+def _first(names: Iterable[str]) -> str:
+    return next(filter(None, names), "")
+
+
+def _stored_behind(model: Model) -> dict[str, int]:
+    """The type in which a model stores what it reads, for constants in half precision and what only rearranges them."""
+    kinds = {name: int(onnx.helper.np_dtype_to_tensor_dtype(value.dtype)) for name, value in model.stored.items()}
+    found = {name: kind for name, kind in kinds.items() if kind in NARROW}
+    for node in model.nodes:
+        if node.op in REARRANGING and node.inputs[0] in found:
+            found[node.outputs[0]] = found[node.inputs[0]]
+    return found
+
+
+def _cast_where_read(graph: onnx.GraphProto, before: Mapping[str, onnx.NodeProto], types: Mapping[str, int]) -> None:
+    """Put a Cast between a constant and the nodes that have read another type in the original; `before` has these."""
+    kinds = {name: types[name] for node in graph.node for name in node.output if name in types}
+    kinds.update((tensor.name, tensor.data_type) for tensor in graph.initializer)
+    kinds.update((node.output[0], a.t.data_type) for node in graph.node for a in node.attribute if a.name == "value")
+    taken = {*kinds, *(name for node in graph.node for name in node.output), *(value.name for value in graph.input)}
+    made: dict[tuple[str, int], str] = {}
+    nodes = []
+    for node in graph.node:
+        source = before.get(_first(node.output))
+        for place, name in enumerate(node.input):
+            read = source.input[place] if source is not None and place < len(source.input) else ""
+            kind = types.get(read, next((types[one] for one in node.output if one in types), 0) if not read else 0)
+            if kinds.get(name, kind) == kind or kinds[name] not in FLOATS or not kind:
+                continue
+            if (name, kind) not in made:
+                cast = read if read and read not in taken else _unused(f"{name}_cast", taken)
+                taken.add(cast)
+                made[name, kind] = cast
+                nodes.append(onnx.helper.make_node("Cast", [name], [cast], name=cast, to=kind))
+            node.input[place] = made[name, kind]
+        nodes.append(onnx.NodeProto.FromString(node.SerializeToString()))
+    if made:
+        del graph.node[:]
+        graph.node.extend(nodes)
+        stored = {tensor.name for tensor in graph.initializer}
+        told = [value for value in graph.value_info if value.name not in stored]
+        del graph.value_info[:]
+        graph.value_info.extend(told)
+
+
+def _unused(base: str, taken: Container[str]) -> str:
+    numbered = (f"{base}_{number}" for number in itertools.count(1))
+    return next(name for name in itertools.chain([base], numbered) if name not in taken)
 
 
 def _of_values(proto: onnx.ModelProto, source: Model) -> Model:

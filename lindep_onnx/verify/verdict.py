@@ -5,7 +5,9 @@ and not to be used unless the user insists, where for one of its outputs
 
 - which holds class scores: under half of the arg-maxes stay, and the scores differ (`centered_error` above a quarter:
   an arg-max that changes while the values hardly do is that of a picture, or of coordinates, not of scores);
-- which is an embedding (`verify.outputs`): the mean cosine to the original's is under a half;
+- which is an embedding (`verify.outputs`): the mean cosine to the original's is under a half, or the error that is left
+  at the best scale is above nine tenths of what it varies by: embeddings that all point about the same way have a large
+  cosine whatever became of them;
 - which is anything else: what is wrong is above nine tenths of what the output varies by (`centered_error`; of the
   whole output with too few samples to know its mean). Half of the class numbers behind an ArgMax have to stay.
 
@@ -15,6 +17,7 @@ not be the same ones in the same order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -67,6 +70,8 @@ def _clauses(found: Comparison) -> Iterator[str]:
         elif output.holds == "embedding" and output.mean_cosine is not None:
             if output.mean_cosine < MIN_COSINE:
                 yield f"gives {output.name!r} with a mean cosine of {output.mean_cosine:.2g} to the original's"
+            elif (turned := _turned(output, error)) > MAX_WHOLE:
+                yield f"errs by {turned:.2g} of what the direction of output {output.name!r} varies by"
         elif output.changed_share is not None:
             allowed = MIN_AGREEMENT if output.holds == "decisions" else MAX_WHOLE
             if output.changed_share > allowed:
@@ -78,6 +83,13 @@ def _clauses(found: Comparison) -> Iterator[str]:
 def _whole(output: OutputComparison, samples: int) -> float:
     centered = output.centered_error if samples >= MIN_JUDGED else None
     return output.whole_error if centered is None else centered
+
+
+def _turned(output: OutputComparison, error: float) -> float:
+    """The error of an embedding that is left at the best scale, as a share of what it varies by."""
+    if output.cosine is None or not 0 < output.whole_error < math.inf:
+        return 0.0
+    return math.sqrt(1.0 - output.cosine**2) * error / output.whole_error
 
 
 def kept(agreement: float, samples: int, decisions: int) -> str:

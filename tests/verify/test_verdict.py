@@ -97,6 +97,18 @@ def test_an_embedding_is_judged_by_its_direction(rng: np.random.Generator) -> No
     assert near_chance(found) == f"gives 'y' with a mean cosine of {cosines.mean():.2g} to the original's"
 
 
+def test_embeddings_that_all_point_the_same_way_are_told_apart(rng: np.random.Generator) -> None:
+    y = 3 + rng.normal(size=(60, 64))
+    found = compared(y, np.broadcast_to(y.mean(0), y.shape), "embedding")
+    clause = near_chance(found)
+    assert (
+        found.outputs[0].mean_cosine > 0.9
+        and clause is not None
+        and "what the direction of output 'y' varies by" in clause
+    )
+    assert near_chance(compared(y, y + 0.5 * rng.normal(size=y.shape), "embedding")) is None
+
+
 def test_an_answer_that_ignores_the_input_is_near_chance_whatever_its_offset(rng: np.random.Generator) -> None:
     y = 1000 + rng.normal(size=(200, 7, 3)) * np.array([1.0, 2.0, 5.0])
     ignoring = np.broadcast_to(y.mean(0), y.shape)

@@ -80,7 +80,7 @@ def compress(
         BudgetError: no plan meets the budgets.
     """
     config = _config(options)
-    request = Request(model, calib, stress, over=elsewhere(client, calib, config))
+    request = Request(model, calib, stress, over=elsewhere(client, calib, config), profiled=True)
     outcome = run(request, config, Log(progress))
     return _result(outcome, config)
 
@@ -113,7 +113,7 @@ def apply(
     """
     wanted = plan if isinstance(plan, Plan) else Plan.load(plan)
     config = options_of(wanted, _known(options))
-    outcome = run(Request(model, calib, stress, Repeated(wanted, options)), config, Log(progress))
+    outcome = run(Request(model, calib, stress, Repeated(wanted, options), profiled=True), config, Log(progress))
     return _result(outcome, config)
 
 

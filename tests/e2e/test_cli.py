@@ -457,6 +457,8 @@ def test_the_json_report_has_the_keys_that_scripts_rely_on(folder: Path, cli: Ca
         entry.keys() >= {"reason", "nodes", "channels", "message"} for entry in report["refusals"]
     )
     assert report["budget"] == []
+    (layer, *_) = report["layer_times"]
+    assert layer.keys() == {"name", "op", "before_ms", "after_ms"} and layer["before_ms"] > 0
     assert report["seconds"] and all(seconds >= 0 for seconds in report["seconds"].values())
     assert (
         report["versions"]["onnx"] == onnx.__version__ and report["versions"]["onnxruntime"] == onnxruntime.__version__

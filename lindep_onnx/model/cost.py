@@ -11,7 +11,7 @@ from typing import TypeAlias
 from lindep_onnx.model.ir import Body, Model, bodies_of
 from lindep_onnx.model.node import Node
 from lindep_onnx.model.shapes import Shape, ShapeInfo, resolve
-from lindep_onnx.model.weighted import WEIGHTS, macs, weighted
+from lindep_onnx.model.weighted import GATES, WEIGHTS, macs, weighted
 from lindep_onnx.model.weights import is_external, tensor_bytes
 
 WeightShape: TypeAlias = "Callable[[str], tuple[int, ...] | None]"
@@ -23,7 +23,7 @@ class Cost:
 
     Attributes:
         parameters: elements of floating-point constants with more than one element, those in bodies too.
-        macs: multiply-accumulates of Conv, ConvTranspose, Gemm and MatMul for one sample.
+        macs: multiply-accumulates of Conv, ConvTranspose, Gemm, MatMul, Einsum and recurrent layers for one sample.
         bytes: size of the model as one file, weights included.
         channels: output channels of those operators where their weight is constant, in bodies too.
         operators: how many nodes there are of each.
@@ -56,8 +56,8 @@ def cost(model: Model, inputs: Mapping[str, Shape], samples: int = 1) -> Cost:
 
 
 def _macs(node: Node, shape_info: ShapeInfo) -> int:
-    names = (*node.inputs[:2], node.outputs[0])
-    if node.op not in WEIGHTS or any(name not in shape_info.shapes for name in names):
+    names = (*node.inputs[:2], next(filter(None, node.outputs), ""))
+    if node.op not in (*WEIGHTS, *GATES, "Einsum") or any(name not in shape_info.shapes for name in names):
         return 0
     data, weight, result = ([n if isinstance(n, int) else 1 for n in shape_info.shapes[name]] for name in names)
     return macs(node, data, weight, result)

@@ -14,6 +14,9 @@ from lindep_onnx.model.node import Node
 #: Positions of the inputs that may be weights: factors, and what is added.
 WEIGHTS: Mapping[str, tuple[int, ...]] = {"Conv": (1, 2), "ConvTranspose": (1, 2), "Gemm": (0, 1, 2), "MatMul": (0, 1)}
 
+#: Recurrent operators, and how many gates each has: parts of the state's size that every step computes.
+GATES: Mapping[str, int] = {"RNN": 1, "GRU": 3, "LSTM": 4}
+
 
 @dataclass(frozen=True)
 class Weighted:
@@ -69,7 +72,14 @@ def weighted(node: Node, position: int = 1) -> Weighted | None:
 
 
 def macs(node: Node, data: Sequence[int], weight: Sequence[int], result: Sequence[int]) -> int:
-    """Multiply-accumulates of a node, from the shapes of its two factors and of its output; 0 for other operators."""
+    """Multiply-accumulates of a node, from the shapes of its two factors and of its output; 0 for other operators.
+
+    The output of a recurrent layer may have any shape: its weights meet the input, and its state, at every step.
+    """
+    if node.op in GATES:
+        return math.prod(data[:2]) * math.prod(weight[:2]) * (weight[2] + weight[1] // GATES[node.op])
+    if node.op == "Einsum":
+        return _summed(node.attributes["equation"], data, weight)
     layout = weighted(node)
     if layout is None:
         return 0
@@ -78,6 +88,14 @@ def macs(node: Node, data: Sequence[int], weight: Sequence[int], result: Sequenc
     if node.op == "Gemm":
         return math.prod(result) * weight[layout.inputs]
     return math.prod(data if layout.transposed else result) * math.prod(weight[1:])
+
+
+def _summed(equation: str, data: Sequence[int], weight: Sequence[int]) -> int:
+    """Products that an Einsum of two factors adds up: one for each value of all of its indices."""
+    terms = equation.replace(" ", "").partition("->")[0].split(",")
+    if len(terms) != 2 or [len(term) for term in terms] != [len(data), len(weight)] or "." in equation:
+        return 0
+    return math.prod(dict(zip("".join(terms), (*data, *weight), strict=True)).values())
 
 
 @dataclass(frozen=True)

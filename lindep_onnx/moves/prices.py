@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from lindep_onnx.calibration.statistics import Statistics, problem
 from lindep_onnx.linalg.elimination import eliminate
 from lindep_onnx.linalg.fold import ConsumerProblem, choose_ridge
+from lindep_onnx.model.node import Node
+from lindep_onnx.model.weighted import GATES
 from lindep_onnx.moves.local import LocalUnits
 from lindep_onnx.structure.steps import Curve, Fold, Saving
 from lindep_onnx.structure.types import Product, Structure
@@ -41,6 +43,7 @@ def savings(
     positions = {
         (product.reader.node, product.position): _positions(structure, product) for product in structure.products
     }
+    positions.update(((node.index, 1), _steps(structure, node)) for node in structure.model.nodes if node.op in GATES)
     for name, readers in structure.reads.items():
         shape = structure.shape_info.constants[name].shape
         for key, axes in readers.items():
@@ -64,6 +67,13 @@ def _positions(structure: Structure, product: Product) -> float:
     return float(
         math.prod(n for axis, n in enumerate(shape) if axis not in (0, reader.output_axis) and isinstance(n, int))
     )
+
+
+def _steps(structure: Structure, node: Node) -> float:
+    """How often a recurrent layer multiplies its input."""
+    shape = structure.shape_info.shapes.get(node.inputs[0], ())
+    steps = shape[1 if node.attributes.get("layout", 0) else 0] if len(shape) == 3 else 1
+    return float(steps) if isinstance(steps, int) else 1.0
 
 
 def curves(

@@ -10,8 +10,13 @@ import pytest
 from build import build, traced
 from oracle import removed_like_zeros
 
+from lindep_onnx.model.cost import cost
+from lindep_onnx.model.ir import load
 from lindep_onnx.model.node import Node
+from lindep_onnx.model.shapes import resolve
+from lindep_onnx.moves.prices import savings
 from lindep_onnx.structure.rules import registry
+from lindep_onnx.structure.trace import trace
 from lindep_onnx.structure.tracer import Tracer
 
 
@@ -91,3 +96,32 @@ def test_a_quantised_model_counts_all_channels_that_stay(body: str, weight: tupl
     size = ("N", 8, *weight[2:]) if len(weight) == 4 else ("N", 8)
     model = build("v = DequantizeLinear(q, s, z)\n" + body, weights, x=size)
     assert codes(model) == {"quantised": channels}
+
+
+# ---- multiply-accumulates -------------------------------------------------------------------------------------------
+
+RECURRENT = [
+    (op, gates, directions, layout)
+    for op, gates in (("RNN", 1), ("GRU", 3), ("LSTM", 4))
+    for directions, layout in ((1, 0), (2, 0), (1, 1))
+]
+
+
+@pytest.mark.parametrize(("op", "gates", "directions", "layout"), RECURRENT)
+def test_every_step_of_a_recurrent_layer_counts(op: str, gates: int, directions: int, layout: int) -> None:
+    state, width, steps, batch = 5, 8, 7, 2
+    options = f'hidden_size={state}, layout={layout}, direction="{("forward", "bidirectional")[directions - 1]}"'
+    weights = {"w": (6, width), "k": (directions, gates * state, width), "r": (directions, gates * state, state)}
+    size = (batch, steps, 6) if layout else (steps, batch, 6)
+    model = load(build(f"h = MatMul(x, w)\n, y = {op}<{options}>(h, k, r)", weights, x=size))
+    own = steps * directions * gates * state * (width + state)
+    assert cost(model, {}, batch).macs == own + steps * 6 * width
+    structure = trace(model, resolve(model))
+    assert structure.units == width
+    saved = savings(structure, "macs")  # of one sample; what comes before it is priced by its own positions
+    assert (saved >= steps * directions * gates * state).all()
+
+
+def test_an_einsum_counts_as_the_product_that_it_is() -> None:
+    model = load(build('y = Einsum<equation="bti,io->bto">(x, w)', {"w": (6, 5)}, x=(2, 4, 6)))
+    assert cost(model, {}, 2).macs == 4 * 6 * 5

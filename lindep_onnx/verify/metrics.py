@@ -39,6 +39,8 @@ Floats: TypeAlias = NDArray[np.float64]
 
 #: Axes with more slices than this are skipped: they are positions rather than channels.
 MAX_SLICES = 4096
+#: Axes longer than this have no means of their own to be centered by.
+MAX_MEANS = 1 << 18
 #: Share of the largest slice norm that every slice is at least measured by.
 FLOOR = 1e-6
 #: A 4-D output with more channels than this is no map of class scores.
@@ -275,7 +277,7 @@ class _Output:
         self._is_float = _is_float(y.dtype)
         self._whole = _Slices(None)
         axes = {1, y.ndim - 1} if y.ndim > 1 and self._is_float else set()
-        self._slices = {axis: _Slices(axis) for axis in sorted(axes) if y.shape[axis] <= MAX_SLICES}
+        self._slices = {axis: _Slices(axis) for axis in sorted(axes) if y.shape[axis] <= MAX_MEANS}
         self._rank = y.ndim
         self._first: tuple[int, ...] | None = None  # shape of the first arrays that hold anything
         self._shapes_differ = self._shapes_agree = 0
@@ -352,7 +354,8 @@ class _Output:
             centered = share
         else:
             # With one entry in each slice nothing is left after centring: the next larger slice answers.
-            several = [slices.error() for slices in self._slices.values() if slices.most_entries > 1]
+            channels = [slices for slices in self._slices.values() if slices.number <= MAX_SLICES]
+            several = [slices.error() for slices in channels if slices.most_entries > 1]
             whole = self._whole.uncentred_error()
             relative = max(several) if several else self._whole.error() if self._whole.most_entries > 1 else whole
             centered = self._centered(whole)
@@ -429,6 +432,11 @@ class _Slices:
         self._mean = self._mean + apart * count / total
         self._count = self._count + count
         self._difference = self._difference + squared_difference.sum(axis=others)
+
+    @property
+    def number(self) -> int:
+        """Slices that there are."""
+        return int(np.size(self._count))
 
     @property
     def most_entries(self) -> int:

@@ -119,6 +119,17 @@ def test_an_answer_that_ignores_the_input_is_near_chance_whatever_its_offset(rng
     assert near_chance(compared(y, 0.7 * (y - 1000) + 1000)) is None
 
 
+def test_a_recognizer_that_only_sees_blanks_is_near_chance(rng: np.random.Generator) -> None:
+    """More classes than a slice is measured of, and one that is right at most positions: (samples, places, classes)."""
+    y = np.zeros((20, 30, 5000), np.float32)
+    letters = np.where(rng.random((20, 30)) < 0.8, 0, rng.integers(1, 5000, (20, 30)))
+    np.put_along_axis(y, letters[..., None], 1.0, axis=2)
+    blank = np.zeros_like(y)
+    blank[..., 0] = 1
+    found = compared(y, blank)
+    assert found.outputs[0].whole_error < 0.7 and near_chance(found) is not None
+
+
 def test_on_few_samples_the_mean_is_not_known(rng: np.random.Generator) -> None:
     y = 10 + 1e-3 * rng.normal(size=(4, 5, 3))
     assert near_chance(compared(y, y + 0.1)) is None and near_chance(compared(y, 0 * y)) is not None

@@ -135,4 +135,7 @@ def test_destroyed(bench: Bench, name: str, options: tuple[str, ...]) -> None:
     verified = report.get("verification") or {}
     status = verified.get("status", "passed" if verified.get("passed") else "failed") if verified else "-"
     quality = _quality(task, model) if model.exists() else {}
+    kept = verified.get("agreement")
+    quality["held out"] = "-" if kept is None else f"{kept:.2f} of {verified['samples']}"
     bench.row(model=name, options=" ".join(options), exit=found.code, status=status, params=_left(report), **quality)
+    assert status in ("unchecked", "failed", "-") and model.exists() == (found.code == 0), found.said

@@ -91,6 +91,7 @@ class FrontierPoint:
         channels: how many went.
         expected: root of the squared relative error of the outputs, averaged over them, that the plan was priced at.
         decisions: arg-maxes that the agreement was counted on.
+        latency: share of the original's latency that times of layers predict; None if there are no such times.
     """
 
     parameters: float
@@ -99,6 +100,7 @@ class FrontierPoint:
     channels: int = 0
     expected: float | None = None
     decisions: int = 0
+    latency: float | None = None
 
 
 @dataclass(frozen=True)

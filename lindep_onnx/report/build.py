@@ -24,11 +24,12 @@ from lindep_onnx.options import Config
 from lindep_onnx.planning.values import Result
 from lindep_onnx.proofs.traced import TracedModel
 from lindep_onnx.report.data_support import sentences, support
-from lindep_onnx.report.figures import layers, spectra
+from lindep_onnx.report.figures import layers, next_step, spectra
 from lindep_onnx.report.values import (
     BudgetReport,
     GroupReport,
     Latency,
+    NextStep,
     RefusalReport,
     Report,
     Size,
@@ -132,7 +133,14 @@ def build_report(
         frontier=result.frontier,
         latency=latency,
         layer_times=finished.layer_times,
+        next_step=_next_step(finished),
     )
+
+
+def _next_step(finished: Finished) -> NextStep | None:
+    result = finished.result
+    left = result.evaluation.cost.parameters / max(1, finished.before.parameters)
+    return next_step(result.frontier, left, None if result.latency is None else result.latency.ratio)
 
 
 def _verification(finished: Finished, random: bool) -> Verification | None:

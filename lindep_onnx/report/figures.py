@@ -6,7 +6,7 @@ Everything is bounded in size: a curve is told by at most `POINTS` of its points
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,11 +15,14 @@ from numpy.typing import NDArray
 from lindep_onnx.calibration.statistics import Statistics
 from lindep_onnx.model.cost import output_channels
 from lindep_onnx.moves.prices import curves
-from lindep_onnx.report.values import Layer, Spectrum
+from lindep_onnx.planning.values import FrontierPoint
+from lindep_onnx.report.values import Layer, NextStep, Spectrum
 from lindep_onnx.structure.types import Structure
 
 #: Points that a curve is told by.
 POINTS = 40
+#: Share of the original that a further reduction takes.
+NEXT = 0.1
 #: Groups with more units, or consumers with more features, are not drawn: both curves take cubic time.
 MAX_UNITS = 1024
 #: Smaller singular values are rounding: they are square roots of eigenvalues in float64.
@@ -44,6 +47,30 @@ def layers(structure: Structure, removed: NDArray[np.bool_]) -> Iterator[Layer]:
             parameters_before=math.prod(shape),
             parameters_after=structure.kept_elements(weight, removed),
         )
+
+
+def next_step(points: Sequence[FrontierPoint], parameters: float, latency: float | None = None) -> NextStep | None:
+    """What the next 10 % would cost: of the latency where the frontier has it, else of the parameters.
+
+    Args:
+        points: the frontier.
+        parameters: share of the original's that the result has.
+        latency: the same of the latency; None if it was not measured.
+
+    Returns:
+        Errors between the points of the frontier; None where it ends before, or has no expected errors.
+    """
+    if any(point.expected is None for point in points):
+        return None
+    by_time = latency is not None and all(point.latency is not None for point in points)
+    left = latency if by_time and latency is not None else parameters
+    shares = [(point.latency if by_time else point.parameters) or 0.0 for point in points]
+    known = sorted({1.0: 0.0, **dict(zip(shares, (point.expected or 0.0 for point in points), strict=True))}.items())
+    if not points or left - NEXT < known[0][0]:
+        return None
+    at, costs = np.array(known).T
+    now, then = (float(np.interp(share, at, costs)) for share in (left, left - NEXT))
+    return NextStep("latency" if by_time else "parameters", left, left - NEXT, now, then)
 
 
 def spectra(structure: Structure, statistics: Statistics, widest: int = MAX_UNITS) -> dict[int, Spectrum]:

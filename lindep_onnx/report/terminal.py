@@ -33,6 +33,9 @@ def render(report: Report, console: Console, *, verbose: bool, preview: bool = F
     _print_verdicts(report, console, verbose)
     if (preview or verbose) and report.frontier:
         _print_preview(report, console)
+        step = wording.next_step(report)
+        if step is not None:
+            console.print(Text(step))
     _print_refusals(report, console, verbose)
     loud = [note for note in report.notes if note.startswith("WARNING")]
     for note in loud:  # last but for the other notes, where nobody can miss it

@@ -253,6 +253,25 @@ class Latency:
 
 
 @dataclass(frozen=True)
+class NextStep:
+    """What a further reduction by 10 % of the original would cost, before a refit.
+
+    Attributes:
+        what: goes: "latency" or "parameters".
+        left: share of the original's that the result has.
+        left_next: share that would be left.
+        expected: error that a plan of the result's size is priced at, averaged over the outputs.
+        expected_next: that of the smaller plan.
+    """
+
+    what: str
+    left: float
+    left_next: float
+    expected: float
+    expected_next: float
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything a run did and measured.
 
@@ -274,6 +293,7 @@ class Report:
         frontier: what other reductions cost without a refit, largest model first; empty without a budget.
         latency: of the result beside the original; None if it was not measured.
         layer_times: of the nodes of both models, by ONNX Runtime's profiler; empty if it was not asked for.
+        next_step: what a further 10 % would cost; None without a frontier that reaches so far.
     """
 
     before: Size
@@ -293,6 +313,7 @@ class Report:
     frontier: tuple[FrontierPoint, ...] = ()
     latency: Latency | None = None
     layer_times: tuple[LayerTime, ...] = ()
+    next_step: NextStep | None = None
 
     def to_json(self) -> str:
         """Strict JSON with sorted keys; infinity becomes the string "inf", a number that is none becomes null."""

@@ -109,6 +109,19 @@ def latency(report: Report) -> str | None:
     return f"No measurable difference in latency ({_times(found.ratio)}, {interval}{copy})."
 
 
+def next_step(report: Report) -> str | None:
+    """What a further reduction would cost; None where nothing tells."""
+    found = report.next_step
+    if found is None:
+        return None
+    shares, errors = (found.left, found.left_next), (found.expected, found.expected_next)
+    from_to = [f"from {first} to {then}" for first, then in (map(percent, shares), map(error, errors))]
+    return (
+        f"The next 10 % of the {safe(found.what)}, {from_to[0]} of the original's, would raise the expected error "
+        f"{from_to[1]}, before a refit."
+    )
+
+
 def slowest_layers(report: Report) -> list[tuple[str, str, str, str]]:
     """(layer, before, after, share of the result) of those that hold most of its time; nothing if not profiled."""
     return [

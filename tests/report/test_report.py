@@ -13,9 +13,11 @@ from reports import HOSTILE, VERIFIED, a_report, group, refusal
 from rich.console import Console
 
 from lindep_onnx.errors import OutputError, UsageError
+from lindep_onnx.planning.values import FrontierPoint
 from lindep_onnx.report import wording
+from lindep_onnx.report.figures import next_step
 from lindep_onnx.report.terminal import render
-from lindep_onnx.report.values import BudgetReport, Report, Size
+from lindep_onnx.report.values import BudgetReport, NextStep, Report, Size
 from lindep_onnx.report.writing import check_path, write_report
 from lindep_onnx.runtime.timing import Ratio
 from lindep_onnx.structure import reasons
@@ -322,3 +324,22 @@ def test_the_slowest_layers_of_the_result_are_shown() -> None:
     assert "Where the time goes" in text and "conv1 (Conv) 6 ms 4.5 ms 56 %" in text
     assert text.index("conv1 (Conv)") < text.index("fc7 (Gemm)") < text.index("other 0.25 ms 0.5 ms 6 %")
     assert "relu9" not in text and "Where the time goes" not in flat(a_report(layer_times=()))
+
+
+def test_the_next_tenth_is_priced_between_the_points_of_the_frontier() -> None:
+    points = [
+        FrontierPoint(left, 0.1, 1.0, 1, cost, latency=time) for left, cost, time in ((0.8, 0.2, 0.9), (0.4, 1.0, 0.6))
+    ]
+    step = next_step(points, 0.9)
+    assert step == NextStep("parameters", 0.9, pytest.approx(0.8), pytest.approx(0.1), pytest.approx(0.2))
+    by_time = next_step(points, 0.9, 0.75)
+    assert by_time == NextStep("latency", 0.75, pytest.approx(0.65), pytest.approx(0.6), pytest.approx(2.6 / 3))
+    assert next_step(points, 0.45) is None and next_step([], 0.9) is None
+    assert next_step([dataclasses.replace(points[0], expected=None)], 0.95) is None
+    assert next_step([dataclasses.replace(point, latency=None) for point in points], 0.9, 0.75) == step
+
+
+def test_what_the_next_tenth_would_cost_is_said_beside_the_frontier() -> None:
+    said = "next 10 % of the parameters, from 75 % to 65 % of the original's, would raise the expected error from 0.03 to 0.052"
+    assert said in " ".join(shown(a_report(), preview=True).split())
+    assert "next 10 %" not in shown(a_report(next_step=None), preview=True) + flat(a_report())

@@ -10,6 +10,7 @@ from lindep_onnx.report.values import (
     GroupReport,
     Latency,
     Layer,
+    NextStep,
     RefusalReport,
     Report,
     Size,
@@ -76,6 +77,7 @@ def a_report(**changes: object) -> Report:
             LayerTime("relu9", "Relu", 0.5, None),
             LayerTime("other", "", 0.25, 0.5),
         ),
+        next_step=NextStep("parameters", 0.75, 0.65, 0.03, 0.052),
         frontier=(FrontierPoint(0.913, 1e-4, 1.0, 12, 4e-5), FrontierPoint(0.4, 0.2, 0.5, 340, 0.1)),
     )
     return dataclasses.replace(report, **changes)  # type: ignore[arg-type]

@@ -190,7 +190,7 @@ def plan(calibrated: Calibrated, *, progress: Progress | None = None, **options:
         failure = result.failure or strict_failure(round_.judge.verdict(result.evaluation), config)
     if failure is not None and not config.force:
         raise failure
-    return to_plan(calibrated.traced.structure, result.candidate, config.described())
+    return to_plan(calibrated.traced.structure, result, config.described())
 
 
 def _known(options: Mapping[str, Any]) -> Mapping[str, Any]:

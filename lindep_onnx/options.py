@@ -29,6 +29,7 @@ EVERY_INPUT = "*"
 Refit = Literal["auto", "fold", "kernel", "sequential"]
 Layout = Literal["nchw", "nhwc"]
 Color = Literal["rgb", "bgr", "gray"]
+Target = Literal["cpu", "cpu-avx512", "cpu-avx2", "arm", "cuda", "generic"]
 
 #: RMS relative error that one site may gain in lossless mode, on samples that were not fitted.
 LOSSLESS_SITE_ERROR = 1e-5
@@ -107,6 +108,7 @@ _RANDOM = Bound(f"must be at most {MAX_RANDOM:,}", lambda value: value <= MAX_RA
 _AUGMENT = Bound("is mix or FILE.py:FUNC", lambda value: value == "mix" or callable(value))
 _REFIT = Bound("is one of auto, fold, kernel, sequential", lambda value: value in get_args(Refit))
 _LAYOUT = Bound("is nchw or nhwc", lambda value: value in get_args(Layout))
+_TARGET = Bound(f"is one of {', '.join(get_args(Target))}", lambda value: value in get_args(Target))
 _COLOR = Bound("is rgb, bgr or gray", lambda value: value in get_args(Color))
 
 
@@ -188,7 +190,7 @@ class BudgetOptions(Options):
     macs: float | None = _option("keep at most this share of the MACs", "F", _KEPT)
     size: float | None = _option("keep at most this share of the file size", "F", _KEPT)
     channels: float | None = _option("keep at most this share of the output channels", "F", _KEPT)
-    latency: float | None = _option("keep at most this share of the measured latency", "F")
+    latency: float | None = _option("keep at most this share of the measured latency", "F", _KEPT)
     latency_table: str | tuple[str, ...] | None = _option(
         "latencies of layers: a table, read if the file is there, else measured and written; or a profile of the model "
         "by ONNX Runtime, trtexec or benchmark_app, on another machine too. Several are joined; measured anew without",
@@ -283,9 +285,14 @@ class RefitOptions(Options):
         "refit of what reads the survivors: auto folds in lossless mode, and else refits in sequence", None, _REFIT,
         default="auto",
     )  # fmt: skip
+    target: Target = _option(
+        "what the model will run on, for the widths that its kernels like; cpu is this machine's kind", None, _TARGET,
+        default="cpu",
+    )  # fmt: skip
     round_to: int | Literal["auto"] = _option(
-        "round kept counts up to a multiple; auto rounds up to 8 or 16 where the result is not measured to be faster "
-        "without", "auto|N", _MULTIPLE, default=1, read=_multiple,
+        "kept widths are multiples of N; auto goes by the rule of the target, with wider steps where the result is "
+        "measured to be slower than the original; 1 leaves all widths free", "auto|N", _MULTIPLE, default="auto",
+        read=_multiple,
     )  # fmt: skip
 
 

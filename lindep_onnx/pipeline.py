@@ -40,13 +40,15 @@ from lindep_onnx.planning.builder import Builder, Workpiece
 from lindep_onnx.planning.judge import Judge, Reference
 from lindep_onnx.planning.plan_file import Plan, ResolvedPlan, resolve_plan, to_plan
 from lindep_onnx.planning.pricing import TimeTable
-from lindep_onnx.planning.strategies import Round, choose, preview, replayed
+from lindep_onnx.planning.round import Round
+from lindep_onnx.planning.strategies import choose, preview, replayed
 from lindep_onnx.planning.values import Result
 from lindep_onnx.proofs.prove import prove
 from lindep_onnx.proofs.traced import TracedModel, inputs_of, load_and_trace, samples_per_run
 from lindep_onnx.report.build import Finished, build_report, verification_of
 from lindep_onnx.report.values import Report
 from lindep_onnx.runtime.backend import Runtime
+from lindep_onnx.runtime.targets import WidthRule, resolved
 from lindep_onnx.structure.steps import Prices
 from lindep_onnx.structure.types import Structure
 from lindep_onnx.verify.group_errors import measure_groups
@@ -202,8 +204,7 @@ def run(request: Request, config: Config, log: Log) -> Outcome:
         if request.profiled:
             finished = _profiled(finished, round_)
         report = build_report(finished, calibrated.statistics, calibrated.uncertain, config, log)
-    candidate = finished.result.candidate
-    saved = to_plan(traced.structure, candidate, finished.options) if config.rounds == 1 else None
+    saved = to_plan(traced.structure, finished.result, finished.options) if config.rounds == 1 else None
     check_unchanged(traced.stored.folder)
     if failure is None or config.force:
         _write(model, saved, request.files)
@@ -359,9 +360,14 @@ def open_round(
     options = {**(wanted.plan.options if wanted is not None else {}), **config.described()}
     metadata = json.dumps({"version": __version__, "options": options}, sort_keys=True)
     builder = Builder(piece, judge, config, metadata, runtime, log)
-    times = TimeTable(whole.structure.model, structure.model, judge, config, runtime, log)
+    rule = WidthRule(
+        resolved(config.target, config.providers),
+        blocks=config.latency is not None,
+        fixed=None if config.round_to == "auto" else config.round_to,
+    )
+    times = TimeTable(whole.structure.model, structure.model, judge, config, runtime, log, rule)
     prices = {} if calibrated.saved is None else calibrated.saved.prices
-    return Round(piece, builder, judge, times, config, options, whole.rounding, prices, original is None)
+    return Round(piece, builder, judge, times, config, options, whole.rounding, prices, original is None, rule)
 
 
 def _decided(

@@ -33,7 +33,8 @@ from lindep_onnx.model.ir import Model
 from lindep_onnx.model.shapes import resolve
 from lindep_onnx.options import Config
 from lindep_onnx.planning.budgets import SIZES
-from lindep_onnx.planning.strategies import Round, retrained
+from lindep_onnx.planning.round import Round
+from lindep_onnx.planning.strategies import retrained
 from lindep_onnx.planning.values import Decision, Result
 from lindep_onnx.runtime.backend import Runtime
 from lindep_onnx.structure.steps import ChannelSteps

@@ -22,6 +22,7 @@ from lindep_onnx.calibration.statistics import Statistics
 from lindep_onnx.errors import UsageError
 from lindep_onnx.linalg.linear_map import ChannelMaps, LinearMap
 from lindep_onnx.model.edit import GraphEdits
+from lindep_onnx.runtime.targets import WidthRule
 from lindep_onnx.structure.steps import Curve, Saving
 from lindep_onnx.structure.types import Refusal, Structure
 
@@ -102,7 +103,7 @@ class Move(Protocol):
         """(R,) bool, which of these steps can be taken one after the other; the others are skipped."""
 
     def admissible(
-        self, structure: Structure, taken: NDArray[np.bool_], order: NDArray[np.int64], multiple: int
+        self, structure: Structure, taken: NDArray[np.bool_], order: NDArray[np.int64], rule: WidthRule
     ) -> NDArray[np.bool_]:
         """(steps,) bool: as many of the steps as can be taken together, so that what stays is whole.
 
@@ -110,7 +111,16 @@ class Move(Protocol):
             structure: the traced model.
             taken: (steps,) bool, what is wanted.
             order: the wanted steps in the order in which they were taken; the last ones are given up first.
-            multiple: what stays of a width is rounded up to a multiple of this; 1 leaves it.
+            rule: the multiples that widths keep to.
+        """
+
+    def blocks(self, structure: Structure, order: NDArray[np.int64], rule: WidthRule) -> list[NDArray[np.int64]]:
+        """Cut an order of steps into blocks that are worth taking only as a whole; what makes none is left out.
+
+        Args:
+            structure: the traced model.
+            order: (R,) steps, in the order in which they would be taken.
+            rule: the multiples that widths keep to.
         """
 
     def exact(self, structure: Structure, statistics: Statistics, bounds: Exactness) -> Steps:
@@ -195,10 +205,14 @@ class Independent:
         return np.ones(len(order), dtype=bool)
 
     def admissible(
-        self, structure: Structure, taken: NDArray[np.bool_], order: NDArray[np.int64], multiple: int
+        self, structure: Structure, taken: NDArray[np.bool_], order: NDArray[np.int64], rule: WidthRule
     ) -> NDArray[np.bool_]:
         """All that are wanted."""
         return taken
+
+    def blocks(self, structure: Structure, order: NDArray[np.int64], rule: WidthRule) -> list[NDArray[np.int64]]:
+        """Each on its own."""
+        return list(order[:, None])
 
     def exact(self, structure: Structure, statistics: Statistics, bounds: Exactness) -> FittedSteps:
         """None."""

@@ -21,11 +21,13 @@ from lindep_onnx.moves.base import Exactness, Site, Steps
 from lindep_onnx.moves.fold_weights import fold_weights
 from lindep_onnx.moves.lossless import lossless_steps
 from lindep_onnx.moves.prices import curves, folds_of, savings
+from lindep_onnx.runtime.targets import WidthRule
 from lindep_onnx.structure.layout import ConsumerLayout
 from lindep_onnx.structure.placement import Placement, equalized
 from lindep_onnx.structure.rewrite import removal_edits
 from lindep_onnx.structure.steps import ChannelSteps, Curve, Saving
 from lindep_onnx.structure.types import FROZEN, Refusal, Structure
+from lindep_onnx.structure.widths import blocks, whole_widths
 
 
 class ChannelRemoval:
@@ -65,10 +67,18 @@ class ChannelRemoval:
         return np.array([allowance.take(unit) for unit in order.tolist()], dtype=bool)
 
     def admissible(
-        self, structure: Structure, taken: NDArray[np.bool_], order: NDArray[np.int64], multiple: int
+        self, structure: Structure, taken: NDArray[np.bool_], order: NDArray[np.int64], rule: WidthRule
     ) -> NDArray[np.bool_]:
-        """Widths are rounded up, and equal counts go from every group of a convolution and from every head."""
-        return equalized(structure, rounded(structure, taken, order, multiple), order)
+        """Widths are whole, and equal counts go from every group of a convolution and from every head."""
+        while True:
+            found = equalized(structure, whole_widths(structure, taken, order, rule), order)
+            if (found == taken).all():
+                return found
+            taken, order = found, order[found[order]]
+
+    def blocks(self, structure: Structure, order: NDArray[np.int64], rule: WidthRule) -> list[NDArray[np.int64]]:
+        """See `lindep_onnx.structure.widths`."""
+        return blocks(structure, order, rule)
 
     def exact(self, structure: Structure, statistics: Statistics, bounds: Exactness) -> ChannelSteps:
         """Constants, multiples and combinations."""
@@ -136,29 +146,6 @@ def channel_edits(structure: Structure, steps: ChannelSteps, consumers: Sequence
         consumers: statistics of all consumers, for the means; not asked for where there are no folds.
     """
     return removal_edits(structure, fold_weights(structure, steps.folds, consumers, steps.removed))
-
-
-def rounded(
-    structure: Structure, removed: NDArray[np.bool_], order: NDArray[np.int64], multiple: int
-) -> NDArray[np.bool_]:
-    """Put back the units that went last until each group keeps a multiple of `multiple`, or all it had.
-
-    Args:
-        structure: the traced model.
-        removed: (units,) bool.
-        order: the removed units in the order in which they went.
-        multiple: of the number that is kept.
-    """
-    result = removed.copy()
-    place = np.zeros(structure.units, dtype=np.int64)
-    place[order] = np.arange(len(order))
-    for group in structure.groups if multiple > 1 else ():
-        gone = group.units[removed[group.units]]
-        kept = len(group.units) - len(gone)
-        wanted = min(len(group.units), -(-kept // multiple) * multiple)
-        back = gone[np.argsort(-place[gone], kind="stable")][: wanted - kept]
-        result[back] = False
-    return result
 
 
 def _channels_by_tensor(structure: Structure) -> dict[str, NDArray[np.int64]]:

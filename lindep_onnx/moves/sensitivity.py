@@ -20,6 +20,7 @@ from lindep_onnx.model.ir import Model
 from lindep_onnx.moves.base import Move
 from lindep_onnx.moves.channels import channel_edits
 from lindep_onnx.runtime.backend import Runtime
+from lindep_onnx.runtime.targets import FREE
 from lindep_onnx.structure.steps import ChannelSteps, Curve, Fold
 from lindep_onnx.structure.types import Structure
 from lindep_onnx.verify.compare import as_array
@@ -149,7 +150,7 @@ class Measured:
     def _error(self, move: Move, order: NDArray[np.int64]) -> float:
         taken = np.zeros(move.count(self._structure), dtype=bool)
         taken[order] = True
-        taken = move.admissible(self._structure, taken, order, 1)
+        taken = move.admissible(self._structure, taken, order, FREE)
         steps = move.fit(self._structure, move.unfitted(self._structure, taken), self._statistics)
         return self._perturbations.error(move.apply(self._structure, steps, self._statistics))
 

@@ -27,6 +27,7 @@ from lindep_onnx.planning.values import Candidate, Decision
 from lindep_onnx.proofs.prove import Proof
 from lindep_onnx.refit.sequential import Cut, refit
 from lindep_onnx.runtime.backend import Runtime
+from lindep_onnx.runtime.targets import WidthRule
 from lindep_onnx.structure.placement import Placement
 from lindep_onnx.structure.steps import ChannelSteps
 from lindep_onnx.structure.trace import trace
@@ -86,14 +87,12 @@ class Builder:
     runtime: Runtime
     log: Log
 
-    def decide(self, path: Path, count: int, multiple: int) -> tuple[Taken, ...]:
-        """As much of the first steps of a path as can be taken together."""
-        return tuple(self.whole(taken, multiple) for taken in path.at(count))
-
-    def whole(self, taken: Taken, multiple: int) -> Taken:
-        """As many of some steps as can be taken together."""
-        steps = taken.move.admissible(self.piece.structure, taken.steps, taken.order, multiple)
-        return Taken(taken.move, steps, taken.order)
+    def decide(self, path: Path, count: int, rule: WidthRule) -> tuple[Taken, ...]:
+        """As much of what is free on a path and of its first blocks as can be taken together."""
+        return tuple(
+            Taken(own.move, own.move.admissible(self.piece.structure, own.steps, own.order, rule), own.order)
+            for own in path.at(count)
+        )
 
     def bare(self, taken: tuple[Taken, ...]) -> Model:
         """The model without any fit: its size and its speed are those of the result."""

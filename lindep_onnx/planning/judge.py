@@ -266,11 +266,12 @@ class Judge:
         """
         achieved = {**evaluation.achieved, "latency": ratio}
         failure = evaluation.failure or self.budgets.latency_failure(ratio)
-        return Evaluation(evaluation.cost, evaluation.comparison, achieved, failure)
+        return replace(evaluation, achieved=achieved, failure=failure)
 
     def verdict(self, evaluation: Evaluation) -> Verdict:
         """What may be said of a candidate after it was evaluated."""
-        return self.budgets.verdict(evaluation.comparison, evaluation.failure, self._config.random_calib is not None)
+        budgets = replace(self.budgets, mode="lossless") if evaluation.lossless else self.budgets
+        return budgets.verdict(evaluation.comparison, evaluation.failure, self._config.random_calib is not None)
 
     def _not_lossless(self, found: Comparison | None) -> LindepError | None:
         if self.budgets.mode == "budgeted" or found is None or self.is_lossless(found.relative_error):

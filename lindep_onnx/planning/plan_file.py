@@ -23,7 +23,7 @@ from lindep_onnx.files import replacing
 from lindep_onnx.model.weights import fingerprint
 from lindep_onnx.moves.kinds import MOVES
 from lindep_onnx.options import Config, declared
-from lindep_onnx.planning.values import Candidate
+from lindep_onnx.planning.values import Result
 from lindep_onnx.structure.types import Structure
 
 #: The format of plans that only remove channels, and of those that hold steps of other kinds too; both are read.
@@ -47,6 +47,7 @@ class Plan:
         model: fingerprint of the model that it was made for.
         version: of this package.
         steps: of other kinds of change, by kind and by name.
+        widths: the rule that the remaining widths keep to, in words; empty in plans of earlier versions.
     """
 
     removed: Mapping[str, Sequence[int]]
@@ -57,6 +58,7 @@ class Plan:
     model: str = ""
     version: str = __version__
     steps: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    widths: str = ""
 
     def __len__(self) -> int:
         return sum(len(numbers) for numbers in self.removed.values())
@@ -65,7 +67,7 @@ class Plan:
         """One tensor a line, so that a person finds them and `diff` shows what was edited."""
         form = ALL_KINDS if self.steps else CHANNELS_ONLY
         head = {"lindep_onnx_plan": form, "version": self.version, "model": self.model, "mode": self.mode,
-                "refit": self.refit, "options": dict(self.options)}  # fmt: skip
+                "refit": self.refit, "widths": self.widths, "options": dict(self.options)}  # fmt: skip
         lines = [f"  {json.dumps(key)}: {json.dumps(value, sort_keys=True)}," for key, value in head.items()]
         if self.steps:
             lines.append(f'  "steps": {json.dumps(self.steps, sort_keys=True)},')
@@ -88,6 +90,7 @@ class Plan:
             raise UsageError(f"This is no plan of lindep_onnx, nor JSON ({str(error)[:80]}).") from error
         if not isinstance(values, dict) or values.get("lindep_onnx_plan") not in (CHANNELS_ONLY, ALL_KINDS):
             raise UsageError(f'This is no plan of lindep_onnx: it lacks "lindep_onnx_plan": {CHANNELS_ONLY}.')
+        values.setdefault("widths", "")
         if values["lindep_onnx_plan"] == CHANNELS_ONLY:
             values["steps"] = {}
         kinds = {
@@ -99,6 +102,7 @@ class Plan:
             "model": str,
             "version": str,
             "steps": dict,
+            "widths": str,
         }
         for key, kind in kinds.items():
             if not isinstance(values.get(key), kind):
@@ -176,20 +180,28 @@ class ResolvedPlan:
         return self.steps["channels"]
 
 
-def to_plan(structure: Structure, candidate: Candidate, options: Mapping[str, Any]) -> Plan:
+def to_plan(structure: Structure, result: Result, options: Mapping[str, Any]) -> Plan:
     """What was done to a model, as a plan.
 
     Args:
         structure: the traced model.
-        candidate: the result.
+        result: what came of it.
         options: that it was made with, those that differ from their defaults.
     """
+    candidate = result.candidate
     taken = candidate.decision.steps
     named = {move.name: move.to_names(structure, taken[move.name]) for move in MOVES if move.name in taken}
     channels = named.pop("channels", {"removed": {}, "channels": {}})
     made_for = fingerprint(structure.model.proto, structure.model.folder)
     return Plan(
-        channels["removed"], channels["channels"], candidate.mode, candidate.refit, dict(options), made_for, steps=named
+        channels["removed"],
+        channels["channels"],
+        candidate.mode,
+        candidate.refit,
+        dict(options),
+        made_for,
+        steps=named,
+        widths=result.widths,
     )
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
-from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,20 +16,21 @@ from lindep_onnx.moves.sensitivity import Measured, PerturbationRunner, consumer
 from lindep_onnx.options import Config, several
 from lindep_onnx.planning.builder import Builder, Workpiece
 from lindep_onnx.planning.judge import Judge
-from lindep_onnx.planning.path import Path, build_path
+from lindep_onnx.planning.path import Path, build_path, free_first
 from lindep_onnx.planning.values import FrontierPoint
 from lindep_onnx.runtime import layer_latency
 from lindep_onnx.runtime.backend import Runtime
-from lindep_onnx.runtime.layer_latency import LayerTimes, layers
-from lindep_onnx.structure.steps import Curves, Saving
+from lindep_onnx.runtime.layer_latency import Layer, LayerTimes, layers
+from lindep_onnx.runtime.targets import WidthRule
+from lindep_onnx.structure.steps import Curve, Curves, Saving
+from lindep_onnx.structure.types import Structure
+from lindep_onnx.structure.widths import along
 
 #: Shares of the path, and samples, that the frontier of errors is measured at.
 FRONTIER, FRONTIER_SAMPLES = tuple(step / 10 for step in range(1, 10)), 64
 
 
-def price(
-    piece: Workpiece, saving: Saving, runtime: Runtime, log: Log, rates: Mapping[int, float] = MappingProxyType({})
-) -> Curves:
+def price(piece: Workpiece, saving: Saving, runtime: Runtime, log: Log) -> Curves:
     """The curves of every kind of change.
 
     Args:
@@ -39,7 +38,6 @@ def price(
         saving: what steps are priced by.
         runtime: what models run on.
         log: told how far it is.
-        rates: by node, what a multiply-accumulate of it is worth.
     """
     structure, statistics = piece.structure, piece.known
     perturbations = PerturbationRunner(structure, piece.data, runtime)
@@ -47,24 +45,32 @@ def price(
     measured = Measured(structure, statistics, perturbations)
     found = {}
     for move in piece.moves:
-        expected = move.price(structure, statistics, sensitivity, move.savings(structure, saving, rates))
+        expected = move.price(structure, statistics, sensitivity, move.savings(structure, saving, {}))
         found[move.name] = tuple(measured.curves(move, expected, log))
     return found
 
 
-def path_of(piece: Workpiece, curves: Curves, free: NDArray[np.bool_]) -> Path:
+def path_of(piece: Workpiece, curves: Curves, free: NDArray[np.bool_], rule: WidthRule) -> Path:
     """The path that curves make.
 
     Args:
         piece: the model.
         curves: by kind of change.
         free: (units,) bool, channels that cost nothing.
+        rule: the multiples that widths keep to.
     """
-    first = {move.name: np.zeros(move.count(piece.structure), dtype=bool) for move in piece.moves}
-    return build_path(piece.structure, piece.moves, curves, {**first, "channels": free})
+    known = _free(piece, free)
+    begun = {name: [free_first(curve, known[name]) for curve in own] for name, own in curves.items()}
+    return build_path(piece.structure, piece.moves, begun, known, rule)
 
 
-def frontier(path: Path, curves: Curves, builder: Builder, judge: Judge, log: Log) -> tuple[FrontierPoint, ...]:
+def _free(piece: Workpiece, channels: NDArray[np.bool_]) -> dict[str, NDArray[np.bool_]]:
+    """By kind of change, (steps,) bool, what is free; of other kinds than channels nothing is."""
+    nothing = {move.name: np.zeros(move.count(piece.structure), dtype=bool) for move in piece.moves}
+    return {**nothing, "channels": channels}
+
+
+def frontier(path: Path, curves: Curves, builder: Builder, judge: Judge, rule: WidthRule) -> tuple[FrontierPoint, ...]:
     """What smaller and larger reductions would cost, measured with folds, which are cheap: a refit does better.
 
     Args:
@@ -72,14 +78,14 @@ def frontier(path: Path, curves: Curves, builder: Builder, judge: Judge, log: Lo
         curves: what it was made of.
         builder: makes the plans.
         judge: compares them.
-        log: told how far it is.
+        rule: the multiples that widths keep to.
     """
-    structure, samples = builder.piece.structure, builder.piece.data
+    structure, samples, log = builder.piece.structure, builder.piece.data, builder.log
     points = []
     with log.stage("frontier"):
         whole = structure.kept_parameters(np.zeros(structure.units, dtype=bool))
         for done, share in enumerate(FRONTIER):
-            taken = builder.decide(path, round(share * len(path)), 1)
+            taken = builder.decide(path, round(share * len(path)), rule)
             candidate = builder.fitted(taken)
             found = judge.compare(candidate.model, samples.batches(Part.SELECT, limit=FRONTIER_SAMPLES))
             removed = candidate.decision.removed
@@ -106,6 +112,7 @@ class TimeTable:
         config: names the file of the table.
         runtime: what is timed.
         log: told of the stage.
+        rule: the multiples that widths count in.
     """
 
     original: Model
@@ -114,6 +121,7 @@ class TimeTable:
     config: Config
     runtime: Runtime
     log: Log
+    rule: WidthRule
 
     @property
     def _table(self) -> LayerTimes:
@@ -133,19 +141,94 @@ class TimeTable:
     @functools.cached_property
     def _read(self) -> tuple[LayerTimes, tuple[str, ...]]:
         if self._files:
-            return layer_latency.load_times(self._files, self.original, self.judge.shapes)
+            return layer_latency.load_times(self._files, self.original, self.judge.shapes, self._block)
         with self.log.stage("latency table"):
-            table = layer_latency.measure_table(layers(self.model, self.judge.shapes), self.model.opset, self.runtime)
+            found = layers(self.model, self.judge.shapes)
+            table = layer_latency.measure_table(found, self.model.opset, self.runtime, self._block)
         if isinstance(self.config.latency_table, str):
             table.save(FilePath(self.config.latency_table))
         return table, ()
 
-    def rates(self) -> dict[int, float]:
-        """By node, seconds for each multiply-accumulate."""
-        found = layers(self.model, self.judge.shapes)
-        return {layer.node.index: self._table.rate(layer) for layer in found}
+    def _block(self, layer: Layer) -> int:
+        """Channels of one block of the kernel, whatever multiples are asked for."""
+        rule = WidthRule(self.rule.target, self.rule.precision, blocks=True)
+        return rule.steps(layer.node, layer.layout.weight_shape(layer.widths, layer.kernel)).block
 
-    def predicted(self, result: Model) -> float:
-        """Share of the original's latency that the table expects of a result."""
-        before = self._table.total(layers(self.original, self.judge.shapes))
-        return self._table.total(layers(result, self.judge.shapes)) / max(before, 1e-12)
+    def _predicted(self, layer: Layer, widths: tuple[int, int]) -> float:
+        """Seconds of a layer at some widths; what nothing is known of takes what others do, by its work."""
+        at = replace(layer, widths=(max(1, widths[0]), max(1, widths[1])))
+        known = self._table.predict(at)
+        return self._average * at.macs if known is None else known
+
+    def priced(self, piece: Workpiece, curves: Curves, free: NDArray[np.bool_]) -> Curves:
+        """Curves whose saving is seconds: what a layer takes at the widths that are left, all other groups whole.
+
+        Args:
+            piece: the model.
+            curves: by kind of change, priced by a size.
+            free: (units,) bool, channels that cost nothing; they are taken first.
+        """
+        known = _free(piece, free)
+        found = {}
+        for move in piece.moves:
+            own = [free_first(curve, known[move.name]) for curve in curves[move.name]]
+            if move.name == "channels":
+                found[move.name] = [replace(curve, saving=self._saved(piece.structure, curve)) for curve in own]
+            else:
+                alone = self._average * move.savings(piece.structure, "macs", {})
+                found[move.name] = [replace(curve, saving=np.cumsum(alone[curve.steps])) for curve in own]
+        return found
+
+    def _saved(self, structure: Structure, curve: Curve) -> NDArray[np.float64]:
+        """(R,) seconds that a curve has saved after each step."""
+        place = np.full(structure.units + 1, -1)  # the last entry answers for FROZEN
+        place[curve.steps] = np.arange(len(curve.steps))
+        saved = np.zeros(len(curve.steps))
+        for layer, axes in self._layers_of(structure):
+            gone = [
+                np.zeros(len(saved), dtype=np.int64)
+                if units is None
+                else np.cumsum(np.bincount(place[units][place[units] >= 0], minlength=len(saved)))
+                for units in axes
+            ]
+            if any(own[-1] for own in gone if len(own)):
+                before = self._predicted(layer, layer.widths)
+                at: dict[tuple[int, int], float] = {}
+                for number, (less_in, less_out) in enumerate(zip(*gone, strict=True)):
+                    left = layer.widths[0] - int(less_in), layer.widths[1] - int(less_out)
+                    if left not in at:
+                        at[left] = before - self._predicted(layer, left)
+                    saved[number] += at[left]
+        return np.maximum.accumulate(saved)
+
+    def _layers_of(self, structure: Structure) -> list[tuple[Layer, tuple[NDArray[np.int64] | None, ...]]]:
+        """Layers with the units along their input and output channels."""
+        readers = {product.reader.node: product.reader for product in structure.products}
+        found = []
+        for layer in layers(self.model, self.judge.shapes):
+            reader = readers.get(layer.node.index)
+            if reader is not None:
+                places = (reader.tensor, reader.axis), (reader.output, reader.output_axis)
+                found.append((layer, tuple(along(structure, tensor, axis) for tensor, axis in places)))
+        return found
+
+    def seconds(self, structure: Structure, removed: NDArray[np.bool_]) -> float:
+        """What the layers of the model take once channels are gone.
+
+        Args:
+            structure: the traced model.
+            removed: (units,) bool.
+        """
+        gone = np.append(removed, False)  # the last entry answers for FROZEN
+        total = self._table.rest
+        for layer, axes in self._layers_of(structure):
+            less = [0 if units is None else int(gone[units].sum()) for units in axes]
+            left = layer.widths[0] - less[0], layer.widths[1] - less[1]
+            total += self._predicted(layer, left)
+        return total
+
+    @functools.cached_property
+    def _average(self) -> float:
+        """Seconds of a multiply-accumulate."""
+        found = layers(self.model, self.judge.shapes)
+        return (self._table.total(found) - self._table.rest) / max(1.0, sum(layer.macs for layer in found))

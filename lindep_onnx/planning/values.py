@@ -72,12 +72,14 @@ class Evaluation:
         comparison: with the original, on samples that nothing was fitted to; None if there are none.
         achieved: what was reached of each budget, by option name.
         failure: why it must not be used; None if all is well.
+        lossless: whether it was made, and measured, to be lossless though a budget would have allowed more.
     """
 
     cost: Cost
     comparison: Comparison | None
     achieved: Mapping[str, float | None]
     failure: LindepError | None
+    lossless: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ class Result:
         notes: what the user should know.
         prices: the curves that it was priced with; empty without a budget on a size.
         frontier: what smaller and larger reductions would cost, largest model first; empty if nobody measured it.
+        widths: the rule that the remaining widths keep to, in words; empty where a plan was carried out again.
     """
 
     candidate: Candidate
@@ -122,6 +125,7 @@ class Result:
     notes: tuple[str, ...] = ()
     prices: Prices = field(default_factory=dict)
     frontier: tuple[FrontierPoint, ...] = ()
+    widths: str = ""
 
     @property
     def failure(self) -> LindepError | None:

@@ -687,7 +687,7 @@ def treacherous(folder: Path) -> Path:
 
 def test_what_unseen_samples_turn_down_stays(treacherous: Path, cli: Callable) -> None:
     found = cli(*GOOD)
-    assert found.code == 0 and "Unseen samples turned down" in found.out
+    assert found.code == 0 and "Held-out samples turned down" in found.out
     assert width("out.onnx") == WIDTH - COPIES + 1
 
 

@@ -37,6 +37,7 @@ from lindep_onnx.planning.strategies import by_size
 from lindep_onnx.proofs.traced import load_and_trace
 from lindep_onnx.refit.sequential import Cut, refit
 from lindep_onnx.runtime.backend import Runtime
+from lindep_onnx.runtime.targets import FREE
 from lindep_onnx.structure.reasons import ADVICE
 from lindep_onnx.structure.types import Structure
 
@@ -145,7 +146,7 @@ def test_all_steps_that_can_be_taken_give_a_valid_model_and_leave_the_original_a
     order = whole_order(kind, own)
     mask = np.zeros(kind.count(own.structure), dtype=bool)
     mask[order] = True
-    model, _ = taken(kind, own, np.flatnonzero(kind.admissible(own.structure, mask, order, 1)))
+    model, _ = taken(kind, own, np.flatnonzero(kind.admissible(own.structure, mask, order, FREE)))
     onnx.checker.check_model(onnx.shape_inference.infer_shapes(model.proto), full_check=True)
     assert [y.shape for y in run(model.proto, own.feeds)] == [y.shape for y in run(own.model, own.feeds)]
     assert own.structure.model.proto.SerializeToString() == before
@@ -321,9 +322,9 @@ def test_kinds_meet_on_one_path_and_one_size() -> None:
     piece = replace(plain.piece, moves=kinds)
     round_ = replace(plain, piece=piece, builder=replace(plain.builder, piece=piece))
     found = price(piece, "parameters", RUNTIME, Log())
-    path = path_of(piece, found, np.zeros(own.structure.units, dtype=bool))
+    path = path_of(piece, found, np.zeros(own.structure.units, dtype=bool), FREE)
     assert set(path.kind.tolist()) == {0, 1} and (np.diff(path.price) >= 0).all()
-    candidate, evaluation = by_size(round_, path, 1)
+    candidate, evaluation = by_size(round_, path, round_.free(round_.piece.uncertain))
     assert evaluation.failure is None and evaluation.achieved["params"] <= 0.45
     assert candidate.decision.steps["bypass"].taken.all() and candidate.decision.removed.any()
     onnx.checker.check_model(candidate.model.proto, full_check=True)

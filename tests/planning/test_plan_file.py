@@ -42,7 +42,7 @@ def content(model: onnx.ModelProto) -> bytes:
 
 @functools.cache
 def compressed(**options: Any) -> lindep_onnx.Result:
-    return lindep_onnx.compress(net(), data(), **options)
+    return lindep_onnx.compress(net(), data(), **{"round_to": 1, **options})
 
 
 def edited(plan: Plan, **changes: Any) -> Plan:
@@ -56,7 +56,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "proven": {"proven_only": True},
     "size": {"params": 0.6},
     "size in multiples": {"macs": 0.6, "round_to": 4},
-    "size by folds": {"channels": 0.7, "refit": "fold"},
+    "size by folds": {"channels": 0.9, "refit": "fold"},
     "kernels": {"params": 0.7, "refit": "kernel"},
     "error": {"max_error": 0.3},
     "recovery": {"params": 0.6, "recover": 20},
@@ -71,7 +71,7 @@ def test_an_unedited_plan_gives_the_same_bytes_again(options: dict[str, Any], tm
     first.plan.save(tmp_path / "plan.json")
     again = lindep_onnx.apply(net(), tmp_path / "plan.json", data())
     assert content(again.model) == content(first.model)
-    assert again.plan == first.plan and again.report.mode == first.report.mode
+    assert again.plan == first.plan and again.report.mode == first.plan.mode
     other = lindep_onnx.apply(net(), edited(first.plan, removed={}), data())  # the negative control
     assert content(other.model) != content(first.model)
 
@@ -221,7 +221,7 @@ def test_groups_of_a_convolution_lose_as_many_channels_each() -> None:
 
 def test_stages_alone_come_to_the_same_as_compress() -> None:
     traced = lindep_onnx.trace(net(), exclude=("Conv_9",))
-    with lindep_onnx.calibrate(traced, data(), seed=1) as seen:
+    with lindep_onnx.calibrate(traced, data(), seed=1, round_to=1) as seen:
         plans = [lindep_onnx.plan(seen, params=share) for share in (0.8, 0.5)]
         nothing = lindep_onnx.plan(seen)
     assert len(nothing) == 6 and 0 < len(plans[0]) < len(plans[1])

@@ -127,3 +127,48 @@ def test_the_interval_is_that_of_order_statistics(count: int) -> None:
     shares = np.random.default_rng(count).lognormal(size=count)
     found, wanted = median_ratio(shares), scipy.stats.quantile_test(shares, q=1.0, p=0.5).confidence_interval(0.95)
     assert (found.low, found.high) == (wanted.low, wanted.high) and found.ratio == np.median(shares)
+
+
+class Pretended:
+    """A process whose runs take what its model is said to take."""
+
+    def __init__(self, told: list[tuple[float, float]], seconds: dict[str, float]) -> None:
+        self._told, self._seconds = told, seconds
+
+    def __call__(self, asked: object, what: str, log: object) -> Pretended:
+        made = Pretended(self._told, self._seconds)
+        made._taken = self._seconds[what]
+        return made
+
+    def __enter__(self) -> Pretended:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def run(self, seconds: float, discard: float) -> list[float]:
+        self._told.append((seconds, discard))
+        return [self._taken]
+
+
+@pytest.mark.timed
+@pytest.mark.parametrize(
+    ("taken", "seconds", "rounds", "block", "discard"),
+    [
+        (0.001, None, 10, 0.05, 0.015),
+        (0.001, 6.0, 10, 0.2, 0.015),
+        (0.4, None, 6, 0.05, 0.015),
+        (2.0, 36.0, 6, 2.0, 0.0),
+    ],
+)
+def test_long_runs_are_made_less_often(
+    taken: float, seconds: float | None, rounds: int, block: float, discard: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[float, float]] = []
+    monkeypatch.setattr(module, "_Process", Pretended(told, {"original": taken, "result": taken / 2}))
+    with Stopwatch(chain(1), feeds(1), ONE, seconds=seconds) as stopwatch:
+        found = stopwatch.compare(chain(1))
+    assert (found.before, found.ratio, found.low, found.high) == (1000 * taken, 0.5, 0.5, 0.5)
+    assert found.faster and found.control == Ratio(1.0, 1.0, 1.0) and found.rounds == rounds
+    assert told[:3] == [(0.0, 0.0)] * 3 and len(told) == 3 + 3 * rounds
+    assert all(asked == pytest.approx((block, discard)) for asked in told[3:])

@@ -143,8 +143,7 @@ class TimeTable:
         if self._files:
             return layer_latency.load_times(self._files, self.original, self.judge.shapes, self._block)
         with self.log.stage("latency table"):
-            found = layers(self.model, self.judge.shapes)
-            table = layer_latency.measure_table(found, self.model.opset, self.runtime, self._block)
+            table = layer_latency.measure_table(self._layers, self.model.opset, self.runtime, self._block)
         if isinstance(self.config.latency_table, str):
             table.save(FilePath(self.config.latency_table))
         return table, ()
@@ -205,7 +204,7 @@ class TimeTable:
         """Layers with the units along their input and output channels."""
         readers = {product.reader.node: product.reader for product in structure.products}
         found = []
-        for layer in layers(self.model, self.judge.shapes):
+        for layer in self._layers:
             reader = readers.get(layer.node.index)
             if reader is not None:
                 places = (reader.tensor, reader.axis), (reader.output, reader.output_axis)
@@ -230,5 +229,9 @@ class TimeTable:
     @functools.cached_property
     def _average(self) -> float:
         """Seconds of a multiply-accumulate."""
-        found = layers(self.model, self.judge.shapes)
-        return (self._table.total(found) - self._table.rest) / max(1.0, sum(layer.macs for layer in found))
+        whole = self._table.total(self._layers) - self._table.rest
+        return whole / max(1.0, sum(layer.macs for layer in self._layers))
+
+    @functools.cached_property
+    def _layers(self) -> list[Layer]:
+        return layers(self.model, self.judge.shapes)

@@ -163,7 +163,7 @@ def _refused(clock: _Clock, result: Result, allowed: float) -> Result:
     failure = result.failure
     if failure is None:
         return result
-    said = " ".join(filter(None, (str(failure), _possible(clock, allowed))))
+    said = " ".join(filter(None, (str(failure), _possible(clock, allowed), clock.round_.times.where())))
     return replace(result, evaluation=replace(result.evaluation, failure=BudgetError(said)))
 
 

@@ -21,6 +21,7 @@ from lindep_onnx.planning.values import FrontierPoint
 from lindep_onnx.runtime import layer_latency
 from lindep_onnx.runtime.backend import Runtime
 from lindep_onnx.runtime.layer_latency import Layer, LayerTimes, layers
+from lindep_onnx.runtime.node_times import dominant
 from lindep_onnx.runtime.targets import WidthRule
 from lindep_onnx.structure.steps import Curve, Curves, Saving
 from lindep_onnx.structure.types import Structure
@@ -225,6 +226,12 @@ class TimeTable:
             left = layer.widths[0] - less[0], layer.widths[1] - less[1]
             total += self._predicted(layer, left)
         return total
+
+    def where(self) -> str:
+        """A sentence on the layers that hold most of the time of the model."""
+        seconds = {layer.node.name: self._predicted(layer, layer.widths) for layer in self._layers}
+        named = ", ".join(f"{name} {share:.0%}" for name, share in dominant(seconds))
+        return f"Of the time of the layers, most is in {named}." if named else ""
 
     @functools.cached_property
     def _average(self) -> float:

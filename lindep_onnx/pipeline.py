@@ -30,6 +30,7 @@ from lindep_onnx.errors import BudgetError, LindepError, OutputError, UsageError
 from lindep_onnx.log import Log
 from lindep_onnx.model.checks import as_model_error, check_model, full_check_passes
 from lindep_onnx.model.edit import GraphEdits, apply_edits
+from lindep_onnx.model.fused import fused_operators
 from lindep_onnx.model.ir import Model
 from lindep_onnx.model.save import save
 from lindep_onnx.model.weights import check_unchanged
@@ -354,7 +355,7 @@ def open_round(
     whole = original or traced
     uncertain = calibrated.uncertain & ~traced.proof.constant
     piece = Workpiece(structure, traced.proof, calibrated.statistics, uncertain, calibrated.samples, MOVES)
-    reference = Reference(whole.structure.model, whole.stored, structure.shape_info.activation_bytes)
+    reference = Reference(whole.as_run, whole.stored, structure.shape_info.activation_bytes)
     judge = Judge(reference, calibrated.samples, config, runtime, log, wanted)
     # Those of a plan that is carried out again count among them.
     options = {**(wanted.plan.options if wanted is not None else {}), **config.described()}
@@ -400,6 +401,8 @@ def _verified(calibrated: Calibrated, round_: Round, result: Result, log: Log) -
         written = judge.stored(model)
         if not result.candidate.decision and round_.config.recover is None:
             written = apply_edits(traced.stored, GraphEdits(), round_.builder.metadata)
+        else:
+            result = replace(result, notes=(*result.notes, *_written_out(traced.stored, written)))
         original_passed = full_check_passes(traced.stored.proto) is None
         check_model(written.proto, original_passed=original_passed)
         errors: dict[int, float] = {}
@@ -408,11 +411,22 @@ def _verified(calibrated: Calibrated, round_: Round, result: Result, log: Log) -
             seed = round_.config.seed
             errors = measure_groups(structure, result.removed, model, samples, round_.runtime, seed=seed)
             usual = partial(judge.sessions, model)
-            variants = compare_variants(structure.model, model, usual, samples, inputs_of(traced), judge.shares)
+            variants = compare_variants(traced.as_run, model, usual, samples, inputs_of(traced), judge.shares)
         failure = result.failure or _variant_failure(variants)
         result = replace(result, evaluation=replace(result.evaluation, failure=failure))
     mode, options, verdict = judge.budgets.mode, round_.options, judge.verdict(result.evaluation)
     return written, Finished(traced, samples, result, judge.before, mode, options, variants, errors, verdict)
+
+
+def _written_out(stored: Model, written: Model) -> tuple[str, ...]:
+    """What is said where operators that ONNX Runtime had fused are no longer so."""
+    gone = sorted(set(fused_operators(stored)) - set(fused_operators(written)))
+    if not gone:
+        return ()
+    return (
+        f"Operators that ONNX Runtime had fused ({', '.join(gone)}) are written as the standard ones that they fuse; "
+        "ONNX Runtime fuses them again when it loads the model.",
+    )
 
 
 def strict_failure(verdict: Verdict, config: Config) -> LindepError | None:

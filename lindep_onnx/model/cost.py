@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
 
+from lindep_onnx.model.fused import written_out
 from lindep_onnx.model.ir import Body, Model, bodies_of
 from lindep_onnx.model.node import Node
 from lindep_onnx.model.shapes import Shape, ShapeInfo, resolve
@@ -38,18 +39,19 @@ class Cost:
 
 def cost(model: Model, inputs: Mapping[str, Shape], samples: int = 1) -> Cost:
     """Costs for one of the `samples` that inputs of these shapes hold; dimensions that stay unknown count as 1."""
-    shape_info = resolve(model, inputs)
+    plain = written_out(model)
+    shape_info = resolve(plain, inputs)
     inside = [body for node in model.nodes for body in bodies_of(node)]
     stored = [*model.stored.values(), *(value for body in inside for value in body.stored.values())]
     floats = [value for value in stored if value.dtype.kind in "fV" and value.size > 1]
     outside = sum(tensor_bytes(tensor) for tensor in model.proto.graph.initializer if is_external(tensor))
     return Cost(
         parameters=sum(value.size for value in floats),
-        macs=sum(_macs(node, shape_info) for node in model.nodes) // max(1, samples),
+        macs=sum(_macs(node, shape_info) for node in plain.nodes) // max(1, samples),
         bytes=model.proto.ByteSize() + outside,
         channels=sum(
             output_channels(node, shape_info.weight_shape) + channels_inside(node, shape_info.weight_shape)
-            for node in model.nodes
+            for node in plain.nodes
         ),
         operators=dict(sorted(Counter(node.op for node in model.nodes).items())),
     )

@@ -3,7 +3,7 @@
 Exporters write weights that modules share as one initializer, and give it another name for every use: through Identity,
 or through a Transpose of its own. What is computed in the same way from the same constants is the same, so all of its
 readers read one of them. A weight that is stored in half precision and widened by a Cast is in single precision
-already in the copy, where that Cast is one more name.
+already in the copy, where that Cast is one more name. Operators that ONNX Runtime fused are those that they fuse.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx
 
+from lindep_onnx.model.fused import written_out
 from lindep_onnx.model.ir import Model, first_name, model_of
 from lindep_onnx.model.node import Node
 from lindep_onnx.model.precision import epsilon, to_float32, to_stored_dtype
@@ -26,7 +27,8 @@ _Call: TypeAlias = tuple[Any, ...]
 
 def working_copy(model: Model) -> Model:
     """The model as it is worked on; itself where nothing has to be different."""
-    return _with_one_name_each(to_float32(model) if epsilon(model.proto) else model)
+    # What is written out has no types in the original: half precision, which is rounded by these, stays fused.
+    return _with_one_name_each(to_float32(model) if epsilon(model.proto) else written_out(model))
 
 
 def as_stored(result: Model, original: Model) -> Model:

@@ -51,6 +51,11 @@ class TracedModel:
         return epsilon(self.stored.proto)
 
     @property
+    def as_run(self) -> Model:
+        """The original as results are compared with it: as it is stored, or in single precision."""
+        return self.structure.model if self.rounding else self.stored
+
+    @property
     def channels(self) -> Structure:
         """The structure, by its name in version 0.1."""
         return self.structure

@@ -31,6 +31,7 @@ QUANTISED = Reason(
     "quantised", "the model is quantised; compress the floating-point model first, and quantise what comes out"
 )
 UNKNOWN = Reason("unknown_operator", "an operator without a rule reads them")
+RUNTIME_OPERATOR = Reason("runtime_operator", "an operator of ONNX Runtime without a rule reads or makes them")
 SUBGRAPH = Reason("subgraph", "a node with sub-graphs (If, Loop, Scan) reads them")
 BODY = Reason("subgraph", "they are inside the body of a node (If, Loop, Scan), which is left as it is")
 TRAINING = Reason("training_mode", "a node in training mode reads them; export the model for inference")
@@ -85,6 +86,14 @@ REPEATED = Reason("repeated", "a Tile repeats them as often as is known at run t
 RUNTIME_SHAPE = Reason("runtime_shape", "the shape they are given is computed at run time")
 RUNTIME_SIZES = Reason("runtime_shape", "a Scatter or Gather whose sizes are known at run time only")
 
+
+def unknown(op: str) -> Reason:
+    """Why what an operator without a rule reads is left alone; one that is not in the standard is named."""
+    domain, _, name = op.rpartition("::")
+    reason = RUNTIME_OPERATOR if domain == "com.microsoft" else UNKNOWN
+    return reason if not domain else Reason(reason.code, f"{reason.message}: {name} of {domain}")
+
+
 #: What a user can do about each.
 ADVICE: Mapping[str, str] = {
     "computed_weight": "Fold constants before compressing, so that the weight is stored in the file.",
@@ -110,6 +119,7 @@ ADVICE: Mapping[str, str] = {
     "repeated": "Export without Tile or Expand along the channels (broadcasting does the same).",
     "reshape": "Export with fixed shapes, so that the Reshape can be followed.",
     "runtime_indices": "Export with constant indices, if they do not depend on the data.",
+    "runtime_operator": "Export, or save, the model without ONNX Runtime's optimization, which makes such operators.",
     "runtime_parameters": "Fold constants before compressing, so that scale and bias are stored in the file.",
     "runtime_shape": "Export with fixed shapes, or fold constants before compressing.",
     "runtime_weight": "Fold constants before compressing; a quantised model is best compressed before quantising.",

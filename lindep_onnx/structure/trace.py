@@ -16,6 +16,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from lindep_onnx.model.cost import channels_inside, output_channels
+from lindep_onnx.model.fused import DOMAIN
 from lindep_onnx.model.ir import Model
 from lindep_onnx.model.node import Node
 from lindep_onnx.model.shapes import ShapeInfo
@@ -92,6 +93,14 @@ def _apply(rule: Tracing, node: Node, tracer: Tracer) -> None:
                 tracer.freeze(label.atoms.ravel(), reasons.LOST, node)
 
 
+def _count_fused(tracer: Tracer, node: Node) -> None:
+    """Channels that an operator of ONNX Runtime makes with a weight, so that the report speaks of them."""
+    weight = tracer.shape_info.weight_shape(node.input(1)) if node.op.startswith(f"{DOMAIN}::") else None
+    if weight is not None and len(weight) > 1:
+        made = weight[0] if "Conv" in node.op else weight[-1]
+        tracer.freeze(tracer.produce(node, made), reasons.unknown(node.op), node)
+
+
 def _follow(tracer: Tracer, node: Node) -> None:
     """Apply the rule of a node; what stops there because of a weight that a caller may replace is told so."""
     known = tracer.shape_info.overridable
@@ -100,7 +109,8 @@ def _follow(tracer: Tracer, node: Node) -> None:
         return
     first, rule = len(tracer.frozen), tracing_rule(node.op)
     if rule is None or node.captures:
-        tracer.refuse(node, reasons.SUBGRAPH if node.captures else reasons.UNKNOWN)
+        tracer.refuse(node, reasons.SUBGRAPH if node.captures else reasons.unknown(node.op))
+        _count_fused(tracer, node)
     else:
         _apply(rule, node, tracer)
     inside = channels_inside(node, tracer.shape_info.weight_shape)

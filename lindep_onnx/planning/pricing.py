@@ -71,7 +71,9 @@ def _free(piece: Workpiece, channels: NDArray[np.bool_]) -> dict[str, NDArray[np
     return {**nothing, "channels": channels}
 
 
-def frontier(path: Path, curves: Curves, builder: Builder, judge: Judge, rule: WidthRule) -> tuple[FrontierPoint, ...]:
+def frontier(
+    path: Path, curves: Curves, builder: Builder, judge: Judge, rule: WidthRule, times: TimeTable | None = None
+) -> tuple[FrontierPoint, ...]:
     """What smaller and larger reductions would cost, measured with folds, which are cheap: a refit does better.
 
     Args:
@@ -80,6 +82,7 @@ def frontier(path: Path, curves: Curves, builder: Builder, judge: Judge, rule: W
         builder: makes the plans.
         judge: compares them.
         rule: the multiples that widths keep to.
+        times: what layers take; None where nobody asked for time.
     """
     structure, samples, log = builder.piece.structure, builder.piece.data, builder.log
     points = []
@@ -96,8 +99,9 @@ def frontier(path: Path, curves: Curves, builder: Builder, judge: Judge, rule: W
                 for own in taken
                 for curve in curves[own.move.name]
             )
-            errors = (found.relative_error, found.agreement)
-            points.append(FrontierPoint(left, *errors, int(removed.sum()), expected**0.5, found.decisions))
+            errors, gone = (found.relative_error, found.agreement), int(removed.sum())
+            latency = None if times is None else times.share(structure, removed)
+            points.append(FrontierPoint(left, *errors, gone, expected**0.5, found.decisions, latency))
             log.progress("frontier", done + 1, len(FRONTIER))
     return tuple(points)
 
@@ -130,8 +134,8 @@ class TimeTable:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should know of times that were read."""
-        return self._read[1] if self._files else ()
+        """What the user should know of times that were read, or measured; nothing as long as nobody needs them."""
+        return self._read[1] if self._files or "_read" in vars(self) else ()
 
     @property
     def _files(self) -> list[FilePath]:
@@ -147,12 +151,12 @@ class TimeTable:
             table = layer_latency.measure_table(self._layers, self.model.opset, self.runtime, self._block)
         if isinstance(self.config.latency_table, str):
             table.save(FilePath(self.config.latency_table))
-        return table, ()
+        return table, layer_latency.notes(table, self.model, self.judge.shapes)
 
     def _block(self, layer: Layer) -> int:
         """Channels of one block of the kernel, whatever multiples are asked for."""
         rule = WidthRule(self.rule.target, self.rule.precision, blocks=True)
-        return rule.steps(layer.node, layer.layout.weight_shape(layer.widths, layer.kernel)).block
+        return rule.steps(layer.node, layer.weight_shape).block
 
     def _predicted(self, layer: Layer, widths: tuple[int, int]) -> float:
         """Seconds of a layer at some widths; what nothing is known of takes what others do, by its work."""
@@ -232,6 +236,10 @@ class TimeTable:
         seconds = {layer.node.name: self._predicted(layer, layer.widths) for layer in self._layers}
         named = ", ".join(f"{name} {share:.0%}" for name, share in dominant(seconds))
         return f"Of the time of the layers, most is in {named}." if named else ""
+
+    def share(self, structure: Structure, removed: NDArray[np.bool_]) -> float:
+        """The same as a share of what they take with all channels."""
+        return self.seconds(structure, removed) / max(self.seconds(structure, np.zeros_like(removed)), 1e-12)
 
     @functools.cached_property
     def _average(self) -> float:

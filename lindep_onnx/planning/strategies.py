@@ -63,7 +63,9 @@ def _found(round_: Round, curves: Curves, free: ChannelSteps) -> tuple[Candidate
 def _frontier(round_: Round, curves: Curves, free: ChannelSteps) -> tuple[FrontierPoint, ...]:
     with round_.log.stage("plan"):
         path = round_.path(curves, free)
-    return frontier(path, curves, round_.builder, round_.judge, round_.rule)
+    timed = round_.judge.budgets.latency is not None and not round_.judge.budgets.sizes  # sizes may be fast enough
+    times = round_.times if timed else None
+    return frontier(path, curves, round_.builder, round_.judge, round_.rule, times)
 
 
 def preview(round_: Round) -> tuple[FrontierPoint, ...]:

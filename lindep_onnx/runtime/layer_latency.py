@@ -45,9 +45,9 @@ SHARES = (0.5, 1.0)
 RUNS, TIMED, MIN_RUNS = 12, 0.015, 5
 #: Elements of a weight from which widths are timed one after the other, not all in one session.
 LARGE = 1 << 24
-#: What of a layer's time at full width does not go with its channels. `bench_widths.py` finds it from .02 (3x3
-#: convolutions, MatMul) and .1 (depthwise, Conv1d) to .2 (1x1, Conv3d, ConvTranspose) and .28 (Gemm of one row).
-FIXED = 0.1
+#: What of a layer's time at full width does not go with its channels. It fits the chains of `bench_widths.py`: .0 to
+#: .04 for 3x3 and depthwise convolutions, .0 to .05 for products of matrices; a Gemm of one row has .2.
+FIXED = 0.03
 #: Below this share of the MACs in layers that a profile names, it is taken for that of another model.
 NAMED = 0.5
 #: Names that a note lists.
@@ -134,14 +134,6 @@ class LayerTimes(ABC):
         macs = sum(layer.macs for layer, _ in known)
         more = sum(layer.macs for layer in found) / macs if macs > 0 else 1.0
         return sum(seconds for _, seconds in known) * more + self.rest
-
-    def rate(self, layer: Layer) -> float:
-        """Seconds that a multiply-accumulate is worth when the layer gets narrower; 0 for unknown layers."""
-        half = max(1, layer.widths[0] // 2), max(1, layer.widths[1] // 2)
-        now, then = self.predict(layer), self.predict(replace(layer, widths=half))
-        if now is None or then is None:
-            return 0.0
-        return max(0.0, now - then) / (0.5 if layer.depthwise else 0.75) / max(1.0, layer.macs)
 
 
 @dataclass(frozen=True)
@@ -305,6 +297,13 @@ def _read(path: Path, model: Model, found: Sequence[Layer], block: Block) -> tup
     beside = total - sum(matched.seconds[name] for name in own)
     times = ProfiledTimes({name: matched.seconds[name] for name in own}, own, beside, block)
     return times, _note(path, profile.tool, times.unknown(found), matched.other, total)
+
+
+def notes(times: LayerTimes, model: Model, inputs: Mapping[str, Shape]) -> tuple[str, ...]:
+    """What the user should know of times that were measured here: layers that could not be timed alone."""
+    names = (*times.unknown(layers(model, inputs)), *untimed(model, inputs))
+    known = "they count by their multiply-accumulates, or not at all where these are unknown"
+    return (f"Layers that could not be timed alone: {_listed(names)}; {known}.",) if names else ()
 
 
 def _note(path: Path, tool: str, missing: Sequence[str], other: Sequence[tuple[str, float]], total: float) -> str:

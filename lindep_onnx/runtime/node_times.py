@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import onnx
 from numpy.typing import NDArray
 
-from lindep_onnx.model.ir import Model
+from lindep_onnx.model.ir import Model, first_name
 from lindep_onnx.runtime.backend import Runtime
 from lindep_onnx.runtime.profiles import Matched, match, parse_profile
 
@@ -73,8 +74,19 @@ def layer_times(
 
 
 def _seconds(model: Model, feeds: Mapping[str, NDArray[Any]], runtime: Runtime) -> Matched:
-    text = runtime.profile(model, feeds, RUNS, SECONDS)
+    text = runtime.profile(_named(model), feeds, RUNS, SECONDS)
     return match(parse_profile(text, "The profile of ONNX Runtime"), model, lambda node: 1.0)
+
+
+def _named(model: Model) -> Model | onnx.ModelProto:
+    """A copy in which every node has the name that it has in `Model.nodes`; the model itself where all are named."""
+    if all(node.name for node in model.proto.graph.node):
+        return model
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    for node in proto.graph.node:
+        node.name = node.name or f"{node.op_type}({first_name(node.output)})"
+    return proto
 
 
 def _ms(seconds: float | None) -> float | None:

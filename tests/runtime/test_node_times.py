@@ -44,3 +44,12 @@ def test_a_long_run_is_profiled_once() -> None:
     model = net(8)
     runs = [RUNTIME.profile(model, FEEDS, 4, seconds).count("model_run") for seconds in (0.0, 60.0)]
     assert runs == [2, 5]
+
+
+def test_nodes_without_names_are_found() -> None:
+    proto = build("a = Conv(x, w)\ny = Relu(a)", {"w": (8, 3, 5)}, x=(1, 3, 64))
+    for node in proto.graph.node:
+        node.name = ""
+    model, feeds = load(proto), {"x": np.ones((1, 3, 64), np.float32)}
+    assert {entry.name for entry in layer_times(model, model, feeds, RUNTIME)} == {"Conv(a)"}
+    assert not any(node.name for node in model.proto.graph.node)

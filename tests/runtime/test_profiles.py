@@ -138,7 +138,7 @@ def test_a_profiled_layer_goes_down_a_staircase_of_blocks(tmp_path: Path) -> Non
     share = latency.FIXED + (1 - latency.FIXED) * 48 / 64
     assert times.predict(narrow[0]) == pytest.approx(share * times.predict(first))
     assert times.predict(narrow[1]) == pytest.approx(share * times.predict(depthwise))
-    assert "TensorRT" in note and "ForeignNode" in note and times.rate(first) > 0
+    assert "TensorRT" in note and "ForeignNode" in note
 
 
 def test_profiles_are_joined_by_their_mean(tmp_path: Path) -> None:

@@ -216,8 +216,10 @@ def _verdict(found: Verification | None, what: str, slow: str) -> str:
     quality = "Quality" if what == "Verification" else what
     text = start.get(status, f"{quality} not checked") + slow + ": "
     text += f"{safe(found.reason)}. " if status == "unchecked" and found.reason else ""
-    text += f"{_compared(found)}output error {_output_error(found)}, largest absolute difference "
-    text += f"{error(found.max_abs_error)}."
+    text += f"{_compared(found)}output error {_output_error(found)}"
+    if not any(output.shapes_differ for output in found.outputs):
+        text += f", largest absolute difference {error(found.max_abs_error)}"
+    text += "."
     text += "".join(f" {shapes(output, found)}." for output in found.outputs if output.shapes_differ)
     if (status == "failed" or what != "Verification") and found.worst_samples:
         text += f" Samples that differ most: {', '.join(map(str, found.worst_samples))}."
@@ -255,9 +257,9 @@ def _output_error(found: Verification) -> str:
 
 def shapes(output: OutputComparison, found: Verification) -> str:
     """What is said of an output whose shape depends on the data and differs."""
-    text = f"Output {safe(output.name)!r} has another number of rows on {output.shapes_differ:,} of {found.samples:,}, "
-    others = f"error {error(output.shared_error)} on the others" if output.shared_error is not None else "so on all"
-    return text + "for the data decides on it: " + others
+    others = "" if output.shared_error is None else f"; error {error(output.shared_error)} on the others"
+    count = f"{output.shapes_differ:,} of {many(found.samples, 'sample')}"
+    return f"Output {safe(output.name)!r} has another number of rows on {count} (it depends on the data){others}"
 
 
 def variant(found: Variant) -> str:

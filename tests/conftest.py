@@ -18,3 +18,4 @@ def _work_for_time(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     """Latency is not what most tests are about: they start no processes, and their models take as long as they work."""
     if request.node.get_closest_marker("timed") is None:
         monkeypatch.setattr(Stopwatch, "compare", by_work)
+        monkeypatch.setattr(Stopwatch, "glance", lambda stopwatch, model: stopwatch.compare(model).ratio)

@@ -16,10 +16,11 @@ from lindep_onnx.data.split import Part
 from lindep_onnx.errors import BudgetError
 from lindep_onnx.planning.path import Path
 from lindep_onnx.planning.round import Round
-from lindep_onnx.planning.search import first_small_enough
+from lindep_onnx.planning.search import first_small_enough, last_good_enough
 from lindep_onnx.planning.values import Result
-from lindep_onnx.runtime.timing import Stopwatch, Timing
+from lindep_onnx.runtime.timing import Stopwatch
 from lindep_onnx.structure.steps import ChannelSteps, Curves
+from lindep_onnx.verify.metrics import Comparison
 from lindep_onnx.verify.verdict import near_chance
 
 #: Shares of the original's time under what is asked for: what the search aims at, and what is close enough to stop.
@@ -35,14 +36,14 @@ class _Clock:
     round_: Round
     path: Path
     watch: Stopwatch
-    known: dict[int, Timing] = field(default_factory=dict)
+    known: dict[int, float] = field(default_factory=dict)
 
     def ratio(self, count: int) -> float:
         """Share of the original's time that a plan takes."""
         if count not in self.known:
-            self.known[count] = self.watch.compare(self.round_.judge.stored(self.round_.bare(self.path, count)))
+            self.known[count] = self.watch.glance(self.round_.judge.stored(self.round_.bare(self.path, count)))
             self.round_.log.progress("search", len(self.known), max(MEASURED, len(self.known)))
-        return self.known[count].ratio
+        return self.known[count]
 
     def between(self, low: int, high: int, wanted: float) -> int:
         """The count between two that were measured where a share of the time is expected."""
@@ -163,20 +164,31 @@ def _refused(clock: _Clock, result: Result, allowed: float) -> Result:
     failure = result.failure
     if failure is None:
         return result
-    said = " ".join(filter(None, (str(failure), _possible(clock, allowed), clock.round_.times.where())))
+    why = str(failure)
+    if result.ratio > allowed:
+        why = (
+            f"--latency {allowed:g} cannot be reached: with everything removed that can go, the model takes "
+            f"{result.ratio:.2f} of the original's time. Nothing was written."
+        )
+    said = " ".join(filter(None, (why, _possible(clock), clock.round_.times.where())))
     return replace(result, evaluation=replace(result.evaluation, failure=BudgetError(said)))
 
 
-def _possible(clock: _Clock, allowed: float) -> str:
-    """The fastest of the plans that were timed whose outputs are still like the original's, before any refit."""
-    round_ = clock.round_
-    for count, timing in sorted(clock.known.items(), key=lambda own: own[1].ratio):
-        if timing.ratio <= allowed:
-            continue
-        model = round_.builder.fitted(round_.builder.decide(clock.path, count, round_.rule)).model
-        found = round_.judge.compare_part(model, Part.SELECT)
-        if found is not None and near_chance(found) is None:
-            agreement = found.agreement
-            kept = f"error {found.relative_error:.2g}" if agreement is None else f"agreement {agreement:.2f}"
-            return f"About {timing.ratio:.2f} can be reached ({kept} before the refit)."
-    return ""
+def _possible(clock: _Clock) -> str:
+    """A sentence on the fastest plan whose outputs are still like the original's, before any refit."""
+    round_, compared = clock.round_, dict[int, Comparison | None]()
+
+    def usable(stop: int) -> bool:
+        model = round_.builder.fitted(round_.builder.decide(clock.path, stop, round_.rule)).model
+        found = compared[stop] = round_.judge.compare_part(model, Part.SELECT)
+        return found is not None and near_chance(found) is None
+
+    with round_.log.stage("search"):
+        stop, _ = last_good_enough(clock.path.stops(), usable)
+        ratio = clock.ratio(stop)
+    found = compared.get(stop)
+    if found is None:
+        return ""
+    agreement = found.agreement
+    kept = f"error {found.relative_error:.2g}" if agreement is None else f"agreement {agreement:.2f}"
+    return f"About {ratio:.2f} can be reached with outputs that are like the original's ({kept} before the refit)."

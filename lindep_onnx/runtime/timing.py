@@ -31,6 +31,8 @@ from lindep_onnx.runtime.backend import FOLDER, Runtime
 
 #: Rounds: as many as give an interval that leaves out the outermost on both sides, and as few as give one at all.
 ROUNDS, MIN_ROUNDS = 10, 6
+#: Rounds of a glance: a median that one disturbed round does not move.
+LOOKS = 5
 CONFIDENCE = 0.95
 #: Seconds of a block, and before it those in which threads of the other processes still spin and caches fill.
 BLOCK, DISCARDED = 0.05, 0.015
@@ -147,15 +149,32 @@ class Stopwatch:
         Raises:
             TimingError: a process does not start, or a model cannot be loaded or run in it.
         """
-        with ExitStack() as own:
-            other = own.enter_context(self._started(model, "result"))
-            before, copy = self._originals()
-            quick = [process.run(0.0, 0.0)[0] for process in (before, other, copy)]
-            times = self._rounds((before, other, copy), quick)
+        times = self._taken(model, ROUNDS, copy=True)
         ratio, control = median_ratio(times[1] / times[0]), median_ratio(times[2] / times[0])
         one, two = (float(np.median(taken)) * 1e3 for taken in times[:2])
         spread = ratio.ratio, ratio.low, ratio.high
         return Timing(one, two, *spread, control, times.shape[1], self.batch, self.runtime.threads)
+
+    def glance(self, model: Model | Path) -> float:
+        """The share of the original's time that a model takes, of few rounds: for a search, which ends with `compare`.
+
+        Args:
+            model: takes the same inputs.
+
+        Raises:
+            TimingError: a process does not start, or a model cannot be loaded or run in it.
+        """
+        before, after = self._taken(model, LOOKS, copy=False)
+        return float(np.median(after / before))
+
+    def _taken(self, model: Model | Path, rounds: int, *, copy: bool) -> NDArray[np.float64]:
+        """(2 or 3, rounds) seconds of the original, of a model, and of the copy."""
+        with ExitStack() as own:
+            other = own.enter_context(self._started(model, "result"))
+            before, again = self._originals()
+            models = (before, other, again) if copy else (before, other)
+            quick = [process.run(0.0, 0.0)[0] for process in models]
+            return self._rounds(models, quick, rounds)
 
     def _originals(self) -> tuple[_Process, _Process]:
         if self._own is None:
@@ -185,9 +204,9 @@ class Stopwatch:
         }
         return _Process(asked, name, self._folder / f"{name}.log")
 
-    def _rounds(self, models: Sequence[_Process], quick: Sequence[float]) -> NDArray[np.float64]:
+    def _rounds(self, models: Sequence[_Process], quick: Sequence[float], most: int) -> NDArray[np.float64]:
         """(models, rounds) seconds of a run, the median of a block; `quick` holds those of one run of each."""
-        rounds = ROUNDS if ROUNDS * sum(quick) <= (self.seconds or PATIENCE) else MIN_ROUNDS
+        rounds = most if most * sum(quick) <= (self.seconds or PATIENCE) else min(most, MIN_ROUNDS)
         block = BLOCK if self.seconds is None else self.seconds / rounds / len(models)
         discard = 0.0 if max(quick) > LONG else DISCARDED
         times = np.zeros((len(models), rounds))

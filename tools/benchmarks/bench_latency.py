@@ -4,9 +4,11 @@ Nothing else may run on the machine. One sample in a run, of resnet56 also 32.
 
 `alone`: originals against copies of themselves: what a difference has to exceed.
 
-`never_slower`: without options, with `--params .8` and with `--macs .7`.
+`never_slower`: without options, with `--params .8` and with `--macs .7`; and the same with free widths.
 
 `on_time`: `--latency` at .9, .7 and .5: met means from F - .05 to F; a refusal prints its reason.
+
+`reached`: what `--macs` in ten steps and three kinds of widths comes to, to hold `on_time` against.
 
 `destroyed`: commands that leave little of a model. None may end with exit code 0 near chance.
 
@@ -53,6 +55,8 @@ DESTROYING = (
 )  # fmt: skip
 #: Seconds of one comparison, and how far below the limit a latency may end.
 SECONDS, WITHIN = 6.0, 0.05
+#: Shares of the multiply-accumulates.
+STEPS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 
 def _task(bench: Bench, name: str) -> Task:
@@ -100,9 +104,7 @@ def test_alone(bench: Bench, name: str) -> None:
         bench.row(model=name, batch=batch, ms=f"{timing.before:.3g}", **_clock(timing))
 
 
-@pytest.mark.parametrize("options", [(), ("--params", ".8"), ("--macs", ".7")], ids=["lossless", "params", "macs"])
-@pytest.mark.parametrize("name", SAMPLES)
-def test_never_slower(bench: Bench, name: str, options: tuple[str, ...]) -> None:
+def _row(bench: Bench, name: str, options: tuple[str, ...]) -> None:
     task = _task(bench, name)
     found, model, report = _compressed(bench, task, options)
     cells = {"model": name, "options": " ".join(options) or "none", "exit": str(found.code), "params": _left(report)}
@@ -111,6 +113,21 @@ def test_never_slower(bench: Bench, name: str, options: tuple[str, ...]) -> None
         return
     for batch in (1, 32) if name == "resnet56" else (1,):
         bench.row(**cells, batch=batch, **_clock(timed(task, model, batch)), **_quality(task, model))
+
+
+@pytest.mark.parametrize("widths", [(), ("--round-to", "1")], ids=["rule", "free"])
+@pytest.mark.parametrize("options", [(), ("--params", ".8"), ("--macs", ".7")], ids=["lossless", "params", "macs"])
+@pytest.mark.parametrize("name", SAMPLES)
+def test_never_slower(bench: Bench, name: str, options: tuple[str, ...], widths: tuple[str, ...]) -> None:
+    _row(bench, name, (*options, *widths))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", STEPS)
+@pytest.mark.parametrize("multiple", ["1", "8", "16"])
+@pytest.mark.parametrize("name", SAMPLES)
+def test_reached(bench: Bench, name: str, multiple: str, share: float) -> None:
+    _row(bench, name, ("--macs", f"{share}", "--round-to", multiple, "--force"))
 
 
 @pytest.mark.parametrize("share", [0.9, 0.7, 0.5])

@@ -50,8 +50,8 @@ LARGE = 1 << 24
 FIXED = 0.03
 #: Below this share of the MACs in layers that a profile names, it is taken for that of another model.
 NAMED = 0.5
-#: Names that a note lists.
-LISTED = 5
+#: Names that a note lists, and the share of the time that is worth one.
+LISTED, WORTH_SAYING = 5, 0.01
 VERSION = 1
 
 
@@ -309,8 +309,8 @@ def notes(times: LayerTimes, model: Model, inputs: Mapping[str, Shape]) -> tuple
 def _note(path: Path, tool: str, missing: Sequence[str], other: Sequence[tuple[str, float]], total: float) -> str:
     """What of a profile, and of the model, could not be matched; nothing if all was."""
     parts = []
-    if other:
-        share = sum(seconds for _, seconds in other) / total
+    share = sum(seconds for _, seconds in other) / total
+    if share >= WORTH_SAYING:
         parts.append(f"{share:.0%} of its time matches no node ({_listed([name for name, _ in other])})")
     if missing:
         parts.append(f"it has no time of {_listed(missing)}")

@@ -161,6 +161,21 @@ class BoundsContext:
         return ChannelBounds(axis, np.full(size, low), np.full(size, high), keys, np.ones(size), (None,) * size)
 
 
+Rule: TypeAlias = Callable[[Node, BoundsContext], ChannelBounds | None]
+#: A rule that is only asked where something is known of the first input.
+FactsRule: TypeAlias = Callable[[Node, ChannelBounds, BoundsContext], ChannelBounds | None]
+
+
+def of_facts(rule: FactsRule) -> Rule:
+    """The rule of an operator that says nothing where nothing is known of its first input."""
+
+    def asked(node: Node, known: BoundsContext) -> ChannelBounds | None:
+        data = known.facts.get(node.inputs[0])
+        return None if data is None else rule(node, data, known)
+
+    return asked
+
+
 def identity(*parts: object) -> bytes:
     """A key that is the same for the same parts only."""
     digest = hashlib.blake2b(digest_size=12)

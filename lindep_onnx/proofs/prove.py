@@ -20,7 +20,15 @@ from lindep_onnx.linalg.elimination import Allowance
 from lindep_onnx.linalg.lossless import COLLINEAR, CONSTANT, JOINT
 from lindep_onnx.model.ir import Model
 from lindep_onnx.options import EVERY_INPUT
-from lindep_onnx.proofs.bounds import ROUNDING, ROUNDING_HALF, AffineForm, BoundsContext, ChannelBounds
+from lindep_onnx.proofs.bounds import (
+    ROUNDING,
+    ROUNDING_HALF,
+    AffineForm,
+    BoundsContext,
+    ChannelBounds,
+    identity,
+    levels,
+)
 from lindep_onnx.proofs.rules import output_bounds
 from lindep_onnx.structure.layout import ConsumerLayout, features
 from lindep_onnx.structure.placement import equalized
@@ -164,8 +172,7 @@ def _consumer(structure: Structure, consumer: Consumer, known: BoundsContext) ->
     layout = features(consumer.columns)
     index = layout.index + consumer.first_column
     size = len(index)
-    reader = consumer.readers[0]
-    facts = known.of(reader.tensor, reader.axis) if len(consumer.readers) == 1 else None
+    facts = _at_all_readers(consumer, known)
     low, high, scale = np.full(size, -np.inf), np.full(size, np.inf), np.ones(size)
     keys = [b""] * size
     forms: list[AffineForm | None] = [None] * size
@@ -181,6 +188,26 @@ def _consumer(structure: Structure, consumer: Consumer, known: BoundsContext) ->
     mean = np.where(constant & consumer.affine, low, 0.0)
     found = ConsumerLayout(consumer, layout.index, structure.unit[layout.atoms], mean, constant)
     return _Seen(found, keys, scale, forms)
+
+
+def _at_all_readers(consumer: Consumer, known: BoundsContext) -> ChannelBounds | None:
+    """What holds wherever a weight is multiplied: channels are multiples by one factor, that of the first reader."""
+    parts = [known.of(reader.tensor, reader.axis) for reader in consumer.readers]
+    first, others = parts[0], [part for part in parts[1:] if part is not None]
+    if len(parts) == 1 or first is None:
+        return first
+    if len(others) < len(parts) - 1 or any(len(part.low) != len(first.low) for part in others):
+        return None
+    rows = [first.key]
+    for part in others:
+        ratios = levels(part.scale / first.scale).tolist()
+        rows.append(tuple(identity(key, ratio) for key, ratio in zip(part.key, ratios, strict=True)))
+    low, high = (
+        np.min([part.low for part in (first, *others)], axis=0),
+        np.max([p.high for p in (first, *others)], axis=0),
+    )
+    keys = tuple(identity(*row) for row in zip(*rows, strict=True))
+    return replace(first, low=low, high=high, key=keys, form=(None,) * len(low))
 
 
 def _common(forms: list[AffineForm | None]) -> AffineForm | None:

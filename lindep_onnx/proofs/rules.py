@@ -24,22 +24,22 @@ from lindep_onnx.proofs.bounds import (
     BoundsContext,
     ChannelBounds,
     Product,
+    Rule,
     Vector,
     directions,
     hull,
     identity,
     joined,
     levels,
+    of_facts,
     options_of,
     product_bounds,
     times,
     widened,
 )
+from lindep_onnx.proofs.moving import MOVING, RESHAPED
 from lindep_onnx.structure.rules.saturation import clip_ends
 
-Rule: TypeAlias = Callable[[Node, BoundsContext], ChannelBounds | None]
-#: A rule that is only asked where something is known of the first input.
-FactsRule: TypeAlias = Callable[[Node, ChannelBounds, BoundsContext], ChannelBounds | None]
 Function: TypeAlias = Callable[[Vector, Node], Vector]
 
 
@@ -49,14 +49,6 @@ def output_bounds(node: Node, known: BoundsContext) -> ChannelBounds | None:
     with np.errstate(all="ignore"):
         found = rule(node, known) if rule is not None else None
     return None if found is None or np.isnan([found.low, found.high]).any() else found
-
-
-def _of_facts(rule: FactsRule) -> Rule:
-    def asked(node: Node, known: BoundsContext) -> ChannelBounds | None:
-        data = known.facts.get(node.inputs[0])
-        return None if data is None else rule(node, data, known)
-
-    return asked
 
 
 # ---- products -----------------------------------------------------------------------------------------------------
@@ -217,7 +209,7 @@ def _homogeneous(function: Function) -> Rule:
         changed = replace(data.renamed(node.op, options_of(node)), low=low, high=high, form=(None,) * len(low))
         return data.where_not((data.low >= 0.0) & (data.high <= INF), changed)
 
-    return _of_facts(rule)
+    return of_facts(rule)
 
 
 def _pool(node: Node, known: BoundsContext) -> ChannelBounds | None:
@@ -248,7 +240,7 @@ def _monotone(function: Function, least: float = -INF) -> Rule:
         low, high = widened(found.low, found.high, share, 1.0)
         return replace(found, low=np.maximum(low, least), high=high)
 
-    return _of_facts(rule)
+    return of_facts(rule)
 
 
 def _equal_inputs(
@@ -324,6 +316,19 @@ def _flatten(node: Node, data: ChannelBounds, known: BoundsContext) -> ChannelBo
     return positions.take(np.arange(len(positions.low)).reshape(count, -1).T.ravel())
 
 
+def _regrouped(node: Node, known: BoundsContext) -> ChannelBounds | None:
+    return of_facts(_flatten)(node, known) or RESHAPED(node, known)
+
+
+#: Functions of single elements of which no bounds are known here, and by which what differs by rounding still does.
+_CONTINUOUS = ("Abs", "Celu", "Elu", "Erf", "Exp", "Gelu", "Mish", "Selu", "Softsign", "Swish")
+
+
+def _alike(node: Node, data: ChannelBounds, known: BoundsContext) -> ChannelBounds:
+    found = _equal_inputs(node, data, lambda x: x)
+    return replace(found, low=np.full_like(data.low, -INF), high=np.full_like(data.high, INF))
+
+
 _RULES: Mapping[str, Rule] = {
     "Conv": _convolution,
     **dict.fromkeys(("Gemm", "MatMul"), _matrix),
@@ -332,16 +337,18 @@ _RULES: Mapping[str, Rule] = {
     "Relu": _homogeneous(lambda x, node: np.maximum(x, 0)),
     "LeakyRelu": _homogeneous(_leaky),
     **dict.fromkeys(("MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool"), _pool),
-    "Clip": _of_facts(_clip),
-    "HardSwish": _of_facts(_hard_swish),
-    "Neg": _of_facts(_negative),
+    "Clip": of_facts(_clip),
+    "HardSwish": of_facts(_hard_swish),
+    "Neg": of_facts(_negative),
     "Sigmoid": _monotone(lambda x, node: 1.0 / (1.0 + np.exp(-x)), least=0.0),
     "HardSigmoid": _monotone(_hard_sigmoid, least=0.0),
     "Tanh": _monotone(lambda x, node: np.tanh(x)),
     "Softplus": _monotone(lambda x, node: np.logaddexp(0, x), least=0.0),
-    **dict.fromkeys(("Identity", "Dropout"), _of_facts(_same)),
-    "Cast": _of_facts(_cast),
+    **dict.fromkeys(("Identity", "Dropout"), of_facts(_same)),
+    "Cast": of_facts(_cast),
     "Concat": _concat,
-    "Transpose": _of_facts(_transpose),
-    **dict.fromkeys(("Flatten", "Reshape"), _of_facts(_flatten)),
+    "Transpose": of_facts(_transpose),
+    **dict.fromkeys(("Flatten", "Reshape"), _regrouped),
+    **dict.fromkeys(_CONTINUOUS, of_facts(_alike)),
+    **MOVING,
 }

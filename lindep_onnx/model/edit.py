@@ -84,7 +84,7 @@ def apply_edits(model: Model, edits: GraphEdits, metadata: str) -> Model:
     for entry in [entry for entry in proto.metadata_props if entry.key == METADATA_KEY]:
         proto.metadata_props.remove(entry)
     proto.metadata_props.add(key=METADATA_KEY, value=metadata)
-    return model_of(proto, folder)
+    return model_of(proto, folder, told=model.told)
 
 
 def _edited(model: Model, edits: GraphEdits) -> tuple[onnx.ModelProto, WeightsDir | None]:

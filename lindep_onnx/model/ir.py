@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from lindep_onnx.errors import ModelError, one_line
 from lindep_onnx.files import WeightsDir
+from lindep_onnx.model.batch import batch_axes
 from lindep_onnx.model.checks import check_arity, check_order, check_sizes, check_windows, defined_twice
 from lindep_onnx.model.node import Node
 from lindep_onnx.model.order import in_order, of_true_types
@@ -28,6 +29,19 @@ from lindep_onnx.model.weights import array_of, bodies, dense_of, graphs, read
 logger = logging.getLogger(__name__)
 
 Array: TypeAlias = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What is said of the inputs of a model, beside what the file says.
+
+    Attributes:
+        axes: which axis counts samples, by input.
+        shapes: shapes in place of the declared ones, by input; unknown sizes are strings.
+    """
+
+    axes: Mapping[str, int] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -45,6 +59,7 @@ class Model:
         sparse: initializers that the file holds as their values and where they are; `stored` has them whole.
         opset: version of the default operator set.
         notes: what was put right when the file was read.
+        told: what the user and the data say of inputs.
     """
 
     proto: onnx.ModelProto
@@ -57,6 +72,12 @@ class Model:
     sparse: frozenset[str]
     opset: int
     notes: tuple[str, ...] = ()
+    told: Told = Told()
+
+    @cached_property
+    def batch_axes(self) -> Mapping[str, int | None]:
+        """Which axis of each input counts samples; None where none does."""
+        return MappingProxyType(batch_axes(self.proto.graph, self.inputs, self.told.axes))
 
     @property
     def fixed(self) -> frozenset[str]:
@@ -119,7 +140,7 @@ def load(source: str | Path | onnx.ModelProto) -> Model:
     return replace(model, proto=proto, notes=(*moved, *corrected))
 
 
-def model_of(proto: onnx.ModelProto, folder: WeightsDir | None, where: str = "") -> Model:
+def model_of(proto: onnx.ModelProto, folder: WeightsDir | None, where: str = "", told: Told | None = None) -> Model:
     """A protobuf, not to be changed any more, as a `Model`; messages call it `where`.
 
     Raises:
@@ -159,6 +180,7 @@ def model_of(proto: onnx.ModelProto, folder: WeightsDir | None, where: str = "")
         overridable=frozenset(name for name in graph_inputs if name in stored and proto.ir_version >= 4),
         sparse=frozenset((*sparse, *scattered)),
         opset=opset,
+        told=told or Told(),
     )
 
 

@@ -142,7 +142,8 @@ def _unused(base: str, taken: Container[str]) -> str:
 def _of_values(proto: onnx.ModelProto, source: Model) -> Model:
     """A copy of a model without data, given its data, as the types of the copy."""
     types = {tensor.name: _numpy_type(tensor.data_type) for tensor in proto.graph.initializer}
-    return model_of(*with_weights(proto, lambda name: np.asarray(source.stored[name], dtype=types[name])))
+    made = with_weights(proto, lambda name: np.asarray(source.stored[name], dtype=types[name]))
+    return model_of(*made, told=source.told)
 
 
 def perturbed_one_ulp(model: Model, seed: int) -> Model:
@@ -161,7 +162,7 @@ def perturbed_one_ulp(model: Model, seed: int) -> Model:
     for tensor in _tensors(copy.graph):
         if tensor.data_type in FLOATS and not is_external(tensor):
             tensor.CopyFrom(onnx.numpy_helper.from_array(moved(onnx.numpy_helper.to_array(tensor)), tensor.name))
-    return model_of(*with_weights(copy, lambda name: moved(model.stored[name])))
+    return model_of(*with_weights(copy, lambda name: moved(model.stored[name])), told=model.told)
 
 
 def _types(proto: onnx.ModelProto) -> dict[str, int]:

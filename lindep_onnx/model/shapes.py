@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 Array: TypeAlias = NDArray[Any]
 
+#: The symbol of sample axes that the file gives no name.
+SAMPLES = "lindep_onnx_samples"
 #: Constants that nodes make out of nothing (ConstantOfShape, Expand, Range) are evaluated up to this size.
 MADE_LIMIT = 1 << 16
 #: Arithmetic on whole weights (a scale, a weight norm) is evaluated up to this size.
@@ -57,6 +59,7 @@ class ShapeInfo:
         shapes: shape of every tensor whose rank is known; symbols are strings.
         values: partly known integer tensors as object arrays of int and str.
         dtypes: element type (`onnx.TensorProto.DataType`) of tensors where inference found one.
+        samples: symbols of the axes of inputs that count samples.
         overridable: tensors that would be the same in every run if no caller replaced the stored tensor that this
             names: it is an input too.
     """
@@ -65,7 +68,13 @@ class ShapeInfo:
     shapes: Mapping[str, Shape]
     values: Mapping[str, Array]
     dtypes: Mapping[str, int]
+    samples: frozenset[str]
     overridable: Mapping[str, str]
+
+    def sample_axis(self, name: str) -> int | None:
+        """The axis of a tensor that counts samples, wherever it lies; None where that is not known."""
+        found = [axis for axis, size in enumerate(self.shapes.get(name, ())) if size in self.samples]
+        return found[0] if len(found) == 1 else None
 
     def weight_shape(self, name: str) -> tuple[int, ...] | None:
         """Shape of what is the same in every run, or would be if no caller replaced it; None of anything else."""
@@ -78,8 +87,9 @@ class ShapeInfo:
     @property
     def activation_bytes(self) -> int:
         """Of all tensors that one sample makes, in single precision; unknown sizes count as 1."""
-        computed = (shape for name, shape in self.shapes.items() if name not in self.constants)
-        return 4 * sum(math.prod(size for size in shape[1:] if isinstance(size, int)) for shape in computed)
+        computed = {name: shape for name, shape in self.shapes.items() if name not in self.constants}
+        own = (shape if self.sample_axis(name) is not None else shape[1:] for name, shape in computed.items())
+        return 4 * sum(math.prod(size for size in sizes if isinstance(size, int)) for sizes in own)
 
     def integers(self, name: str) -> list[int | str] | None:
         """Elements of a small integer tensor, flat; symbols where they are not known; None if nothing is known."""
@@ -93,6 +103,7 @@ def resolve(model: Model, inputs: Mapping[str, Shape] = MappingProxyType({})) ->
 
     Graph inputs have the shapes that `inputs` gives in place of those that the file declares.
     """
+    inputs = {**model.told.shapes, **inputs}
     known = Known(model.opset, {name: value for name, value in model.stored.items() if name not in model.overridable})
     _fold(model, known.constants)
     for _ in range(8):
@@ -107,8 +118,14 @@ def resolve(model: Model, inputs: Mapping[str, Shape] = MappingProxyType({})) ->
         shapes=MappingProxyType(known.shapes),
         values=MappingProxyType(known.values),
         dtypes=MappingProxyType(known.dtypes),
+        samples=_samples(model, known.shapes),
         overridable=MappingProxyType(_overridable(model, known)),
     )
+
+
+def _samples(model: Model, shapes: Mapping[str, Shape]) -> frozenset[str]:
+    leading = (shapes[name][axis] for name, axis in model.batch_axes.items() if axis is not None and shapes.get(name))
+    return frozenset(size for size in leading if isinstance(size, str))
 
 
 def _overridable(model: Model, known: Known) -> dict[str, str]:
@@ -210,14 +227,18 @@ def _infer(model: Model, inputs: Mapping[str, Shape], known: Known) -> None:
             known.shapes[info.name] = _completed(known.shapes.get(info.name), said)
 
 
+def _is_name(symbol: str | bytes) -> bool:
+    """Whether a file names an axis: `?` and the empty string are exporters' words for "unknown"."""
+    return bool(symbol.strip("?") if isinstance(symbol, str) else symbol)
+
+
 def _dim(dim: onnx.TensorShapeProto.Dimension, symbols: Iterator[str]) -> int | str:
     if dim.HasField("dim_value") and dim.dim_value >= 0:
         return int(dim.dim_value)
     name = dim.dim_param
     if isinstance(name, bytes):  # what protobuf makes of bytes that are no text
         name = name.decode(errors="backslashreplace")
-    # `?` and the empty string are exporters' words for "unknown": they do not make two dimensions equal.
-    return name if name.strip("?") else next(symbols)
+    return name if _is_name(name) else next(symbols)  # what is unknown does not make two dimensions equal
 
 
 def _completed(known: Shape | None, said: Shape) -> Shape:
@@ -238,6 +259,10 @@ def _skeleton(model: Model, inputs: Mapping[str, Shape], known: Known) -> onnx.M
         if value.name in inputs:
             dtype = value.type.tensor_type.elem_type
             value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, dtype, inputs[value.name]))
+        axis, dims = model.batch_axes.get(value.name), value.type.tensor_type.shape.dim
+        if axis is not None and axis < len(dims) and not dims[axis].HasField("dim_value"):
+            # Without a name it would be lost on the way, and nobody could tell where samples lie further on.
+            dims[axis].dim_param = dims[axis].dim_param if _is_name(dims[axis].dim_param) else SAMPLES
     for name, value in constants.items():
         if value.size <= 64 and value.dtype.kind in "iufb":
             graph.initializer.append(onnx.numpy_helper.from_array(value, name))

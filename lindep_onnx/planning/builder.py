@@ -194,6 +194,12 @@ class Builder:
             if found.skipped:
                 names = ", ".join(found.skipped[:3]) + (" and others" if len(found.skipped) > 3 else "")
                 notes.append(f"{len(found.skipped)} layer(s) are too wide to be refitted and keep their fold: {names}.")
+            if found.unplaced:
+                names = ", ".join(found.unplaced[:3]) + (" and others" if len(found.unplaced) > 3 else "")
+                notes.append(
+                    f"{len(found.unplaced)} layer(s) keep their fold, for it is not known which axis counts samples "
+                    f"there: {names}. --batch-axis NAME=AXIS says so for an input."
+                )
             refitted = apply_edits(model, found.edits, self.metadata)
             if self.config.refit == "auto" and self._errs_less(model, refitted):
                 return model, ("The folds err less than a refit, on the samples that choose; they were kept.",)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -30,7 +30,7 @@ from lindep_onnx.model.weighted import weighted
 from lindep_onnx.refit.patches import matrix_of, patches_of, unknowns, weight_of
 from lindep_onnx.refit.targets import Targets, Task, tasks_of
 from lindep_onnx.runtime.backend import Runtime
-from lindep_onnx.runtime.rows import RowSampler, rows_at
+from lindep_onnx.runtime.rows import RowSampler, rows_at, samples_first
 from lindep_onnx.runtime.stages import Stages
 from lindep_onnx.structure.types import Product, Structure
 
@@ -65,11 +65,13 @@ class Refitted:
         edits: new weights and biases of the compressed model.
         errors: for each product by output name, (before, after): RMS error relative to the centred target, unseen rows.
         skipped: output names of products that were too wide.
+        unplaced: those of products of which nobody knows where samples lie in what they read and give.
     """
 
     edits: GraphEdits
     errors: Mapping[str, tuple[float, float]]
     skipped: tuple[str, ...]
+    unplaced: tuple[str, ...] = ()
 
 
 def refit(
@@ -91,6 +93,7 @@ def refit(
     weights: dict[str, Array] = {}
     operands: dict[tuple[int, int], Array] = {}
     errors: dict[str, tuple[float, float]] = {}
+    unplaced = []
     if not tasks:
         return Refitted(GraphEdits(), errors, skipped)
     count = max(1, len(samples.parts[Part.FIT]))
@@ -114,7 +117,12 @@ def refit(
             for stages, targets in sources:
                 stages.run_to(at)
                 data.append(_gathered(task, stages, targets, kept))
-            weight, bias, errors[reader.output] = _refitted(task, compressed, *data)
+            if any(rows is None for rows in data):
+                unplaced.append(reader.output)
+                continue
+            weight, bias, errors[reader.output] = _refitted(
+                task, compressed, *(rows for rows in data if rows is not None)
+            )
             weights[task.product.weight] = weight
             operands.update(bias)
             for stages in (fit, select) if staged else ():
@@ -122,7 +130,7 @@ def refit(
                 for (index, position), value in bias.items():
                     stages.set_operand(compressed.model.nodes[index], position, value)
             log.progress("refit", done + 1, len(tasks))
-    return Refitted(GraphEdits(constants=weights, inputs=operands), errors, skipped)
+    return Refitted(GraphEdits(constants=weights, inputs=operands), errors, skipped, tuple(unplaced))
 
 
 def _positions(product: Product, structure: Structure, samples: int) -> int:
@@ -133,22 +141,40 @@ def _positions(product: Product, structure: Structure, samples: int) -> int:
     return max(1, min(wanted, most) // samples)
 
 
-def _gathered(task: Task, stages: Stages, targets: Targets, kept: LinearMap | None) -> Rows:
-    """Patches of the product at hand, and the output that it should have there."""
+def _gathered(task: Task, stages: Stages, targets: Targets, kept: LinearMap | None) -> Rows | None:
+    """Patches of the product at hand, and the output that it should have there; None where they do not belong together.
+
+    That is where nobody knows which axis counts samples, and it is not the leading one.
+    """
     reader, group, outputs = task.product.reader, task.product.group, len(task.scale)
     patches, wanted = [np.zeros((group, 0, 0), np.float32)], [np.zeros((0, outputs))]
     for number, (rows, positions) in enumerate(targets.take(task.place)):
         data = _computed(stages, number, reader.tensor)
         data = data if kept is None else kept.along(data, reader.axis)
-        patches.append(patches_of(data, task.product, positions))
+        data, axis = samples_first(data, reader.axis, stages.sample_axis(reader.tensor))
+        moved = replace(task.product, reader=replace(reader, axis=axis))
+        if not _belong(data, moved, rows, positions):
+            return None
+        patches.append(patches_of(data, moved, positions))
         rows = rows if task.channels is None else task.channels.rows(rows)
         wanted.append(rows.reshape(-1, outputs).astype(np.float64))
         if task.other:
-            other = rows_at(_computed(stages, number, task.other), task.place.axis, positions)
+            beside = _computed(stages, number, task.other)
+            other = rows_at(*samples_first(beside, task.place.axis, stages.sample_axis(task.other)), positions)
             wanted[-1] -= other.reshape(-1, outputs)
     target = (np.concatenate(wanted) - task.shift) / task.scale
     found = np.concatenate(patches[1:] or patches, axis=1)
     return Rows(found, np.moveaxis(target.reshape(len(target), group, -1), 1, 0))
+
+
+def _belong(data: Array, product: Product, rows: Array, positions: NDArray[np.int64]) -> bool:
+    """Whether rows at these positions are what a product gives of the data."""
+    if len(data) != len(rows):
+        return False
+    if product.window is not None:
+        return True
+    places = math.prod(size for axis, size in enumerate(data.shape[1:], 1) if axis != product.reader.axis)
+    return not len(positions) or int(positions.max()) < places
 
 
 def _computed(stages: Stages, batch: int, name: str) -> Array:

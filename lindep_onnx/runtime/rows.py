@@ -45,8 +45,8 @@ class Rows:
     """Rows of one place in one batch.
 
     Attributes:
-        values: (samples, rows, channels), filler left out. A tensor whose leading axis does not count samples is one
-            sample, which can only make guards stricter.
+        values: (samples, rows, channels), filler left out. A tensor of which nobody knows where samples lie, and whose
+            leading axis does not count them, is one sample, which can only make guards stricter.
         positions: (rows,) which position each row is, counted through the axes other than samples and channels.
     """
 
@@ -101,7 +101,7 @@ class RowSampler:
         probe: Probe | None = None,
         summed: Collection[ChannelAxis] = (),
     ) -> None:
-        self._most = most
+        self._most, self._shape_info = most, shape_info
         self._shapes: dict[ChannelAxis, tuple[int | str, ...]] = {}  # where rows are picked in the graph
         self._fetched: dict[ChannelAxis, str] = {}
         self._summed: dict[ChannelAxis, dict[str, str]] = {}
@@ -110,7 +110,7 @@ class RowSampler:
         nodes: dict[str, list[onnx.NodeProto]] = {}
         for number, (place, limit) in enumerate(most.items()):
             shape = shape_info.shapes.get(place.tensor, ())
-            width = _inside(shape, place.axis)
+            width = _inside(shape, place.axis) if shape_info.sample_axis(place.tensor) in (0, None) else None
             if width is None or (place not in summed and len(_allowed(shape, place)) <= limit):
                 self._fetched[place] = place.tensor
                 continue
@@ -159,8 +159,16 @@ class RowSampler:
                 kept = np.moveaxis(kept, 1, 2) if place.axis == 1 else kept
                 result[place] = Rows(kept, chosen[place])
             else:
-                result[place] = _picked(value, place, most, batch, rng)
+                where = self._shape_info.sample_axis(place.tensor)
+                result[place] = _picked(value, place, most, batch, rng, where)
         return ProbeResult(result, summed, found[len(self._names) :])
+
+
+def samples_first(data: Array, axis: int, samples: int | None) -> tuple[Array, int]:
+    """A tensor with its sample axis in front, where that is known, and where its channel `axis` is then."""
+    if not samples:
+        return data, axis
+    return np.moveaxis(data, samples, 0), axis + 1 if axis < samples else axis
 
 
 def rows_at(data: Array, axis: int, positions: NDArray[np.int64]) -> Array:
@@ -211,6 +219,8 @@ def _gather(proto: onnx.ModelProto, place: ChannelAxis, width: int, number: int)
 def summable(model: Model, shape_info: ShapeInfo, place: ChannelAxis) -> bool:
     """Whether rows can be picked and summed inside the graph: the leading axis counts samples, as in an input."""
     shape = shape_info.shapes.get(place.tensor, ())
+    if shape_info.samples and shape_info.sample_axis(place.tensor) != 0:
+        return False
     leading = {shape_info.shapes[name][0] for name in model.inputs if shape_info.shapes.get(name)}
     return model.opset >= SLICED and _inside(shape, place.axis) is not None and leading == {shape[0]}
 
@@ -232,16 +242,20 @@ def insert_behind(proto: onnx.ModelProto, nodes: Mapping[str, Sequence[onnx.Node
     proto.graph.node.extend(rest.node)
 
 
-def _picked(data: Array, place: ChannelAxis, most: int, batch: Batch, rng: np.random.Generator) -> Rows:
+def _picked(
+    data: Array, place: ChannelAxis, most: int, batch: Batch, rng: np.random.Generator, samples: int | None
+) -> Rows:
     """Rows of a tensor that was fetched whole."""
-    if place.axis == 0 or data.shape[0] % batch.size:
-        data, axis = data[None], place.axis + 1
+    data, axis = samples_first(data, place.axis, samples)
+    whole = axis == 0 or bool(data.shape[0] % batch.size)
+    if whole:
+        data, axis = data[None], axis + 1
     else:
-        data, axis = data[: len(data) * len(batch.samples) // batch.size], place.axis
+        data = data[: len(data) * len(batch.samples) // batch.size]
     allowed = _allowed(data.shape, ChannelAxis(place.tensor, axis, place.strides))
     if len(allowed) > most:
         allowed = np.sort(rng.choice(allowed, most, replace=False))
     values = rows_at(data, axis, allowed)
-    if axis == place.axis and len(data) != len(batch.samples):  # several entries of the leading axis for one sample
+    if not whole and len(data) != len(batch.samples):  # several entries of the leading axis for one sample
         values = values.reshape(len(batch.samples), -1, values.shape[-1])
     return Rows(values, allowed)

@@ -49,7 +49,7 @@ class Stages:
         memory: int = MEMORY_LIMIT,
     ) -> None:
         self._model = model
-        self._constants = shape_info.constants
+        self._constants, self._shape_info = shape_info.constants, shape_info
         self._runtime = runtime
         self._protos = {name: proto for proto in model.proto.graph.node for name in proto.output if name}
         self._position = 0
@@ -81,12 +81,17 @@ class Stages:
         self._operands[node.index, position] = value
 
     def tensor(self, batch: int, name: str) -> Array | None:
-        """A tensor of the frontier, samples first and filler left out; None if it is not in the frontier."""
+        """A tensor of the frontier, filler left out; None if it is not in the frontier."""
         value = self._frontier[batch].read(name)
         counted, size = self.sizes[batch]
-        if value is None or not value.ndim or len(value) % size:
+        axis = self._shape_info.sample_axis(name) or 0
+        if value is None or not value.ndim or value.shape[axis] % size or counted == size:
             return value
-        return value[: len(value) * counted // size]
+        return value[(slice(None),) * axis + (slice(value.shape[axis] * counted // size),)]
+
+    def sample_axis(self, name: str) -> int | None:
+        """The axis of a tensor that counts samples; None where that is not known."""
+        return self._shape_info.sample_axis(name)
 
     def run_to(self, index: int) -> None:
         """Run every node before the one with this index.

@@ -29,7 +29,7 @@ from lindep_onnx.pipeline import (
 from lindep_onnx.pipeline import calibrate as calibrate_samples
 from lindep_onnx.planning.plan_file import Plan, options_of, to_plan
 from lindep_onnx.planning.strategies import choose
-from lindep_onnx.proofs.traced import TracedModel, load_and_trace
+from lindep_onnx.proofs.traced import TracedModel, load_and_trace, with_ranks
 from lindep_onnx.report.values import Report
 from lindep_onnx.runtime.backend import Runtime
 
@@ -159,6 +159,9 @@ def calibrate(
     log = Log(progress)
     with half_the_cores(), ExitStack() as stack:
         samples = open_data(traced, calib, config, log, stack)
+        stored = traced.stored or traced.structure.model
+        if samples is not None and stored.folder is None:
+            traced = with_ranks(stored.proto, traced, samples.ranks, log)
         runtime = Runtime.named(config.providers, config.threads)
         found = calibrate_samples(traced, samples, config, runtime, log, elsewhere(client, calib, config))
         calibrated = replace(found, opened=stack.pop_all())

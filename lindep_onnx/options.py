@@ -122,6 +122,13 @@ def _range(text: str) -> tuple[str, tuple[float, float]]:
         raise UsageError(f"--input-range takes NAME=LO:HI or LO:HI, such as image=0:1, not {text!r}.") from None
 
 
+def _axis(text: str) -> tuple[str, int]:
+    name, _, axis = text.rpartition("=")
+    if not name or not re.fullmatch(r"-1|[0-9]{1,2}", axis):
+        raise UsageError(f"--batch-axis takes NAME=AXIS, such as x=1, or NAME=-1 for no axis, not {text!r}.")
+    return name, int(axis)
+
+
 def _size(text: str) -> tuple[int, int]:
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(side.isdecimal() and len(side) < 7 for side in sides):
@@ -307,6 +314,11 @@ class TraceOptions(Options):
     )
     exclude: tuple[str, ...] = _option("leave nodes whose names match alone", "GLOB", default=(), nargs="append")
     min_channels: int = _option("no channel axis is cut below N", "N", _FROM_1, default=1)
+    batch_axis: Mapping[str, int] = _option(
+        "which axis of an input counts samples, from 0 on, where that is not the leading one and the names of the axes "
+        "do not say so; -1 where none does, so that every run is fed with a whole entry of the data", "NAME=AXIS",
+        default=MappingProxyType({}), read=_axis, nargs="append",
+    )  # fmt: skip
     input_range: Mapping[str, tuple[float, float]] = _option(
         "lowest and highest value of an input, or of all that are not named: what the weights imply for every input in "
         "there is proven, and data outside it is refused", "[NAME=]LO:HI",
@@ -315,6 +327,9 @@ class TraceOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, axis in self.batch_axis.items():
+            if isinstance(axis, bool) or not isinstance(axis, int) or axis < -1:
+                raise UsageError(f"--batch-axis of {name!r} is a number from 0 on, or -1 for none, not {axis!r}.")
         for name, ends in self.input_range.items():
             if len(ends) != 2 or any(math.isnan(end) for end in ends) or not ends[0] <= ends[1]:
                 raise UsageError(f"--input-range of {name!r} goes from LO up to HI, not {':'.join(map(str, ends))}.")

@@ -45,7 +45,7 @@ from lindep_onnx.planning.round import Round
 from lindep_onnx.planning.strategies import choose, preview, replayed
 from lindep_onnx.planning.values import Result
 from lindep_onnx.proofs.prove import prove
-from lindep_onnx.proofs.traced import TracedModel, inputs_of, load_and_trace, samples_per_run
+from lindep_onnx.proofs.traced import TracedModel, inputs_of, load_and_trace, samples_per_run, with_ranks
 from lindep_onnx.report.build import Finished, build_report, verification_of
 from lindep_onnx.report.values import Report
 from lindep_onnx.runtime.backend import Runtime
@@ -184,9 +184,11 @@ def run(request: Request, config: Config, log: Log) -> Outcome:
     runtime = Runtime.named(config.providers, config.threads)
     traced = load_and_trace(request.source, config, log)
     repeated = request.repeated
-    wanted = None if repeated is None else resolve_plan(repeated.plan, traced.structure, repeated.changed)
     with half_the_cores(), ExitStack() as stack:
         samples = open_data(traced, request.calib, config, log, stack)
+        if samples is not None:
+            traced = with_ranks(request.source, traced, samples.ranks, log)
+        wanted = None if repeated is None else resolve_plan(repeated.plan, traced.structure, repeated.changed)
         stressing = open_data(traced, request.stress, _for_stress(config, request.stress), log, stack)
         calibrated = calibrate(traced, samples, config, runtime, log, request.over)
         if config.save_moments is None and calibrated.saved is not None:  # as large as the statistics
@@ -355,7 +357,9 @@ def open_round(
     whole = original or traced
     uncertain = calibrated.uncertain & ~traced.proof.constant
     piece = Workpiece(structure, traced.proof, calibrated.statistics, uncertain, calibrated.samples, MOVES)
-    reference = Reference(whole.as_run, whole.stored, structure.shape_info.activation_bytes)
+    shape_info = structure.shape_info
+    moved = whole.structure.shape_info.moved_samples(whole.structure.model.outputs)
+    reference = Reference(whole.as_run, whole.stored, shape_info.activation_bytes, moved)
     judge = Judge(reference, calibrated.samples, config, runtime, log, wanted)
     # Those of a plan that is carried out again count among them.
     options = {**(wanted.plan.options if wanted is not None else {}), **config.described()}

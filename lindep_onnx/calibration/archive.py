@@ -69,8 +69,9 @@ class Key:
 
 def key(structure: Structure, samples: Samples, config: Config) -> Key:
     """The fingerprints of one run."""
-    *traced, ranges = (getattr(config, name) for name in declared(TraceOptions))
-    text = json.dumps([*traced, config.seed, sorted(ranges.items())]).encode()
+    given = [getattr(config, name) for name in declared(TraceOptions)]
+    plain = [sorted(value.items()) if isinstance(value, Mapping) else value for value in given]
+    text = json.dumps([*plain, config.seed]).encode()
     digest = hashlib.blake2b(text, digest_size=16).hexdigest()
     return Key(fingerprint(structure.model.proto, structure.model.folder), samples.fingerprint, digest)
 

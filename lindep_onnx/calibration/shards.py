@@ -8,7 +8,6 @@ shards, however often Dask had to run it. So a worker that dies costs the time o
 from __future__ import annotations
 
 import concurrent.futures
-import functools
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +30,7 @@ from lindep_onnx.data.samples import Samples, open_samples
 from lindep_onnx.data.split import Part
 from lindep_onnx.errors import CalibrationError, LindepError, UsageError, one_line
 from lindep_onnx.log import Log
-from lindep_onnx.model.ir import model_of
+from lindep_onnx.model.ir import Told, model_of
 from lindep_onnx.model.shapes import resolve
 from lindep_onnx.options import Config, DataOptions, declared
 from lindep_onnx.runtime.backend import Runtime, cores
@@ -61,6 +60,7 @@ class Job:
     source: Any
     inputs: tuple[InputSpec, ...]
     data: DataOptions
+    told: Told
     watched: Watched
     draw: Draw
     runtime: Runtime
@@ -97,7 +97,7 @@ class Workers:
         sharing = max(Counter(worker["host"] for worker in workers).values(), default=1)
         job = Job(
             model, beside, self._trace, self._source, tuple(samples.inputs),
-            replace(self._data, batch_size=samples.batch), watched, draw, runtime, sharing,
+            replace(self._data, batch_size=samples.batch), structure.model.told, watched, draw, runtime, sharing,
         )  # fmt: skip
         shards = shards_of(samples, max(1, SHARDS * len(workers)))
         found: tuple[Calibration, Ranges] | None = None
@@ -190,7 +190,7 @@ def _both(own: Ranges, more: Ranges) -> Ranges:
 def run_shard(job: Job, numbers: Numbers) -> tuple[Calibration, Ranges]:
     """Moments and ranges of some samples, on a worker."""
     with threadpool_limits(max(1, cores() // (2 * job.sharing)), user_api="blas"):
-        structure = _traced(job.model, job.folder, job.trace)
+        structure = _traced(job)
         with open_samples(job.source, job.inputs, job.data, parts=numbers) as samples:
             sums = StatisticsAccumulator(structure)
             runtime = job.runtime.beside(job.sharing)
@@ -198,9 +198,17 @@ def run_shard(job: Job, numbers: Numbers) -> tuple[Calibration, Ranges]:
     return sums.result(), ranges
 
 
-@functools.lru_cache(maxsize=1)
-def _traced(model: bytes, folder: str | None, options: tuple[tuple[str, ...], tuple[str, ...], int]) -> Structure:
+def _traced(job: Job) -> Structure:
     """Traced once in every process."""
-    include, exclude, least = options
-    loaded = model_of(onnx.ModelProto.FromString(model), None if folder is None else files.WeightsDir(Path(folder)))
-    return trace(loaded, resolve(loaded), include=include, exclude=exclude, min_channels=least)
+    key = job.model, job.folder, job.trace, repr(job.told)
+    if key not in _TRACED:
+        include, exclude, least = job.trace
+        folder = None if job.folder is None else files.WeightsDir(Path(job.folder))
+        loaded = model_of(onnx.ModelProto.FromString(job.model), folder, told=job.told)
+        _TRACED.clear()
+        _TRACED[key] = trace(loaded, resolve(loaded), include=include, exclude=exclude, min_channels=least)
+    return _TRACED[key]
+
+
+#: What a worker traced last.
+_TRACED: dict[tuple[Any, ...], Structure] = {}

@@ -29,6 +29,7 @@ from lindep_onnx.data.inputs import (
     outside,
     source_of,
 )
+from lindep_onnx.data.places import Place
 from lindep_onnx.data.sources import shards_of
 from lindep_onnx.data.split import MIN_SAMPLES, Part, Split, split
 from lindep_onnx.data.spool import Reading
@@ -63,7 +64,7 @@ class _Feeder:
 
     def __init__(self, shards: Sequence[Shard], plan: Feeding) -> None:
         self.shards, self.plan = shards, plan
-        self.starts = np.concatenate([[0], np.cumsum([plan.count(shard) for shard in shards])])
+        self.starts = np.concatenate([[0], np.cumsum([plan.count(index, shard) for index, shard in enumerate(shards)])])
         self._open: tuple[int, Arrays] | None = None
 
     def close(self) -> None:
@@ -82,22 +83,19 @@ class _Feeder:
         rows, arrays, feeds = numbers - self.starts[index], self._arrays(index), {}
         for spec in self.plan.specs:
             value = arrays[source_of(spec, arrays)]
-            taken = np.asarray(value if spec.name in self.plan.shared else value[rows])
+            place = self.plan.places[index][spec.name]
+            taken = np.asarray(place.taken(value, rows))
             where = f"{self.shards[index].where}: input {spec.name!r}"
             fed = feeds[spec.name] = cast(taken, spec.dtype, where)
             # What counts comes first; filler repeats it.
             good = _usable(fed, taken) if kind_of(spec.dtype) == "float" else np.ones(1, dtype=bool)
             if not good.all():
-                raise not_finite(where, spec.dtype, taken, self._first_bad(spec, numbers, good))
+                raise not_finite(where, spec.dtype, taken, _first_bad(place, numbers, good))
             if spec.range is not None and fed.size:
                 inside = (fed >= spec.range[0]) & (fed <= spec.range[1])
                 if not inside.all():
-                    raise outside(where, spec.range, fed[~inside].flat[0], self._first_bad(spec, numbers, inside))
+                    raise outside(where, spec.range, fed[~inside].flat[0], _first_bad(place, numbers, inside))
         return feeds
-
-    def _first_bad(self, spec: InputSpec, numbers: NDArray[np.int64], good: Array) -> int | None:
-        """The first sample that is not good throughout; None if the array belongs to no sample."""
-        return None if spec.name in self.plan.shared else int(numbers[np.argmin([row.all() for row in good])])
 
     def _arrays(self, index: int) -> Arrays:
         if self._open is None or self._open[0] != index:
@@ -110,19 +108,27 @@ class _Feeder:
         for index, shard in enumerate(self.shards):
             arrays = self._arrays(index)
             alike = hashlib.sha256()  # processors have instructions for it
-            names = []
+            sampled = []
             for spec in self.plan.specs:
-                name = source_of(spec, arrays)
-                if spec.name in self.plan.shared:
-                    alike.update(np.asarray(arrays[name]).tobytes())
+                value, place = arrays[source_of(spec, arrays)], self.plan.places[index][spec.name]
+                if place.stored is None:
+                    alike.update(np.asarray(value).tobytes())
                 else:
-                    names.append(name)
-            for row in range(self.plan.count(shard)):
+                    sampled.append(np.moveaxis(value, place.stored, 0) if place.stored else value)
+            for row in range(self.plan.count(index, shard)):
                 digest = alike.copy()
-                for name in names:
-                    digest.update(np.asarray(arrays[name][row]).tobytes())
+                for value in sampled:
+                    digest.update(np.asarray(value[row]).tobytes())
                 found.append(digest.digest())
         return found
+
+
+def _first_bad(place: Place, numbers: NDArray[np.int64], good: Array) -> int | None:
+    """The first sample that is not good throughout; None if the array belongs to no sample."""
+    if place.stored is None:
+        return None
+    rows = place.by_sample(good, len(numbers)) if good.ndim else good[None]
+    return int(numbers[np.argmin([row.all() for row in rows])])
 
 
 def _usable(fed: Array, stored: Array) -> NDArray[np.bool_]:
@@ -170,7 +176,19 @@ class Samples:
     @property
     def free_batch(self) -> bool:
         """Whether the model takes any number of samples in a run."""
-        return self._feeder.plan.fixed_batch is None
+        return self._feeder.plan.fixed_batch is None and not self._feeder.plan.alone
+
+    @property
+    def leading(self) -> bool:
+        """Whether samples are on the leading axis of everything that is fed."""
+        return self._feeder.plan.leading
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Number of axes of what each input is fed with."""
+        plan, shard = self._feeder.plan, self._feeder.shards[0]
+        shapes = {spec.name: shard.headers[source_of(spec, shard.headers)].shape for spec in plan.specs}
+        return {name: len(shape) - plan.places[0][name].entries for name, shape in shapes.items()}
 
     @property
     def batch(self) -> int:
@@ -180,9 +198,10 @@ class Samples:
     @property
     def uniform(self) -> bool:
         """Whether all samples have the same shapes."""
+        plan = self._feeder.plan
         shapes = {
-            tuple(shard.headers[source_of(spec, shard.headers)].shape[1:] for spec in self._feeder.plan.sampled)
-            for shard in self._feeder.shards
+            tuple(own[spec.name].of_sample(shard.headers[source_of(spec, shard.headers)].shape) for spec in plan.specs)
+            for own, shard in zip(plan.places, self._feeder.shards, strict=True)
         }
         return len(shapes) == 1
 
@@ -240,10 +259,10 @@ class Samples:
         shard = self._feeder.shard_of(numbers)
         parts = [self._feeder.feeds(index, numbers[shard == index]) for index in np.unique(shard).tolist()]
         places = np.argsort(np.argsort(shard, kind="stable"))
-        shared = self._feeder.plan.shared
+        axes = {name: place.fed for name, place in self._feeder.plan.places[int(shard[0])].items()}
         return {
-            name: value if name in shared else np.concatenate([part[name] for part in parts])[places]
-            for name, value in parts[0].items()
+            name: value if axis is None else np.take(np.concatenate([part[name] for part in parts], axis), places, axis)
+            for (name, value), axis in zip(parts[0].items(), axes.values(), strict=True)
         }
 
 

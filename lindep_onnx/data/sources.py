@@ -168,7 +168,8 @@ def _random_feeds(count: int, reading: Reading) -> Iterator[dict[str, Array]]:
     shapes = {}
     for spec in reading.specs:
         shape = spec.shape
-        free = [str(size) for size in (shape or ())[1:] if not isinstance(size, int)]
+        fixed = [size for axis, size in enumerate(shape or ()) if axis != spec.axis]
+        free = [str(size) for size in fixed if not isinstance(size, int)]
         if shape is None or free:
             raise CalibrationError(
                 f"random inputs: input {spec.name!r} leaves sizes open ({', '.join(free) or 'all'}), so that there is "
@@ -180,13 +181,13 @@ def _random_feeds(count: int, reading: Reading) -> Iterator[dict[str, Array]]:
                 f"random inputs: nobody knows which values of {spec.dtype} input {spec.name!r} takes; say so with "
                 f"--input-range {spec.name}=LO:HI, or give --calib DATA."
             )
-        shapes[spec.name] = tuple(int(size) for size in shape[1:])
+        sizes = enumerate(shape)
+        shapes[spec.name] = tuple(1 if axis == spec.axis else int(size) for axis, size in sizes)
     for _ in range(count):
         yield {spec.name: _drawn(rng, spec, shapes[spec.name]) for spec in reading.specs}
 
 
-def _drawn(rng: np.random.Generator, spec: InputSpec, shape: tuple[int, ...]) -> Array:
-    size = (1, *shape) if spec.shape else ()
+def _drawn(rng: np.random.Generator, spec: InputSpec, size: tuple[int, ...]) -> Array:
     if kind_of(spec.dtype) == "bool":
         return np.asarray(rng.random(size) < 0.5)
     if spec.range is None:
@@ -278,7 +279,7 @@ def _onnx_set(folder: Path, inputs: Sequence[str]) -> Shard:
                 arrays[name if name in inputs or at >= len(inputs) else inputs[at]] = value
         return arrays
 
-    return Shard(str(folder), in_memory(str(folder), read()).headers, read)
+    return Shard(str(folder), in_memory(str(folder), read()).headers, read, feed=True)
 
 
 def _onnx_tensor(file: Path) -> tuple[str, Array]:

@@ -31,6 +31,7 @@ from lindep_onnx.distill.autodiff.differentiate import with_inputs
 from lindep_onnx.distill.autodiff.tape import Writer
 from lindep_onnx.errors import LindepError, UsageError, one_line
 from lindep_onnx.model.ir import Model, load
+from lindep_onnx.model.shapes import resolve
 from lindep_onnx.model.weights import embedded
 from lindep_onnx.runtime.backend import Runtime
 from lindep_onnx.verify.metrics import decision
@@ -90,10 +91,13 @@ class Teacher:
 
     Attributes:
         measures: of each output that varies, by name.
+        leading: whether samples are on the leading axis of everything that is fed and put out.
     """
 
     def __init__(self, teacher: Model, samples: Samples, runtime: Runtime, *, agreement_output: str | None) -> None:
         self._session = runtime.open(teacher)
+        sample_axes = resolve(teacher).moved_samples(teacher.outputs)
+        self.leading = not sample_axes and samples.leading
         self._samples = samples
         self._known: dict[int, list[Array]] = {}
         floats = [output.name for output in self._session.get_outputs() if output.type == "tensor(float)"]
@@ -107,9 +111,10 @@ class Teacher:
                     decides = decision(outputs, agreement_output)
             taken, runs = taken + batch.size, runs + 1
             for name, value in outputs.items():
-                if value.ndim and len(value) % batch.size == 0:
+                place = sample_axes.get(name, 0)
+                if value.ndim and value.shape[place] % batch.size == 0:
                     axis = decides[1] if decides is not None and decides[0] == name else None
-                    gathered.setdefault(name, []).append(_Variation.of(value, axis, batch.size))
+                    gathered.setdefault(name, []).append(_Variation.of(value, axis, batch.size, place))
         measures = {name: _measure(parts, taken) for name, parts in gathered.items() if len(parts) == runs}
         self.measures: Mapping[str, Measure] = {name: found for name, found in measures.items() if found is not None}
         self._targets = [f"{TARGET}{number}" for number in range(len(self.measures))]
@@ -122,7 +127,9 @@ class Teacher:
             return {**feeds, **dict(zip(self._targets, map(np.stack, zip(*rows, strict=True)), strict=True))}
         taught = self.taught(feeds)
         targets = [taught[name] for name in self._targets]
-        whole = all(len(target) == len(numbers) for target in targets)  # no filler, samples along the first axis
+        whole = self.leading and all(
+            len(target) == len(numbers) for target in targets
+        )  # no filler, samples along the first axis
         if whole and (len(self._known) + len(numbers)) * sum(t[0].nbytes for t in targets) <= REMEMBERED:
             self._known.update(zip(numbers.tolist(), map(list, zip(*targets, strict=True)), strict=True))
         return taught
@@ -153,9 +160,11 @@ class _Variation:
     decisions: int
 
     @staticmethod
-    def of(value: Array, axis: int | None, samples: int) -> _Variation:
-        exact, share = value.astype(np.float64), (len(value) // samples, *value.shape[1:])
-        channel = slice_axis(value.shape)
+    def of(value: Array, axis: int | None, samples: int, place: int) -> _Variation:
+        exact = value.astype(np.float64)
+        order = [place, *(other for other in range(value.ndim) if other != place)]
+        first, *rest = (value.shape[other] for other in order)
+        share, channel = (first // samples, *rest), order[slice_axis((first, *rest))]
         slices = np.moveaxis(exact, channel, 0).reshape(value.shape[channel], -1)
         sums = np.stack([np.full(len(slices), slices.shape[1]), slices.sum(axis=1), np.square(slices).sum(axis=1)])
         aligned = tuple(-1 if place == channel else 1 for place in range(value.ndim))

@@ -183,7 +183,11 @@ class _Steps:
         self._turn: tuple[int, NDArray[np.int64]] | None = None
         self.batch = min(samples.batch, len(self._fitted))
         first = teacher.feeds(self._fitted[: self.batch])
-        apart = samples.free_batch and all(value.ndim and len(value) == self.batch for value in first.values())
+        apart = (
+            samples.free_batch
+            and teacher.leading
+            and all(value.ndim and len(value) == self.batch for value in first.values())
+        )
         self.shares = runtime.pieces(training.pieces if apart and self.batch % training.pieces == 0 else 1)
         self.shapes = {name: value.shape for name, value in self._split(first)[0].items()}
 

@@ -24,13 +24,15 @@ _OTHER = re.compile(r"t|s|l|h|w|c|d|.*(seq|time|frame|length|len|height|width|st
 ENOUGH = 2
 
 
-def batch_axes(graph: onnx.GraphProto, inputs: tuple[str, ...], told: Mapping[str, int]) -> dict[str, int | None]:
+def batch_axes(
+    graph: onnx.GraphProto, inputs: tuple[str, ...], told: Mapping[str, int | None]
+) -> dict[str, int | None]:
     """The sample axis of each input; None where it has none.
 
     Args:
         graph: declares inputs and outputs.
         inputs: names of those that have to be fed.
-        told: axes that the user names.
+        told: axes that the user names; None for none.
     """
     declared = {value.name: _names(value) for value in graph.input if value.name in inputs}
     batch = _batch_name(declared, [_names(value) for value in graph.output])

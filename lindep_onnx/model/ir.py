@@ -36,11 +36,11 @@ class Told:
     """What is said of the inputs of a model, beside what the file says.
 
     Attributes:
-        axes: which axis counts samples, by input.
+        axes: which axis counts samples, by input; None for none.
         shapes: shapes in place of the declared ones, by input; unknown sizes are strings.
     """
 
-    axes: Mapping[str, int] = field(default_factory=dict)
+    axes: Mapping[str, int | None] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
 
 

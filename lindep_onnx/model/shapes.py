@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -75,6 +75,11 @@ class ShapeInfo:
         """The axis of a tensor that counts samples, wherever it lies; None where that is not known."""
         found = [axis for axis, size in enumerate(self.shapes.get(name, ())) if size in self.samples]
         return found[0] if len(found) == 1 else None
+
+    def moved_samples(self, names: Iterable[str]) -> dict[str, int]:
+        """The sample axes of those among some tensors where it is not the leading one."""
+        found = ((name, self.sample_axis(name)) for name in names)
+        return {name: axis for name, axis in found if axis}
 
     def weight_shape(self, name: str) -> tuple[int, ...] | None:
         """Shape of what is the same in every run, or would be if no caller replaced it; None of anything else."""

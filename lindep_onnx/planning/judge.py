@@ -30,7 +30,7 @@ from lindep_onnx.planning.values import Candidate, Evaluation
 from lindep_onnx.runtime.backend import Runtime, Session, Shares
 from lindep_onnx.runtime.node_times import LayerTime, layer_times
 from lindep_onnx.runtime.timing import Stopwatch, Timing
-from lindep_onnx.verify.compare import compare
+from lindep_onnx.verify.compare import Outputs, compare
 from lindep_onnx.verify.metrics import Comparison
 from lindep_onnx.verify.outputs import held
 from lindep_onnx.verify.verdict import Verdict
@@ -50,11 +50,13 @@ class Reference:
         model: the original as it is worked on.
         stored: the original as it is stored.
         activations: bytes of all tensors of one sample.
+        sample_axes: which axis of outputs counts samples, where it is not the leading one.
     """
 
     model: Model
     stored: Model
     activations: int
+    sample_axes: Mapping[str, int]
 
 
 class Judge:
@@ -189,8 +191,11 @@ class Judge:
             model: the result.
             batches: what both are run on.
         """
-        wanted, runs = self._config.agreement_output, self.shares.runs
-        return compare(*self.sessions(model), batches, agreement_output=wanted, holds=self._holds, runs=runs)
+        return compare(*self.sessions(model), batches, outputs=self._outputs, runs=self.shares.runs)
+
+    @functools.cached_property
+    def _outputs(self) -> Outputs:
+        return Outputs(self._config.agreement_output, self._holds, self._reference.sample_axes)
 
     @functools.cached_property
     def _holds(self) -> Mapping[str, str]:

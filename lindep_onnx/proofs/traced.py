@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import onnx
 
 from lindep_onnx.data.inputs import InputSpec
-from lindep_onnx.errors import ModelError
+from lindep_onnx.errors import ModelError, UsageError
 from lindep_onnx.log import Log
 from lindep_onnx.model.checks import as_model_error
-from lindep_onnx.model.ir import Model, load
+from lindep_onnx.model.ir import Model, Told, load
 from lindep_onnx.model.precision import epsilon
-from lindep_onnx.model.shapes import ShapeInfo, resolve
+from lindep_onnx.model.shapes import Shape, ShapeInfo, resolve
 from lindep_onnx.model.working import working_copy
 from lindep_onnx.options import Config
 from lindep_onnx.proofs.prove import Proof, prove, ranges_of
@@ -61,16 +62,27 @@ class TracedModel:
         return self.structure
 
 
-def load_and_trace(source: str | Path | onnx.ModelProto, config: Config, log: Log | None = None) -> TracedModel:
+def load_and_trace(
+    source: str | Path | onnx.ModelProto,
+    config: Config,
+    log: Log | None = None,
+    shapes: Mapping[str, Shape] = MappingProxyType({}),
+) -> TracedModel:
     """Everything that needs no data.
+
+    Args:
+        source: the model.
+        config: the options.
+        log: told of stages.
+        shapes: shapes of inputs that are known better than from the file.
 
     Raises:
         ModelError: the model cannot be read, or is not well formed.
-        UsageError: an input range names no input.
+        UsageError: an option names no input.
     """
     log = log or Log()
     with log.stage("load"):
-        stored = load(source)
+        stored = _told(load(source), config.batch_axis, shapes)
     with as_model_error(stored.proto, source):
         with log.stage("load"):
             model = working_copy(stored)
@@ -84,6 +96,37 @@ def load_and_trace(source: str | Path | onnx.ModelProto, config: Config, log: Lo
             proof = prove(structure, ranges, half=epsilon(stored.proto) > 0)
     name = Path(source).name if isinstance(source, (str, Path)) else model.proto.graph.name
     return TracedModel(name, structure, ranges, proof, stored, config)
+
+
+def _told(model: Model, axes: Mapping[str, int], shapes: Mapping[str, Shape]) -> Model:
+    """The model with what is said of its inputs."""
+    for name, axis in axes.items():
+        if name not in model.inputs:
+            raise UsageError(f"--batch-axis: the model has no input {name!r}; it has: {', '.join(model.inputs)}.")
+        declared = next(value for value in model.proto.graph.input if value.name == name).type.tensor_type
+        rank = len(declared.shape.dim)
+        if declared.HasField("shape") and axis >= rank:
+            raise UsageError(f"--batch-axis: input {name!r} has {rank} axes, none of which is number {axis}.")
+    told = Told({name: None if axis < 0 else axis for name, axis in axes.items()}, shapes)
+    return replace(model, told=told) if axes or shapes else model
+
+
+def with_ranks(
+    source: str | Path | onnx.ModelProto, traced: TracedModel, found: Mapping[str, int], log: Log
+) -> TracedModel:
+    """The model traced again, where it leaves open what its inputs look like and the data says so.
+
+    Args:
+        source: the model.
+        traced: the model without that knowledge.
+        found: number of axes of what each input is fed with.
+        log: told of stages.
+    """
+    known = traced.structure.shape_info.shapes
+    shapes: dict[str, Shape] = {
+        name: tuple(f"{name}_axis_{axis}" for axis in range(rank)) for name, rank in found.items() if name not in known
+    }
+    return load_and_trace(source, traced.config, log, shapes) if shapes else traced
 
 
 def inputs_of(traced: TracedModel) -> list[InputSpec]:
@@ -103,8 +146,8 @@ def inputs_of(traced: TracedModel) -> list[InputSpec]:
                     "needs no data, or export the model with tensor inputs."
                 )
             dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
-            shape = shape_info.shapes.get(value.name, ())
-            specs.append(InputSpec(value.name, dtype, shape, ranges.get(value.name)))
+            shape, axis = shape_info.shapes.get(value.name), model.batch_axes[value.name]
+            specs.append(InputSpec(value.name, dtype, shape, ranges.get(value.name), axis))
     return specs
 
 

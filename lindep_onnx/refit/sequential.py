@@ -117,12 +117,11 @@ def refit(
             for stages, targets in sources:
                 stages.run_to(at)
                 data.append(_gathered(task, stages, targets, kept))
-            if any(rows is None for rows in data):
+            known = [rows for rows in data if rows is not None]
+            if len(known) < len(data):
                 unplaced.append(reader.output)
                 continue
-            weight, bias, errors[reader.output] = _refitted(
-                task, compressed, *(rows for rows in data if rows is not None)
-            )
+            weight, bias, errors[reader.output] = _refitted(task, compressed, *known)
             weights[task.product.weight] = weight
             operands.update(bias)
             for stages in (fit, select) if staged else ():
@@ -169,7 +168,7 @@ def _gathered(task: Task, stages: Stages, targets: Targets, kept: LinearMap | No
 
 def _belong(data: Array, product: Product, rows: Array, positions: NDArray[np.int64]) -> bool:
     """Whether rows at these positions are what a product gives of the data."""
-    if len(data) != len(rows):
+    if len(data) * len(positions) != rows.shape[0] * rows.shape[1]:
         return False
     if product.window is not None:
         return True

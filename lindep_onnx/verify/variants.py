@@ -98,9 +98,9 @@ def _unoptimised(original: Model, result: Model, runtime: Runtime) -> tuple[Sess
 
 
 def _open_axes(spec: InputSpec) -> tuple[int, ...]:
-    """Axes behind the sample axis whose size is left open, under a name of their own."""
-    shape = spec.shape or ()
-    return tuple(axis for axis in range(1, len(shape)) if isinstance(shape[axis], str) and shape[axis] != shape[0])
+    """Axes beside the sample axis whose size is left open, under a name of their own."""
+    sizes = enumerate(spec.shape or ())
+    return tuple(axis for axis, size in sizes if isinstance(size, str) and axis != spec.axis and size != spec.samples)
 
 
 def _stretched(batches: Iterator[Batch], axes: Mapping[str, Sequence[int]]) -> Iterator[Batch]:

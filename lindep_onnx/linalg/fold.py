@@ -14,7 +14,7 @@ tr(A_RR (H_RR)^-1) (the Schur complement of G_KK in G is the inverse of H_RR).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -54,6 +54,19 @@ class ConsumerProblem:
     def kept(self, removed: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """(F,) bool, the features that are left without some units."""
         return np.asarray(~np.append(removed, False)[self.unit])
+
+    def folded(self, kept: NDArray[np.bool_], matrix: Matrix) -> ConsumerProblem:
+        """What is left to decide once the other features have been folded into those in `kept`, (F,) bool.
+
+        Args:
+            kept: the features that are left.
+            matrix: the fold, (kept x removed).
+        """
+        left = np.ix_(kept, kept)
+        cross = matrix @ self.outer[np.ix_(~kept, kept)]
+        outer = self.outer[left] + cross + cross.T + matrix @ self.outer[np.ix_(~kept, ~kept)] @ matrix.T
+        holdout = None if self.holdout is None else self.holdout[left]
+        return replace(self, gram=self.gram[left], holdout=holdout, outer=outer, unit=self.unit[kept])
 
 
 def fold(gram: Matrix, kept: NDArray[np.bool_], *, ridge: float = 0.0) -> Matrix:

@@ -6,7 +6,7 @@ The notation is that of `lindep_onnx.linalg.fold`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -178,15 +178,7 @@ class _Consumer:
 
     def reduced(self, kind: NDArray[np.int8]) -> ConsumerProblem:
         """The problem of what is left, with the weight of what went folded in."""
-        problem, kept, matrix = self.problem, self.problem.kept(kind > 0), self.fold(kind)
-        left = np.ix_(kept, kept)
-        cross = matrix @ problem.outer[np.ix_(~kept, kept)]
-        outer = problem.outer[left] + cross + cross.T
-        outer += matrix @ problem.outer[np.ix_(~kept, ~kept)] @ matrix.T
-        holdout = None if problem.holdout is None else problem.holdout[left]
-        return ConsumerProblem(
-            problem.gram[left], holdout, outer, problem.unit[kept], problem.energy, problem.joint, EXACT_RIDGE
-        )
+        return replace(self.problem.folded(self.problem.kept(kind > 0), self.fold(kind)), ridge=EXACT_RIDGE)
 
 
 class _Search:

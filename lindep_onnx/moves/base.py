@@ -23,7 +23,7 @@ from lindep_onnx.errors import UsageError
 from lindep_onnx.linalg.linear_map import ChannelMaps, LinearMap
 from lindep_onnx.model.edit import GraphEdits
 from lindep_onnx.runtime.targets import WidthRule
-from lindep_onnx.structure.steps import Curve, Saving
+from lindep_onnx.structure.steps import ChannelSteps, Curve, Saving
 from lindep_onnx.structure.types import Refusal, Structure
 
 
@@ -48,11 +48,13 @@ class Exactness:
         tolerance: RMS relative error that one consumer may gain, on unseen samples too.
         uncertain: (units,) bool, channels that are constant so far but without a margin.
         keep: (steps,) bool, steps that are not taken in any case; None for none.
+        proven: channels that the weights prove redundant, with their folds: they go whatever the data shows.
     """
 
     tolerance: float
     uncertain: NDArray[np.bool_]
     keep: NDArray[np.bool_] | None = None
+    proven: ChannelSteps | None = None
 
 
 class Steps(Protocol):

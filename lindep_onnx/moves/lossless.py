@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lindep_onnx.calibration.statistics import Statistics, problem
-from lindep_onnx.linalg.lossless import lossless_removals
+from lindep_onnx.linalg.lossless import CONSTANT, lossless_removals
 from lindep_onnx.moves.base import Exactness
 from lindep_onnx.moves.local import LocalUnits
 from lindep_onnx.structure.layout import ConsumerLayout
@@ -84,6 +84,10 @@ class _Search:
         self._removed = np.zeros(structure.units, dtype=bool)
         self._kind = np.zeros(structure.units, dtype=np.int8)
         self._folds: dict[int, Fold] = {}
+        self._proven = ChannelSteps.of(np.zeros(structure.units, dtype=bool))
+        if bounds.proven is not None:  # constants are left to the data, which knows their values
+            sure = bounds.proven.removed & (bounds.proven.kind != CONSTANT) & ~keep
+            self._proven = part_of(bounds.proven, statistics.consumers, sure) or self._proven
 
     def run(self) -> ChannelSteps:
         rows: dict[int, bytes] = {}
@@ -112,31 +116,49 @@ class _Search:
         units = group.units
         self._removed[units] = False
         self._kind[units] = 0
+        proven = self._proven.removed[units]
         problems = []
         read = np.zeros(len(units) + 1, dtype=bool)  # the last entry answers for FROZEN
         varies = np.zeros(len(units) + 1, dtype=bool)
         for index in group.consumers:
             seen = statistics.consumers[index]
             posed = self._local.problem(problem(self._structure, seen, self._removed))
+            constant = seen.constant
+            if index in self._proven.folds:
+                base = self._proven.folds[index]
+                posed, constant = posed.folded(base.kept, base.matrix), constant[base.kept]
             multiplied = np.diagonal(posed.outer) != 0.0
             read[posed.unit[multiplied]] = True
-            varies[posed.unit[multiplied & ~seen.constant]] = True
+            varies[posed.unit[multiplied & ~constant]] = True
             problems.append(posed)
         sure = ~(statistics.inactive & self._bounds.uncertain)[units]
-        free = ~self._keep[units]
+        free = ~self._keep[units] & ~proven
         inactive = (~read[:-1] | (~varies[:-1] & sure)) & free
         result = lossless_removals(
             problems,
             (sure & statistics.active[units] & free) | inactive,
             constant=inactive,
             tolerance=self._bounds.tolerance,
-            minimums=self._local.minimums[number],
+            minimums=[(members[~proven[members]], bound) for members, bound in self._local.minimums[number]],
         )
-        self._removed[units] = result.removed
-        self._kind[units] = result.kind
+        self._removed[units] = result.removed | proven
+        self._kind[units] = np.where(proven, self._proven.kind[units], result.kind)
         for index, matrix in zip(group.consumers, result.folds, strict=True):
             kept = ~np.append(self._removed, False)[statistics.consumers[index].unit]
             if kept.all():
                 self._folds.pop(index, None)
             else:
-                self._folds[index] = Fold(kept, matrix)
+                first = self._proven.folds.get(index)
+                self._folds[index] = Fold(kept, matrix) if first is None else _after(first, kept, matrix)
+
+
+def _after(first: Fold, kept: NDArray[np.bool_], matrix: NDArray[np.float64]) -> Fold:
+    """One fold after another: `matrix` makes up for what goes of the features that `first` keeps; `kept` stay."""
+    size = len(kept)
+    one, other = np.eye(size), np.eye(size)
+    one[:, ~first.kept] = 0.0
+    one[np.ix_(first.kept, ~first.kept)] = first.matrix
+    later = first.kept & ~kept
+    other[:, later] = 0.0
+    other[np.ix_(kept, later)] = matrix
+    return Fold(kept, (other @ one)[np.ix_(kept, ~kept)])

@@ -69,7 +69,8 @@ class Round:
 
     def exactness(self, uncertain: NDArray[np.bool_], keep: NDArray[np.bool_] | None = None) -> Exactness:
         """What counts as free of cost in this round."""
-        return Exactness(max(LOSSLESS_SITE_ERROR, CONSUMER_ROUNDINGS * self.rounding), uncertain, keep)
+        tolerance = max(LOSSLESS_SITE_ERROR, CONSUMER_ROUNDINGS * self.rounding)
+        return Exactness(tolerance, uncertain, keep, self.piece.proof.steps)
 
     def free(self, uncertain: NDArray[np.bool_], keep: NDArray[np.bool_] | None = None) -> ChannelSteps:
         """All channels that go for nothing."""

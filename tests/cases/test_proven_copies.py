@@ -94,3 +94,21 @@ def test_copies_that_one_weight_reads_in_two_places_are_proven() -> None:
     weights["u"][:, -1] *= 2  # one of the copies is twice as large for the second reader only
     result = compress(build(body, weights, x=("N", 6)), proven_only=True, round_to=1)
     assert [group.removed for group in result.report.groups] == [COPIES - 1]
+
+
+@pytest.mark.parametrize("samples", [4, 12, 40, 400])
+@pytest.mark.parametrize("seed", range(3))
+def test_lossless_removes_all_that_the_weights_prove_whatever_the_data(samples: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    w, u = planted("w", 6, HIDDEN, axis=1), rng.normal(size=(HIDDEN, 16)).astype(np.float32)
+    u[:, -3:] = u[:, :3] @ rng.normal(size=(3, 3)).astype(np.float32) / 4  # combinations, in front of no activation
+    u[:, 4:6] = 2 * u[:, 2:4]
+    body = "m = MatMul(x, w)\nh = Relu(m)\np = MatMul(h, u)\nq = MatMul(p, v)\ny = Tanh(q)"
+    model = build(body, {"w": w, "u": u, "v": (16, 5)}, x=("N", 6))
+    x = rng.normal(size=(samples, 6)).astype(np.float32)
+    proven, lossless = compress(model, proven_only=True, round_to=1), compress(model, x, round_to=1)
+    counts = [[group.removed for group in result.report.groups] for result in (proven, lossless)]
+    assert sum(counts[0]) >= COPIES + 4 and all(less <= more for less, more in zip(*counts, strict=True))
+    # On inputs of another kind too: what is proven does not depend on the data.
+    far = 9 * rng.normal(size=(64, 6)).astype(np.float32)
+    np.testing.assert_allclose(*(run(one, {"x": far})[0] for one in (proven.model, model)), atol=1e-4)

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import onnx
 
+from lindep_onnx.calibration.runnable import blamed_on_data
 from lindep_onnx.calibration.shards import elsewhere
 from lindep_onnx.errors import UsageError
 from lindep_onnx.log import Log
@@ -20,6 +21,7 @@ from lindep_onnx.pipeline import (
     Outcome,
     Repeated,
     Request,
+    fitted,
     half_the_cores,
     open_data,
     open_round,
@@ -29,7 +31,7 @@ from lindep_onnx.pipeline import (
 from lindep_onnx.pipeline import calibrate as calibrate_samples
 from lindep_onnx.planning.plan_file import Plan, options_of, to_plan
 from lindep_onnx.planning.strategies import choose
-from lindep_onnx.proofs.traced import TracedModel, load_and_trace, with_ranks
+from lindep_onnx.proofs.traced import TracedModel, load_and_trace
 from lindep_onnx.report.values import Report
 from lindep_onnx.runtime.backend import Runtime
 
@@ -160,10 +162,11 @@ def calibrate(
     with half_the_cores(), ExitStack() as stack:
         samples = open_data(traced, calib, config, log, stack)
         stored = traced.stored or traced.structure.model
-        if samples is not None and stored.folder is None:
-            traced = with_ranks(stored.proto, traced, samples.ranks, log)
         runtime = Runtime.named(config.providers, config.threads)
-        found = calibrate_samples(traced, samples, config, runtime, log, elsewhere(client, calib, config))
+        if stored.folder is None:  # a large one cannot be traced again from its protobuf alone
+            traced, samples = fitted(stored.proto, traced, samples, runtime, log)
+        with blamed_on_data(traced, samples, runtime):
+            found = calibrate_samples(traced, samples, config, runtime, log, elsewhere(client, calib, config))
         calibrated = replace(found, opened=stack.pop_all())
     if config.save_moments is not None:
         calibrated.save_moments(config.save_moments)

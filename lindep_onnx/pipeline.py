@@ -21,6 +21,7 @@ from lindep_onnx._version import __version__
 from lindep_onnx.calibration import archive
 from lindep_onnx.calibration.collect import ShardRunner, collect_statistics
 from lindep_onnx.calibration.pairs import collect_pairs
+from lindep_onnx.calibration.runnable import baked_batch, blamed_on_data, shapes_in_batches
 from lindep_onnx.calibration.statistics import Statistics, statistics
 from lindep_onnx.data.samples import Samples, open_samples
 from lindep_onnx.data.sources import RandomInputs
@@ -186,8 +187,8 @@ def run(request: Request, config: Config, log: Log) -> Outcome:
     repeated = request.repeated
     with half_the_cores(), ExitStack() as stack:
         samples = open_data(traced, request.calib, config, log, stack)
-        if samples is not None:
-            traced = with_ranks(request.source, traced, samples.ranks, log)
+        traced, samples = fitted(request.source, traced, samples, runtime, log)
+        stack.enter_context(blamed_on_data(traced, samples, runtime))
         wanted = None if repeated is None else resolve_plan(repeated.plan, traced.structure, repeated.changed)
         stressing = open_data(traced, request.stress, _for_stress(config, request.stress), log, stack)
         calibrated = calibrate(traced, samples, config, runtime, log, request.over)
@@ -212,6 +213,21 @@ def run(request: Request, config: Config, log: Log) -> Outcome:
     if failure is None or config.force:
         _write(model, saved, request.files)
     return Outcome(model, report, failure, saved)
+
+
+def fitted(
+    source: str | Path | onnx.ModelProto, traced: TracedModel, samples: Samples | None, runtime: Runtime, log: Log
+) -> tuple[TracedModel, Samples | None]:
+    """Model and data with what each says about the other: numbers of axes, and a batch that is baked in."""
+    if samples is None:
+        return traced, None
+    traced = with_ranks(source, traced, samples.ranks, log)
+    size = baked_batch(traced, samples, runtime)
+    if size is None:
+        return traced, samples
+    note = f"A shape inside the model fixes batches of {size}, whatever its inputs declare: it was run in those."
+    samples = replace(samples.in_batches_of(size), notes=(*samples.notes, note))
+    return load_and_trace(source, traced.config, log, shapes_in_batches(traced, size)), samples
 
 
 def _check(request: Request, config: Config) -> None:

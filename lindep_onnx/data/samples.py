@@ -168,6 +168,15 @@ class Samples:
         """The same source with fewer samples; valid as long as the whole is."""
         return replace(self, parts=Split.given(parts).parts)
 
+    def in_batches_of(self, size: int) -> Samples:
+        """The same samples in runs of exactly so many; valid as long as the whole is."""
+        plan = replace(self._feeder.plan, batch=size, fixed_batch=size)
+        return replace(self, _feeder=_Feeder(self._feeder.shards, plan))
+
+    def where(self, number: int) -> str:
+        """What a sample came from, by its number."""
+        return self._feeder.shards[int(self._feeder.shard_of(np.array([number]))[0])].where
+
     @property
     def inputs(self) -> Sequence[InputSpec]:
         """What the model declares."""

@@ -160,7 +160,7 @@ class Runtime:
     def _session_options(self, purpose: Purpose, folder: WeightsDir | None) -> onnxruntime.SessionOptions:
         timed, optimised = purpose is Purpose.TIME, purpose is not Purpose.AS_WRITTEN
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what fails is raised
         options.intra_op_num_threads = self.threads
         options.enable_cpu_mem_arena = optimised  # an arena pays in many runs
         # Planned memory is kept beside the arena, for every run that is made at the same time.
@@ -253,6 +253,14 @@ class Pool(ThreadPoolExecutor):
         finally:
             for _, future in waiting:
                 future.cancel()
+
+
+def failure_of_run(error: BaseException) -> BaseException | None:
+    """The failure of ONNX Runtime behind an error; None if another one is."""
+    cause: BaseException | None = error
+    while cause is not None and not type(cause).__module__.startswith("onnxruntime."):
+        cause = cause.__cause__
+    return cause
 
 
 def cores() -> int:

@@ -58,7 +58,7 @@ def table() -> onnx.ModelProto:
 @pytest.mark.parametrize("options", [{}, {"params": 0.8}, {"proven_only": True}], ids=str)
 def test_a_sample_that_the_model_cannot_take_is_named(options: dict[str, object]) -> None:
     ids = np.random.default_rng(0).integers(0, 50, (90, 7))
-    ids[17:50] = 50
+    ids[17:50, 0] = 50
     with pytest.raises(CalibrationError, match=r"cannot run on sample 17 of the calibration data: .*idx=50"):
         lindep_onnx.compress(table(), calib=ids, **options)
     with (

@@ -86,8 +86,8 @@ class Move(Protocol):
     def pairs(self, structure: Structure) -> tuple[Pair, ...]:
         """Two tensors at a time whose joint second moments calibration has to collect; mostly none."""
 
-    def savings(self, structure: Structure, saving: Saving, rates: Mapping[int, float]) -> NDArray[np.float64]:
-        """(steps,) what each step saves alone; `rates` says by node what a multiply-accumulate is worth, 1 if not."""
+    def savings(self, structure: Structure, saving: Saving) -> NDArray[np.float64]:
+        """(steps,) what each step saves alone."""
 
     def price(
         self, structure: Structure, statistics: Statistics, sensitivity: Sequence[float], saving: NDArray[np.float64]

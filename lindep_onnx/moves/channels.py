@@ -51,9 +51,9 @@ class ChannelRemoval:
         """None: the Gram matrices of the consumers say all."""
         return ()
 
-    def savings(self, structure: Structure, saving: Saving, rates: Mapping[int, float]) -> NDArray[np.float64]:
+    def savings(self, structure: Structure, saving: Saving) -> NDArray[np.float64]:
         """All other units kept."""
-        return savings(structure, saving, rates)
+        return savings(structure, saving)
 
     def price(
         self, structure: Structure, statistics: Statistics, sensitivity: Sequence[float], saving: NDArray[np.float64]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,15 +24,12 @@ from lindep_onnx.structure.steps import Curve, Fold, Saving
 from lindep_onnx.structure.types import Product, Structure
 
 
-def savings(
-    structure: Structure, kind: Saving, rates: Mapping[int, float] = MappingProxyType({})
-) -> NDArray[np.float64]:
+def savings(structure: Structure, kind: Saving) -> NDArray[np.float64]:
     """(units,) parameters, MACs or output channels that go with each unit, all others kept.
 
     Args:
         structure: the traced model.
         kind: the currency.
-        rates: by node, what a multiply-accumulate of it is worth; those of all others, or of all without, count as 1.
     """
     if kind == "channels":
         return np.bincount(structure.unit[_produced(structure)] + 1, minlength=structure.units + 1)[1:].astype(
@@ -47,7 +43,7 @@ def savings(
     for name, readers in structure.reads.items():
         shape = structure.shape_info.constants[name].shape
         for key, axes in readers.items():
-            times = 1.0 if kind == "parameters" else positions.get(key, 0.0) * rates.get(key[0], 1.0)
+            times = 1.0 if kind == "parameters" else positions.get(key, 0.0)
             for axis, atoms in axes.items():
                 blocks = len(atoms) if atoms.ndim == 2 and axis > 0 else 1
                 slice_size = math.prod(shape) / max(1, shape[axis]) / blocks

@@ -46,7 +46,7 @@ def price(piece: Workpiece, saving: Saving, runtime: Runtime, log: Log) -> Curve
     measured = Measured(structure, statistics, perturbations)
     found = {}
     for move in piece.moves:
-        expected = move.price(structure, statistics, sensitivity, move.savings(structure, saving, {}))
+        expected = move.price(structure, statistics, sensitivity, move.savings(structure, saving))
         found[move.name] = tuple(measured.curves(move, expected, log))
     return found
 
@@ -179,7 +179,7 @@ class TimeTable:
             if move.name == "channels":
                 found[move.name] = [replace(curve, saving=self._saved(piece.structure, curve)) for curve in own]
             else:
-                alone = self._average * move.savings(piece.structure, "macs", {})
+                alone = self._average * move.savings(piece.structure, "macs")
                 found[move.name] = [replace(curve, saving=np.cumsum(alone[curve.steps])) for curve in own]
         return found
 

@@ -118,7 +118,7 @@ def taken(kind: Move, own: Net, steps: np.ndarray) -> tuple[Model, object]:
 def curves(kind: Move, own: Net) -> list:
     weighed = PerturbationRunner(own.structure, own.samples, RUNTIME)
     sensitivity = consumer_sensitivity(own.structure, own.statistics, weighed, Log())
-    return kind.price(own.structure, own.statistics, sensitivity, kind.savings(own.structure, "parameters", {}))
+    return kind.price(own.structure, own.statistics, sensitivity, kind.savings(own.structure, "parameters"))
 
 
 def whole_order(kind: Move, own: Net) -> np.ndarray:
@@ -154,7 +154,7 @@ def test_all_steps_that_can_be_taken_give_a_valid_model_and_leave_the_original_a
 
 def test_a_step_saves_what_it_says(case: tuple[Move, Net]) -> None:
     kind, own = case
-    says = kind.savings(own.structure, "parameters", {})
+    says = kind.savings(own.structure, "parameters")
     whole = cost(own.structure.model, {}).parameters
     for site, curve in zip(kind.sites(own.structure), curves(kind, own), strict=True):
         first = curve.steps[:1]

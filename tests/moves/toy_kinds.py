@@ -6,7 +6,7 @@ map. `Bypass` puts a linear map of the stream in the place of a residual branch:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,7 +58,7 @@ class Narrowing(Independent):
         left, size, _ = np.linalg.svd((vectors * root) @ vectors.T @ weight)
         return left, size, (vectors / root) @ vectors.T, (vectors * root) @ vectors.T @ weight
 
-    def savings(self, structure: Structure, saving: Saving, rates: Mapping[int, float]) -> NDArray[np.float64]:
+    def savings(self, structure: Structure, saving: Saving) -> NDArray[np.float64]:
         found = []
         for first, second in self._gemms(structure):
             one, two = (structure.shape_info.constants[node.input(1)].shape for node in (first, second))
@@ -141,7 +141,7 @@ class Bypass(Independent):
         places = [(ChannelAxis(add.input(at), 1), ChannelAxis(p, 1)) for add, at, p, _ in self.branches(structure)]
         return tuple(Pair(branch, stream) for branch, stream in places)
 
-    def savings(self, structure: Structure, saving: Saving, rates: Mapping[int, float]) -> NDArray[np.float64]:
+    def savings(self, structure: Structure, saving: Saving) -> NDArray[np.float64]:
         widths = [(inside, int(structure.shape_info.shapes[p][1])) for _, _, p, inside in self.branches(structure)]
         return np.array([float(inside - width * width - width) for inside, width in widths])
 

@@ -39,7 +39,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"params": 0.8}, {"params": 0.5}, {"macs": 0.6}, {"max_error": 0.3, "refit": "fold"}]
+    "options", [{}, {"params": 0.8}, {"params": 0.7}, {"macs": 0.8}, {"max_error": 0.3, "refit": "fold"}]
 )
 def test_budgets_are_swept_without_calibration_and_come_to_the_same_bytes(
     options: dict[str, Any], saved: Path, monkeypatch: pytest.MonkeyPatch

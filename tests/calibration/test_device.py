@@ -7,8 +7,8 @@ import onnx
 import onnxruntime
 import pytest
 from build import build, run, traced
+from free_widths import compress
 
-import lindep_onnx
 from lindep_onnx.calibration.measure import Calibration, Draw, MeasuringPoint, StatisticsAccumulator, measure
 from lindep_onnx.calibration.moments import Moments
 from lindep_onnx.data.inputs import InputSpec
@@ -114,9 +114,9 @@ def test_the_result_is_the_same_wherever_moments_are_made(monkeypatch: pytest.Mo
     weight = np.random.default_rng(0).normal(size=(12, 3, 3, 3)).astype(np.float32)
     weight[9:] = 2 * weight[:3]
     model = build(body, {**weights, "w": weight}, x=("N", 3, 6, 6))
-    here = lindep_onnx.compress(model, {"x": data()})
+    here = compress(model, {"x": data()})
     monkeypatch.setattr(Runtime, "on_processor", False)
-    there = lindep_onnx.compress(model, {"x": data()})
+    there = compress(model, {"x": data()})
     assert here.report.before.channels - here.report.after.channels == 3
     assert here.report.after.channels == there.report.after.channels
     feeds = {"x": data(8)}
@@ -130,7 +130,7 @@ def test_a_gpu_finds_what_the_processor_finds() -> None:
     weight[9:] = 2 * weight[:3]
     model = build(body, {**weights, "w": weight}, x=("N", 3, 6, 6))
     for options in ({}, {"params": 0.6, "recover": 5}):
-        here, there = (lindep_onnx.compress(model, {"x": data()}, providers=own, **options) for own in (CPU, GPU))
+        here, there = (compress(model, {"x": data()}, providers=own, **options) for own in (CPU, GPU))
         assert here.report.after.channels == there.report.after.channels
         feeds = {"x": data(8)}
         np.testing.assert_allclose(run(here.model, feeds)[0], run(there.model, feeds)[0], rtol=1e-2, atol=1e-2)

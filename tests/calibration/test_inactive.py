@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from build import as_array, build, run, traced
+from free_widths import compress
 
-import lindep_onnx
 from lindep_onnx.calibration.collect import collect_statistics
 from lindep_onnx.calibration.inactive import MIN_SAMPLES, margin, uncertain_units, violated_margin, watched_tensors
 from lindep_onnx.calibration.measure import Draw, StatisticsAccumulator, measure
@@ -54,7 +54,7 @@ def seen(model, data: np.ndarray):
 
 
 def removed(model, data: np.ndarray, **options: object) -> int:
-    report = lindep_onnx.compress(model, {"x": data}, **options).report
+    report = compress(model, {"x": data}, **options).report
     return sum(group.removed for group in report.groups)
 
 
@@ -104,7 +104,7 @@ def test_channels_that_woke_show_how_far_is_not_far_enough() -> None:
 def test_what_unseen_samples_turn_down_is_taken_back() -> None:
     w = as_array("w", (8, 3, 1, 1))
     w[5] = 2 * w[4]  # what does not hang on silence still goes
-    report = lindep_onnx.compress(net(np.r_[-60.0, np.zeros(7)], w), {"x": speaking_in(Part.VERIFY)}).report
+    report = compress(net(np.r_[-60.0, np.zeros(7)], w), {"x": speaking_in(Part.VERIFY)}).report
     assert sum(group.removed for group in report.groups) == 1
     assert report.verification is not None and report.verification.passed
     assert any("turned down a removal of 2 channels" in note for note in report.notes)

@@ -6,10 +6,10 @@ import numpy as np
 import onnx
 import pytest
 from build import as_array, build, initializer
+from free_widths import compress
 from onnx import TensorProto, helper
 from planted_net import images, net, widths
 
-from lindep_onnx.api import compress
 from lindep_onnx.model.ir import load
 from lindep_onnx.model.precision import epsilon, perturbed_one_ulp, to_float32, to_stored_dtype
 

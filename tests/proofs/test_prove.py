@@ -7,6 +7,7 @@ import onnx
 import pytest
 from bench_trust import TOLERANCE, proven_in, worst_error
 from build import as_array, build, run, traced
+from free_widths import compress
 
 import lindep_onnx
 from lindep_onnx.proofs.bounds import BoundsContext
@@ -15,7 +16,7 @@ from lindep_onnx.proofs.rules import output_bounds
 
 
 def shrunk(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
-    found = lindep_onnx.compress(model, proven_only=True)
+    found = compress(model, proven_only=True)
     onnx.checker.check_model(found.model, full_check=True)
     return found.model, sum(group.channels_before - group.channels_after for group in found.report.groups)
 
@@ -160,7 +161,7 @@ def test_proven_channels_are_counted_apart_from_observed_ones() -> None:
     given["b"][5] = -100.0  # dead on any data of usual size, but not for every input
     model = build(NETS["relu"][0], given, x=("N", 3, 6, 6))
     data = {"x": np.random.default_rng(0).normal(size=(200, 3, 6, 6)).astype(np.float32)}
-    (group,) = lindep_onnx.compress(model, data).report.groups
+    (group,) = compress(model, data).report.groups
     assert (group.proven, group.observed) == (1, 1)
     assert prove(traced(model)).steps.removed.sum() == 1
 
@@ -172,7 +173,7 @@ def test_one_or_two_samples_prove_nothing_by_themselves(count: int) -> None:
     given["b"][5] = -100.0
     model = build(NETS["relu"][0], given, x=("N", 3, 6, 6))
     data = {"x": np.random.default_rng(0).normal(size=(count, 3, 6, 6)).astype(np.float32)}
-    found = lindep_onnx.compress(model, data).report
+    found = compress(model, data).report
     assert [group.channels_after for group in found.groups] == [7]
     assert "only what the weights imply" in " ".join(found.notes)
 
@@ -197,7 +198,7 @@ def in_the_box(model: onnx.ModelProto, other: onnx.ModelProto, shape: tuple[int,
 
 
 def bounded(model: onnx.ModelProto, ranges: dict, shape: tuple[int, ...] = (3, 6, 6)) -> int:
-    found = lindep_onnx.compress(model, proven_only=True, input_range=ranges)
+    found = compress(model, proven_only=True, input_range=ranges)
     if ranges:
         assert in_the_box(model, found.model, shape) < 2e-6
     return sum(group.proven for group in found.report.groups)
@@ -278,7 +279,7 @@ def test_a_leaky_relu_that_turns_is_not_monotone() -> None:
 def test_a_gemm_with_one_addend_a_sample_proves_nothing_of_its_channels() -> None:
     c = np.array([[-100.0], [0], [0], [0]], np.float32)  # the first sample, not the first channel
     model = build("h = Gemm(x, w, c)\nr = Relu(h)\ny = MatMul(r, v)", {"w": (3, 4), "c": c, "v": (4, 2)}, x=(4, 3))
-    assert sum(g.proven for g in lindep_onnx.compress(model, proven_only=True, input_range=BOX).report.groups) == 0
+    assert sum(g.proven for g in compress(model, proven_only=True, input_range=BOX).report.groups) == 0
 
 
 def test_images_of_bytes_bring_their_range_along() -> None:
@@ -310,20 +311,18 @@ def test_a_range_along_the_last_axis_reaches_channels_behind_a_transpose() -> No
 def test_a_range_without_a_meaning_is_refused(ranges: dict, match: str) -> None:
     model = build(NETS["relu"][0], weights({}), x=("N", 3, 6, 6))
     with pytest.raises(lindep_onnx.UsageError, match=match):
-        lindep_onnx.compress(model, proven_only=True, input_range=ranges)
+        compress(model, proven_only=True, input_range=ranges)
 
 
 def test_data_outside_the_declared_range_is_refused() -> None:
     model = build(NETS["relu"][0], weights({}), x=("N", 3, 6, 6))
     x = np.random.default_rng(0).uniform(0, 1, (40, 3, 6, 6)).astype(np.float32)
-    assert lindep_onnx.compress(model, {"x": x}, input_range={"x": (0, 1)}).report.options["input_range"] == {
-        "x": (0, 1)
-    }
+    assert compress(model, {"x": x}, input_range={"x": (0, 1)}).report.options["input_range"] == {"x": (0, 1)}
     x[17, 1, 2, 3] = 1.5
     with pytest.raises(
         lindep_onnx.CalibrationError, match=r"'x' holds 1.5 \(sample 17\), outside the --input-range 0:1"
     ):
-        lindep_onnx.compress(model, {"x": x}, input_range={"x": (0, 1)})
+        compress(model, {"x": x}, input_range={"x": (0, 1)})
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -6,8 +6,8 @@ import numpy as np
 import onnx
 import pytest
 from build import as_array, build, feed, initializer, run, traced
+from free_widths import compress
 
-from lindep_onnx.api import compress
 from lindep_onnx.structure.placement import Placement, equalized
 
 SHUFFLED = """

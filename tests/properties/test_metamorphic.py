@@ -6,9 +6,8 @@ import numpy as np
 import onnx
 import pytest
 from build import as_array, build, feed, initializer, run, with_initializer
+from free_widths import compress
 from planted_net import images, net, widths
-
-from lindep_onnx.api import compress
 
 
 def kept(model: onnx.ModelProto, smaller: onnx.ModelProto, name: str) -> set[int]:
@@ -185,19 +184,19 @@ def rows(model: onnx.ModelProto, name: str) -> set[bytes]:
 @pytest.mark.parametrize("name", BLOCKS)
 def test_permuting_within_groups_heads_and_operands_permutes_the_plan(name: str) -> None:
     model, data = block(name)
-    small = compress(model, data, round_to=1).model
+    small = compress(model, data).model
     assert len(rows(small, name)) == {"grouped": 10, "concat": 11, "attention": 10}[name]
     for seed in range(2):
         other, _ = block(name, order_within(name, seed))
         np.testing.assert_allclose(run(other, data)[0], run(model, data)[0], rtol=1e-4, atol=1e-4)
-        assert rows(compress(other, data, round_to=1).model, name) == rows(small, name)
+        assert rows(compress(other, data).model, name) == rows(small, name)
 
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_blocks_are_whole_after_one_run(name: str) -> None:
     model, data = block(name)
-    once = compress(model, data, round_to=1).model
-    again = compress(once, data, round_to=1).report
+    once = compress(model, data).model
+    again = compress(once, data).report
     assert again.before.channels == again.after.channels
 
 
@@ -214,7 +213,7 @@ def test_names_mean_nothing_in_blocks(name: str) -> None:
             names[:] = [new[tensor] for tensor in names]
     for tensor in other.graph.initializer:
         tensor.name = new[tensor.name]
-    left, right = (compress(one, data, round_to=1).model for one in (model, other))
+    left, right = (compress(one, data).model for one in (model, other))
     np.testing.assert_array_equal(run(left, data)[0], run(right, data)[0])
     for tensor, *_ in BLOCKS[name][3]:
         np.testing.assert_array_equal(initializer(right, new[tensor]), initializer(left, tensor))

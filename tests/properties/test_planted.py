@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from bench_trust import planted_in
 from build import run
+from free_widths import compress
 from planted_net import images, net, widths
-
-from lindep_onnx.api import compress
 
 SAMPLES = 64
 

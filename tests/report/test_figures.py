@@ -48,7 +48,7 @@ def test_the_frontier_goes_from_large_to_small_and_from_good_to_bad(result: lind
     points = result.report.frontier
     sizes, errors = zip(*((p.parameters, p.relative_error) for p in points), strict=True)
     assert len(points) == 9 and list(sizes) == sorted(sizes, reverse=True) and sizes[0] < 1
-    assert errors[0] < 1e-3 < 0.5 < errors[-1]
+    assert errors[0] < 1e-2 < 0.5 < errors[-1]
     assert points[0].agreement == 1.0
 
 

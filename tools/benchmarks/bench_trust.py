@@ -432,7 +432,7 @@ def proven_in(seeds: Sequence[int]) -> tuple[Counter[str], Counter[str], float]:
     for seed in seeds:
         net, box = proven_nets.make(seed)
         model = net.model()
-        result = lindep_onnx.compress(model, proven_only=True, input_range={"x": box} if box else {})
+        result = lindep_onnx.compress(model, proven_only=True, round_to=1, input_range={"x": box} if box else {})
         for (kind, count), group in zip(net.planted, result.report.groups, strict=True):
             wanted[kind] += count
             found[kind] += min(count, group.removed)

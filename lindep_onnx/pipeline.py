@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +27,7 @@ from lindep_onnx.data.samples import Samples, open_samples
 from lindep_onnx.data.sources import RandomInputs
 from lindep_onnx.data.split import Part
 from lindep_onnx.distill.rounds import contract_in_rounds
-from lindep_onnx.errors import BudgetError, LindepError, OutputError, UsageError, VerificationError
+from lindep_onnx.errors import BudgetError, LindepError, ModelError, OutputError, UsageError, VerificationError
 from lindep_onnx.log import Log
 from lindep_onnx.model.checks import as_model_error, check_model, full_check_passes
 from lindep_onnx.model.edit import GraphEdits, apply_edits
@@ -211,7 +211,7 @@ def run(request: Request, config: Config, log: Log) -> Outcome:
     saved = to_plan(traced.structure, finished.result, finished.options) if config.rounds == 1 else None
     check_unchanged(traced.stored.folder)
     if failure is None or config.force:
-        _write(model, saved, request.files)
+        _write(model, saved, request.files, partial(_check_opens, runtime, traced.stored))
     return Outcome(model, report, failure, saved)
 
 
@@ -477,9 +477,28 @@ def _profiled(finished: Finished, round_: Round) -> Finished:
         return replace(finished, result=replace(result, notes=(*result.notes, note)))
 
 
-def _write(model: Model, plan: Plan | None, files: Files) -> None:
+def _check_opens(runtime: Runtime, original: Model, path: Path) -> None:
+    """Hold the file that was written to ONNX Runtime, which has to load it as it loads the original.
+
+    Raises:
+        VerificationError: it does not.
+    """
+    try:
+        runtime.open(path)
+    except ModelError as error:
+        try:
+            runtime.open(original)
+        except ModelError:  # a type that the provider has no kernels for
+            return
+        raise VerificationError(
+            f"ONNX Runtime loads the original, but not the result as it was written: {error} Nothing was written; this "
+            "is a fault of this package, please report it with the model."
+        ) from error
+
+
+def _write(model: Model, plan: Plan | None, files: Files, check: Callable[[Path], None]) -> None:
     if files.output is not None:
-        save(model.proto, model.folder, files.output, external_data=files.external_data)
+        save(model.proto, model.folder, files.output, external_data=files.external_data, check=check)
     if files.save_plan is not None and plan is not None:
         plan.save(files.save_plan)
 

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,10 +18,13 @@ from lindep_onnx import files
 from lindep_onnx.errors import OutputError
 from lindep_onnx.files import WeightsDir
 from lindep_onnx.model.weights import (
+    Array,
+    array_of,
     check_unchanged,
     content_of,
     external_entries,
     locate_external,
+    read,
     size_of,
     tensor_bytes,
     values_of,
@@ -38,7 +42,14 @@ PROTOBUF_LIMIT = 2**31 - 1
 MAX_SEARCHED = 1 << 28
 
 
-def save(proto: onnx.ModelProto, folder: WeightsDir | None, path: Path, *, external_data: bool = False) -> None:
+def save(
+    proto: onnx.ModelProto,
+    folder: WeightsDir | None,
+    path: Path,
+    *,
+    external_data: bool = False,
+    check: Callable[[Path], None] | None = None,
+) -> None:
     """Write a model so that `path` holds either its old content or the complete new one.
 
     Args:
@@ -47,9 +58,12 @@ def save(proto: onnx.ModelProto, folder: WeightsDir | None, path: Path, *, exter
         path: where to; the folder must exist.
         external_data: put the weights into `<name>.data` beside it (or `<name>.1.data` and so on, where that file
             belongs to another model); done anyway above 2 GB.
+        check: is given the path of the complete file before it takes its name; what it raises goes on, and leaves
+            `path` as it was.
 
     Raises:
-        OutputError: the folder is missing or cannot be written to, or what is no external data fills 2 GB.
+        OutputError: the folder is missing or cannot be written to, what is no external data fills 2 GB, or what is
+            read back is not what was written.
         ModelError: its external data is no longer what it was.
     """
     external = external_data or size_of(proto) > PROTOBUF_LIMIT - 2**20
@@ -59,7 +73,14 @@ def save(proto: onnx.ModelProto, folder: WeightsDir | None, path: Path, *, exter
                 settle(left)
                 shutil.rmtree(left, ignore_errors=True)
         with files.Scratch(path.parent) as name:
-            _save(proto, folder, path, Path(name), external)
+            staged, after = _staged(proto, folder, path, Path(name), external)
+            if not _reads_back(staged, proto, folder):
+                raise OutputError(
+                    f"{path}: what was written could not be read back as it was: is the disk full or bad?"
+                )
+            if check is not None:
+                check(staged)
+            _put(staged, path, after)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror or error}).") from error
     except (EncodeError, ValueError) as error:  # which of them depends on the version of protobuf
@@ -69,33 +90,64 @@ def save(proto: onnx.ModelProto, folder: WeightsDir | None, path: Path, *, exter
         raise OutputError(f"{path}: cannot be written: {what}.") from error
 
 
-def _save(proto: onnx.ModelProto, folder: WeightsDir | None, path: Path, scratch: Path, external: bool) -> None:
-    """Write into `scratch` and move from there: first the weights, under a name that nothing uses, then the model.
-
-    At any moment the model at `path` is the old one with its old weights, or the new one with its new weights. Weights
-    that are not, or no longer, those of the model at `path` are on a list in the folder until they are gone.
-    """
+def _staged(
+    proto: onnx.ModelProto, folder: WeightsDir | None, path: Path, scratch: Path, external: bool
+) -> tuple[Path, set[str]]:
+    """Write into `scratch`: the model, and beside it its weights by the name that they will have; returns these."""
     staged, data, copy, source = scratch / path.name, scratch / "weights", proto, folder
-    before = _own_data(path)
     after: set[str] = set()
     if external:
         copy = without_weights(proto)
         write_external(copy, values_of(proto, folder), data)
         if data.stat().st_size:
             files.flush(data)
-            name = _data_name(path, data, before)
+            name = _data_name(path, data, _own_data(path))
             after = {name}
             locate_external(copy, name)
+            data.replace(scratch / name)
         folder = None
     with staged.open("wb") as file:
         serialise(copy, folder, file)
     check_unchanged(source)
     files.flush(staged)
+    return staged, after
+
+
+def _reads_back(staged: Path, proto: onnx.ModelProto, folder: WeightsDir | None) -> bool:
+    """Whether a file holds the same nodes and values; where its tensors keep their data does not matter."""
+    found, beside = read(staged)
+    for field in ("node", "input", "output", "sparse_initializer"):
+        one, other = getattr(found.graph, field), getattr(proto.graph, field)
+        if len(one) != len(other) or any(left != right for left, right in zip(one, other, strict=True)):
+            return False
+    there = {tensor.name: tensor for tensor in found.graph.initializer}
+    if len(there) != len(proto.graph.initializer):
+        return False
+    return all(
+        tensor.name in there
+        and (
+            there[tensor.name] == tensor or _same_values(array_of(there[tensor.name], beside), array_of(tensor, folder))
+        )
+        for tensor in proto.graph.initializer
+    )
+
+
+def _same_values(left: Array, right: Array) -> bool:
+    return left.dtype == right.dtype and left.shape == right.shape and content_of(left) == content_of(right)
+
+
+def _put(staged: Path, path: Path, after: set[str]) -> None:
+    """Move from the folder of `staged`: first the weights, under a name that nothing uses, then the model.
+
+    At any moment the model at `path` is the old one with its old weights, or the new one with its new weights. Weights
+    that are not, or no longer, those of the model at `path` are on a list in the folder until they are gone.
+    """
+    scratch, before = staged.parent, _own_data(path)
     if before != after:
         (scratch / files.KEEP).write_text(json.dumps([path.name, *sorted(before | after)]), encoding="utf-8")
         files.flush(scratch / files.KEEP)
     for name in after - before:
-        data.replace(path.parent / name)
+        (scratch / name).replace(path.parent / name)
     staged.replace(path)
     if before != after:
         settle(scratch)

@@ -24,6 +24,7 @@ from lindep_onnx.model.batch import batch_axes
 from lindep_onnx.model.checks import check_arity, check_order, check_sizes, check_windows, defined_twice
 from lindep_onnx.model.node import Node
 from lindep_onnx.model.order import in_order, of_true_types
+from lindep_onnx.model.randomness import notes_of
 from lindep_onnx.model.weights import array_of, bodies, dense_of, graphs, read
 
 logger = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ def load(source: str | Path | onnx.ModelProto) -> Model:
     model = model_of(proto, folder, where)
     # Only now: shape inference, in C++, takes for granted what was checked on the way.
     proto, corrected = of_true_types(proto)
-    return replace(model, proto=proto, notes=(*moved, *corrected))
+    return replace(model, proto=proto, notes=(*moved, *corrected, *notes_of(proto)))
 
 
 def model_of(proto: onnx.ModelProto, folder: WeightsDir | None, where: str = "", told: Told | None = None) -> Model:

@@ -24,6 +24,7 @@ import onnxruntime
 from lindep_onnx.errors import LindepError, ModelError, UsageError, one_line
 from lindep_onnx.files import Scratch, WeightsDir
 from lindep_onnx.model.ir import Model
+from lindep_onnx.model.randomness import repeatable
 from lindep_onnx.model.weights import read
 
 Item = TypeVar("Item")
@@ -150,6 +151,8 @@ class Runtime:
             options = self._session_options(purpose, folder)
             if profile is not None:
                 options.enable_profiling, options.profile_file_prefix = True, str(profile / "profile")
+            if isinstance(source, onnx.ModelProto) and purpose is not Purpose.TIME:
+                source = repeatable(source)
             content = source.SerializeToString() if isinstance(source, onnx.ModelProto) else str(source)
             return Session(content, options, providers=[(own.name, own.settings) for own in self.providers])
         except LindepError:

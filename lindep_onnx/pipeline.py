@@ -27,7 +27,7 @@ from lindep_onnx.data.samples import Samples, open_samples
 from lindep_onnx.data.sources import RandomInputs
 from lindep_onnx.data.split import Part
 from lindep_onnx.distill.rounds import contract_in_rounds
-from lindep_onnx.errors import BudgetError, LindepError, ModelError, OutputError, UsageError, VerificationError
+from lindep_onnx.errors import BudgetError, LindepError, OutputError, UsageError, VerificationError
 from lindep_onnx.log import Log
 from lindep_onnx.model.checks import as_model_error, check_model, full_check_passes
 from lindep_onnx.model.edit import GraphEdits, apply_edits
@@ -40,6 +40,7 @@ from lindep_onnx.options import Config, ImageOptions, declared
 from lindep_onnx.planning.budgets import COMPARED
 from lindep_onnx.planning.builder import Builder, Workpiece
 from lindep_onnx.planning.judge import Judge, Reference
+from lindep_onnx.planning.loadable import check_opens, without_refused
 from lindep_onnx.planning.plan_file import Plan, ResolvedPlan, resolve_plan, to_plan
 from lindep_onnx.planning.pricing import TimeTable
 from lindep_onnx.planning.round import Round
@@ -189,6 +190,8 @@ def run(request: Request, config: Config, log: Log) -> Outcome:
         samples = open_data(traced, request.calib, config, log, stack)
         traced, samples = fitted(request.source, traced, samples, runtime, log)
         stack.enter_context(blamed_on_data(traced, samples, runtime))
+        feeds = None if samples is None else next(iter(samples.batches(limit=1))).feeds
+        traced, refused = without_refused(traced, runtime, feeds)
         wanted = None if repeated is None else resolve_plan(repeated.plan, traced.structure, repeated.changed)
         stressing = open_data(traced, request.stress, _for_stress(config, request.stress), log, stack)
         calibrated = calibrate(traced, samples, config, runtime, log, request.over)
@@ -200,6 +203,7 @@ def run(request: Request, config: Config, log: Log) -> Outcome:
             result = replace(result, frontier=preview(round_))
         if config.save_moments is not None:
             calibrated.save_moments(config.save_moments, result.prices)
+        result = replace(result, notes=(*result.notes, *refused))
         model, finished = _verified(calibrated, round_, result, log)
         failure = finished.result.failure or strict_failure(finished.verdict, config)
         if stressing is not None:
@@ -211,7 +215,7 @@ def run(request: Request, config: Config, log: Log) -> Outcome:
     saved = to_plan(traced.structure, finished.result, finished.options) if config.rounds == 1 else None
     check_unchanged(traced.stored.folder)
     if failure is None or config.force:
-        _write(model, saved, request.files, partial(_check_opens, runtime, traced.stored))
+        _write(model, saved, request.files, partial(check_opens, runtime, traced.stored))
     return Outcome(model, report, failure, saved)
 
 
@@ -475,25 +479,6 @@ def _profiled(finished: Finished, round_: Round) -> Finished:
     except LindepError as error:
         note = f"No times of single layers were measured. {error}"
         return replace(finished, result=replace(result, notes=(*result.notes, note)))
-
-
-def _check_opens(runtime: Runtime, original: Model, path: Path) -> None:
-    """Hold the file that was written to ONNX Runtime, which has to load it as it loads the original.
-
-    Raises:
-        VerificationError: it does not.
-    """
-    try:
-        runtime.open(path)
-    except ModelError as error:
-        try:
-            runtime.open(original)
-        except ModelError:  # a type that the provider has no kernels for
-            return
-        raise VerificationError(
-            f"ONNX Runtime loads the original, but not the result as it was written: {error} Nothing was written; this "
-            "is a fault of this package, please report it with the model."
-        ) from error
 
 
 def _write(model: Model, plan: Plan | None, files: Files, check: Callable[[Path], None]) -> None:

@@ -31,6 +31,7 @@ QUANTISED = Reason(
     "quantised", "the model is quantised; compress the floating-point model first, and quantise what comes out"
 )
 UNKNOWN = Reason("unknown_operator", "an operator without a rule reads them")
+REFUSED = Reason("refused", "ONNX Runtime refuses the model without some of them")
 RUNTIME_OPERATOR = Reason("runtime_operator", "an operator of ONNX Runtime without a rule reads or makes them")
 SUBGRAPH = Reason("subgraph", "a node with sub-graphs (If, Loop, Scan) reads them")
 BODY = Reason("subgraph", "they are inside the body of a node (If, Loop, Scan), which is left as it is")
@@ -116,6 +117,7 @@ ADVICE: Mapping[str, str] = {
     "pool_indices": "Export without the indices of MaxPool, if nothing needs them.",
     "quantised": "Compress the floating-point model first, and quantise the result.",
     "recurrent_steps": "Nothing to do: a recurrent layer keeps the size of its state and the number of its steps.",
+    "refused": "Please report it, with the model: no removal should be refused by ONNX Runtime.",
     "repeated": "Export without Tile or Expand along the channels (broadcasting does the same).",
     "reshape": "Export with fixed shapes, so that the Reshape can be followed.",
     "runtime_indices": "Export with constant indices, if they do not depend on the data.",

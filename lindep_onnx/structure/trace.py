@@ -47,7 +47,13 @@ _QUANTISED_WEIGHT = {
 
 
 def trace(
-    model: Model, shape_info: ShapeInfo, *, include: Globs = (), exclude: Globs = (), min_channels: int = 1
+    model: Model,
+    shape_info: ShapeInfo,
+    *,
+    include: Globs = (),
+    exclude: Globs = (),
+    min_channels: int = 1,
+    refused: frozenset[tuple[str, int]] = frozenset(),
 ) -> Structure:
     """Find units, consumers, groups and refusals of a model.
 
@@ -57,6 +63,7 @@ def trace(
         include: globs on node names; when given, only channels that a matching node produces or reads are touched.
         exclude: globs on node names whose input and output channels are left alone.
         min_channels: no axis is cut below this.
+        refused: tensors and axes whose channels a runtime cannot do without.
     """
     tracer = Tracer(model, shape_info)
     quantised = _quantised(model, shape_info)
@@ -65,6 +72,8 @@ def trace(
             continue
         _follow(tracer, node)
         _leave_alone(tracer, node, include, exclude)
+    for name, axis in sorted(refused):
+        tracer.freeze_tensor(name, reasons.REFUSED, model.producer.get(name), [axis])
     for name in model.outputs:
         tracer.freeze_tensor(name, reasons.GRAPH_OUTPUT, model.producer.get(name))
     _check_claims(tracer)

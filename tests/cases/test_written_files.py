@@ -11,12 +11,15 @@ from build import as_array, build
 from onnx import TensorProto
 
 from lindep_onnx import pipeline
+from lindep_onnx.api import compress
 from lindep_onnx.errors import OutputError, VerificationError
 from lindep_onnx.model import save as saving
 from lindep_onnx.model.ir import Model, load
 from lindep_onnx.model.save import save
 from lindep_onnx.options import Config
 from lindep_onnx.pipeline import Files, Request
+from lindep_onnx.planning.loadable import check_opens
+from lindep_onnx.structure.rules import registry
 
 
 def model() -> onnx.ModelProto:
@@ -57,7 +60,7 @@ def test_a_file_that_onnx_runtime_does_not_load_does_not_take_the_name(
     broken = model()
     broken.graph.node[0].input[0] = "v"  # a product that does not fit
     with pytest.raises(VerificationError, match="not the result"):
-        save(broken, None, out, check=lambda path: pipeline._check_opens(runtime(), load(model()), path))
+        save(broken, None, out, check=lambda path: check_opens(runtime(), load(model()), path))
     assert not list(tmp_path.iterdir())
 
 
@@ -76,3 +79,22 @@ def test_values_may_be_stored_in_any_form(tmp_path: Path, external: bool) -> Non
     found: Model = load(tmp_path / "out.onnx")
     np.testing.assert_array_equal(found.stored["w"], value)
     assert len(seen) == 1 and len(list(tmp_path.iterdir())) == (2 if external else 1)
+
+
+def test_a_group_that_onnx_runtime_refuses_is_left_out_by_name_and_the_rest_goes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A rewriting rule is missing: a Reshape keeps the sizes that it had.
+    monkeypatch.delitem(registry._REWRITING, "Reshape")
+    w, u = as_array("w", (20, 32)), as_array("u", (16, 32))
+    w[:, 24:], u[:, 24:] = w[:, :8], u[:, :8]
+    body = "h = MatMul(x, w)\nr = Relu(h)\ng = MatMul(r, v)\nt = Tanh(g)\nk = MatMul(t, u)\ns = Relu(k)\ne = Reshape(s, i)\ny = MatMul(e, q)"
+    weights = {"w": w, "v": (32, 16), "u": u, "q": (32, 5), "i": np.array([-1, 32])}
+    net = build(body, weights, x=("N", 20))
+    result = compress(net, np.random.default_rng(0).normal(size=(300, 20)).astype(np.float32), round_to=1)
+    assert [(group.name, group.removed) for group in result.report.groups if group.removed] == [("MatMul_0", 8)]
+    assert any("MatMul_4" in note for note in result.report.notes)
+    assert ("refused", 32) in [(refusal.reason, refusal.channels) for refusal in result.report.refusals]
+    monkeypatch.undo()
+    result = compress(net, np.random.default_rng(0).normal(size=(300, 20)).astype(np.float32), round_to=1)
+    assert [group.removed for group in result.report.groups if group.removed] == [8, 8]

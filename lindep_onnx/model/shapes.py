@@ -265,9 +265,10 @@ def _skeleton(model: Model, inputs: Mapping[str, Shape], known: Known) -> onnx.M
             dtype = value.type.tensor_type.elem_type
             value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, dtype, inputs[value.name]))
         axis, dims = model.batch_axes.get(value.name), value.type.tensor_type.shape.dim
-        if axis is not None and axis < len(dims) and not dims[axis].HasField("dim_value"):
+        free = axis is not None and axis < len(dims) and not dims[axis].HasField("dim_value")
+        if free and not _is_name(dims[axis].dim_param):
             # Without a name it would be lost on the way, and nobody could tell where samples lie further on.
-            dims[axis].dim_param = dims[axis].dim_param if _is_name(dims[axis].dim_param) else SAMPLES
+            dims[axis].dim_param = SAMPLES
     for name, value in constants.items():
         if value.size <= 64 and value.dtype.kind in "iufb":
             graph.initializer.append(onnx.numpy_helper.from_array(value, name))

@@ -25,6 +25,8 @@ from lindep_onnx.verify.verdict import near_chance
 
 #: Shares of the original's time under what is asked for: what the search aims at, and what is close enough to stop.
 AIM, CLOSE = 0.015, 0.035
+#: How far under what is asked for a result may end before a slower one is looked for.
+WITHIN = 0.05
 #: Models that are measured at most on one path, and results that are refitted and measured again.
 MEASURED, RESULTS = 9, 3
 
@@ -37,6 +39,7 @@ class _Clock:
     path: Path
     watch: Stopwatch
     known: dict[int, float] = field(default_factory=dict)
+    timed: set[int] = field(default_factory=set)  # those whose ratio is of a whole comparison
 
     def ratio(self, count: int) -> float:
         """Share of the original's time that a plan takes."""
@@ -120,18 +123,37 @@ def _small(clock: _Clock) -> int | None:
 
 
 def _fast_enough(clock: _Clock, count: int | None, allowed: float) -> Result:
-    """The result at a count, or a little beyond; refused where it is too slow or no longer like the original."""
+    """The result at a count, or near it; refused where it is too slow or no longer like the original."""
     most = len(clock.path)
-    result = _held(clock, most if count is None else count)
+    best = result = _held(clock, most if count is None else count)
     for _ in range(RESULTS - 1):
-        if count is None or count == most or result.ratio <= allowed:
+        if count is None or allowed - WITHIN <= result.ratio <= allowed:
             break
-        # The refit added a bias, or one of the two measurements was disturbed.
+        # The refit added a bias, or a glance was disturbed: what was timed last is what is known best.
+        clock.known[count] = result.ratio
+        clock.timed.add(count)
         with clock.round_.log.stage("search"):
-            further = min(most, count + max(1, most // 100))
-            count = max(further, clock.between(count, most, allowed - AIM)) if most - count > 1 else most
-        result = _held(clock, count)
-    return result if result.failure is None else _refused(clock, result, allowed)
+            after = _next(clock, count, allowed)
+        if after is None:
+            break
+        count, result = after, _held(clock, after)
+        best = max(best, result, key=lambda own: (own.ratio <= allowed, -abs(own.ratio - allowed)))
+    return best if best.failure is None else _refused(clock, best, allowed)
+
+
+def _next(clock: _Clock, count: int, allowed: float) -> int | None:
+    """Where to look after a result that is too slow, or faster than it has to be; None where there is nothing."""
+    if clock.ratio(count) > allowed:
+        ends = count, len(clock.path)
+    else:
+        slower = [own for own, ratio in clock.known.items() if own < count and ratio > allowed]
+        if not slower:
+            return None
+        ends = max(slower), count
+    if ends[1] - ends[0] < 2:
+        other = sum(ends) - count
+        return other if other not in clock.timed and clock.ratio(other) <= allowed + WITHIN else None
+    return clock.between(*ends, allowed - AIM)
 
 
 def _bisected(clock: _Clock, low: int, high: int, allowed: float) -> int | None:

@@ -209,3 +209,28 @@ def test_what_cannot_be_timed_is_noted_and_a_budget_on_it_is_an_error(monkeypatc
     assert any("No latency was measured. The result cannot be timed" in note for note in report.notes)
     with pytest.raises(TimingError, match="code -9"):
         lindep_onnx.compress(net(), {"x": images()}, latency=0.9, refit="fold")
+
+
+@pytest.mark.parametrize("wrong", [0.93, 1.0, 1.07])
+@pytest.mark.parametrize("share", [0.8, 0.6, 0.4])
+def test_a_latency_is_hit_from_below_whatever_a_glance_says(share: float, wrong: float, monkeypatch) -> None:
+    weights = {"w": (64, 3, 3, 3), "v": (96, 64, 3, 3), "u": (10, 96)}
+    text = "a = Conv<pads=[1,1,1,1]>(x, w)\nb = Relu(a)\nc = Conv(b, v)\nd = Relu(c)\ne = GlobalAveragePool(d)\nf = Flatten(e)\ny = Gemm<transB=1>(f, u)"  # fmt: skip
+    model = build(text, weights, x=("N", 3, 12, 12))
+    monkeypatch.setattr(Stopwatch, "glance", lambda own, other: wrong * own.compare(other).ratio)
+    x = np.random.default_rng(0).normal(size=(80, 3, 12, 12)).astype(np.float32)
+    options = {"refit": "fold", "force": True, "target": "cpu-avx2"}
+    report = lindep_onnx.compress(model, {"x": x}, latency=share, **options).report
+    assert report.latency is not None and share - 0.1 < report.latency.ratio <= share
+    assert all(layer.channels_after % 8 == 0 for layer in report.layers[:2])
+
+
+def test_what_is_free_and_fast_enough_is_all_that_is_done() -> None:
+    w = np.random.default_rng(0).normal(size=(64, 3, 3, 3)).astype(np.float32)
+    w[:40] = 0
+    body = "a = Conv<pads=[1,1,1,1]>(x, w)\nr = Relu(a)\ny = Conv(r, v)"
+    model = build(body, {"w": w, "v": (5, 64, 3, 3)}, x=("N", 3, 12, 12))
+    x = np.random.default_rng(0).normal(size=(80, 3, 12, 12)).astype(np.float32)
+    report = lindep_onnx.compress(model, {"x": x}, latency=0.5, target="cpu-avx2").report
+    assert [group.channels_after for group in report.groups] == [24]
+    assert report.verification is not None and report.verification.relative_error < 1e-5

@@ -20,7 +20,7 @@ def compressed(folder: Path, name: str, *options: str, **environment: str) -> Pa
     output = folder / f"{name}.onnx"
     command = [sys.executable, "-m", "lindep_onnx", str(ROOT / "models" / "demo.onnx"), str(output), "-q"]
     command += ["--calib", str(ROOT / "models" / "calib.npz"), "--max-samples", "120", *options]
-    command += ["--report", str(output.with_suffix(".json")), "--benchmark", "0.01"]
+    command += ["--report", str(output.with_suffix(".json")), "--benchmark", "0.01", "--round-to", "4"]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT), **environment})
     return output
 

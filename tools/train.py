@@ -38,7 +38,7 @@ from tasks import Places, fashion, normalised, outputs
 OPSET = 17
 CALIBRATION_SAMPLES, TEST_SAMPLES = 1000, 500
 #: Strength of the L1 penalty on each BatchNormalization scale, and of the group lasso on each hidden neuron.
-SCALE_PENALTY, NEURON_PENALTY = 1.5e-2, 8e-3
+SCALE_PENALTY, NEURON_PENALTY = 2.5e-2, 8e-3
 #: The over-wide net is trained on the images before this one.
 TRAINED_ON = 55_000
 
@@ -49,7 +49,7 @@ class DemoNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(*_conv(1, 32), nn.ReLU(), nn.MaxPool2d(2))  # 14 x 14
-        self.branch = nn.Sequential(*_conv(32, 32), nn.ReLU(), *_conv(32, 32))
+        self.branch = nn.Sequential(*_conv(32, 64), nn.ReLU(), *_conv(64, 32))
         self.separable = nn.Sequential(*_conv(32, 32, groups=32), nn.ReLU6(), *_conv(32, 64, kernel=1), nn.ReLU())
         self.last = nn.Sequential(nn.AvgPool2d(2), *_conv(64, 64), nn.ReLU(), nn.MaxPool2d(2))  # 3 x 3
         self.hidden = nn.Linear(64 * 3 * 3, 128)

@@ -38,6 +38,8 @@ from lindep_onnx.verify.verdict import Verdict
 #: Errors that the original itself makes when every weight moves to a neighbouring number or stays: below so many of
 #: them a result is lossless, whatever its error.
 OUTPUT_ROUNDINGS = 2.0
+#: Seconds that models are timed for where a budget depends on it.
+DECISIVE = 6.0
 #: Plans that a search by measured errors tries: two bisections, see `planning.search`.
 PROBES = math.ceil(math.log2(STOPS)) + math.ceil(math.log2(STOPS / COARSE))
 
@@ -143,7 +145,8 @@ class Judge:
             yield self._stopwatch
             return
         original, batch, runtime = self._run()
-        feeds, seconds = _of_types(batch.feeds, original), self._config.benchmark
+        feeds = _of_types(batch.feeds, original)
+        seconds = self._config.benchmark or (None if self.budgets.latency is None else DECISIVE)
         try:
             with Stopwatch(original, feeds, runtime, batch=batch.size, seconds=seconds) as stopwatch:
                 self._stopwatch = stopwatch

@@ -37,7 +37,8 @@ def choose(round_: Round) -> Result:
     """The result that the options ask for; look at its `failure`."""
     config = round_.config
     if round_.piece.statistics is None or config.proven_only:
-        return round_.result(*round_.proven())
+        best = round_.result(*round_.proven())
+        return _with_kept(round_, best, round_.piece.proof.steps)
     with round_.log.stage("plan"):
         free = round_.free(round_.piece.uncertain)
         curves, prices = round_.priced() if config.budgeted else ({}, {})
@@ -48,7 +49,17 @@ def choose(round_: Round) -> Result:
         best = by_latency(round_, curves, free)
     else:
         best = _never_slower(round_, lambda own: _found(own, curves, free))
+    if not config.budgeted:
+        best = _with_kept(round_, best, free)
     return replace(best, prices=prices, frontier=points)
+
+
+def _with_kept(round_: Round, result: Result, free: ChannelSteps) -> Result:
+    """A result that says how many channels cost nothing but stay: the rest of a step, or all where it is unchanged."""
+    order = np.flatnonzero(free.removed)
+    whole = ChannelRemoval().admissible(round_.piece.structure, free.removed, order, round_.rule)
+    kept = len(order) - int((whole if result.removed.any() else result.removed).sum())
+    return replace(result, kept_for_widths=kept)
 
 
 def _found(round_: Round, curves: Curves, free: ChannelSteps) -> tuple[Candidate, Evaluation]:

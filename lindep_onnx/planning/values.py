@@ -117,6 +117,7 @@ class Result:
         prices: the curves that it was priced with; empty without a budget on a size.
         frontier: what smaller and larger reductions would cost, largest model first; empty if nobody measured it.
         widths: the rule that the remaining widths keep to, in words; empty where a plan was carried out again.
+        kept_for_widths: how many channels cost nothing, but stay so that widths keep to the rule.
     """
 
     candidate: Candidate
@@ -126,6 +127,7 @@ class Result:
     prices: Prices = field(default_factory=dict)
     frontier: tuple[FrontierPoint, ...] = ()
     widths: str = ""
+    kept_for_widths: int = 0
 
     @property
     def failure(self) -> LindepError | None:

@@ -131,6 +131,8 @@ def build_report(
         model=traced.name,
         layers=tuple(layers(traced.structure, result.removed)),
         frontier=result.frontier,
+        kept_for_widths=result.kept_for_widths,
+        widths=result.widths,
         latency=latency,
         layer_times=finished.layer_times,
         next_step=_next_step(finished),

@@ -29,7 +29,7 @@ class Size:
         macs: multiply-accumulates for one sample.
         bytes: size of the file, weights included.
         channels: output channels over Conv, ConvTranspose, Gemm and MatMul with constant weights.
-        latency_ms: milliseconds of one run, the median; None if it was not measured.
+        latency_ms: milliseconds of one run that nothing disturbs; None if it was not measured.
         operators: how many nodes there are of each operator.
     """
 
@@ -229,8 +229,8 @@ class Latency:
     """How long a run takes, each model alone in a process of its own, in turns.
 
     Attributes:
-        before_ms: milliseconds of a run of the original, the median.
-        after_ms: milliseconds of a run of the result, the median.
+        before_ms: milliseconds of a run of the original that nothing disturbs.
+        after_ms: milliseconds of a run of the result, likewise.
         ratio: time of the result as a share of the original's, the median over the rounds.
         low, high: ends of the 95 % interval of the ratio.
         control: a copy of the original as a share of the original, measured alike.
@@ -290,6 +290,8 @@ class Report:
         stress: the comparison on a second data set that the user gave; None without one.
         model: name of the file, or of the graph of a model in memory.
         layers: widths before and after, in the order of the model.
+        kept_for_widths: channels that cost nothing, but stay so that widths keep to the rule; 0 with a budget.
+        widths: the rule that the remaining widths keep to, in words; empty where a plan was carried out again.
         frontier: what other reductions cost without a refit, largest model first; empty without a budget.
         latency: of the result beside the original; None if it was not measured.
         layer_times: of the nodes of both models, by ONNX Runtime's profiler; empty if it was not asked for.
@@ -311,6 +313,8 @@ class Report:
     model: str = ""
     layers: tuple[Layer, ...] = ()
     frontier: tuple[FrontierPoint, ...] = ()
+    kept_for_widths: int = 0
+    widths: str = ""
     latency: Latency | None = None
     layer_times: tuple[LayerTime, ...] = ()
     next_step: NextStep | None = None

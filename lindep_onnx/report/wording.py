@@ -158,10 +158,17 @@ def headline(report: Report) -> str:
     if removed:
         way = {"lossless": "Lossless mode", "proven": "Proven-only mode"}.get(report.mode, "Budgeted mode")
         channels = sum(group.channels_before for group in report.groups)
-        return f"{way}: {removed:,} of {channels:,} removable channels went, in {many(len(report.changed), 'group')}."
+        groups = many(len(report.changed), "group")
+        more = f"; {report.kept_for_widths:,} more stay for the sake of fast widths" if report.kept_for_widths else ""
+        return f"{way}: {removed:,} of {channels:,} removable channels went, in {groups}{more}."
     if not report.groups:
         held = sum(refusal.channels for refusal in report.refusals)
         why = f"all {held:,} channels have to stay, for the reasons below" if held else "it has no channels to remove"
+    elif report.kept_for_widths:
+        why = (
+            f"{many(report.kept_for_widths, 'channel')} could be, but widths would leave the fast kernels "
+            f"({report.widths}). Use --round-to 1 to remove them anyway"
+        )
     elif report.mode == "proven":
         why = "the weights alone prove no channel redundant"
     elif report.mode == "lossless":

@@ -2,9 +2,11 @@
 
 Two sessions of one process disturb each other: threads of the one that has just run spin on while the other is timed.
 So every model has a process; they run in turns, in blocks of some runs, of which the first are discarded, until threads
-of the others sleep and caches hold what is needed. A turn of all is a round, and gives one ratio. The interval of their
-median comes from their order alone, so that it holds whatever their distribution. A copy of the original is timed
-beside it: what it differs by is what this machine adds.
+of the others sleep and caches hold what is needed. Of the others the fastest counts: whatever else a machine does only
+ever makes a run slower (on two busy cores the median of a block of a model against itself spread by 37 %, the fastest
+run by 6 %). A turn of all is a round, and gives one ratio. The interval of their median comes from their order alone,
+so that it holds whatever their distribution. A copy of the original is timed beside it: what it differs by is what
+this machine adds.
 """
 
 from __future__ import annotations
@@ -30,12 +32,12 @@ from lindep_onnx.model.ir import Model
 from lindep_onnx.runtime.backend import FOLDER, Runtime
 
 #: Rounds: as many as give an interval that leaves out the outermost on both sides, and as few as give one at all.
-ROUNDS, MIN_ROUNDS = 10, 6
+ROUNDS, MIN_ROUNDS = 21, 6
 #: Rounds of a glance: a median that one disturbed round does not move.
-LOOKS = 5
+LOOKS = 13
 CONFIDENCE = 0.95
 #: Seconds of a block, and before it those in which threads of the other processes still spin and caches fill.
-BLOCK, DISCARDED = 0.05, 0.015
+BLOCK, DISCARDED = 0.03, 0.01
 #: Runs that take longer than this (seconds) are not discarded: what the first of a block loses is no share of it.
 LONG = 0.5
 #: Seconds that the runs of all rounds may take, where none is asked for, before there are fewer rounds.
@@ -65,8 +67,8 @@ class Timing:
     """How long a run of the original takes, and of a model that is to take its place.
 
     Attributes:
-        before: milliseconds of the original, the median.
-        after: milliseconds of the other model, the median.
+        before: milliseconds of the original, the median over the rounds of the fastest run of a block.
+        after: milliseconds of the other model, likewise.
         ratio: after as a share of before, the median over the rounds.
         low, high: ends of the 95 % interval of the ratio.
         control: a copy of the original against the original, measured alike.
@@ -174,7 +176,7 @@ class Stopwatch:
             before, again = self._originals()
             models = (before, other, again) if copy else (before, other)
             quick = [process.run(0.0, 0.0)[0] for process in models]
-            return self._rounds(models, quick, rounds)
+            return self._rounds(models, quick, rounds, self.seconds if copy else None)
 
     def _originals(self) -> tuple[_Process, _Process]:
         if self._own is None:
@@ -204,17 +206,20 @@ class Stopwatch:
         }
         return _Process(asked, name, self._folder / f"{name}.log")
 
-    def _rounds(self, models: Sequence[_Process], quick: Sequence[float], most: int) -> NDArray[np.float64]:
-        """(models, rounds) seconds of a run, the median of a block; `quick` holds those of one run of each."""
-        rounds = most if most * sum(quick) <= (self.seconds or PATIENCE) else min(most, MIN_ROUNDS)
-        block = BLOCK if self.seconds is None else self.seconds / rounds / len(models)
+    def _rounds(
+        self, models: Sequence[_Process], quick: Sequence[float], most: int, seconds: float | None
+    ) -> NDArray[np.float64]:
+        """(models, rounds) seconds of a run, the fastest of a block; `quick` holds those of one run of each."""
+        rounds = most if most * sum(quick) <= (seconds or PATIENCE) else min(most, MIN_ROUNDS)
+        block = BLOCK if seconds is None else seconds / rounds / len(models)
+        block = max(block, 1.5 * max(quick))  # two runs at least
         discard = 0.0 if max(quick) > LONG else DISCARDED
         times = np.zeros((len(models), rounds))
         for number in range(rounds):
             # Two rounds, forwards and backwards, begin with each of them: none is always behind the same one.
             turn = np.roll(np.arange(len(models)), number // 2)
             for place in turn if number % 2 == 0 else turn[::-1]:
-                times[place, number] = np.median(models[place].run(block, discard))
+                times[place, number] = min(models[place].run(block, discard))
         return times
 
 

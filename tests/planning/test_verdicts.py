@@ -132,18 +132,18 @@ def test_what_destroys_a_model_never_passes(name: str, tmp_path: Path) -> None:
 
 
 def test_a_result_near_chance_is_written_only_by_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert reported(tmp_path, "--params", ".001", "--refit", "fold")[0] == 3
+    assert reported(tmp_path, "--params", ".005", "--refit", "fold")[0] == 3
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and not (tmp_path / "o.onnx").exists()
-    assert "With --params 0.001 the result keeps the predicted class on" in said and "--min-agreement" in said
-    code, report = reported(tmp_path, "--params", ".001", "--refit", "fold", "--force")
+    assert "With --params 0.005 the result keeps the predicted class on" in said and "--min-agreement" in said
+    code, report = reported(tmp_path, "--params", ".005", "--refit", "fold", "--force")
     assert code == 3 and (tmp_path / "o.onnx").exists()
     assert report.verification is not None and report.verification.status == "failed"
 
 
 @pytest.mark.parametrize(
     ("options", "code"),
-    [(("--params", ".8"), 3), (("--params", ".8", "--min-agreement", ".9"), 0), ((), 0), (("--max-samples", "20"), 3)],
+    [(("--params", ".3"), 3), (("--params", ".8", "--min-agreement", ".9"), 0), ((), 0), (("--max-samples", "20"), 3)],
 )
 def test_strict_takes_nothing_that_is_unchecked(
     options: tuple[str, ...], code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -162,12 +162,12 @@ def test_strict_takes_nothing_that_is_unchecked(
 
 
 def test_plans_are_held_to_the_same(data: Mapping[str, np.ndarray]) -> None:
-    options: dict[str, Any] = {"params": 0.001, "refit": "fold"}
+    options: dict[str, Any] = {"params": 0.005, "refit": "fold"}
     with lindep_onnx.calibrate(lindep_onnx.trace(DEMO), data) as seen:
         with pytest.raises(BudgetError, match="close to a random model"):
             lindep_onnx.plan(seen, **options)
         with pytest.raises(BudgetError, match="--strict: the quality was not checked"):
-            lindep_onnx.plan(seen, params=0.8, refit="fold", strict=True)
+            lindep_onnx.plan(seen, params=0.3, refit="fold", strict=True)
         forced = lindep_onnx.plan(seen, **options, force=True)
     with pytest.raises(BudgetError, match="the result keeps the predicted class on"):
         lindep_onnx.apply(DEMO, forced, data)
@@ -186,7 +186,7 @@ def test_a_search_for_quality_ends_at_the_smallest_result_that_is_not_near_chanc
 
 
 def test_recovery_may_bring_a_result_back(data: Mapping[str, np.ndarray]) -> None:
-    options: dict[str, Any] = {"params": 0.04, "refit": "fold"}
+    options: dict[str, Any] = {"params": 0.02, "refit": "fold"}
     with pytest.raises(BudgetError, match="close to a random model"):
         lindep_onnx.compress(DEMO, data, **options)
     found = lindep_onnx.compress(DEMO, data, **options, recover=60).report.verification

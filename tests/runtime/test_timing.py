@@ -59,7 +59,7 @@ def test_a_ratio_that_is_known_is_found_and_processes_end(started: list[subproce
     for found in (quarter.control, same.control, same):
         assert found.low < 1.25 and found.high > 0.8, found
     assert quarter.ratio < same.ratio
-    assert (quarter.rounds, quarter.batch, quarter.threads) == (10, 256, 1)
+    assert (quarter.rounds, quarter.batch, quarter.threads) == (21, 256, 1)
 
 
 @pytest.mark.timed
@@ -155,10 +155,10 @@ class Pretended:
 @pytest.mark.parametrize(
     ("taken", "seconds", "rounds", "block", "discard"),
     [
-        (0.001, None, 10, 0.05, 0.015),
-        (0.001, 6.0, 10, 0.2, 0.015),
-        (0.45, None, 6, 0.05, 0.015),
-        (2.0, 36.0, 6, 2.0, 0.0),
+        (0.001, None, 21, 0.03, 0.01),
+        (0.001, 6.3, 21, 0.1, 0.01),
+        (0.45, None, 6, 0.675, 0.01),
+        (2.0, 36.0, 6, 3.0, 0.0),
     ],
 )
 def test_long_runs_are_made_less_often(
@@ -172,3 +172,12 @@ def test_long_runs_are_made_less_often(
     assert found.faster and found.control == Ratio(1.0, 1.0, 1.0) and found.rounds == rounds
     assert told[:3] == [(0.0, 0.0)] * 3 and len(told) == 3 + 3 * rounds
     assert all(asked == pytest.approx((block, discard)) for asked in told[3:])
+
+
+@pytest.mark.timed
+def test_a_glance_needs_no_copy_and_finds_the_ratio_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[float, float]] = []
+    monkeypatch.setattr(module, "_Process", Pretended(told, {"original": 0.002, "result": 0.0005}))
+    with Stopwatch(chain(1), feeds(1), ONE, seconds=100.0) as stopwatch:
+        assert stopwatch.glance(chain(1)) == 0.25
+    assert len(told) == 2 + 2 * module.LOOKS and told[-1] == (module.BLOCK, module.DISCARDED)

@@ -24,7 +24,7 @@ from lindep_onnx.verify.metrics import Comparison
 from lindep_onnx.verify.verdict import near_chance
 
 #: Shares of the original's time under what is asked for: what the search aims at, and what is close enough to stop.
-AIM, CLOSE = 0.015, 0.035
+AIM, CLOSE = 0.02, 0.04
 #: How far under what is asked for a result may end before a slower one is looked for.
 WITHIN = 0.05
 #: Models that are measured at most on one path, and results that are refitted and measured again.

@@ -118,6 +118,8 @@ def _error(clock: _Clock, count: int) -> float:
 
 def _small(clock: _Clock) -> int | None:
     """The first count that is small enough; None where none is."""
+    if not clock.round_.judge.budgets.sizes:
+        return 0
     with clock.round_.log.stage("search"):
         return first_small_enough(len(clock.path), lambda count: clock.round_.small(clock.path, count))
 

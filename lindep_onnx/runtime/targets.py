@@ -45,7 +45,7 @@ TABLE: Mapping[str, Mapping[Precision, Mapping[Kind, Steps]]] = {
     },
     "cpu-avx2": {
         "float": {"conv": Steps(4, 8), "depthwise": Steps(4, 8), "grouped": Steps(8, 8)},
-        "int8": {"conv": Steps(4, 4), "depthwise": Steps(16, 16), "grouped": Steps(4, 4)},
+        "int8": {"conv": Steps(8, 8), "depthwise": Steps(16, 16)},
     },
     "arm": {
         "float": {"conv": Steps(4, 16), "depthwise": Steps(4, 16), "grouped": Steps(4, 4)},

@@ -17,6 +17,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from lindep_onnx.files import WeightsDir
 from lindep_onnx.model.ir import Model, first_name, model_of
+from lindep_onnx.model.node import unused
 from lindep_onnx.model.weights import copy_fields, graphs, stand_in, with_weights, without_weights
 
 # graphsurgeon reports on its own logger, straight to the terminal; what matters is raised by us.
@@ -195,10 +196,7 @@ class _Changing:
         return LazyValues(stand)
 
     def _unused(self, base: str) -> str:
-        name, number = base, 0
-        while name in self._taken:
-            number += 1
-            name = f"{base}_{number}"
+        name = unused(base, self._taken)
         self._taken.add(name)
         return name
 

@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 
 from lindep_onnx.model.ir import Model, model_of
+from lindep_onnx.model.node import unused
 
 DOMAIN = "com.microsoft"
 #: From which version of the standard operators on these are among them.
@@ -84,11 +85,7 @@ class _Writer:
         return name
 
     def _unused(self, word: str) -> str:
-        base = f"{self.node.output[0]}_{word}"
-        name, number = base, 0
-        while name in self._taken:
-            number += 1
-            name = f"{base}_{number}"
+        name = unused(f"{self.node.output[0]}_{word}", self._taken)
         self._taken.add(name)
         return name
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,3 +33,9 @@ class Node:
     def input(self, position: int) -> str:
         """Name of the input at `position`, empty where it is absent."""
         return self.inputs[position] if position < len(self.inputs) else ""
+
+
+def unused(base: str, taken: Container[str]) -> str:
+    """A name that nothing has yet: the base, or with the first number behind it that is free."""
+    numbered = (f"{base}_{number}" for number in itertools.count(1))
+    return next(name for name in itertools.chain([base], numbered) if name not in taken)

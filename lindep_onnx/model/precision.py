@@ -7,8 +7,7 @@ every tensor of the result the type that it has in the original.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from lindep_onnx.model.checks import impossible_sizes
 from lindep_onnx.model.ir import Model, model_of
+from lindep_onnx.model.node import unused
 from lindep_onnx.model.shapes import REARRANGING
 from lindep_onnx.model.weights import graphs, is_external, weights_as_inputs, with_weights, without_weights
 
@@ -119,7 +119,7 @@ def _cast_where_read(graph: onnx.GraphProto, before: Mapping[str, onnx.NodeProto
             if kinds.get(name, kind) == kind or kinds[name] not in FLOATS or not kind:
                 continue
             if (name, kind) not in made:
-                cast = read if read and read not in taken else _unused(f"{name}_cast", taken)
+                cast = read if read and read not in taken else unused(f"{name}_cast", taken)
                 taken.add(cast)
                 made[name, kind] = cast
                 nodes.append(onnx.helper.make_node("Cast", [name], [cast], name=cast, to=kind))
@@ -132,11 +132,6 @@ def _cast_where_read(graph: onnx.GraphProto, before: Mapping[str, onnx.NodeProto
         told = [value for value in graph.value_info if value.name not in stored]
         del graph.value_info[:]
         graph.value_info.extend(told)
-
-
-def _unused(base: str, taken: Container[str]) -> str:
-    numbered = (f"{base}_{number}" for number in itertools.count(1))
-    return next(name for name in itertools.chain([base], numbered) if name not in taken)
 
 
 def _of_values(proto: onnx.ModelProto, source: Model) -> Model:

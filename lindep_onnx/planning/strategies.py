@@ -251,11 +251,11 @@ def by_size(round_: Round, path: Path, free: ChannelSteps) -> tuple[Candidate, E
     """
     with round_.log.stage("search"):
         count = first_small_enough(len(path), lambda count: round_.small(path, count))
-    found = _for_nothing(round_, free) if count == 0 else None
+    found = _lossless_anyway(round_, free) if count == 0 else None
     return found or round_.finish(round_.small_candidate(path, count))
 
 
-def _for_nothing(round_: Round, free: ChannelSteps) -> tuple[Candidate, Evaluation] | None:
+def _lossless_anyway(round_: Round, free: ChannelSteps) -> tuple[Candidate, Evaluation] | None:
     """What lossless mode gives, where that is lossless on held-out samples and all that is asked for holds."""
     if round_.config.random_calib is not None:  # random inputs prove nothing
         return None
@@ -292,7 +292,7 @@ def by_quality(round_: Round, path: Path, free: ChannelSteps) -> tuple[Candidate
         candidate, evaluation = round_.finish(build(stop, refitted))
         if evaluation.failure is None:
             break
-    found = _for_nothing(round_, free) if stop == 0 else None
+    found = _lossless_anyway(round_, free) if stop == 0 else None
     if found is not None:
         candidate, evaluation = found
     if stop < count:

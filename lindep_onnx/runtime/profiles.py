@@ -16,7 +16,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,19 +83,6 @@ class Matched:
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------
-
-
-def read_profile(path: Path) -> Profile:
-    """Read a profile of any of the tools.
-
-    Raises:
-        UsageError: it cannot be read, or is none.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read ({one_line(error)}); give a profile in UTF-8.") from error
-    return parse_profile(text, str(path))
 
 
 def parse_profile(text: str, where: str) -> Profile:

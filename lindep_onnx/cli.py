@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import difflib
+import io
 import logging
 import re
 import sys
@@ -213,6 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    _spell_out_what_cannot_be_printed()
     _give_memory_back()
     errors = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
     try:
@@ -225,6 +227,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             errors.print("lindep-onnx: " + _shortened(_message(error)), markup=False)
         return error.exit_code if isinstance(error, LindepError) else FAILURE
+
+
+def _spell_out_what_cannot_be_printed() -> None:
+    """Names of tensors hold any character, and code pages hold few: a report must not end in an error for that."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _give_memory_back() -> None:
@@ -332,13 +341,24 @@ def _check_name(path: str) -> None:
 
 def _check_written(written: Sequence[Path | None], read: Sequence[str | Path | None]) -> None:
     """Nothing that is read may be overwritten, and nothing may be written twice."""
+    there = [Path(path) for path in read if path and Path(path).exists()]
     taken = {Path(path).resolve() for path in read if path}
+    named: list[Path] = []
     for path in filter(None, written):
-        if path.resolve() in taken:
+        exists = path.exists() and any(map(path.samefile, there))
+        if path.resolve() in taken or exists or any(_share_a_name(path, other) for other in named):
             raise UsageError(
                 f"{path}: is the input model, the calibration data or the other output; name another file."
             )
         taken.add(path.resolve())
+        named.append(path)
+
+
+def _share_a_name(one: Path, other: Path) -> bool:
+    """Whether two files that may not be there yet are the same where capital letters make no difference."""
+    if one.name.casefold() != other.name.casefold() or not (one.parent.exists() and other.parent.exists()):
+        return False
+    return one.parent.samefile(other.parent)
 
 
 @contextmanager

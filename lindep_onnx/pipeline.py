@@ -27,7 +27,8 @@ from lindep_onnx.data.samples import Samples, open_samples
 from lindep_onnx.data.sources import RandomInputs
 from lindep_onnx.data.split import Part
 from lindep_onnx.distill.rounds import contract_in_rounds
-from lindep_onnx.errors import BudgetError, LindepError, OutputError, UsageError, VerificationError
+from lindep_onnx.errors import BudgetError, LindepError, UsageError, VerificationError
+from lindep_onnx.files import check_writable
 from lindep_onnx.log import Log
 from lindep_onnx.model.checks import as_model_error, check_model, full_check_passes
 from lindep_onnx.model.edit import GraphEdits, apply_edits
@@ -246,26 +247,18 @@ def _check(request: Request, config: Config) -> None:
         raise UsageError("--save-plan: a plan is one cut, and --rounds makes several; drop one of them.")
     if files.output is not None:
         _check_output(request.source, files.output)
-    for path in (config.save_moments, files.save_plan):
+        if files.external_data:
+            check_writable(files.output.with_name(files.output.name + ".data"))
+    for path in (config.save_moments, files.save_plan, config.checkpoint):
         if path is not None:
-            _check_folder(Path(path))
+            check_writable(Path(path))
 
 
 def _check_output(source: str | Path | onnx.ModelProto, output: Path) -> None:
     in_file = not isinstance(source, onnx.ModelProto) and Path(source).exists()
     if in_file and output.exists() and output.samefile(source):
         raise UsageError(f"{output}: is the input model; name another file to write.")
-    _check_folder(output)
-
-
-def _check_folder(path: Path) -> None:
-    """Find out before the work whether a file can be written."""
-    if path.is_dir():
-        raise OutputError(f"{path}: is a directory; name a file to write.")
-    if not path.parent.is_dir():
-        raise OutputError(f"{path}: the folder {path.parent} does not exist; create it or name another.")
-    if not os.access(path.parent, os.W_OK):
-        raise OutputError(f"{path}: the folder {path.parent} cannot be written to; name another.")
+    check_writable(output)
 
 
 def _for_stress(config: Config, source: Any) -> Config:

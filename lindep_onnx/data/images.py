@@ -21,6 +21,7 @@ import numpy as np
 
 from lindep_onnx.data.inputs import Array, InputSpec, kind_of, listed
 from lindep_onnx.errors import CalibrationError, UsageError, one_line
+from lindep_onnx.files import in_order
 from lindep_onnx.options import Color, DataOptions, ImageOptions, Layout, several
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -101,7 +102,8 @@ class _Input:
 
 def image_files(folder: Path) -> list[Path]:
     """The images in a folder and all folders below it, sorted by path."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    return sorted(found, key=in_order)
 
 
 def images(

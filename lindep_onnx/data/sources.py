@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import math
+import secrets
 import shutil
 import sys
 import zipfile
@@ -32,7 +33,7 @@ from lindep_onnx.data.inputs import (
 from lindep_onnx.data.npz import UNREADABLE, npy_header, npz_headers
 from lindep_onnx.data.spool import Reading, in_memory, plain, spooled
 from lindep_onnx.errors import CalibrationError, UsageError, one_line
-from lindep_onnx.files import suggestion
+from lindep_onnx.files import discard, in_order, suggestion
 
 #: What is said first where there is no real data.
 RANDOM = (
@@ -128,11 +129,12 @@ def _from_text(text: str, reading: Reading) -> Sources | None:
 
 
 def _has_arrays(folder: Path) -> bool:
-    return bool(_sets(folder) or any(item.suffix in SUFFIXES for item in folder.iterdir()))
+    return bool(_sets(folder) or any(item.suffix.lower() in SUFFIXES for item in folder.iterdir()))
 
 
 def _sets(folder: Path) -> list[Path]:
-    return sorted(folder.glob("test_data_set_*")) or ([folder] if (folder / "input_0.pb").is_file() else [])
+    found = sorted(folder.glob("test_data_set_*"), key=in_order)
+    return found or ([folder] if (folder / "input_0.pb").is_file() else [])
 
 
 def _called(text: str, flag: str) -> Iterator[Any]:
@@ -203,7 +205,7 @@ def _from_path(path: Path, inputs: Sequence[str], folder: Path) -> list[Shard]:
         sets = _sets(path)
         if sets:
             return [_onnx_set(item, inputs) for item in sets]
-        files = sorted(item for item in path.iterdir() if item.suffix in SUFFIXES)
+        files = sorted((item for item in path.iterdir() if item.suffix.lower() in SUFFIXES), key=in_order)
         if not files:
             raise CalibrationError(
                 f"{path}: holds neither .npz or .npy files, nor images, nor test_data_set_* folders."
@@ -211,7 +213,7 @@ def _from_path(path: Path, inputs: Sequence[str], folder: Path) -> list[Shard]:
         return [_file(item, folder) for item in files]
     if not path.exists():
         raise CalibrationError(f"{path}: no such calibration data.{suggestion(path)}")
-    if path.suffix not in SUFFIXES:
+    if path.suffix.lower() not in SUFFIXES:
         image = " For images give their folder." if path.suffix.lower() in IMAGE_SUFFIXES else ""
         raise CalibrationError(
             f"{path}: calibration data is .npz, .npy, a folder or FILE.py:FUNC, not {path.suffix or 'a plain file'}."
@@ -222,7 +224,7 @@ def _from_path(path: Path, inputs: Sequence[str], folder: Path) -> list[Shard]:
 
 def _file(path: Path, folder: Path) -> Shard:
     try:
-        if path.suffix == ".npz":
+        if path.suffix.lower() == ".npz":
             found = npz_headers(path)
         else:
             with path.open("rb") as file:
@@ -237,7 +239,7 @@ def _file(path: Path, folder: Path) -> Shard:
             raise CalibrationError(
                 f"{path}: array {name!r} holds pickled Python objects, which are never loaded; save plain numbers."
             )
-    if path.suffix == ".npy":
+    if path.suffix.lower() == ".npy":
         return Shard(str(path), headers, lambda: {UNNAMED: np.load(path, mmap_mode="r", allow_pickle=False)})
     return Shard(str(path), headers, lambda: _npz_arrays(path, headers, folder))
 
@@ -246,14 +248,14 @@ def _npz_arrays(path: Path, headers: Mapping[str, Header], folder: Path) -> Arra
     """Memory maps of the arrays of an archive, unpacked into `folder` first."""
     arrays: dict[str, Array] = {}
     for old in folder.glob("unpacked_*"):  # of the shard before this one; open maps outlive the name
-        old.unlink()
+        discard(old)
     with zipfile.ZipFile(path) as archive:
         for number, (name, header) in enumerate(headers.items()):
             item = archive.getinfo(name + ".npy")
             if not math.prod(header.shape):
                 arrays[name] = np.zeros(header.shape, header.dtype)
                 continue
-            target = folder / f"unpacked_{number}.npy"
+            target = folder / f"unpacked_{number}_{secrets.token_hex(4)}.npy"  # the name may still be taken
             free = shutil.disk_usage(folder).free
             if item.file_size > free:
                 raise CalibrationError(

@@ -200,13 +200,15 @@ def settle(folder: Path) -> None:
     wanted = _own_data(folder.parent / model)
     for name in names:
         if name not in wanted and _is_data_name(name, model) and not _is_named(name, folder.parent, model):
-            (folder.parent / name).unlink(missing_ok=True)
+            files.discard(folder.parent / name)
 
 
 def _is_named(name: str, folder: Path, model: str) -> bool:
     """Whether another model in the folder may use that file: somebody may have made a copy of ours."""
     others = (path for path in folder.glob("*.onnx") if path.name != model and path.is_file())
-    return any(path.stat().st_size > MAX_SEARCHED or name.encode() in path.read_bytes() for path in others)
+    return any(
+        path.stat().st_size > MAX_SEARCHED or name.encode().lower() in path.read_bytes().lower() for path in others
+    )
 
 
 def _own_data(path: Path) -> set[str]:

@@ -14,7 +14,6 @@ import hashlib
 import logging
 import math
 import mmap
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -174,7 +173,8 @@ def _check_location(path: Path, tensor: onnx.TensorProto) -> None:
 
 def external_entries(tensor: onnx.TensorProto) -> dict[str, str]:
     """What a tensor says about its external data; bytes are what protobuf makes of text that is none."""
-    return {entry.key: os.fsdecode(entry.value) for entry in tensor.external_data}
+    values = ((entry.key, entry.value) for entry in tensor.external_data)
+    return {key: value if isinstance(value, str) else value.decode("utf-8", "surrogateescape") for key, value in values}
 
 
 # ---- values -------------------------------------------------------------------------------------------------------

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from lindep_onnx.errors import OutputError, UsageError
-from lindep_onnx.files import replacing
+from lindep_onnx.files import check_folder, check_writable, replacing
 from lindep_onnx.report.html import page
 from lindep_onnx.report.values import Report
 
@@ -16,16 +15,15 @@ def check_path(path: Path) -> None:
 
     Raises:
         UsageError: the suffix is neither .json nor .html.
-        OutputError: the folder is missing, or cannot be written to.
+        OutputError: there is no writing to it.
     """
+    _check_suffix(path)
+    check_writable(path)
+
+
+def _check_suffix(path: Path) -> None:
     if path.suffix.lower() not in (".json", ".html"):
         raise UsageError(f"{path}: a report is written as .json or .html, not {path.suffix or 'without a suffix'}.")
-    if path.is_dir():
-        raise OutputError(f"{path}: is a directory; name a file to write the report to.")
-    if not path.parent.is_dir():
-        raise OutputError(f"{path}: the folder {path.parent} does not exist; create it or name another.")
-    if not os.access(path.parent, os.W_OK):
-        raise OutputError(f"{path}: the folder {path.parent} cannot be written to; name another.")
 
 
 def write_report(report: Report, path: str | Path) -> None:
@@ -36,7 +34,8 @@ def write_report(report: Report, path: str | Path) -> None:
         OutputError: the file cannot be written.
     """
     path = Path(path)
-    check_path(path)
+    _check_suffix(path)
+    check_folder(path)
     text = report.to_json() if path.suffix.lower() == ".json" else page(report)
     try:
         with replacing(path) as staged:

@@ -166,7 +166,8 @@ class LatencyTable(LayerTimes):
         values = {kind: [list(i), list(o), grid.tolist()] for kind, (i, o, grid) in sorted(self.seconds.items())}
         try:
             with replacing(path) as staged:
-                staged.write_text(json.dumps({"version": VERSION, "seconds": values}, indent=1), encoding="utf-8")
+                text = json.dumps({"version": VERSION, "seconds": values}, indent=1)
+                staged.write_text(text, encoding="utf-8", newline="\n")
         except OSError as error:
             raise OutputError(f"{path}: cannot be written ({error.strerror or error}).") from error
 

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from scipy.stats import binom
 
 from lindep_onnx.errors import TimingError, one_line
-from lindep_onnx.files import Scratch
+from lindep_onnx.files import Scratch, discard
 from lindep_onnx.model.ir import Model
 from lindep_onnx.runtime.backend import FOLDER, Runtime
 
@@ -44,6 +44,7 @@ LONG = 0.5
 PATIENCE = 10.0
 #: Seconds that a process may take to answer, beyond those that it was asked to run for.
 MAX_WAIT = 900.0
+ORIGINAL = "original"
 #: A result that takes this share of the original's time is slower; less is not worth a word.
 SLOWER = 1.02
 
@@ -131,6 +132,7 @@ class Stopwatch:
         self.batch, self.seconds = batch, seconds
         self._opened = ExitStack()
         self._folder: Path | None = None
+        self._starts = 0
         self._own: tuple[_Process, _Process] | None = None
 
     def __enter__(self) -> Stopwatch:
@@ -180,9 +182,9 @@ class Stopwatch:
 
     def _originals(self) -> tuple[_Process, _Process]:
         if self._own is None:
-            first = self._opened.enter_context(self._started(self.original, "original"))
+            first = self._opened.enter_context(self._started(self.original, ORIGINAL))
             large = isinstance(self.original, Model) and self.original.folder is not None
-            self._own = first, first if large else self._opened.enter_context(self._started(self.original, "original"))
+            self._own = first, first if large else self._opened.enter_context(self._started(self.original, ORIGINAL))
         return self._own
 
     def _started(self, model: Model | Path, name: str) -> _Process:
@@ -192,9 +194,17 @@ class Stopwatch:
             names = np.array(list(self.feeds), dtype=np.str_)
             values: dict[str, Any] = {str(place): _plain(value) for place, value in enumerate(self.feeds.values())}
             np.savez(self._folder / "feeds.npz", names=names, **values)
-        path, folder = (model, None) if isinstance(model, Path) else (self._folder / f"{name}.onnx", model.folder)
+        self._starts += 1
+        path, folder = model, None
         if isinstance(model, Model):
-            path.write_bytes(model.proto.SerializeToString())
+            path, folder = self._folder / f"{name}_{self._starts}.onnx", model.folder
+            written = list(self._folder.glob(f"{name}_*.onnx"))
+            if name == ORIGINAL and written:  # the process of its copy reads it, too
+                path = written[0]
+            else:
+                for old in written:
+                    discard(old)
+                path.write_bytes(model.proto.SerializeToString())
         asked = {
             "path": [str(place) for place in sys.path],
             "model": str(path),
@@ -204,7 +214,7 @@ class Stopwatch:
             "threads": self.runtime.threads,
             "providers": [(own.name, own.settings) for own in self.runtime.providers],
         }
-        return _Process(asked, name, self._folder / f"{name}.log")
+        return _Process(asked, name, self._folder / f"{self._starts}.log")
 
     def _rounds(
         self, models: Sequence[_Process], quick: Sequence[float], most: int, seconds: float | None

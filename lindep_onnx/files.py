@@ -201,7 +201,10 @@ def check_writable(path: Path) -> None:
         OutputError: it is a directory, its folder is missing or takes no files, its path is too long, it is protected,
             or another program holds it open where that keeps it from being replaced.
     """
-    check_folder(path)
+    try:
+        check_folder(path)
+    except OSError as error:  # no name for a file: too long, for instance
+        raise OutputError(f"{path}: cannot be looked up ({error.strerror or error}); name another file.") from error
     try:  # nothing short of writing tells: `os.access` knows nothing of the rights of Windows
         with Scratch(path.parent) as name:
             (Path(name) / path.name).touch()

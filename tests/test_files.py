@@ -181,6 +181,7 @@ def start(folder: Path) -> subprocess.Popen:
     return subprocess.Popen(RUN, cwd=folder, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT for another process")
 def test_an_interrupted_run_says_so_and_leaves_nothing(work: Path) -> None:
     before = names(work) | {"tmp"}
     process = start(work)

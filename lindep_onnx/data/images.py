@@ -129,7 +129,7 @@ def images(
     try:
         import PIL.Image  # noqa: F401
     except ImportError as error:
-        raise UsageError("Images are read with Pillow, which is missing: pip install 'lindep-onnx[images]'.") from error
+        raise UsageError('Images are read with Pillow, which is missing: pip install "lindep-onnx[images]".') from error
     if wanted.max_samples is not None:
         ranked = sorted(range(len(files)), key=lambda index: _rank(wanted.seed, index))
         files = [files[index] for index in sorted(ranked[: wanted.max_samples])]

@@ -25,7 +25,7 @@ def connected(address: str) -> Iterator[Any]:
     try:
         import distributed
     except ImportError as error:
-        raise UsageError("--cluster needs Dask: pip install 'lindep-onnx[cluster]'.") from error
+        raise UsageError('--cluster needs Dask: pip install "lindep-onnx[cluster]".') from error
     import dask
 
     with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1TB"}):

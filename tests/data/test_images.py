@@ -203,5 +203,5 @@ def test_a_missing_pillow_is_an_extra_to_install(tmp_path: Path, monkeypatch: py
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UsageError, match=r"pip install 'lindep-onnx\[images\]'"):
+    with pytest.raises(UsageError, match=r'pip install "lindep-onnx\[images\]"'):
         fed(tmp_path)

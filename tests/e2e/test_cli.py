@@ -132,7 +132,7 @@ def cut(name: str, share: float) -> Callable[[Path], object]:
 
 
 def text(name: str, value: str) -> Callable[[Path], object]:
-    return lambda folder: (folder / name).write_text(value)
+    return lambda folder: (folder / name).write_text(value, encoding="utf-8")
 
 
 class Bomb:
@@ -775,7 +775,7 @@ def test_agreement_is_asked_of_stress_data_too(shifted: Path, cli: Callable) -> 
 
 def test_failed_stress_is_in_the_page_and_force_writes_all_the_same(shifted: Path, cli: Callable) -> None:
     assert cli(*GOOD, "--stress", "field.npz", "--force", "--report", "r.html").code == 3
-    assert "STRESS TEST FAILED" in (shifted / "r.html").read_text() and width("out.onnx") < WIDTH
+    assert "STRESS TEST FAILED" in (shifted / "r.html").read_text(encoding="utf-8") and width("out.onnx") < WIDTH
 
 
 def test_stress_data_that_does_not_fit_is_one_message(folder: Path, cli: Callable) -> None:

@@ -31,6 +31,17 @@ def test_there_are_exactly_two_set_up_commands() -> None:
     lines = block[1].strip().splitlines()
     assert len(lines) == 2
     assert "models/demo.onnx" in lines[0] and "pytest" in lines[1]
+    assert "'" not in block[1]  # which is no quote for `cmd`
+
+
+def test_the_set_up_commands_are_run_as_printed_on_three_systems() -> None:
+    block = re.search(r"<!-- ci -->\n```\n(.*?)```", README, flags=re.S)
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")
+    steps = re.findall(r"- run: (.*)", workflow)
+    assert block is not None and steps[:2] == block[1].strip().splitlines()
+    assert all(f"{system}-latest" in workflow for system in ("ubuntu", "windows", "macos"))
+    checks = re.findall(r"^(ruff .*|mypy)$", (ROOT / ".ci/run").read_text(encoding="utf-8"), flags=re.M)
+    assert len(checks) == 3 and all(check in steps[2].split(" && ") for check in checks)
 
 
 def test_the_python_examples_run(

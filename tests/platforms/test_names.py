@@ -67,7 +67,8 @@ def test_files_in_other_letters_are_the_same(
     names: tuple[str, ...], work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # A second name for a file that is there is what a system without capital letters would find.
-    (work / "IN.onnx").hardlink_to(work / "in.onnx")
+    if not (work / "IN.onnx").exists():
+        (work / "IN.onnx").hardlink_to(work / "in.onnx")
     (work / "Data.json").hardlink_to(work / "data.npz")
     assert cli.main(["in.onnx", *names, "--calib", "data.npz", "-q"]) == 2
     assert "name another file" in capsys.readouterr().err
@@ -86,7 +87,7 @@ def test_a_path_that_is_too_long_is_named_before_the_work(
     monkeypatch.setattr(cli.pipeline, "load_and_trace", lambda *_: pytest.fail("work was done"))
     long = "a" * (246 if options else 251) + ".onnx"
     assert cli.main(["in.onnx", long, "--calib", "data.npz", *options]) in (1, 2)
-    assert "File name too long" in capsys.readouterr().err
+    assert "name another" in capsys.readouterr().err
     assert len(list(work.iterdir())) == 2
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-import windows
 from build import build, run
 
 from lindep_onnx import cli, files, pipeline
@@ -20,6 +19,9 @@ from lindep_onnx.model.ir import load
 from lindep_onnx.model.save import save
 from lindep_onnx.runtime.backend import Runtime
 from lindep_onnx.runtime.timing import Stopwatch
+
+pytest.importorskip("fcntl", reason="on Windows there is nothing to imitate")
+import windows
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 ARGUMENTS = ["in.onnx", "out.onnx", "--calib", "data.npz", "-q"]

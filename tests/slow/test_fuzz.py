@@ -14,7 +14,6 @@ import json
 import math
 import os
 import random
-import resource
 import struct
 import warnings
 import zipfile
@@ -43,6 +42,7 @@ from lindep_onnx.proofs import traced as understanding
 from lindep_onnx.report.values import Report
 from lindep_onnx.structure.rewrite import rewrite
 
+resource = pytest.importorskip("resource", reason="counts memory as POSIX does")
 CORPUS = Path(__file__).parents[1] / "corpus"
 DEADLINE, MEMORY, QUICK = timedelta(seconds=10), 2 << 30, 250
 

@@ -459,7 +459,8 @@ def _stressed(finished: Finished, round_: Round, stressing: Samples, log: Log) -
         compared = judge.compare(finished.result.candidate.model, stressing.batches())
         lossless = None if finished.mode == "budgeted" else judge.is_lossless(compared.relative_error)
         failure = judge.budgets.stress_failure(compared, lossless) or judge.budgets.chance_failure(compared)
-        verdict = judge.budgets.verdict(compared, failure, judged=COMPARED)
+        budgets, different = replace(judge.budgets, holdout=2.0), sum(map(stressing.different, Part))  # all verify
+        verdict = budgets.verdict(compared, failure, judged=COMPARED, different=different)
         stressed = verification_of(compared, verdict, "stress samples")
     return replace(finished, stressed=stressed), failure
 

@@ -77,7 +77,8 @@ def collect_statistics(
         if sum(sums.samples.values()) < total:
             watched = watched_tensors(structure, _constant(structure, *sums.parts.values()))
             watched = still_watched(watched, ranges, total) if number else watched
-    seen = sums.result()
+    fit = samples.parts[Part.FIT]
+    seen = sums.result().counting(samples.different(Part.FIT) / max(1, len(fit)))
     return seen, statistics(structure, seen), _uncertain(structure, seen, ranges)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -114,6 +114,11 @@ class Calibration:
     fit: Mapping[MeasuringPoint, Moments]
     select: Mapping[MeasuringPoint, Moments] | None
     samples: tuple[int, int]
+
+    def counting(self, share: float) -> Calibration:
+        """The same where only a share of the samples to fit to, from 0 to 1, are no copies of others."""
+        fit = {point: replace(own, effective_rows=own.effective_rows * share) for point, own in self.fit.items()}
+        return replace(self, fit=fit) if share < 1 else self
 
     def merge(self, other: Calibration) -> Calibration:
         """What the samples of both say."""

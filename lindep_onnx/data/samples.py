@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
@@ -151,6 +151,7 @@ class Samples:
     fingerprint: str
     _feeder: _Feeder
     _folder: Scratch
+    _different: Mapping[Part, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return sum(len(part) for part in self.parts.values())
@@ -163,6 +164,10 @@ class Samples:
     ) -> None:
         self._feeder.close()
         self._folder.cleanup()
+
+    def different(self, part: Part) -> int:
+        """How many samples of a part are no copies of others: a copy is no further evidence."""
+        return min(len(self.parts[part]), self._different.get(part, len(self)))
 
     def subset(self, parts: Mapping[Part, NDArray[np.int64]]) -> Samples:
         """The same source with fewer samples; valid as long as the whole is."""
@@ -309,4 +314,5 @@ def open_samples(
     except BaseException:
         folder.cleanup()
         raise
-    return Samples(chosen.parts, (*found.notes, *plan.notes, *chosen.notes), chosen.fingerprint, feeder, folder)
+    notes = (*found.notes, *plan.notes, *chosen.notes)
+    return Samples(chosen.parts, notes, chosen.fingerprint, feeder, folder, chosen.different)

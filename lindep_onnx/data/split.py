@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import numpy as np
@@ -33,11 +33,13 @@ class Split:
         parts: sample numbers of each part, ascending.
         notes: what the user should know about it.
         fingerprint: a digest of the samples, their split and their batches; empty where nobody asks for it.
+        different: how many samples of each part are no copies of others; empty where that is not known.
     """
 
     parts: Mapping[Part, NDArray[np.int64]]
     notes: tuple[str, ...] = ()
     fingerprint: str = ""
+    different: Mapping[Part, int] = field(default_factory=dict)
 
     @classmethod
     def given(cls, parts: Mapping[Part, NDArray[np.int64]]) -> Split:
@@ -74,10 +76,11 @@ def split(digests: Sequence[bytes], batch: int, options: DataOptions) -> Split:
     else:
         chosen = _by_rank(distinct, ranks, options.holdout)
     parts = {part: np.array(sorted(members), dtype=np.int64) for part, members in chosen.items()}
+    different = MappingProxyType({part: len(members) for part, members in parts.items()})
     if options.max_samples is None:
         # Copies weigh in where the original is: a data set that repeats a sample means to.
         parts = {part: np.flatnonzero(np.isin(number, members)) for part, members in parts.items()}
-    return Split(MappingProxyType(parts), tuple(notes), _fingerprint(digests, parts, batch))
+    return Split(MappingProxyType(parts), tuple(notes), _fingerprint(digests, parts, batch), different)
 
 
 def _by_rank(distinct: Sequence[int], ranks: Mapping[int, float], holdout: float) -> dict[Part, list[int]]:

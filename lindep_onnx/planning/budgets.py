@@ -10,7 +10,7 @@ import numpy as np
 
 from lindep_onnx.errors import BudgetError, LindepError, VerificationError
 from lindep_onnx.model.cost import Cost
-from lindep_onnx.options import LOSSLESS_VERIFIED_ERROR, Config, flag
+from lindep_onnx.options import LOSSLESS_VERIFIED_ERROR, Config, DataOptions, flag
 from lindep_onnx.planning.plan_file import ResolvedPlan
 from lindep_onnx.structure.steps import Saving
 from lindep_onnx.verify.metrics import Comparison
@@ -38,12 +38,14 @@ class Budgets:
         before: what the original costs.
         mode: what is asked for: "proven", "lossless" or "budgeted".
         enforced: names of the size budgets that a result has to meet; None for all of them.
+        holdout: share of the samples that is not fitted to; half of it verifies.
     """
 
     limits: Mapping[str, float]
     before: Cost
     mode: str
     enforced: frozenset[str] | None = None
+    holdout: float = DataOptions.holdout
 
     @classmethod
     def of(cls, config: Config, before: Cost, wanted: ResolvedPlan | None) -> Budgets:
@@ -51,9 +53,9 @@ class Budgets:
         named = {name: getattr(config, name) for name in (*SIZES, *QUALITY, "latency")}
         limits = {name: value for name, value in named.items() if value is not None}
         if wanted is not None:
-            return cls(limits, before, wanted.plan.mode, wanted.enforced)
+            return cls(limits, before, wanted.plan.mode, wanted.enforced, config.holdout)
         mode = "proven" if config.proven_only else "budgeted" if config.budgeted else "lossless"
-        return cls(limits, before, mode)
+        return cls(limits, before, mode, holdout=config.holdout)
 
     @property
     def sizes(self) -> dict[str, float]:
@@ -132,6 +134,7 @@ class Budgets:
         failure: LindepError | None,
         random: bool = False,
         judged: Sequence[str] = QUALITY,
+        different: int | None = None,
     ) -> Verdict:
         """What may be said of a result: a limit on its quality was judged and holds, does not, or there was none.
 
@@ -140,6 +143,7 @@ class Budgets:
             failure: why it must not be used; None if all is well.
             random: whether it was made on random inputs.
             judged: limits on quality that were judged.
+            different: how many of the samples are no copies of others; None for all of them.
         """
         if failure is not None:
             return Verdict("failed", str(failure))
@@ -150,10 +154,16 @@ class Budgets:
             return Verdict("unchecked", "there were no held-out samples; give --calib DATA")
         if self.mode == "budgeted" and not limited:
             return Verdict("unchecked", f"no limit on quality was set; set one with {_judging(found)}")
-        if found.samples < MIN_JUDGED and "max_drop" not in limited:
+        count = found.samples if different is None else min(found.samples, different)
+        if count < MIN_JUDGED and "max_drop" not in limited:
             what = "the lossless bound" if self.mode != "budgeted" else " and ".join(map(flag, limited))
-            count = f"{found.samples} held-out sample{'s' * (found.samples != 1)}"
-            return Verdict("unchecked", f"{count} cannot judge {what}; give so many that {MIN_JUDGED} are held out")
+            kind = "different held-out" if count < found.samples else "held-out"
+            wanted = math.ceil(MIN_JUDGED / (self.holdout / 2))
+            return Verdict(
+                "unchecked",
+                f"{count} {kind} sample{'s' * (count != 1)} cannot judge {what}; give so many that {MIN_JUDGED} are "
+                f"held out to verify, about {wanted:,} in all",
+            )
         return Verdict("passed")
 
     def latency_failure(self, reached: float) -> LindepError | None:

@@ -279,7 +279,9 @@ class Judge:
     def verdict(self, evaluation: Evaluation) -> Verdict:
         """What may be said of a candidate after it was evaluated."""
         budgets = replace(self.budgets, mode="lossless") if evaluation.lossless else self.budgets
-        return budgets.verdict(evaluation.comparison, evaluation.failure, self._config.random_calib is not None)
+        random = self._config.random_calib is not None
+        different = None if self._samples is None else self._samples.different(Part.VERIFY)
+        return budgets.verdict(evaluation.comparison, evaluation.failure, random, different=different)
 
     def _not_lossless(self, found: Comparison | None) -> LindepError | None:
         if self.budgets.mode == "budgeted" or found is None or self.is_lossless(found.relative_error):

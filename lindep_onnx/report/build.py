@@ -16,6 +16,7 @@ from lindep_onnx._version import __version__
 from lindep_onnx.calibration.statistics import Statistics
 from lindep_onnx.data.samples import Samples
 from lindep_onnx.data.sources import RANDOM
+from lindep_onnx.data.split import Part
 from lindep_onnx.log import Log
 from lindep_onnx.model.cost import Cost
 from lindep_onnx.moves.kinds import MOVES
@@ -100,7 +101,7 @@ def build_report(
             found = support(traced.structure, statistics, known, traced.proof.steps.removed)
             curves = spectra(traced.structure, statistics)
             kept = int((uncertain & statistics.inactive & ~result.removed).sum())
-            notes = (*notes, *sentences(found, kept, len(samples)))
+            notes = (*notes, *sentences(found, kept, sum(map(samples.different, Part))))
     latency = None if result.latency is None else _latency(result.latency)
     read = (traced.stored or traced.structure.model).notes
     random, achieved = config.random_calib is not None, result.evaluation.achieved.items()

@@ -75,7 +75,7 @@ def _error(posed: ConsumerProblem, gram: NDArray[np.float64] | None, fold: Fold)
 def sentences(found: Mapping[int, Support], uncertain: int, given: int) -> Iterator[str]:
     """What the reader should know without looking at every group.
 
-    `uncertain` channels never changed in the data but may well; `given` samples there are in all.
+    `uncertain` channels never changed in the data but may well; `given` different samples there are in all.
     """
     silent = sum(entry.silent for entry in found.values())
     if silent:
@@ -92,7 +92,7 @@ def sentences(found: Mapping[int, Support], uncertain: int, given: int) -> Itera
         about = f"{most} samples" if least == most else f"{least} samples for one of them and {most} for all"
         yield (
             f"Too little data to look for combinations of several channels in {len(short)} of {len(found)} groups: "
-            f"about {about} would be needed; there are {given:,}."
+            f"about {about} would be needed, all different; there are {given:,}."
         )
     if uncertain:
         yield (

@@ -5,9 +5,10 @@
     python tools/benchmarks/mutate.py table OUT.json ...
 
 A seed picks one to three kinds of `mutations.KINDS` and whether the model is given channels to remove first
-(`mutations.copies`); it also picks lossless compression or 80 % of the parameters. `DIR/NAME.npz` holds the data of
-`real_exports.py`; a model without such a file gets random numbers. `run` goes through the models in turn and keeps one
-JSON record for each try, by which `one` repeats it, and files of which `table` puts together.
+(`mutations.copies`); it also picks what the weights prove, lossless compression, or 80 % of the parameters.
+`DIR/NAME.npz` holds the data of `real_exports.py`; a model without such a file gets random numbers. `run` goes through
+the models in turn and keeps one JSON record for each try, by which `one` repeats it, and files of which `table` puts
+together.
 
 What is asked of a try, in this order:
 
@@ -52,7 +53,13 @@ from lindep_onnx.options import Config
 Array: TypeAlias = NDArray[Any]
 
 SAMPLES, SECONDS = 8, 300.0
-MODES: Mapping[str, Mapping[str, Any]] = {"lossless": {"round_to": 1}, "params .8": {"params": 0.8}}
+#: What is compressed, and how often: what the weights prove goes fast.
+MODES: Mapping[str, Mapping[str, Any]] = {
+    "proven": {"proven_only": True, "round_to": 1},
+    "lossless": {"round_to": 1},
+    "params .8": {"params": 0.8},
+}
+SHARES = (0.6, 0.2, 0.2)
 BAD = ("traceback", "wrong", "unloadable", "lost", "died", "timeout")
 #: Relative error of an output that is rounding, and what an error on all samples may be of that on held-out ones.
 ROUNDING, HALF_ROUNDING, TIMES, PLUS = 1e-3, 3e-2, 4.0, 0.05
@@ -73,7 +80,8 @@ class Try:
         text: the error or the traceback.
         eligible: channels that may go, of the original and of the mutated one.
         channels: channels in all, of both.
-        gone: channels that went.
+        gone: channels that went, of the original by what its weights prove (-1 where that was not asked) and of the
+            mutated one.
         seconds: it took.
     """
 
@@ -86,7 +94,7 @@ class Try:
     text: str = ""
     eligible: tuple[int, int] = (0, 0)
     channels: tuple[int, int] = (0, 0)
-    gone: int = 0
+    gone: tuple[int, int] = (0, 0)
     seconds: float = 0.0
 
 
@@ -102,16 +110,19 @@ def attempt(seed: int, path: Path, data: Path | None) -> Try:
     start, rng = time.perf_counter(), np.random.default_rng(seed)
     case, copied = original(path, data), bool(rng.random() < 0.5)
     case = copies(case, rng) if copied else case
-    found = Try(seed, path.stem, str(rng.choice(list(MODES))), copied, (), "inapplicable")
+    found = Try(seed, path.stem, str(rng.choice(list(MODES), p=SHARES)), copied, (), "inapplicable")
     kinds: list[str] = []
-    for kind in rng.choice(list(KINDS), int(rng.integers(1, 4)), replace=False):
+    wanted = int(rng.integers(1, 4))
+    for kind in rng.permutation(list(KINDS)):
+        if len(kinds) == wanted:
+            break
         try:
             case = KINDS[kind](case, rng)
             kinds.append(str(kind))
         except InapplicableError as error:
             found = replace(found, text=f"{kind}: {str(error).strip()[:200]}")
     if kinds:
-        found = _tried(replace(found, kinds=tuple(kinds), text=""), case, path, start)
+        found = _tried(replace(found, kinds=tuple(kinds), text=""), case, path, data)
     return replace(found, seconds=time.perf_counter() - start)
 
 
@@ -131,7 +142,7 @@ def original(path: Path, data: Path | None) -> Case:
     return Case(model, feeds)
 
 
-def _tried(found: Try, case: Case, path: Path, start: float) -> Try:
+def _tried(found: Try, case: Case, path: Path, data: Path | None) -> Try:
     with tempfile.TemporaryDirectory() as folder:
         source: Path | onnx.ModelProto = case.model
         if case.external:
@@ -149,8 +160,9 @@ def _tried(found: Try, case: Case, path: Path, start: float) -> Try:
             _kept(before, after)
             result = compress(source, dict(case.feeds), benchmark=0.01, **MODES[found.mode])
             gone = result.report.before.channels - result.report.after.channels
-            found = replace(found, gone=gone)
-            _agrees(case, runs, result, lossless=found.mode == "lossless")
+            proven = _proven(path, data, found.copied) if found.mode == "proven" else -1
+            found = replace(found, gone=(proven, gone))
+            _agrees(case, runs, result, lossless=found.mode != "params .8")
             return replace(found, outcome="fine")
         except LindepError as error:
             text = f"{type(error).__name__}: {error}"
@@ -160,6 +172,18 @@ def _tried(found: Try, case: Case, path: Path, start: float) -> Try:
             return replace(found, outcome=error.args[0], text=error.args[1])
         except Exception:
             return replace(found, outcome="traceback", text=traceback.format_exc())
+
+
+@cache
+def _proven(path: Path, data: Path | None, copied: bool) -> int:
+    """Channels that go from the model without a mutation by what the weights prove; -1 where it cannot be handled."""
+    case = original(path, data)
+    case = copies(case, np.random.default_rng(0)) if copied else case
+    try:
+        report = compress(case.model, dict(case.feeds), benchmark=0.01, **MODES["proven"]).report
+    except LindepError:
+        return -1
+    return report.before.channels - report.after.channels
 
 
 @cache
@@ -259,6 +283,7 @@ def _pool() -> ProcessPoolExecutor:
 def table(found: Sequence[Try]) -> str:
     """Counts by kind of mutation and by model, in Markdown; a try counts at each of its kinds."""
     outcomes = [outcome for outcome in ("fine", "error", "unrunnable", *BAD) if outcome not in ("died", "timeout")]
+    heads = ("tries", "as many or more eligible", "proven", "as many or more went")
     lines = []
     by_kind: dict[str, list[Try]] = {kind: [] for kind in KINDS}
     by_model: dict[str, list[Try]] = {}
@@ -267,13 +292,15 @@ def table(found: Sequence[Try]) -> str:
         for kind in each.kinds:
             by_kind.setdefault(kind, []).append(each)
     for title, groups in (("mutation", by_kind), ("model", dict(sorted(by_model.items())))):
-        lines += [f"| {title} | tries | as many or more eligible | {' | '.join(outcomes)} |"]
-        lines += ["|---" * (len(outcomes) + 3) + "|"]
+        lines += [f"| {title} | {' | '.join((*heads, *outcomes))} |"]
+        lines += ["|---" * (len(outcomes) + len(heads) + 1) + "|"]
         for name, group in groups.items():
             counted = Counter(each.outcome for each in group)
             as_many = sum(each.eligible[1] >= each.eligible[0] for each in group if each.channels[0])
-            tried = len(group) - counted["inapplicable"]
-            lines += [f"| {name} | {tried} | {as_many} | {' | '.join(str(counted[key]) for key in outcomes)} |"]
+            proven = [each for each in group if each.mode == "proven" and each.outcome == "fine"]
+            cells = [len(group) - counted["inapplicable"], as_many, len(proven)]
+            cells += [sum(each.gone[1] >= each.gone[0] for each in proven), *(counted[key] for key in outcomes)]
+            lines += [f"| {name} | {' | '.join(map(str, cells))} |"]
         lines += [""]
     return "\n".join(lines)
 
@@ -283,7 +310,7 @@ def read(paths: Iterable[Path]) -> list[Try]:
     found = {}
     for path in paths:
         for record in json.loads(path.read_text(encoding="utf-8")) if path.exists() else ():
-            pairs = {key: tuple(record[key]) for key in ("kinds", "eligible", "channels")}
+            pairs = {key: tuple(record[key]) for key in ("kinds", "eligible", "channels", "gone")}
             found[record["seed"], record["model"]] = Try(**{**record, **pairs})
     return list(found.values())
 
@@ -314,7 +341,17 @@ def main() -> None:
     for found in tries(range(given.first, given.first + given.count), given.models, given.data):
         kept.append(found)
         given.out.write_text(json.dumps([asdict(each) for each in kept], indent=0) + "\n", encoding="utf-8")
-        print(found.seed, found.model, found.mode, found.kinds, found.outcome, f"{found.seconds:.1f}", flush=True)
+        print(
+            found.seed,
+            found.model,
+            found.mode,
+            found.kinds,
+            found.outcome,
+            f"{found.seconds:.1f}",
+            found.eligible,
+            found.gone,
+            flush=True,
+        )
         if found.outcome in BAD or found.outcome == "error":
             print(f"    {found.text}", flush=True)
         if time.monotonic() > end:

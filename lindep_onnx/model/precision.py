@@ -27,6 +27,13 @@ NARROW: Mapping[int, float] = {onnx.TensorProto.FLOAT16: 2.0**-10, onnx.TensorPr
 FLOATS = (*NARROW, onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE)
 #: Attributes that name the type of an output.
 TYPES = ("to", "dtype")
+#: From which of their inputs on operators are told sizes or places, and operators whose result is not one of the
+#: numbers that they read.
+_SIZES: Mapping[str, int] = {
+    **dict.fromkeys(("ConstantOfShape", "Range"), 0),
+    **dict.fromkeys(("Expand", "Pad", "Reshape", "Resize", "Slice", "Split", "Tile", "TopK", "Upsample"), 1),
+}
+_ANEW = frozenset(["Conv", "ConvTranspose", "Gemm", "MatMul", "Shape", "Size"])
 
 
 def epsilon(proto: onnx.ModelProto) -> float:
@@ -142,9 +149,13 @@ def _of_values(proto: onnx.ModelProto, source: Model) -> Model:
 
 
 def perturbed_one_ulp(model: Model, seed: int) -> Model:
-    """A copy of a model in which every weight moved to the next number above or below, or stayed."""
+    """A copy of a model in which every weight moved to the next number above or below, or stayed.
+
+    What sizes follow from stays: a Resize by 2 gives other sizes than one by the number below 2.
+    """
     copy = without_weights(model.proto)
     rng = np.random.default_rng(seed)
+    sizes = _behind_sizes(copy)
 
     def moved(value: Array) -> Array:
         bits = np.atleast_1d(value).view(f"i{value.dtype.itemsize}")
@@ -154,8 +165,8 @@ def perturbed_one_ulp(model: Model, seed: int) -> Model:
         changed: Array = np.where(alone, np.atleast_1d(value), steps).reshape(value.shape)
         return changed
 
-    for tensor in _tensors(copy.graph):
-        if tensor.data_type in FLOATS and not is_external(tensor):
+    for name, tensor in _named_tensors(copy.graph):
+        if tensor.data_type in FLOATS and not is_external(tensor) and name not in sizes:
             tensor.CopyFrom(onnx.numpy_helper.from_array(moved(onnx.numpy_helper.to_array(tensor)), tensor.name))
     return model_of(*with_weights(copy, lambda name: moved(model.stored[name])), told=model.told)
 
@@ -172,13 +183,32 @@ def _types(proto: onnx.ModelProto) -> dict[str, int]:
     return {name: kind for name, kind in found.items() if kind in FLOATS}
 
 
+def _behind_sizes(proto: onnx.ModelProto) -> set[str]:
+    """Names of all tensors that sizes of others are computed from, in bodies too."""
+    nodes = [node for graph in graphs(proto.graph) for node in graph.node]
+    makers = {name: node for node in nodes for name in node.output}
+    waiting = [name for node in nodes for name in node.input[_SIZES.get(node.op_type, len(node.input)) :]]
+    found: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            maker = makers.get(name)
+            if maker is not None and maker.op_type not in _ANEW:
+                waiting.extend(maker.input)
+    return found
+
+
 def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    return (tensor for _, tensor in _named_tensors(graph))
+
+
+def _named_tensors(graph: onnx.GraphProto) -> Iterator[tuple[str, onnx.TensorProto]]:
+    """Initializers and tensors within nodes, the latter by the name of what the node gives."""
     for inner in graphs(graph):
-        yield from inner.initializer
+        yield from ((tensor.name, tensor) for tensor in inner.initializer)
         for node in inner.node:
-            for attribute in node.attribute:
-                if attribute.HasField("t"):
-                    yield attribute.t
+            yield from ((_first(node.output), attribute.t) for attribute in node.attribute if attribute.HasField("t"))
 
 
 def _cast(tensor: onnx.TensorProto, kind: int) -> None:

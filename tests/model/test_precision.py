@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from build import as_array, build, initializer
+from build import as_array, build, feed, initializer, run
 from free_widths import compress
 from onnx import TensorProto, helper
 from planted_net import images, net, widths
@@ -86,6 +86,19 @@ def test_what_has_no_neighbour_stays() -> None:
     moved = initializer(perturbed_one_ulp(load(model), 0).proto, "w").reshape(10, 4, 7)
     np.testing.assert_array_equal(moved[..., :5], np.broadcast_to(alone[:5], (10, 4, 5)))
     assert np.isfinite(moved[..., 5:]).all() and (moved[..., 5:] != alone[5:]).any()
+
+
+@pytest.mark.parametrize(
+    "scales",
+    ("k = Identity(s)\ny = Resize(h, , k)", "k = Concat<axis=0>(t, t)\ny = Resize(h, , k)", "y = Resize(h, , s)"),
+)
+def test_what_sizes_follow_from_stays(scales: str) -> None:
+    """A scale a hair below 2 would make 13 rows of 7, not 14."""
+    weights = {"w": as_array("w", (4, 4, 1, 1)), "s": np.float32([1, 1, 2, 2]), "t": np.float32([2, 2])}
+    model = build(f"h = Conv(x, w)\n{scales}", weights, x=(2, 4, 7, 7))
+    moved = perturbed_one_ulp(load(model), 0).proto
+    assert [value.shape for value in run(moved, feed(model))] == [value.shape for value in run(model, feed(model))]
+    assert (initializer(moved, "w") != initializer(model, "w")).any()
 
 
 def test_double_precision_stays() -> None:

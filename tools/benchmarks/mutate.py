@@ -1,11 +1,13 @@
 """Compress what exporters, converters and optimisers make of real models: nothing may end in a traceback.
 
-    python tools/benchmarks/mutate.py run OUT.json MODEL.onnx ... --data DIR [--seconds S] [--count N] [--first SEED]
-    python tools/benchmarks/mutate.py one SEED MODEL.onnx --data DIR
+    python tools/benchmarks/mutate.py run OUT.json MODEL.onnx ... --data DIR [--seconds S]
+            [--count N] [--first SEED] [--mode M]
+    python tools/benchmarks/mutate.py one SEED MODEL.onnx --data DIR [--mode M]
     python tools/benchmarks/mutate.py table OUT.json ...
 
 A seed picks one to three kinds of `mutations.KINDS` and whether the model is given channels to remove first
-(`mutations.copies`); it also picks what the weights prove, lossless compression, or 80 % of the parameters.
+(`mutations.copies`); it also picks whether the model is traced alone, or compressed: by what its weights prove, without
+loss, or to 80 % of the parameters.
 `DIR/NAME.npz` holds the data of `real_exports.py`; a model without such a file gets random numbers. `run` goes through
 the models in turn and keeps one JSON record for each try, by which `one` repeats it, and files of which `table` puts
 together.
@@ -53,13 +55,14 @@ from lindep_onnx.options import Config
 Array: TypeAlias = NDArray[Any]
 
 SAMPLES, SECONDS = 8, 300.0
-#: What is compressed, and how often: what the weights prove goes fast.
+#: What is asked for, and how often: the first two go fast.
 MODES: Mapping[str, Mapping[str, Any]] = {
+    "traced": {},
     "proven": {"proven_only": True, "round_to": 1},
     "lossless": {"round_to": 1},
     "params .8": {"params": 0.8},
 }
-SHARES = (0.6, 0.2, 0.2)
+SHARES = (0.4, 0.4, 0.1, 0.1)
 BAD = ("traceback", "wrong", "unloadable", "lost", "died", "timeout")
 #: Relative error of an output that is rounding, and what an error on all samples may be of that on held-out ones.
 ROUNDING, HALF_ROUNDING, TIMES, PLUS = 1e-3, 3e-2, 4.0, 0.05
@@ -102,15 +105,16 @@ class WrongError(Exception):
     """A result does not keep what was promised: kind of outcome, and how."""
 
 
-def attempt(seed: int, path: Path, data: Path | None) -> Try:
-    """Mutate a model, compress it, and look at the result."""
+def attempt(seed: int, path: Path, data: Path | None, mode: str | None = None) -> Try:
+    """Mutate a model, compress it, and look at the result; a mode that is given is taken in the place of the seed's."""
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     onnxruntime.set_default_logger_severity(4)
     start, rng = time.perf_counter(), np.random.default_rng(seed)
     case, copied = original(path, data), bool(rng.random() < 0.5)
     case = copies(case, rng) if copied else case
-    found = Try(seed, path.stem, str(rng.choice(list(MODES), p=SHARES)), copied, (), "inapplicable")
+    drawn = str(rng.choice(list(MODES), p=SHARES))
+    found = Try(seed, path.stem, mode or drawn, copied, (), "inapplicable")
     kinds: list[str] = []
     wanted = int(rng.integers(1, 4))
     for kind in rng.permutation(list(KINDS)):
@@ -158,6 +162,8 @@ def _tried(found: Try, case: Case, path: Path, data: Path | None) -> Try:
             if runs is None:
                 return replace(found, outcome="unrunnable")
             _kept(before, after)
+            if found.mode == "traced":
+                return replace(found, outcome="fine")
             result = compress(source, dict(case.feeds), benchmark=0.01, **MODES[found.mode])
             gone = result.report.before.channels - result.report.after.channels
             proven = _proven(path, data, found.copied) if found.mode == "proven" else -1
@@ -257,13 +263,13 @@ def _error(left: Sequence[Array], right: Sequence[Array]) -> float:
 # ---- many tries ---------------------------------------------------------------------------------------------------
 
 
-def tries(seeds: Iterable[int], paths: Sequence[Path], data: Path | None, seconds: float = SECONDS) -> Iterator[Try]:
+def tries(seeds: Iterable[int], paths: Sequence[Path], data: Path | None, mode: str | None) -> Iterator[Try]:
     """Try one model after the other, in another process, so that a crash or an endless loop is an outcome too."""
     pool = _pool()
     for number, seed in enumerate(seeds):
         path = paths[number % len(paths)]
         try:
-            yield pool.submit(attempt, seed, path, data).result(timeout=seconds)
+            yield pool.submit(attempt, seed, path, data, mode).result(timeout=SECONDS)
             continue
         except Timeout:
             for process in pool._processes.values():
@@ -272,7 +278,7 @@ def tries(seeds: Iterable[int], paths: Sequence[Path], data: Path | None, second
         except BrokenProcessPool:
             outcome = "died"
         pool = _pool()
-        yield Try(seed, path.stem, "", False, (), outcome)
+        yield Try(seed, path.stem, mode or "", False, (), outcome)
     pool.shutdown()
 
 
@@ -306,12 +312,12 @@ def table(found: Sequence[Try]) -> str:
 
 
 def read(paths: Iterable[Path]) -> list[Try]:
-    """Records of several files; of a seed and a model that is in several, the last one."""
+    """Records of several files; of a seed, a model and a mode that are in several, the last one."""
     found = {}
     for path in paths:
         for record in json.loads(path.read_text(encoding="utf-8")) if path.exists() else ():
             pairs = {key: tuple(record[key]) for key in ("kinds", "eligible", "channels", "gone")}
-            found[record["seed"], record["model"]] = Try(**{**record, **pairs})
+            found[record["seed"], record["model"], record["mode"]] = Try(**{**record, **pairs})
     return list(found.values())
 
 
@@ -328,17 +334,18 @@ def main() -> None:
     one.add_argument("model", type=Path)
     for each in (run, one):
         each.add_argument("--data", type=Path)
+        each.add_argument("--mode", choices=tuple(MODES))
     shown.add_argument("files", type=Path, nargs="+")
     given = parser.parse_args()
     if given.command == "table":
         print(table(read(given.files)))
         return
     if given.command == "one":
-        for key, value in asdict(attempt(given.seed, given.model, given.data)).items():
+        for key, value in asdict(attempt(given.seed, given.model, given.data, given.mode)).items():
             print(f"{key}: {value}")
         return
     end, kept = time.monotonic() + given.seconds, read([given.out])
-    for found in tries(range(given.first, given.first + given.count), given.models, given.data):
+    for found in tries(range(given.first, given.first + given.count), given.models, given.data, given.mode):
         kept.append(found)
         given.out.write_text(json.dumps([asdict(each) for each in kept], indent=0) + "\n", encoding="utf-8")
         print(

@@ -36,7 +36,7 @@ from lindep_onnx.model.fused import fused_operators
 from lindep_onnx.model.ir import Model
 from lindep_onnx.model.save import save
 from lindep_onnx.model.weights import check_unchanged
-from lindep_onnx.moves.kinds import MOVES
+from lindep_onnx.moves.kinds import MOVES, changeable
 from lindep_onnx.options import Config, ImageOptions, declared
 from lindep_onnx.planning.budgets import COMPARED
 from lindep_onnx.planning.builder import Builder, Workpiece
@@ -210,7 +210,7 @@ def run(request: Request, config: Config, log: Log) -> Outcome:
         if stressing is not None:
             finished, failed = _stressed(finished, round_, stressing, log)
             failure = failure or failed
-        if request.profiled:
+        if request.profiled and changeable(traced.structure):
             finished = _profiled(finished, round_)
         report = build_report(finished, calibrated.statistics, calibrated.uncertain, config, log)
     saved = to_plan(traced.structure, finished.result, finished.options) if config.rounds == 1 else None
@@ -325,6 +325,8 @@ def calibrate(
                 "inputs without a budget, or fewer than 3 samples); drop them."
             )
         return Calibrated(traced, samples, None, None, config)
+    if not (changeable(traced.structure) or config.save_moments or config.load_moments):
+        return Calibrated(traced, samples, None, None, config)
     if config.load_moments is None:
         return _observed(traced, samples, config, runtime, log, over)
     with log.stage("load moments"):
@@ -405,7 +407,8 @@ def _decided(
         later = open_round(observed, options, runtime, log, original=traced)
         return later, choose(later)
 
-    if samples is not None and (config.rounds > 1 or config.recover is not None):
+    again = config.rounds > 1 or config.recover is not None
+    if samples is not None and again and changeable(traced.structure):
         return contract_in_rounds(traced.structure, samples, config, decide, runtime, log)
     return decide(traced.structure, config)
 
@@ -424,7 +427,7 @@ def _verified(calibrated: Calibrated, round_: Round, result: Result, log: Log) -
         check_model(written.proto, original_passed=original_passed)
         errors: dict[int, float] = {}
         variants: tuple[Variant, ...] = ()
-        if samples is not None:
+        if samples is not None and changeable(structure):
             seed = round_.config.seed
             errors = measure_groups(structure, result.removed, model, samples, round_.runtime, seed=seed)
             usual = partial(judge.sessions, model)

@@ -10,6 +10,7 @@ is looked for with wider steps.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lindep_onnx.errors import UsageError
+from lindep_onnx.errors import BudgetError, UsageError
 from lindep_onnx.moves.channels import ChannelRemoval
 from lindep_onnx.moves.lossless import part_of
 from lindep_onnx.planning.latency import by_latency
@@ -31,11 +32,14 @@ from lindep_onnx.structure.steps import ChannelSteps, Curves
 
 #: What the steps of widths are widened to, one after the other, where a result is slower than the original.
 WIDER = (8, 16)
+UNCHANGED = "Nothing can be removed from this model, so that nothing was calibrated, priced or timed."
 
 
 def choose(round_: Round) -> Result:
     """The result that the options ask for; look at its `failure`."""
     config = round_.config
+    if not any(move.count(round_.piece.structure) for move in round_.piece.moves):
+        return _unchanged(round_)
     if round_.piece.statistics is None or config.proven_only:
         best = round_.result(*round_.proven())
         return _with_kept(round_, best, round_.piece.proof.steps)
@@ -52,6 +56,28 @@ def choose(round_: Round) -> Result:
     if not config.budgeted:
         best = _with_kept(round_, best, free)
     return replace(best, prices=prices, frontier=points)
+
+
+def _unchanged(round_: Round) -> Result:
+    """The original, where nothing can be removed: nothing is priced, searched for or timed."""
+    candidate, evaluation = round_.proven()
+    if round_.judge.budgets.latency is not None:
+        evaluation = round_.judge.timed(evaluation, 1.0)
+    if isinstance(evaluation.failure, BudgetError):
+        evaluation = replace(evaluation, failure=BudgetError(f"{evaluation.failure} {_why(round_)}"))
+    return Result(candidate, evaluation, None, (*candidate.notes, UNCHANGED), widths=round_.rule.words)
+
+
+def _why(round_: Round) -> str:
+    """Why nothing can be removed: the reason that holds the most channels."""
+    structure = round_.piece.structure
+    held = Counter[str]()
+    for refusal in (refusal for move in round_.piece.moves for refusal in move.refusals(structure)):
+        held[refusal.reason.message] += refusal.channels
+    if not held.total():
+        return "The model has no channels to remove."
+    ((reason, most),) = held.most_common(1)
+    return f"All {held.total():,} channels have to stay, {most:,} of them because {reason}."
 
 
 def _with_kept(round_: Round, result: Result, free: ChannelSteps) -> Result:

@@ -98,7 +98,7 @@ def prove(structure: Structure, ranges: Ranges = MappingProxyType({}), *, half: 
     for name, (low, high) in ranges.items():
         if found := _bounded(known, name, low, high):
             facts[name] = found
-    for node in structure.model.nodes:
+    for node in structure.model.nodes if structure.consumers else ():
         made = node.outputs[0] if node.outputs else ""
         if made and made not in shape_info.constants and (found := output_bounds(node, known)):
             facts[made] = found

@@ -23,7 +23,7 @@ from lindep_onnx.files import WeightsDir
 from lindep_onnx.model.batch import batch_axes
 from lindep_onnx.model.checks import check_arity, check_order, check_sizes, check_windows, defined_twice
 from lindep_onnx.model.node import Node
-from lindep_onnx.model.order import in_order, of_true_types
+from lindep_onnx.model.order import in_order, of_short_domain, of_true_types
 from lindep_onnx.model.randomness import notes_of
 from lindep_onnx.model.weights import array_of, bodies, dense_of, graphs, read
 
@@ -134,11 +134,12 @@ def load(source: str | Path | onnx.ModelProto) -> Model:
     """
     where = str(source) if not isinstance(source, onnx.ModelProto) else (source.graph.name or "the model")
     proto, folder = read(source)
+    proto, renamed = of_short_domain(proto)
     proto, moved = in_order(_inlined(proto))
     model = model_of(proto, folder, where)
     # Only now: shape inference, in C++, takes for granted what was checked on the way.
     proto, corrected = of_true_types(proto)
-    return replace(model, proto=proto, notes=(*moved, *corrected, *notes_of(proto)))
+    return replace(model, proto=proto, notes=(*renamed, *moved, *corrected, *notes_of(proto)))
 
 
 def model_of(proto: onnx.ModelProto, folder: WeightsDir | None, where: str = "", told: Told | None = None) -> Model:

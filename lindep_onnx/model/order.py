@@ -16,6 +16,9 @@ from lindep_onnx.model.weights import bodies, graphs, weights_as_inputs
 
 logger = logging.getLogger(__name__)
 
+#: The long name of the domain of the standard operators.
+LONG = "ai.onnx"
+
 
 def in_order(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
     """The model with nodes behind those that they read from, in bodies too.
@@ -33,6 +36,36 @@ def in_order(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
         del graph.node[:]
         graph.node.extend(ordered.node)
     return copy, ("The file lists nodes before those that they read from; the nodes were put in order.",)
+
+
+def of_short_domain(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
+    """The model with the standard operators under the empty domain, which is all that onnx itself knows them by.
+
+    Returns:
+        The same model, or a copy where they were called by their long name, and sentences that say so.
+    """
+    owners = (proto, *proto.functions)
+    both = any({"", LONG} <= {entry.domain for entry in owner.opset_import} for owner in owners)
+    if both or not any(named.domain == LONG for named in _of_domains(proto)):
+        return proto, ()  # of two versions, nothing says which one is meant
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    for named in _of_domains(copy):
+        if named.domain == LONG:
+            named.domain = ""
+    return copy, (f"The file calls the domain of the standard operators {LONG!r}; it was written as the empty name.",)
+
+
+def _of_domains(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto | onnx.OperatorSetIdProto]:
+    """All nodes, in bodies and functions too, and all imported sets of operators."""
+    for owner in (proto, *proto.functions):
+        yield from owner.opset_import
+    for graph in graphs(proto.graph):
+        yield from graph.node
+    for function in proto.functions:
+        for node in function.node:
+            yield node
+            yield from (inner for body in bodies(node) for graph in graphs(body) for inner in graph.node)
 
 
 def of_true_types(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:

@@ -76,6 +76,23 @@ def with_if(*nodes: onnx.NodeProto) -> onnx.ModelProto:
     return model
 
 
+@pytest.mark.parametrize("function", (False, True))
+def test_the_long_name_of_the_standard_domain_is_that_domain(function: bool) -> None:
+    model = net()
+    if function:
+        entries = [helper.make_opsetid("ai.onnx", 17)]
+        inputs = ["x", "w", "b"]
+        gemm = helper.make_node("Gemm", inputs, ["h"], domain="ai.onnx")
+        model.functions.append(helper.make_function("local", "Block", inputs, ["h"], [gemm], entries))
+        model.graph.node[0].CopyFrom(helper.make_node("Block", inputs, ["h"], domain="local"))
+        model.opset_import.append(helper.make_opsetid("local", 1))
+    for named in (*model.graph.node, model.opset_import[0]):
+        named.domain = named.domain or "ai.onnx"
+    result = compressed(model)
+    assert widths(result.model) == {"h": 12, "t": 9}
+    assert any("'ai.onnx'" in note for note in result.report.notes)
+
+
 def test_nodes_of_a_body_are_put_in_order_and_what_a_body_reads_comes_before_it() -> None:
     late = helper.make_node("Abs", ["inner"], ["out_then"])
     model = with_if(late, helper.make_node("Neg", ["r"], ["inner"]))

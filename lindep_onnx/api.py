@@ -29,6 +29,7 @@ from lindep_onnx.pipeline import (
     strict_failure,
 )
 from lindep_onnx.pipeline import calibrate as calibrate_samples
+from lindep_onnx.planning.loadable import without_refused
 from lindep_onnx.planning.plan_file import Plan, options_of, to_plan
 from lindep_onnx.planning.strategies import choose
 from lindep_onnx.proofs.traced import TracedModel, load_and_trace
@@ -166,6 +167,9 @@ def calibrate(
         if stored.folder is None:  # a large one cannot be traced again from its protobuf alone
             traced, samples = fitted(stored.proto, traced, samples, runtime, log)
         with blamed_on_data(traced, samples, runtime):
+            feeds = None if samples is None else next(iter(samples.batches(limit=1))).feeds
+            traced, refused = without_refused(traced, runtime, feeds)
+            samples = samples if samples is None else replace(samples, notes=(*samples.notes, *refused))
             found = calibrate_samples(traced, samples, config, runtime, log, elsewhere(client, calib, config))
         calibrated = replace(found, opened=stack.pop_all())
     if config.save_moments is not None:

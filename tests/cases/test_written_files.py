@@ -11,7 +11,7 @@ from build import as_array, build
 from onnx import TensorProto
 
 from lindep_onnx import pipeline
-from lindep_onnx.api import compress
+from lindep_onnx.api import apply, calibrate, compress, plan, trace
 from lindep_onnx.errors import OutputError, VerificationError
 from lindep_onnx.model import save as saving
 from lindep_onnx.model.ir import Model, load
@@ -95,6 +95,12 @@ def test_a_group_that_onnx_runtime_refuses_is_left_out_by_name_and_the_rest_goes
     assert [(group.name, group.removed) for group in result.report.groups if group.removed] == [("MatMul_0", 8)]
     assert any("MatMul_4" in note for note in result.report.notes)
     assert ("refused", 32) in [(refusal.reason, refusal.channels) for refusal in result.report.refusals]
+    # Stage by stage it is the same.
+    x = np.random.default_rng(0).normal(size=(300, 20)).astype(np.float32)
+    with calibrate(trace(net), x) as seen:
+        assert seen.samples is not None and any("MatMul_4" in note for note in seen.samples.notes)
+        made = plan(seen, round_to=1)
+    assert [group.removed for group in apply(net, made, x).report.groups if group.removed] == [8]
     monkeypatch.undo()
     result = compress(net, np.random.default_rng(0).normal(size=(300, 20)).astype(np.float32), round_to=1)
     assert [group.removed for group in result.report.groups if group.removed] == [8, 8]

@@ -27,6 +27,8 @@ Matrix: TypeAlias = NDArray[np.float64]
 LARGEST_COEFFICIENT = 1e4
 #: Eigenvalues below this share of the largest one are noise.
 CUTOFF = 1e-12
+#: Costs that differ by no more than this share are equal.
+EQUAL = 1e-9
 
 
 @dataclass(frozen=True)
@@ -127,16 +129,35 @@ def choose_ridge(
     kept: NDArray[np.bool_],
     grid: Sequence[float] = (0.0, 1e-10, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1),
 ) -> tuple[float, Matrix]:
-    """The ridge whose fold, fitted to the fit samples, costs least on unseen ones; the smaller one of equals."""
+    """The ridge whose fold, fitted to the fit samples, costs least on unseen ones; the smaller one of equals.
+
+    The cost falls and then rises along the grid, and is least near its upper end wherever nothing is exact: the walk
+    begins there and ends where the cost no longer falls.
+
+    Args:
+        consumer: the problem.
+        kept: (F,) bool.
+        grid: ridges, ascending.
+    """
     if not grid:
         raise ValueError("an empty grid of ridges")
-    found = grid[0], fold(consumer.gram, kept, ridge=grid[0])
     if consumer.holdout is None:
-        return found
-    least = removal_cost(consumer.holdout, consumer.outer, kept, found[1])
-    for ridge in grid[1:]:
-        matrix = fold(consumer.gram, kept, ridge=ridge)
-        cost = removal_cost(consumer.holdout, consumer.outer, kept, matrix)
-        if cost < least * (1 - 1e-9):
-            least, found = cost, (ridge, matrix)
-    return found
+        return grid[0], fold(consumer.gram, kept, ridge=grid[0])
+
+    def tried(place: int) -> tuple[float, Matrix]:
+        matrix = fold(consumer.gram, kept, ridge=grid[place])
+        assert consumer.holdout is not None
+        return removal_cost(consumer.holdout, consumer.outer, kept, matrix), matrix
+
+    place = max(0, len(grid) - 2)
+    cost, matrix = tried(place)
+    if place + 1 < len(grid):
+        larger = tried(place + 1)
+        if larger[0] < cost * (1 - EQUAL):
+            return grid[place + 1], larger[1]
+    while place:
+        smaller = tried(place - 1)
+        if smaller[0] * (1 - EQUAL) > cost:
+            break
+        place, (cost, matrix) = place - 1, smaller
+    return grid[place], matrix

@@ -13,7 +13,7 @@ as `unconstrained`, which `fitted` takes in its place.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -25,8 +25,10 @@ from lindep_onnx.linalg.fold import Matrix
 
 RIDGES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 FIRST_RIDGE = 3
-#: Rows that are multiplied in float64 at a time.
-CHUNK = 1 << 13
+#: Rows that are multiplied in float32 at a time, before their products are added up in float64.
+CHUNK = 1 << 11
+#: What single precision leaves of a variation, as a share of the mean.
+ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -34,17 +36,24 @@ class Rows:
     """What a product reads, and what it should give.
 
     Attributes:
-        patches: (G, N, K) p.
+        patches: (G, N, K) p, float32.
         target: (G, N, M) t.
     """
 
-    patches: NDArray[Any]
-    target: Matrix
+    patches: NDArray[np.float32]
+    target: NDArray[Any]
 
     @property
     def energy(self) -> float:
         """Sum of squares of the centred target."""
-        return max(float(np.square(self.target - self.target.mean(axis=1, keepdims=True)).sum()), 1e-300)
+        mean = self.target.mean(axis=1, keepdims=True, dtype=np.float64)
+        own = (np.square(part - mean).sum() for _, part in self.chunks())
+        return max(float(sum(own)), 1e-300)
+
+    def chunks(self) -> Iterator[tuple[NDArray[np.float32], NDArray[Any]]]:
+        """Patches and targets of a few rows at a time."""
+        for start in range(0, self.target.shape[1], CHUNK):
+            yield self.patches[:, start : start + CHUNK], self.target[:, start : start + CHUNK]
 
 
 @dataclass(frozen=True)
@@ -61,8 +70,14 @@ class Weights:
 
     def error(self, rows: Rows) -> float:
         """Sum of squared errors; single precision is plenty to compare errors with."""
-        predicted = np.matmul(rows.patches, self.matrix.astype(np.float32))
-        return float(np.square(predicted + self.constant - rows.target).sum())
+        matrix, constant = self.matrix.astype(np.float32), self.constant.astype(np.float32)
+        total = 0.0
+        for patches, target in rows.chunks():
+            left = np.matmul(patches, matrix)
+            left += constant
+            left -= target
+            total += float(np.square(left, out=left).sum(dtype=np.float64))
+        return total
 
 
 @dataclass(frozen=True)
@@ -91,22 +106,28 @@ class NormalEquations:
     def of(cls, rows: Rows, prior: Weights, free: bool) -> NormalEquations:
         """From the rows that are fitted."""
         groups, count, unknowns = rows.patches.shape
-        gram = np.zeros((groups, unknowns, unknowns))
-        cross = np.zeros((groups, unknowns, rows.target.shape[2]))
-        total = np.zeros((groups, 1, unknowns))
-        for start in range(0, count, CHUNK):
-            part = rows.patches[:, start : start + CHUNK].astype(np.float64)
-            target = rows.target[:, start : start + CHUNK]
-            gram += part.transpose(0, 2, 1) @ part
-            cross += part.transpose(0, 2, 1) @ (target - (0.0 if free else prior.constant))
-            total += part.sum(axis=1, keepdims=True)
-        mean, goal = total / count, rows.target.mean(axis=1, keepdims=True)
+        outputs = rows.target.shape[2]
+        gram, cross = np.zeros((groups, unknowns, unknowns)), np.zeros((groups, unknowns, outputs))
+        total, goals = np.zeros((groups, 1, unknowns)), np.zeros((groups, 1, outputs))
+        # About a point near the means, products lose nothing to them in single precision.
+        near = rows.patches[:, :CHUNK].mean(axis=1, keepdims=True) if free else np.float32(0.0)
+        aim = (rows.target[:, :CHUNK].mean(axis=1, keepdims=True) if free else prior.constant).astype(np.float32)
+        for patches, target in rows.chunks():
+            part, wanted = patches - near, target.astype(np.float32) - aim
+            flipped = part.transpose(0, 2, 1)
+            gram += flipped @ part
+            cross += flipped @ wanted
+            total += part.sum(axis=1, keepdims=True, dtype=np.float64)
+            goals += wanted.sum(axis=1, keepdims=True, dtype=np.float64)
+        mean, goal = total / count, goals / count
         gram, cross = gram / count, cross / count
         if free:
             gram -= mean.transpose(0, 2, 1) @ mean
             cross -= mean.transpose(0, 2, 1) @ goal
+        mean, goal = mean + near, goal + aim
         scale = np.sqrt(np.maximum(np.diagonal(gram, axis1=1, axis2=2), 0.0))
-        live = scale > 1e-12 * scale.max(initial=1e-300)
+        # What varies by no more than rounding of its own size does not vary.
+        live = scale > np.maximum(1e-12 * scale.max(initial=1e-300), ROUNDING * np.abs(mean[:, 0]) * free)
         divisor = np.where(live, scale, np.inf)
         left = gram / (divisor[:, :, None] * divisor[:, None, :])
         left[~live, np.nonzero(~live)[1]] = 1.0
@@ -152,7 +173,10 @@ def fitted(
     for ridges in (RIDGES[FIRST_RIDGE:], RIDGES[:FIRST_RIDGE][::-1]):
         last = np.inf
         for ridge in ridges:
-            candidate = solver(equations, ridge)
+            try:
+                candidate = solver(equations, ridge)
+            except np.linalg.LinAlgError:  # less than the moments are rounded to
+                break
             found = candidate.error(unseen)
             if found < error:
                 best, error = candidate, found

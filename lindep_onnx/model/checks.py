@@ -105,11 +105,13 @@ def full_check_passes(model: onnx.ModelProto | str | Path) -> str | None:
     Returns:
         None if the model passes, else what the checker says, in one line.
     """
-    source = str(model)
+    source: str | bytes
     if isinstance(model, onnx.ModelProto):
         if next(impossible_sizes(model.graph), None) is not None:
             return "an axis is declared with a size that it cannot have"
         source = (weights_as_inputs(model) if is_large(model) else model).SerializeToString()
+    else:
+        source = str(model)
     try:
         onnx.checker.check_model(source, full_check=True)
     except Exception as error:  # the checker's exceptions have no common base

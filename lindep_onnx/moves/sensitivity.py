@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,23 @@ class PerturbationRunner:
         self._reference = self._outputs(structure.model)
         self._energy = {name: _energy(values) for name, values in self._reference.items()}
 
+    def errors(self, changes: Iterable[Callable[[], GraphEdits | None]]) -> Iterator[float]:
+        """The `error` of several changes, of which a few are made and run at a time.
+
+        Args:
+            changes: each gives what is changed; None for what need not be tried, which is NaN.
+
+        Yields:
+            An error for each change, in their order.
+        """
+        with self._shares.pool() as pool:
+            for _, error in pool.in_order(self._made, changes):
+                yield error
+
+    def _made(self, change: Callable[[], GraphEdits | None]) -> float:
+        edits = change()
+        return float("nan") if edits is None else self.error(edits)
+
     def error(self, edits: GraphEdits) -> float:
         """Squared relative error of the outputs, averaged over them; NaN if they cannot be compared.
 
@@ -66,9 +84,7 @@ class PerturbationRunner:
     def _outputs(self, model: Model) -> dict[str, list[NDArray[Any]]]:
         session = self._shares.each.open(model)
         names = [output.name for output in session.get_outputs() if "float" in output.type or "double" in output.type]
-        batches = self._batches if names else []
-        with self._shares.pool() as pool:
-            runs = list(pool.map(lambda batch: session.run(names, dict(batch.feeds)), batches))
+        runs = [session.run(names, dict(batch.feeds)) for batch in self._batches] if names else []
         return {name: [as_array(run[place]).astype(np.float64) for run in runs] for place, name in enumerate(names)}
 
 
@@ -90,16 +106,22 @@ def consumer_sensitivity(
     nothing = ChannelSteps.of(np.zeros(structure.units, dtype=bool))
     weighed = sorted(index for group in structure.groups if len(group.consumers) > 1 for index in group.consumers)
     found = dict.fromkeys(range(len(structure.consumers)), 1.0)
+    made: dict[int, float] = {}
     measured: dict[int, float] = {}
-    for done, index in enumerate(weighed):
+
+    def disturbed(index: int) -> GraphEdits | None:
         folded = _disturbed(problem(structure, statistics.consumers[index], nothing.removed))
-        if folded is not None:
-            made, fold = folded
-            # Features that are folded away stay in place: others still read them.
-            edits = channel_edits(structure, replace(nothing, folds={index: fold}), statistics.consumers)
-            value = perturbations.error(edits) / made
-            if np.isfinite(value) and value > 0:
-                measured[index] = value
+        if folded is None:
+            return None
+        made[index], fold = folded
+        # Features that are folded away stay in place: others still read them.
+        return channel_edits(structure, replace(nothing, folds={index: fold}), statistics.consumers)
+
+    errors = perturbations.errors(partial(disturbed, index) for index in weighed)
+    for done, (index, error) in enumerate(zip(weighed, errors, strict=True)):
+        value = error / made.get(index, 1.0)
+        if np.isfinite(value) and value > 0:
+            measured[index] = value
         log.progress("influence", done + 1, len(weighed))
     typical = float(np.median(list(measured.values()))) if measured else 1.0
     found.update({index: max(measured.get(index, typical), 1e-3 * typical) for index in weighed})
@@ -129,30 +151,39 @@ class Measured:
             curves: expected costs.
             log: told how far it is.
         """
-        result = []
-        for done, curve in enumerate(curves):
-            depths, ratios = [], []
-            for share in DEPTHS:
-                depth = round(share * len(curve.steps))
-                if depth and curve.cost[depth - 1] > 0:
-                    error = self._error(move, curve.steps[:depth])
-                    if np.isfinite(error) and error > 0:
-                        depths.append(depth)
-                        ratios.append(np.log(error / curve.cost[depth - 1]))
-            if depths:
-                ratio = np.exp(np.interp(np.arange(1, len(curve.steps) + 1), depths, ratios))
-                # The cost of a longer removal is no smaller: both its parts and the ratio may wobble.
-                curve = replace(curve, cost=np.maximum.accumulate(curve.cost * ratio))
-            result.append(curve)
-            log.progress("price", done + 1, len(curves))
-        return result
+        depths = [
+            [depth for depth in dict.fromkeys(round(share * len(curve.steps)) for share in DEPTHS) if depth]
+            for curve in curves
+        ]
+        places = [(number, depth) for number, own in enumerate(depths) for depth in own]
+        errors: list[dict[int, float]] = [{} for _ in curves]
+        tries = (partial(self._edits, move, curves[number], depth) for number, depth in places)
+        for done, ((number, depth), error) in enumerate(zip(places, self._perturbations.errors(tries), strict=True)):
+            errors[number][depth] = error
+            log.progress("price", done + 1, len(places))
+        return [_corrected(curve, own) for curve, own in zip(curves, errors, strict=True)]
 
-    def _error(self, move: Move, order: NDArray[np.int64]) -> float:
+    def _edits(self, move: Move, curve: Curve, depth: int) -> GraphEdits | None:
+        """What taking the first steps of a curve changes; None where that is expected to cost nothing."""
+        if curve.cost[depth - 1] <= 0:
+            return None
+        order = curve.steps[:depth]
         taken = np.zeros(move.count(self._structure), dtype=bool)
         taken[order] = True
         taken = move.admissible(self._structure, taken, order, FREE)
         steps = move.fit(self._structure, move.unfitted(self._structure, taken), self._statistics)
-        return self._perturbations.error(move.apply(self._structure, steps, self._statistics))
+        return move.apply(self._structure, steps, self._statistics)
+
+
+def _corrected(curve: Curve, errors: Mapping[int, float]) -> Curve:
+    """A curve through what was measured at some depths."""
+    known = {depth: error for depth, error in errors.items() if np.isfinite(error) and error > 0}
+    if not known:
+        return curve
+    ratios = [np.log(error / curve.cost[depth - 1]) for depth, error in known.items()]
+    ratio = np.exp(np.interp(np.arange(1, len(curve.steps) + 1), list(known), ratios))
+    # The cost of a longer removal is no smaller: both its parts and the ratio may wobble.
+    return replace(curve, cost=np.maximum.accumulate(curve.cost * ratio))
 
 
 def _disturbed(posed: ConsumerProblem) -> tuple[float, Fold] | None:

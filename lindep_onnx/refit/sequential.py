@@ -146,24 +146,30 @@ def _gathered(task: Task, stages: Stages, targets: Targets, kept: LinearMap | No
     That is where nobody knows which axis counts samples, and it is not the leading one.
     """
     reader, group, outputs = task.product.reader, task.product.group, len(task.scale)
-    patches, wanted = [np.zeros((group, 0, 0), np.float32)], [np.zeros((0, outputs))]
-    for number, (rows, positions) in enumerate(targets.take(task.place)):
+    given = targets.take(task.place)
+    count = sum(rows.shape[0] * rows.shape[1] for rows, _ in given)
+    patches, wanted = None, np.empty((count, outputs), dtype=np.float32)
+    end = 0
+    for number, (rows, positions) in enumerate(given):
         data = _computed(stages, number, reader.tensor)
         data = data if kept is None else kept.along(data, reader.axis)
         data, axis = samples_first(data, reader.axis, stages.sample_axis(reader.tensor))
         moved = replace(task.product, reader=replace(reader, axis=axis))
         if not _belong(data, moved, rows, positions):
             return None
-        patches.append(patches_of(data, moved, positions))
-        rows = rows if task.channels is None else task.channels.rows(rows)
-        wanted.append(rows.reshape(-1, outputs).astype(np.float64))
+        own = patches_of(data, moved, positions)
+        if patches is None:
+            patches = np.empty((group, count, own.shape[2]), dtype=np.float32)
+        place = slice(end, end := end + own.shape[1])
+        patches[:, place] = own
+        goal = (rows if task.channels is None else task.channels.rows(rows)).reshape(-1, outputs)
         if task.other:
             beside = _computed(stages, number, task.other)
             other = rows_at(*samples_first(beside, task.place.axis, stages.sample_axis(task.other)), positions)
-            wanted[-1] -= other.reshape(-1, outputs)
-    target = (np.concatenate(wanted) - task.shift) / task.scale
-    found = np.concatenate(patches[1:] or patches, axis=1)
-    return Rows(found, np.moveaxis(target.reshape(len(target), group, -1), 1, 0))
+            goal = goal - other.reshape(-1, outputs)
+        wanted[place] = (goal - task.shift) / task.scale
+    found = np.zeros((group, 0, 0), np.float32) if patches is None else patches
+    return Rows(found, np.moveaxis(wanted.reshape(count, group, -1), 1, 0))
 
 
 def _belong(data: Array, product: Product, rows: Array, positions: NDArray[np.int64]) -> bool:

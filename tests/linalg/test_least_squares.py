@@ -29,8 +29,8 @@ def test_the_solution_is_that_of_the_rows_with_a_row_for_each_ridge(groups: int,
         pulls = np.sqrt(ridge * len(p)) * np.diag(size)
         design = np.vstack([np.hstack([p, np.ones((len(p), int(free)))]), np.hstack([pulls, np.zeros((6, int(free)))])])
         want = np.linalg.lstsq(design, np.vstack([t, pulls @ prior.matrix[group]]), rcond=None)[0]
-        np.testing.assert_allclose(found.matrix[group], want[:6], rtol=1e-6, atol=1e-8)
-        np.testing.assert_allclose(found.constant[group, 0], want[6] if free else np.zeros(3), rtol=1e-6)
+        np.testing.assert_allclose(found.matrix[group], want[:6], rtol=1e-4, atol=1e-6)  # products in float32
+        np.testing.assert_allclose(found.constant[group, 0], want[6] if free else np.zeros(3), rtol=1e-5)
         assert np.abs(found.matrix[group] - prior.matrix[group]).max() > 0.1
 
 
@@ -56,9 +56,10 @@ def test_a_solver_may_ask_for_more_than_the_least_squares() -> None:
     assert after < before
 
 
-def test_what_never_varies_keeps_its_weight() -> None:
+@pytest.mark.parametrize("value", [7.0, 0.1, 1e4 / 3])
+def test_what_never_varies_keeps_its_weight(value: float) -> None:
     rows, prior = problem(0)
-    rows.patches[:, :, 2] = 7.0
+    rows.patches[:, :, 2] = value
     found = unconstrained(NormalEquations.of(rows, prior, True), 1e-6)
     np.testing.assert_array_equal(found.matrix[:, 2], prior.matrix[:, 2])
     assert (found.matrix[:, 1] != prior.matrix[:, 1]).all()

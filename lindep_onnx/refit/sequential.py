@@ -27,9 +27,9 @@ from lindep_onnx.linalg.linear_map import ChannelMaps, LinearMap
 from lindep_onnx.log import Log
 from lindep_onnx.model.edit import GraphEdits
 from lindep_onnx.model.weighted import weighted
-from lindep_onnx.refit.patches import matrix_of, patches_of, unknowns, weight_of
+from lindep_onnx.refit.patches import matrix_of, patches_of, weight_of
 from lindep_onnx.refit.targets import Targets, Task, tasks_of
-from lindep_onnx.runtime.backend import Runtime
+from lindep_onnx.runtime.backend import Pool, Runtime
 from lindep_onnx.runtime.rows import RowSampler, rows_at, samples_first
 from lindep_onnx.runtime.stages import Stages
 from lindep_onnx.structure.types import Product, Structure
@@ -38,7 +38,7 @@ Array: TypeAlias = NDArray[Any]
 
 #: Rows for each unknown of one output, rows at least, and bytes of patches at most.
 ROWS_PER_UNKNOWN = 16
-MIN_ROWS = 1 << 14
+MIN_ROWS = 1 << 12
 PATCH_BYTES = 1 << 28
 
 
@@ -97,16 +97,18 @@ def refit(
     if not tasks:
         return Refitted(GraphEdits(), errors, skipped)
     count = max(1, len(samples.parts[Part.FIT]))
-    most = {task.place: _positions(task.product, compressed, count) for task in tasks}
+    most = {task.place: _positions(task, count) for task in tasks}
     source = compressed if staged else original
+    shares = runtime.shares(original.shape_info.activation_bytes * samples.batch)
     with (
         Scratch() as folder,
         Stages(source.model, source.shape_info, samples.batches(Part.FIT), runtime) as fit,
         Stages(source.model, source.shape_info, samples.batches(Part.SELECT), runtime) as select,
+        shares.pool() as pool,
     ):
-        sampler, rng = RowSampler(original.model, original.shape_info, most, runtime), np.random.default_rng(seed)
+        sampler, rng = RowSampler(original.model, original.shape_info, most, shares.each), np.random.default_rng(seed)
         sources = [
-            (stages, Targets(sampler, samples, part, rng, Path(folder) / part.value))
+            (stages, Targets(sampler, samples.batches(part), rng, Path(folder) / part.value, pool))
             for stages, part in ((fit, Part.FIT), (select, Part.SELECT))
         ]
         for done, task in enumerate(tasks):
@@ -116,7 +118,7 @@ def refit(
             data = []
             for stages, targets in sources:
                 stages.run_to(at)
-                data.append(_gathered(task, stages, targets, kept))
+                data.append(_gathered(task, stages, targets, kept, pool))
             known = [rows for rows in data if rows is not None]
             if len(known) < len(data):
                 unplaced.append(reader.output)
@@ -132,44 +134,45 @@ def refit(
     return Refitted(GraphEdits(constants=weights, inputs=operands), errors, skipped, tuple(unplaced))
 
 
-def _positions(product: Product, structure: Structure, samples: int) -> int:
+def _positions(task: Task, samples: int) -> int:
     """Rows of each sample."""
-    count = unknowns(product, structure.shape_info.constants[product.weight].shape)
-    wanted = max(MIN_ROWS, ROWS_PER_UNKNOWN * count)
-    most = PATCH_BYTES // max(1, 4 * count * product.group)
+    wanted = max(MIN_ROWS, ROWS_PER_UNKNOWN * task.unknowns)
+    most = PATCH_BYTES // max(1, 4 * task.unknowns * task.product.group)
     return max(1, min(wanted, most) // samples)
 
 
-def _gathered(task: Task, stages: Stages, targets: Targets, kept: LinearMap | None) -> Rows | None:
+def _gathered(task: Task, stages: Stages, targets: Targets, kept: LinearMap | None, pool: Pool) -> Rows | None:
     """Patches of the product at hand, and the output that it should have there; None where they do not belong together.
 
     That is where nobody knows which axis counts samples, and it is not the leading one.
     """
     reader, group, outputs = task.product.reader, task.product.group, len(task.scale)
     given = targets.take(task.place)
-    count = sum(rows.shape[0] * rows.shape[1] for rows, _ in given)
-    patches, wanted = None, np.empty((count, outputs), dtype=np.float32)
-    end = 0
-    for number, (rows, positions) in enumerate(given):
+    ends = np.cumsum([0, *(rows.shape[0] * rows.shape[1] for rows, _ in given)])
+    patches = np.empty((group, ends[-1], task.unknowns), dtype=np.float32)
+    wanted = np.empty((ends[-1], outputs), dtype=np.float32)
+
+    def gather(number: int) -> bool:
+        rows, positions = given[number]
         data = _computed(stages, number, reader.tensor)
         data = data if kept is None else kept.along(data, reader.axis)
         data, axis = samples_first(data, reader.axis, stages.sample_axis(reader.tensor))
         moved = replace(task.product, reader=replace(reader, axis=axis))
         if not _belong(data, moved, rows, positions):
-            return None
-        own = patches_of(data, moved, positions)
-        if patches is None:
-            patches = np.empty((group, count, own.shape[2]), dtype=np.float32)
-        place = slice(end, end := end + own.shape[1])
-        patches[:, place] = own
+            return False
+        place = slice(ends[number], ends[number + 1])
+        patches[:, place] = patches_of(data, moved, positions)
         goal = (rows if task.channels is None else task.channels.rows(rows)).reshape(-1, outputs)
         if task.other:
             beside = _computed(stages, number, task.other)
             other = rows_at(*samples_first(beside, task.place.axis, stages.sample_axis(task.other)), positions)
             goal = goal - other.reshape(-1, outputs)
         wanted[place] = (goal - task.shift) / task.scale
-    found = np.zeros((group, 0, 0), np.float32) if patches is None else patches
-    return Rows(found, np.moveaxis(wanted.reshape(count, group, -1), 1, 0))
+        return True
+
+    if not all(pool.map(gather, range(len(given)))):
+        return None
+    return Rows(patches, np.moveaxis(wanted.reshape(ends[-1], group, -1), 1, 0))
 
 
 def _belong(data: Array, product: Product, rows: Array, positions: NDArray[np.int64]) -> bool:

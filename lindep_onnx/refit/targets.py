@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,13 +16,13 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from lindep_onnx.data.samples import Samples
-from lindep_onnx.data.split import Part
+from lindep_onnx.data.samples import Batch
 from lindep_onnx.linalg.fold import Matrix
 from lindep_onnx.linalg.linear_map import ChannelMaps, LinearMap
 from lindep_onnx.model.node import Node
 from lindep_onnx.model.weighted import weighted
 from lindep_onnx.refit.patches import unknowns
+from lindep_onnx.runtime.backend import Pool
 from lindep_onnx.runtime.rows import ChannelAxis, RowSampler
 from lindep_onnx.structure.types import Product, Structure
 
@@ -37,6 +38,7 @@ class Task:
 
     Attributes:
         product: in the compressed model.
+        unknowns: weights of one of its outputs.
         place: what the original is asked for.
         channels: from the place's channels to the outputs of the compressed model; None where they are the same.
         scale, shift: (M,) z = scale y + shift leads from the product to the place.
@@ -44,6 +46,7 @@ class Task:
     """
 
     product: Product
+    unknowns: int
     place: ChannelAxis
     channels: LinearMap | None
     scale: Matrix
@@ -72,11 +75,10 @@ def tasks_of(
             continue
         if not _replaceable(product, compressed):
             continue
-        if unknowns(product, compressed.shape_info.constants[product.weight].shape) > WIDEST:
-            skipped.append(output)
-            continue
         task = _task(product, original, maps, compressed, residual)
-        if task is not None:
+        if task is not None and task.unknowns > WIDEST:
+            skipped.append(output)
+        elif task is not None:
             tasks.append(task)
     return tasks, tuple(skipped)
 
@@ -115,7 +117,9 @@ def _task(
     if axis >= len(full) or not isinstance(full[axis], int):
         return None
     width = int(full[axis]) if channels is None else channels.width
-    return Task(product, ChannelAxis(tensor, axis), channels, scale, shift, other) if width == outputs else None
+    count = unknowns(product, compressed.shape_info.constants[product.weight].shape)
+    found = Task(product, count, ChannelAxis(tensor, axis), channels, scale, shift, other)
+    return found if width == outputs else None
 
 
 def _sum_behind(product: Product, compressed: Structure, outputs: int) -> tuple[str, str, Matrix, Matrix] | None:
@@ -183,26 +187,26 @@ class Targets:
 
     Args:
         sampler: of the original model.
-        samples: the data.
-        part: which of it.
-        rng: draws the positions.
+        batches: the data.
+        rng: draws the positions, for each batch on its own.
         folder: where the files go; it is made.
+        pool: threads for several batches at a time.
     """
 
     def __init__(
-        self, sampler: RowSampler, samples: Samples, part: Part, rng: np.random.Generator, folder: Path
+        self, sampler: RowSampler, batches: Iterable[Batch], rng: np.random.Generator, folder: Path, pool: Pool
     ) -> None:
         folder.mkdir()
         self._folder = folder
         self._batches: list[dict[ChannelAxis, tuple[tuple[int, ...], NDArray[np.int64]]]] = []
         self._numbers: dict[ChannelAxis, int] = {}
-        for batch in samples.batches(part):
-            found = sampler.run(batch, rng).rows
-            self._numbers = {place: number for number, place in enumerate(found)}
+        drawn = ((batch, rng.spawn(1)[0]) for batch in batches)
+        for _, seen in pool.in_order(lambda given: sampler.run(*given), drawn):
+            self._numbers = {place: number for number, place in enumerate(seen.rows)}
             entry = {}
-            for place, rows in found.items():
+            for place, rows in seen.rows.items():
                 with self._path(place).open("ab") as file:
-                    file.write(np.ascontiguousarray(rows.values, dtype=np.float32).tobytes())
+                    file.write(np.ascontiguousarray(rows.values, dtype=np.float32).data)
                 entry[place] = (rows.values.shape, rows.positions)
             self._batches.append(entry)
 

@@ -50,7 +50,6 @@ class Stages:
     ) -> None:
         self._model = model
         self._constants, self._shape_info = shape_info.constants, shape_info
-        self._runtime = runtime
         self._protos = {name: proto for proto in model.proto.graph.node for name in proto.output if name}
         self._position = 0
         self._weights: dict[str, Array] = {}
@@ -65,6 +64,8 @@ class Stages:
             store.replace({name: value for name, value in batch.feeds.items() if name in self._last}, memory)
             self._frontier.append(store)
             self.sizes.append((len(batch.samples), batch.size))
+        largest = max((size for _, size in self.sizes), default=1)
+        self._shares = runtime.shares(shape_info.activation_bytes * largest)
 
     def __enter__(self) -> Stages:
         return self
@@ -108,16 +109,21 @@ class Stages:
             return
         inputs = sorted({name for node in nodes for name in (*node.inputs, *node.captures) if name} - made)
         fed = [name for name in inputs if name not in self._constants]
-        limit = self._memory // max(1, len(self._frontier))
-        session = None
-        for store in self._frontier:
+        if not self._frontier:
+            return
+        limit = self._memory // len(self._frontier)
+        segment = self._segment(nodes, inputs, wanted, self._frontier[0].all()) if wanted else None
+        session = None if segment is None else self._shares.each.open(segment)
+
+        def advance(store: _Store) -> None:
             held = store.all()
-            if session is None and wanted:
-                session = self._runtime.open(self._segment(nodes, inputs, wanted, held))
             values = session.run(wanted, {name: held[name] for name in fed}) if session is not None else []
             held = {name: value for name, value in held.items() if self._last.get(name, -1) >= self._position}
             held.update(zip(wanted, values, strict=True))
             store.replace(held, limit)
+
+        with self._shares.pool() as pool:
+            list(pool.map(advance, self._frontier))
 
     def _last_uses(self) -> dict[str, int]:
         """Index of the last node that reads each computed tensor."""

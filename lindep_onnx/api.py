@@ -83,7 +83,7 @@ def compress(
         BudgetError: no plan meets the budgets.
     """
     config = _config(options)
-    request = Request(model, calib, stress, over=elsewhere(client, calib, config), profiled=True)
+    request = Request(model, calib, stress, over=elsewhere(client, calib, config), detailed=True)
     outcome = run(request, config, Log(progress))
     return _result(outcome, config)
 
@@ -116,7 +116,7 @@ def apply(
     """
     wanted = plan if isinstance(plan, Plan) else Plan.load(plan)
     config = options_of(wanted, _known(options))
-    outcome = run(Request(model, calib, stress, Repeated(wanted, options), profiled=True), config, Log(progress))
+    outcome = run(Request(model, calib, stress, Repeated(wanted, options), detailed=True), config, Log(progress))
     return _result(outcome, config)
 
 

@@ -273,7 +273,7 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
         progress = stack.enter_context(_progress(errors, bool(options.quiet)))
         request = pipeline.Request(
             options.model, options.calib, options.stress, repeated, elsewhere(client, options.calib, config), files,
-            preview=bool(options.dry_run), profiled=report_path is not None or bool(options.verbose),
+            detailed=report_path is not None or bool(options.verbose or options.dry_run), preview=bool(options.dry_run),
         )  # fmt: skip
         result = pipeline.run(request, config, Log(progress))
     if not options.quiet:

@@ -111,8 +111,9 @@ class Request:
         repeated: a plan to carry out; None to make one.
         over: runs the calibration in the place of this process; None for this process.
         files: where to write what.
-        preview: whether the report also says what budgets would cost where none is asked for.
-        profiled: whether the report also says how long each layer takes.
+        detailed: whether the report also says how long each layer takes, and what other reductions would cost where a
+            budget is asked for.
+        preview: whether it says the latter without a budget too.
     """
 
     source: str | Path | onnx.ModelProto
@@ -121,8 +122,8 @@ class Request:
     repeated: Repeated | None = None
     over: ShardRunner | None = None
     files: Files = Files()
+    detailed: bool = False
     preview: bool = False
-    profiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -200,8 +201,9 @@ def run(request: Request, config: Config, log: Log) -> Outcome:
             calibrated = replace(calibrated, saved=replace(calibrated.saved, calibration=None))
         with as_model_error(traced.structure.model.proto) if samples is None else nullcontext():
             round_, result = _decided(calibrated, config, runtime, log, wanted)
-        if request.preview and not result.frontier and wanted is None and config.random_calib is None:
-            result = replace(result, frontier=preview(round_))
+        previewed = request.detailed if config.budgeted else request.preview and config.random_calib is None
+        if previewed and wanted is None:
+            result = replace(result, frontier=preview(replace(round_, prices=result.prices)))
         if config.save_moments is not None:
             calibrated.save_moments(config.save_moments, result.prices)
         result = replace(result, notes=(*result.notes, *refused))
@@ -210,7 +212,7 @@ def run(request: Request, config: Config, log: Log) -> Outcome:
         if stressing is not None:
             finished, failed = _stressed(finished, round_, stressing, log)
             failure = failure or failed
-        if request.profiled and changeable(traced.structure):
+        if request.detailed and changeable(traced.structure):
             finished = _profiled(finished, round_)
         report = build_report(finished, calibrated.statistics, calibrated.uncertain, config, log)
     saved = to_plan(traced.structure, finished.result, finished.options) if config.rounds == 1 else None
@@ -387,7 +389,7 @@ def open_round(
     )
     times = TimeTable(whole.structure.model, structure.model, judge, config, runtime, log, rule)
     prices = {} if calibrated.saved is None else calibrated.saved.prices
-    return Round(piece, builder, judge, times, config, options, whole.rounding, prices, original is None, rule)
+    return Round(piece, builder, judge, times, config, options, whole.rounding, prices, rule)
 
 
 def _decided(

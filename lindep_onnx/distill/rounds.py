@@ -92,8 +92,8 @@ def contract_in_rounds(
             frozen.append(glob.escape(name))
             current = _traced(current.model, config, frozen)
             continue
-        frontier = result.frontier if best is None else best.frontier
-        best = dataclasses.replace(_of_original(result, gone, number), frontier=frontier)
+        prices = result.prices if best is None else best.prices  # those of the original
+        best = dataclasses.replace(_of_original(result, gone, number), prices=prices)
         if number + 1 < config.rounds:
             current = _traced(result.candidate.model, config, frozen)
     assert best is not None and first is not None

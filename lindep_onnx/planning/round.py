@@ -42,7 +42,6 @@ class Round:
         options: those that differ from their defaults, as they are reported.
         rounding: spacing of the numbers of a model in half precision; 0 for any other.
         prices: curves that are known already.
-        original: whether the model is the original, and not what an earlier round left of it.
         rule: the multiples that widths keep to.
     """
 
@@ -54,7 +53,6 @@ class Round:
     options: Mapping[str, Any]
     rounding: float
     prices: Prices
-    original: bool
     rule: WidthRule
 
     @property

@@ -46,16 +46,13 @@ def choose(round_: Round) -> Result:
     with round_.log.stage("plan"):
         free = round_.free(round_.piece.uncertain)
         curves, prices = round_.priced() if config.budgeted else ({}, {})
-    points: tuple[FrontierPoint, ...] = ()
-    if config.budgeted and round_.original:
-        points = _frontier(round_, curves, free)
     if config.latency is not None:
         best = by_latency(round_, curves, free)
     else:
         best = _never_slower(round_, lambda own: _found(own, curves, free))
     if not config.budgeted:
         best = _with_kept(round_, best, free)
-    return replace(best, prices=prices, frontier=points)
+    return replace(best, prices=prices)
 
 
 def _unchanged(round_: Round) -> Result:
@@ -97,22 +94,16 @@ def _found(round_: Round, curves: Curves, free: ChannelSteps) -> tuple[Candidate
     return (by_size if round_.judge.budgets.sized else by_quality)(round_, path, free)
 
 
-def _frontier(round_: Round, curves: Curves, free: ChannelSteps) -> tuple[FrontierPoint, ...]:
-    with round_.log.stage("plan"):
-        path = round_.path(curves, free)
-    timed = round_.judge.budgets.latency is not None and not round_.judge.budgets.sizes  # sizes may be fast enough
-    times = round_.times if timed else None
-    return frontier(path, curves, round_.builder, round_.judge, round_.rule, times)
-
-
 def preview(round_: Round) -> tuple[FrontierPoint, ...]:
-    """What budgets would cost, where none is asked for; empty without data."""
+    """What other reductions would cost; empty without data."""
     if round_.piece.statistics is None:
         return ()
     with round_.log.stage("plan"):
         curves, _ = round_.priced()
-        free = round_.free(round_.piece.uncertain)
-    return _frontier(round_, curves, free)
+        path = round_.path(curves, round_.free(round_.piece.uncertain))
+    timed = round_.judge.budgets.latency is not None and not round_.judge.budgets.sizes  # sizes may be fast enough
+    times = round_.times if timed else None
+    return frontier(path, curves, round_.builder, round_.judge, round_.rule, times)
 
 
 def retrained(round_: Round, result: Result, weights: Mapping[str, NDArray[Any]]) -> Result:
@@ -128,7 +119,7 @@ def retrained(round_: Round, result: Result, weights: Mapping[str, NDArray[Any]]
         evaluation = replace(
             evaluation, achieved={**evaluation.achieved, "latency": result.evaluation.achieved["latency"]}
         )
-    return replace(result, candidate=candidate, evaluation=evaluation, frontier=())
+    return replace(result, candidate=candidate, evaluation=evaluation)
 
 
 # ---- plans that were saved --------------------------------------------------------------------------------------

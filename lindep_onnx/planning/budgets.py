@@ -82,9 +82,10 @@ class Budgets:
         before, left = getattr(self.before, SIZES[name]), getattr(after, SIZES[name])
         return float(left / before) if before else math.nan
 
-    def small(self, after: Cost) -> bool:
-        """Whether a model is small enough."""
-        return all(self.share(name, after) <= limit for name, limit in self.sizes.items())
+    def excess(self, after: Cost) -> float:
+        """How far the shares of a model are above what is allowed; up to 0 is small enough."""
+        over = [self.share(name, after) - limit for name, limit in self.sizes.items()]
+        return max((math.inf if math.isnan(value) else value for value in over), default=-math.inf)
 
     def holds(self, name: str, value: float | None) -> bool:
         """Whether a quality is good enough; what could not be measured is not."""

@@ -121,7 +121,7 @@ def _small(clock: _Clock) -> int | None:
     if not clock.round_.judge.budgets.sizes:
         return 0
     with clock.round_.log.stage("search"):
-        return first_small_enough(len(clock.path), lambda count: clock.round_.small(clock.path, count))
+        return first_small_enough(len(clock.path), lambda count: clock.round_.excess(clock.path, count))
 
 
 def _fast_enough(clock: _Clock, count: int | None, allowed: float) -> Result:

@@ -149,15 +149,15 @@ class Round:
         """A point of a path without any fit: its size and its speed are those of the result."""
         return self.builder.bare(self.builder.decide(path, count, self.rule))
 
-    def small(self, path: Path, count: int) -> bool:
-        """Whether a point of a path is small enough."""
-        return self.judge.budgets.small(self.judge.cost(self.bare(path, count)))
+    def excess(self, path: Path, count: int) -> float:
+        """How far a point of a path is above the sizes that are asked for; up to 0 is small enough."""
+        return self.judge.budgets.excess(self.judge.cost(self.bare(path, count)))
 
     def small_candidate(self, path: Path, count: int | None) -> Candidate:
         """A count that is small enough, or a little more: a refit may add a few biases that were not there."""
         candidate = self.candidate(path, len(path) if count is None else count)
-        small = self.judge.budgets.small
-        while count is not None and count < len(path) and not small(self.judge.cost(candidate.model)):
+        excess = self.judge.budgets.excess
+        while count is not None and count < len(path) and excess(self.judge.cost(candidate.model)) > 0:
             count = min(len(path), count + max(1, len(path) // 200))
             candidate = self.candidate(path, count)
         return candidate

@@ -1,6 +1,6 @@
 """Find the plan that a budget asks for on a path of nested plans.
 
-Sizes fall with every unit, so that the first plan that is small enough is found by bisection over all of them. Measured
+Sizes fall with every unit, so that the first plan that is small enough is found among all of them. Measured
 errors wobble: they are bisected over fixed stops, so that a looser limit takes the same turns or better ones, and never
 ends at a larger model. The cheap fold is bisected over all stops. A refit does better, at a price: it is bisected over
 every second stop, and only beyond what the fold allows.
@@ -8,29 +8,47 @@ every second stop, and only beyond what the fold allows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 #: One in so many stops is refitted.
 COARSE = 2
 
 
-def first_small_enough(most: int, small: Callable[[int], bool]) -> int | None:
-    """The smallest count from 0 to `most` for which `small` holds; None if it holds nowhere.
+def first_small_enough(most: int, excess: Callable[[int], float]) -> int | None:
+    """The smallest count from 0 to `most` that is small enough; None if none is.
+
+    Sizes fall almost evenly: the next count is where a straight line expects the limit, and then its neighbor. Where
+    they do not, every third count halves what is left.
 
     Args:
         most: the largest count.
-        small: holds from some count on.
+        excess: how far a count is above the limit; it falls, and up to 0 is small enough.
     """
-    if not small(most):
+    low, above = 0, excess(0)
+    if above <= 0:
+        return 0
+    high, below = most, excess(most) if most else above
+    if below > 0:
         return None
-    low, high = 0, most
-    while low < high:
-        middle = (low + high) // 2
-        if small(middle):
-            high = middle
+    guess = _crossing(low, above, high, below)
+    turn = 0
+    while high - low > 1:
+        guess = min(max(guess, low + 1), high - 1)
+        found = excess(guess)
+        turn += 1
+        if found > 0:
+            low, above, neighbor = guess, found, guess + 1
         else:
-            low = middle + 1
-    return low
+            high, below, neighbor = guess, found, guess - 1
+        guess = (neighbor, (low + high) // 2, _crossing(low, above, high, below))[(turn - 1) % 3]
+    return high
+
+
+def _crossing(low: int, above: float, high: int, below: float) -> int:
+    """Where a line through two points meets the limit."""
+    share = above / (above - below) if math.isfinite(above) and math.isfinite(below) else 0.5
+    return low + math.ceil(share * (high - low))
 
 
 def last_good_enough(

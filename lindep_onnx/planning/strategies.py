@@ -267,7 +267,7 @@ def by_size(round_: Round, path: Path, free: ChannelSteps) -> tuple[Candidate, E
         free: what costs nothing.
     """
     with round_.log.stage("search"):
-        count = first_small_enough(len(path), lambda count: round_.small(path, count))
+        count = first_small_enough(len(path), lambda count: round_.excess(path, count))
     found = _lossless_anyway(round_, free) if count == 0 else None
     return found or round_.finish(round_.small_candidate(path, count))
 

@@ -3,22 +3,41 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lindep_onnx.planning.search import COARSE, first_small_enough, last_good_enough, on_grid
 
+SHAPES = {
+    "straight": lambda count, threshold: threshold - 0.5 - count,
+    "a cliff": lambda count, threshold: 1.0 if count < threshold else -1.0,
+    "unknown": lambda count, threshold: np.inf if count < threshold else -np.inf,
+    "late": lambda count, threshold: (threshold - 0.5) ** 5 - count**5,
+    "steps": lambda count, threshold: (
+        float(threshold // 7 - count // 7) if count < threshold - 7 else threshold - 0.5 - count
+    ),
+}
 
-@given(st.integers(0, 300), st.integers(0, 301))
-def test_the_first_small_plan_is_found_by_bisection(most: int, threshold: int) -> None:
-    found = first_small_enough(most, lambda count: count >= threshold)
+
+@pytest.mark.parametrize("shape", SHAPES)
+@settings(derandomize=True)
+@given(most=st.integers(0, 300), threshold=st.integers(0, 301))
+def test_the_first_small_plan_is_found_whatever_the_sizes_on_the_way(shape: str, most: int, threshold: int) -> None:
+    looks: list[int] = []
+    found = first_small_enough(most, lambda count: looks.append(count) or SHAPES[shape](count, threshold))
     assert found == (threshold if threshold <= most else None)
+    assert len(looks) == len(set(looks)) or most == 0
+    assert len(looks) <= 3 * 9 + 2
 
 
-def test_bisection_takes_few_looks() -> None:
-    looks = []
-    first_small_enough(1000, lambda count: bool(looks.append(count)) or count >= 700)
-    assert len(looks) <= 12
+def test_sizes_that_fall_evenly_take_few_looks() -> None:
+    looks: list[float] = []
+    rng = np.random.default_rng(0)
+    sizes = 1.0 - np.cumsum(rng.uniform(0.5, 1.5, 1001)) / 1001
+    found = first_small_enough(1000, lambda count: looks.append(count) or sizes[count] - 0.3)
+    assert found == np.flatnonzero(sizes <= 0.3)[0]
+    assert len(looks) <= 9  # a bisection takes 12
 
 
 @settings(derandomize=True, max_examples=300)

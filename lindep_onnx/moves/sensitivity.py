@@ -31,7 +31,7 @@ PERTURBATION = 0.02
 #: Shares of a site's steps that are taken to measure what they cost.
 DEPTHS = (0.2, 0.5)
 #: Samples that are run for each measurement.
-SAMPLES = 48
+SAMPLES = 16
 
 
 class PerturbationRunner:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from lindep_onnx.data.split import Part
 from lindep_onnx.errors import BudgetError
+from lindep_onnx.planning.lossless import lossless_anyway
 from lindep_onnx.planning.path import Path
 from lindep_onnx.planning.round import Round
 from lindep_onnx.planning.search import first_small_enough, last_good_enough
@@ -37,6 +38,7 @@ class _Clock:
 
     round_: Round
     path: Path
+    free: ChannelSteps
     watch: Stopwatch
     known: dict[int, float] = field(default_factory=dict)
     timed: set[int] = field(default_factory=set)  # those whose ratio is of a whole comparison
@@ -83,14 +85,14 @@ def by_latency(round_: Round, curves: Curves, free: ChannelSteps) -> Result:
     assert allowed is not None
     with round_.judge.stopwatch() as watch:
         with round_.log.stage("plan"):
-            by_size = _Clock(round_, round_.path(curves, free), watch)
+            by_size = _Clock(round_, round_.path(curves, free), free, watch)
             least = _small(by_size)
         if round_.judge.budgets.sizes and least is not None and by_size.ratio(least) <= allowed:
             found = _held(by_size, least)
             if found.failure is None:
                 return found
         with round_.log.stage("plan"):
-            by_time = _Clock(round_, round_.timed_path(curves, free), watch)
+            by_time = _Clock(round_, round_.timed_path(curves, free), free, watch)
         return _fast_enough(*_best(round_, (by_time, by_size), allowed), allowed)
 
 
@@ -176,7 +178,8 @@ def _bisected(clock: _Clock, low: int, high: int, allowed: float) -> int | None:
 def _held(clock: _Clock, count: int) -> Result:
     """A point of the path as a result, timed as it is."""
     round_ = clock.round_
-    candidate, evaluation = round_.finish(round_.small_candidate(clock.path, count))
+    found = lossless_anyway(round_, clock.free) if count == 0 else None
+    candidate, evaluation = found or round_.finish(round_.small_candidate(clock.path, count))
     timing = clock.watch.compare(round_.judge.stored(candidate.model))
     evaluation = round_.judge.timed(evaluation, timing.ratio)
     notes = (*candidate.notes, *round_.times.notes)

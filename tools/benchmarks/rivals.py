@@ -272,7 +272,7 @@ def _cut(structure: Structure, order: NDArray[np.int64], target: int) -> NDArray
     def left(count: int) -> int:
         return cost(rewrite(structure, Removal(removed(count)), ""), {}).parameters
 
-    count = first_small_enough(len(going), lambda count: left(count) <= target)
+    count = first_small_enough(len(going), lambda count: left(count) - target)
     if count is None:
         raise UnreachedError(f"{left(len(going))} parameters are left with everything removed that can go.")
     return removed(count if left(count) == target else count - 1)

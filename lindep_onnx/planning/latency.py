@@ -30,6 +30,8 @@ AIM, CLOSE = 0.02, 0.04
 WITHIN = 0.05
 #: Models that are measured at most on one path, and results that are refitted and measured again.
 MEASURED, RESULTS = 9, 3
+#: Ways that are followed from one path where a block is larger than what is left to go.
+WAYS = 3
 
 
 @dataclass
@@ -98,17 +100,33 @@ def by_latency(round_: Round, curves: Curves, free: ChannelSteps) -> Result:
 
 def _best(round_: Round, clocks: Sequence[_Clock], allowed: float) -> tuple[_Clock, int | None]:
     """The path on which what is fast enough errs least, and its first count; the fastest path where none is."""
-    found = []
+    found: list[tuple[float, int, int]] = []
+    ways: list[_Clock] = []
     for place, clock in enumerate(clocks):
         least = _small(clock)
         with round_.log.stage("search"):
             count = None if least is None else _bisected(clock, least, len(clock.path), allowed)
-        if count is not None:
-            found.append((_error(clock, count), place, count))
+        while count is not None:
+            found.append((_error(clock, count), len(ways), count))
+            ways.append(clock)
+            with round_.log.stage("search"):
+                around = _around(clock, count, allowed) if len(ways) < WAYS * (place + 1) else None
+                clock, count = around or (clock, None)
     if not found:
         return min(clocks, key=lambda clock: clock.ratio(len(clock.path))), None
-    _, place, count = min(found)
-    return clocks[place], count
+    _, way, count = min(found)
+    return ways[way], count
+
+
+def _around(clock: _Clock, count: int, allowed: float) -> tuple[_Clock, int] | None:
+    """The way on from a plan that is too slow where its next block is faster than was asked for: without that block."""
+    before = count - 1
+    if clock.ratio(count) >= allowed - WITHIN or not clock.known.get(before, 0.0) > allowed:
+        return None
+    known = {own: ratio for own, ratio in clock.known.items() if own <= before}
+    other = replace(clock, path=clock.path.without(before), known=known, timed=set())
+    found = _bisected(other, before, len(other.path), allowed, most=MEASURED + len(known))
+    return None if found is None else (other, found)
 
 
 def _error(clock: _Clock, count: int) -> float:
@@ -160,13 +178,13 @@ def _next(clock: _Clock, count: int, allowed: float) -> int | None:
     return clock.between(*ends, allowed - AIM)
 
 
-def _bisected(clock: _Clock, low: int, high: int, allowed: float) -> int | None:
-    """The first count that is fast enough, as far as a few measurements tell; None where none is."""
+def _bisected(clock: _Clock, low: int, high: int, allowed: float, most: int = MEASURED) -> int | None:
+    """The first count that is fast enough, as far as `most` measurements tell; None where none is."""
     if clock.ratio(low) <= allowed:
         return low
     if clock.ratio(high) > allowed:
         return None
-    while high - low > 1 and len(clock.known) < MEASURED and clock.ratio(high) < allowed - CLOSE:
+    while high - low > 1 and len(clock.known) < most and clock.ratio(high) < allowed - CLOSE:
         middle = clock.between(low, high, allowed - AIM)
         if clock.ratio(middle) <= allowed:
             high = middle

@@ -11,7 +11,7 @@ choices, which is the best there is up to the last block (Sinha and Zoltners, "T
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +58,7 @@ class Path:
         ends: (B + 1,) how many steps come before each block and, last, how many there are; those before the first are
             free.
         price: (B,) ascending, cost per saving of each block.
+        site: (B,) which site each block belongs to; sites of all kinds are numbered together.
     """
 
     moves: tuple[Move, ...]
@@ -66,9 +67,24 @@ class Path:
     step: NDArray[np.int64]
     ends: NDArray[np.int64]
     price: NDArray[np.float64]
+    site: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.price)
+
+    def without(self, block: int) -> Path:
+        """The same without a block and what its site offers after it: the way on where it is larger than is left to go.
+
+        Args:
+            block: its number; plans of up to so many blocks stay as they are.
+        """
+        kept = (np.arange(len(self)) < block) | (self.site != self.site[block])
+        sizes = np.diff(self.ends)
+        taken = np.concatenate([np.ones(self.ends[0], dtype=bool), np.repeat(kept, sizes)])
+        ends = np.cumsum([self.ends[0], *sizes[kept]], dtype=np.int64)
+        return replace(
+            self, kind=self.kind[taken], step=self.step[taken], ends=ends, price=self.price[kept], site=self.site[kept]
+        )
 
     def at(self, count: int) -> tuple[Taken, ...]:
         """What is free and the first `count` blocks, by kind."""
@@ -146,6 +162,7 @@ def build_path(
     steps = [*begun, *(_fresh(block, free[moves[block.kind].name]) for block in found)]
     kinds = [*range(len(moves)), *(block.kind for block in found)]
     ends = np.cumsum([len(own) for own in steps], dtype=np.int64)[len(moves) - 1 :]
+    numbers = {key: number for number, key in enumerate(dict.fromkeys((block.kind, block.site) for block in found))}
     return Path(
         tuple(moves),
         tuple(len(free[move.name]) for move in moves),
@@ -153,6 +170,7 @@ def build_path(
         np.concatenate(steps),
         ends,
         np.array([block.price for block in found]),
+        np.array([numbers[block.kind, block.site] for block in found], dtype=np.int64),
     )
 
 

@@ -38,7 +38,7 @@ Array: TypeAlias = NDArray[Any]
 
 #: Rows for each unknown of one output, rows at least, and bytes of patches at most.
 ROWS_PER_UNKNOWN = 16
-MIN_ROWS = 1 << 12
+MIN_ROWS = 1 << 14
 PATCH_BYTES = 1 << 28
 
 

@@ -17,7 +17,7 @@ from lindep_onnx.errors import BudgetError, UsageError
 from lindep_onnx.moves.kinds import MOVES
 from lindep_onnx.moves.prices import savings
 from lindep_onnx.planning.path import Path as PlanPath
-from lindep_onnx.planning.path import build_path, lower_hull
+from lindep_onnx.planning.path import build_path, free_first, lower_hull
 from lindep_onnx.runtime.timing import Stopwatch, Timing
 from lindep_onnx.structure.rewrite import Removal, rewrite
 from lindep_onnx.structure.steps import Curve
@@ -188,6 +188,26 @@ def test_inside_a_group_the_order_of_the_elimination_is_kept(model) -> None:
     curve = Curve(0, units, np.array([5.0, *np.linspace(6, 7, len(units) - 1)]), np.arange(1.0, len(units) + 1))
     path = path_of(channels, [curve], np.zeros(channels.units, dtype=bool))
     assert path.step.tolist() == units.tolist()
+
+
+def test_a_way_around_a_block_has_neither_it_nor_what_its_site_offers_behind_it(model) -> None:
+    channels = traced(model)
+    rng = np.random.default_rng(0)
+    found = [
+        Curve(n, group.units[1:], np.cumsum(rng.random(len(group.units) - 1)), np.arange(1.0, len(group.units)))
+        for n, group in enumerate(channels.groups)
+    ]
+    free = np.zeros(channels.units, dtype=bool)
+    free[found[0].steps[0]] = True
+    path = path_of(channels, [free_first(found[0], free), *found[1:]], free)
+    block = 5
+    other = path.without(block)
+    assert all((path.at(count)[0].steps == other.at(count)[0].steps).all() for count in range(block + 1))
+    (own,) = (curve.steps for curve in found if path.step[path.ends[block]] in curve.steps)
+    gone, whole = (way.at(len(way))[0].steps for way in (other, path))
+    assert gone[own].sum() == path.at(block)[0].steps[own].sum() < whole[own].sum()
+    rest = np.setdiff1d(np.arange(channels.units), own)
+    assert (gone[rest] == whole[rest]).all() and len(other) < len(path)
 
 
 def test_free_units_go_first(model) -> None:

@@ -15,6 +15,7 @@ from timings import timing
 import lindep_onnx
 from lindep_onnx.errors import TimingError, UsageError
 from lindep_onnx.model import ir as graph
+from lindep_onnx.planning import latency as planned
 from lindep_onnx.runtime import layer_latency as latency
 from lindep_onnx.runtime.backend import Runtime
 from lindep_onnx.runtime.timing import Stopwatch, Timing
@@ -234,3 +235,21 @@ def test_what_is_free_and_fast_enough_is_all_that_is_done() -> None:
     report = lindep_onnx.compress(model, {"x": x}, latency=0.5, target="cpu-avx2").report
     assert [group.channels_after for group in report.groups] == [24]
     assert report.verification is not None and report.verification.relative_error < 1e-5
+
+
+@pytest.mark.parametrize("ways", [1, 3])
+def test_a_block_that_is_larger_than_what_is_left_to_go_is_left_out(ways: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planned, "WAYS", ways)
+    body = (
+        "a = Conv<pads=[1,1,1,1]>(x, w)\nb = Relu(a)\nc = Conv<pads=[1,1,1,1]>(b, v)\nd = Relu(c)\n"
+        "e = Conv<pads=[1,1,1,1]>(d, t)\nf = Relu(e)\ng = GlobalAveragePool(f)\nh = Flatten(g)\ny = Gemm<transB=1>(h, u)"
+    )
+    rng = np.random.default_rng(0)
+    weights = {"v": (64, 16, 7, 7), "t": (64, 64, 1, 1), "u": (10, 64)}
+    w = rng.normal(size=(16, 3, 3, 3)).astype(np.float32)
+    w[8:] = w[:8] + 0.5 * rng.normal(size=(8, 3, 3, 3))  # at a price, and half of the work behind it
+    model = build(body, {"w": w, **weights}, x=("N", 3, 12, 12))
+    x = rng.normal(size=(80, 3, 12, 12)).astype(np.float32)
+    options = {"refit": "fold", "force": True, "target": "cpu-avx2"}
+    found = lindep_onnx.compress(model, {"x": x}, latency=0.8, **options).report.latency
+    assert found is not None and (0.7 < found.ratio <= 0.8 if ways > 1 else found.ratio < 0.7)

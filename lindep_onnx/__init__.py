@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lindep_onnx._version import __version__
-from lindep_onnx.api import Result, apply, calibrate, compress, plan, trace
+from lindep_onnx.api import Result, apply, calibrate, compare, compress, inspect, plan, sweep, trace
 from lindep_onnx.errors import (
     BudgetError,
     CalibrationError,
@@ -13,10 +13,12 @@ from lindep_onnx.errors import (
     UsageError,
     VerificationError,
 )
+from lindep_onnx.inspection import Inspection
 from lindep_onnx.options import Config
 from lindep_onnx.pipeline import Calibrated
 from lindep_onnx.planning.plan_file import Plan
 from lindep_onnx.proofs.traced import TracedModel
+from lindep_onnx.sweeping import Sweep
 
 #: Its name up to version 0.1.
 Understood = TracedModel
@@ -26,11 +28,13 @@ __all__ = [
     "Calibrated",
     "CalibrationError",
     "Config",
+    "Inspection",
     "LindepError",
     "ModelError",
     "OutputError",
     "Plan",
     "Result",
+    "Sweep",
     "TracedModel",
     "Understood",
     "UsageError",
@@ -38,7 +42,10 @@ __all__ = [
     "__version__",
     "apply",
     "calibrate",
+    "compare",
     "compress",
+    "inspect",
     "plan",
+    "sweep",
     "trace",
 ]

@@ -12,7 +12,9 @@ import onnx
 
 from lindep_onnx.calibration.runnable import blamed_on_data
 from lindep_onnx.calibration.shards import elsewhere
+from lindep_onnx.comparison import compare_models
 from lindep_onnx.errors import UsageError
+from lindep_onnx.inspection import Inspection, inspect_model
 from lindep_onnx.log import Log
 from lindep_onnx.model.weights import embedded
 from lindep_onnx.options import Config, DataOptions, MomentsOptions, Options, TraceOptions, declared
@@ -35,6 +37,7 @@ from lindep_onnx.planning.strategies import choose
 from lindep_onnx.proofs.traced import TracedModel, load_and_trace
 from lindep_onnx.report.values import Report
 from lindep_onnx.runtime.backend import Runtime
+from lindep_onnx.sweeping import SWEPT, Sweep, Swept, sweep_models
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 
@@ -201,6 +204,79 @@ def plan(calibrated: Calibrated, *, progress: Progress | None = None, **options:
     if failure is not None and not config.force:
         raise failure
     return to_plan(calibrated.traced.structure, result, config.described())
+
+
+def inspect(model: str | Path | onnx.ModelProto, **options: Any) -> Inspection:
+    """Say what may be removed from a model, what its weights prove redundant, and what blocks the rest. No data.
+
+    Args:
+        model: a path or a model in memory; never changed.
+        **options: fields of `lindep_onnx.Config`, for instance `exclude` or `input_range`.
+
+    Raises:
+        UsageError: an option has no meaning.
+        ModelError: the model cannot be read.
+    """
+    return inspect_model(model, _config(options), Log())
+
+
+def compare(
+    original: str | Path | onnx.ModelProto,
+    other: str | Path | onnx.ModelProto,
+    calib: Any,
+    *,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Report:
+    """Run two models on the same data: error, agreement, size and latency of the second beside the first.
+
+    Args:
+        original: the model to compare with.
+        other: the model that is to stand in for it, with the same inputs and outputs; whoever made it.
+        calib: data, as in `compress`; all of it is used.
+        progress: called with (stage, done, all).
+        **options: fields of `lindep_onnx.Config`, for instance `min_agreement`.
+
+    Raises:
+        UsageError: an option has no meaning.
+        ModelError: a model cannot be read or run, or they have other inputs or outputs.
+        CalibrationError: the data does not fit the model.
+        BudgetError: a limit on quality does not hold (not raised with `force=True`).
+    """
+    config = _config(options)
+    report, failure = compare_models(original, other, calib, config, Log(progress))
+    if failure is not None and not config.force:
+        raise failure
+    return report
+
+
+def sweep(
+    model: str | Path | onnx.ModelProto,
+    calib: Any,
+    *,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Sweep:
+    """Compress a model to several budgets on one calibration.
+
+    Args:
+        model: a path or a model in memory; never changed.
+        calib: calibration data, as in `compress`.
+        progress: called with (stage, done, all).
+        **options: fields of `lindep_onnx.Config`; of `params`, `macs`, `size`, `channels` and `latency` one is a list
+            of shares.
+
+    Raises:
+        UsageError: an option has no meaning, or there is nothing to sweep over.
+        ModelError: the model cannot be read or run.
+        CalibrationError: the data does not fit the model.
+    """
+    several = {name: options[name] for name in SWEPT if isinstance(options.get(name), (list, tuple))}
+    if len(several) != 1:
+        raise UsageError(f"A sweep takes a list of shares for one of {', '.join(SWEPT)}.")
+    ((over, shares),) = several.items()
+    rest = {name: value for name, value in options.items() if name != over}
+    return sweep_models(model, calib, Swept(over, tuple(shares)), _config(rest), Log(progress))
 
 
 def _known(options: Mapping[str, Any]) -> Mapping[str, Any]:

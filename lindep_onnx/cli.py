@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import difflib
 import io
 import logging
-import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -27,24 +25,14 @@ from rich.progress import (
 )
 
 from lindep_onnx import pipeline
-from lindep_onnx._version import __version__
+from lindep_onnx.arguments import parser, with_negatives
 from lindep_onnx.calibration.shards import elsewhere
+from lindep_onnx.commands import COMMANDS, COMPRESS, Command, command_parser, write_answer
 from lindep_onnx.data.sources import RANDOM, load_function
 from lindep_onnx.errors import LindepError, UsageError
 from lindep_onnx.integrations.dask import connected
 from lindep_onnx.log import Log
-from lindep_onnx.options import (
-    GROUPS,
-    Config,
-    DataOptions,
-    Option,
-    OutputOptions,
-    RefitOptions,
-    RuntimeOptions,
-    declared,
-    flag,
-    several,
-)
+from lindep_onnx.options import Config, declared, flag
 from lindep_onnx.planning.plan_file import Plan, options_of
 from lindep_onnx.report.terminal import render
 from lindep_onnx.report.writing import check_path, write_report
@@ -56,152 +44,6 @@ NO_MODELS = (".npz", ".npy", ".py", ".json", ".html", ".csv", ".jpg", ".jpeg", "
 MAX_LINES = 3
 #: Blocks of memory from this size on go back to the system when they are freed, and the numbers of glibc's options.
 GIVEN_BACK, TRIM_THRESHOLD, MMAP_THRESHOLD = 4 << 20, -1, -3
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports a mistake in one line, without the usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message[:1].upper()}{message[1:]}.{self._hint(message)} See {self.prog} --help.")
-
-    def _hint(self, message: str) -> str:
-        """What was probably meant."""
-        head, _, rest = message.partition(": ")
-        if head != "unrecognized arguments":
-            return ""
-        for word in rest.split():
-            if word.startswith("--"):
-                name = word.partition("=")[0].replace("_", "-")
-                close = difflib.get_close_matches(name, self._option_string_actions, 1)
-                return f" Did you mean {close[0]}?" if close else ""
-        if all(re.fullmatch(r"-?[0-9.]+,?", word) for word in rest.split()):
-            return " Several numbers have commas between and no spaces: --mean 0.5,0.5,0.5."
-        return " There is one IN.onnx and one OUT.onnx; everything else belongs to an option, such as --calib DATA."
-
-
-REFERENCE = """# Command line
-
-<!-- Made by `python -c "from lindep_onnx.cli import reference; print(reference(), end='')"`; do not edit. -->
-
-```text
-lindep-onnx IN.onnx [OUT.onnx] [options]
-```
-
-All but those that are about files, data and what is printed are fields of `lindep_onnx.Config` as well, and keywords of
-`lindep_onnx.compress`, with `_` for `-`. In brackets: what holds where the option is not given. Exit codes: 0 done,
-1 failure, 2 wrong usage, 3 budget or verification not met.
-"""
-#: What only the command line takes.
-RUN_OPTIONS = {
-    "calib": Option(
-        ".npz with input names as keys, .npy, a directory of shards, images or ONNX test_data_set_* folders, or "
-        "FILE.py:FUNC that yields dicts of arrays (FILE.py alone: its load_data)",
-        "DATA",
-        title=DataOptions.title,
-    ),
-    "stress": Option(
-        "a second data set that the result has to hold on, not fitted to", "DATA", title=DataOptions.title
-    ),
-    "plan": Option("carry out a plan that --save-plan wrote, edited or not", "FILE.json", title=RefitOptions.title),
-    "cluster": Option(
-        "calibrate on N processes or on a Dask scheduler's workers", "N|ADDRESS", title=RuntimeOptions.title
-    ),
-    "dry_run": Option("report only, write no model"),
-    "report": Option("write the report", "FILE.json|FILE.html"),
-    "save_plan": Option("write what goes, to be edited and given to --plan", "FILE.json"),
-    "save_as_external_data": Option("weights go into OUT.onnx.data"),
-    "verbose": Option("show every group and refusal"),
-    "quiet": Option("print nothing but errors"),
-    "debug": Option("full traceback on errors, log of all stages"),
-}
-
-
-def _by_title() -> dict[str, dict[str, Option]]:
-    """All options, in the parts of the usage text."""
-    found: dict[str, dict[str, Option]] = {group.title: {} for group in GROUPS}
-    for name, option in RUN_OPTIONS.items():
-        found[option.title or OutputOptions.title][name] = option
-    for group in GROUPS:
-        for name, option in declared(group).items():
-            found[option.title or group.title][name] = option
-    return found
-
-
-def parser() -> argparse.ArgumentParser:
-    """What reads the command line."""
-    made = _Parser(
-        prog="lindep-onnx",
-        description="Make a trained ONNX model smaller and faster: find channels that are linear combinations of "
-        "others, move their weight onto the survivors, and delete them.",
-        epilog="Without a budget only what changes nothing is removed (lossless mode). "
-        "Exit codes: 0 done, 1 failure, 2 wrong usage, 3 budget or verification not met.",
-        allow_abbrev=False,
-    )
-    made.add_argument("model", metavar="IN.onnx", help="the model to compress")
-    made.add_argument("output", metavar="OUT.onnx", nargs="?", help="where to write the result")
-    made.add_argument("--version", action="version", version=f"lindep-onnx {__version__}")
-    types = get_type_hints(Config)
-    for title, options in _by_title().items():
-        part = made.add_argument_group(title)
-        for name, option in options.items():
-            _add(part, name, option, types.get(name, bool if option.metavar is None else str))
-    return made
-
-
-def _add(part: argparse._ArgumentGroup, name: str, option: Option, kind: Any) -> None:
-    """Give the parser one option. What is not given is None, for the defaults are those of `Config`."""
-    flags = [f"-{name[0]}", flag(name)] if name in ("verbose", "quiet") else [flag(name)]
-    told = _told(name, option)
-    kinds = get_args(kind) or (kind,)
-    read = option.read or (int if int in kinds else _number if float in kinds else str)
-    if kind is bool:
-        part.add_argument(*flags, action="store_true", default=None, help=told)
-    elif option.metavar is None:  # one of the words of `Literal[...]`, or of `Literal[...] | None`
-        part.add_argument(*flags, choices=get_args(kinds[0]) or kinds, help=told)
-    elif option.nargs == "append":
-        part.add_argument(*flags, action="append", type=read, metavar=option.metavar, help=told)
-    else:
-        part.add_argument(*flags, nargs=option.nargs, type=read, metavar=option.metavar, help=told)
-
-
-def _told(name: str, option: Option) -> str:
-    """What an option does, and what it is where it is not given, if its help does not say so."""
-    default = getattr(Config, name, None)
-    known = default is not None and default is not False
-    return f"{option.help} ({', '.join(map(str, several(default)))})" if known and default != () else option.help
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        hint = f", such as {float(text[:-1]) / 100:g}" if re.fullmatch(r"[0-9]+(\.[0-9]+)?%", text) else ""
-        raise argparse.ArgumentTypeError(f"must be a number{hint}, not {text!r}") from None
-
-
-def reference() -> str:
-    """`docs/cli.md`: every option with its default and its bounds."""
-    text = REFERENCE
-    for title, options in _by_title().items():
-        text += f"\n## {title[0].upper()}{title[1:]}\n\n"
-        for name, option in options.items():
-            words = "; ".join([_told(name, option), *(bound.words for bound in option.bounds)])
-            text += f"- `{flag(name)}{' ' + option.metavar if option.metavar else ''}`: {words}.\n"
-    return text
-
-
-def with_negatives(arguments: Sequence[str]) -> list[str]:
-    """The arguments with values that begin with a minus (`-5:5`, `-1,0,1`) joined to their option.
-
-    argparse takes such a value for an option of its own.
-    """
-    found: list[str] = []
-    for argument in arguments:
-        if re.match(r"-(\.?[0-9]|inf)", argument) and found and re.fullmatch(r"--[a-z][a-z-]*", found[-1]):
-            found[-1] += "=" + argument
-        else:
-            found.append(argument)
-    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -218,9 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _give_memory_back()
     errors = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
     try:
-        options = parser().parse_intermixed_args(with_negatives(given))  # OUT may come behind options
+        command = COMMANDS.get(given[0]) if given else None
+        made = parser() if command is None else command_parser(given[0])
+        rest = given[1:] if given and given[0] in (COMPRESS, *COMMANDS) else given
+        options = made.parse_intermixed_args(with_negatives(rest))  # OUT may come behind options
         logging.basicConfig(level=logging.DEBUG if options.debug else logging.ERROR, stream=sys.stderr)
-        return _run(options, errors)
+        return _run(options, errors) if command is None else _other(command, options, errors)
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in given:
             traceback.print_exception(error)
@@ -263,6 +108,19 @@ def _shortened(message: str) -> str:
     return "\n".join(lines if len(lines) <= MAX_LINES else [*lines[: MAX_LINES - 1], lines[-1]])
 
 
+def _other(command: Command, options: argparse.Namespace, errors: Console) -> int:
+    config = Config(**{name: value for name, value in _changed(options).items() if name not in command.own})
+    for path in (getattr(options, name, None) for name in ("model", "original", "other", "out", "calib", "json")):
+        if path is not None:
+            _check_name(str(path))
+    with _progress(errors, bool(options.quiet)) as progress:
+        answer = command.run(options, config, Log(progress))
+    write_answer(answer, options)
+    if answer.failure is not None:
+        raise answer.failure
+    return OK
+
+
 def _run(options: argparse.Namespace, errors: Console) -> int:
     config, repeated = _config(options)
     files, report_path = _files(options, config)
@@ -287,22 +145,28 @@ def _run(options: argparse.Namespace, errors: Console) -> int:
 
 def _config(options: argparse.Namespace) -> tuple[Config, pipeline.Repeated | None]:
     """The options, and the plan that they are given beside."""
-    default, changed = Config(), {}
-    for name in declared(Config):
-        value = getattr(options, name)
-        if isinstance(value, list):
-            value = dict(value) if isinstance(getattr(default, name), Mapping) else tuple(value)
-            if name == "latency_table" and len(value) == 1:  # as it is in reports and plans
-                value = value[0]
-        if name in ("eval", "augment") and value not in (None, "mix"):
-            value = load_function(value, flag(name))
-        if value is not None:
-            changed[name] = value
+    changed = _changed(options)
     if options.plan is None:
         return Config(**changed), None
     _check_name(options.plan)
     saved = Plan.load(options.plan)
     return options_of(saved, changed), pipeline.Repeated(saved, changed)
+
+
+def _changed(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that are given."""
+    default, changed = Config(), dict[str, Any]()
+    for name in declared(Config):
+        value = getattr(options, name, None)  # not every command has every option
+        if isinstance(value, list):
+            value = dict(value) if isinstance(getattr(default, name), Mapping) else tuple(value)
+            if name == "latency_table" and len(value) == 1:  # as it is in reports and plans
+                value = value[0]
+        if name in ("eval", "augment") and isinstance(value, str) and value != "mix":
+            value = load_function(value, flag(name))
+        if value is not None:
+            changed[name] = value
+    return changed
 
 
 def _files(options: argparse.Namespace, config: Config) -> tuple[pipeline.Files, Path | None]:

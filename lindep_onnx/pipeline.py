@@ -34,7 +34,7 @@ from lindep_onnx.model.checks import as_model_error, check_model, full_check_pas
 from lindep_onnx.model.edit import GraphEdits, apply_edits
 from lindep_onnx.model.fused import fused_operators
 from lindep_onnx.model.ir import Model
-from lindep_onnx.model.save import save
+from lindep_onnx.model.save import check_output, save
 from lindep_onnx.model.weights import check_unchanged
 from lindep_onnx.moves.kinds import MOVES, changeable
 from lindep_onnx.options import Config, ImageOptions, declared
@@ -218,7 +218,7 @@ def run(request: Request, config: Config, log: Log) -> Outcome:
     saved = to_plan(traced.structure, finished.result, finished.options) if config.rounds == 1 else None
     check_unchanged(traced.stored.folder)
     if failure is None or config.force:
-        _write(model, saved, request.files, partial(check_opens, runtime, traced.stored))
+        write(model, saved, request.files, partial(check_opens, runtime, traced.stored))
     return Outcome(model, report, failure, saved)
 
 
@@ -248,19 +248,12 @@ def _check(request: Request, config: Config) -> None:
     if config.rounds > 1 and files.save_plan is not None:
         raise UsageError("--save-plan: a plan is one cut, and --rounds makes several; drop one of them.")
     if files.output is not None:
-        _check_output(request.source, files.output)
+        check_output(request.source, files.output)
         if files.external_data:
             check_writable(files.output.with_name(files.output.name + ".data"))
     for path in (config.save_moments, files.save_plan, config.checkpoint):
         if path is not None:
             check_writable(Path(path))
-
-
-def _check_output(source: str | Path | onnx.ModelProto, output: Path) -> None:
-    in_file = not isinstance(source, onnx.ModelProto) and Path(source).exists()
-    if in_file and output.exists() and output.samefile(source):
-        raise UsageError(f"{output}: is the input model; name another file to write.")
-    check_writable(output)
 
 
 def _for_stress(config: Config, source: Any) -> Config:
@@ -480,7 +473,15 @@ def _profiled(finished: Finished, round_: Round) -> Finished:
         return replace(finished, result=replace(result, notes=(*result.notes, note)))
 
 
-def _write(model: Model, plan: Plan | None, files: Files, check: Callable[[Path], None]) -> None:
+def write(model: Model, plan: Plan | None, files: Files, check: Callable[[Path], None]) -> None:
+    """Write what was asked for.
+
+    Args:
+        model: the result.
+        plan: what went; None if that is not to be written.
+        files: where to.
+        check: raises if a file that was written is not to take its name.
+    """
     if files.output is not None:
         save(model.proto, model.folder, files.output, external_data=files.external_data, check=check)
     if files.save_plan is not None and plan is not None:

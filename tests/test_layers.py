@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "lindep_onnx"
 #: Low to high: a module imports from its own layer and from those before it. Names in one string share a layer.
 LAYERS = (
     "_version errors", "log files", "options", "linalg", "model", "data", "runtime", "structure", "verify", "proofs",
-    "calibration", "refit moves", "planning", "distill", "report", "pipeline", "api", "integrations", "cli",
+    "calibration", "refit moves", "planning", "distill", "report", "pipeline", "inspection comparison sweeping",
+    "api", "integrations", "arguments", "commands", "cli",
 )  # fmt: skip
 #: Modules that alone may import these packages.
 HOMES = {"onnxruntime": ("runtime/backend.py", "runtime/timed_process.py"), "onnx_graphsurgeon": ("model/edit.py",)}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import lindep_onnx
-from lindep_onnx import cli
+from lindep_onnx import cli, commands
 from lindep_onnx.errors import UsageError
 from lindep_onnx.options import GROUPS, Config, DataOptions, ImageOptions, TraceOptions, declared, flag
 from lindep_onnx.planning.plan_file import Plan, options_of
@@ -21,7 +21,7 @@ def test_every_option_is_in_one_group_and_is_a_flag() -> None:
     assert len(set(names)) == len(names) and set(names) == declared(Config).keys()
     text = cli.parser().format_help()
     assert all(flag(name) in text for name in names)
-    assert all(f"`{flag(name)}" in cli.reference() for name in names)
+    assert all(f"`{flag(name)}" in commands.reference() for name in names)
 
 
 def test_a_config_is_every_group_and_stays_a_value() -> None:

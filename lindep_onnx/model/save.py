@@ -15,8 +15,8 @@ import onnx
 from google.protobuf.message import DecodeError, EncodeError
 
 from lindep_onnx import files
-from lindep_onnx.errors import OutputError
-from lindep_onnx.files import WeightsDir
+from lindep_onnx.errors import OutputError, UsageError
+from lindep_onnx.files import WeightsDir, check_writable
 from lindep_onnx.model.weights import (
     Array,
     array_of,
@@ -40,6 +40,19 @@ logger = logging.getLogger(__name__)
 PROTOBUF_LIMIT = 2**31 - 1
 #: A larger model is taken to use the file that is looked for.
 MAX_SEARCHED = 1 << 28
+
+
+def check_output(source: str | Path | onnx.ModelProto, output: Path) -> None:
+    """Find out before the work whether a model can be written, and not over the one that is read.
+
+    Raises:
+        UsageError: it is the input model.
+        OutputError: it cannot be written.
+    """
+    in_file = not isinstance(source, onnx.ModelProto) and Path(source).exists()
+    if in_file and output.exists() and output.samefile(source):
+        raise UsageError(f"{output}: is the input model; name another file to write.")
+    check_writable(output)
 
 
 def save(

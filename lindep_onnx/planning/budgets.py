@@ -102,15 +102,15 @@ class Budgets:
             found: the comparison with the original on held-out samples; None without.
         """
         for name, share in self.sizes.items():
-            reached = achieved[name]
+            left = achieved[name]
             asked = self.enforced is None or name in self.enforced  # an edited plan may keep more
-            if asked and reached is not None and not reached <= share:
-                return _too_large(name, share, reached)
+            if asked and left is not None and not left <= share:
+                return _too_large(name, share, left)
         for name in QUALITY:
             if name in achieved and not self.holds(name, achieved[name]):
                 return BudgetError(
                     f"{flag(name)} {self.limits[name]:g} does not hold together with the other limits: "
-                    f"{_quality_reached(name, achieved[name], found)}. Nothing was written; loosen one of them."
+                    f"{reached(name, achieved[name], found)}. Nothing was written; loosen one of them."
                 )
         return self.chance_failure(found)
 
@@ -221,7 +221,8 @@ def _judging(found: Comparison) -> str:
     return "--max-error" if found.agreement is None else "--min-agreement or --max-error"
 
 
-def _quality_reached(name: str, value: float | None, found: Comparison | None) -> str:
+def reached(name: str, value: float | None, found: Comparison | None) -> str:
+    """A clause on how far a result is from the limit of that name."""
     if value is None or math.isnan(value):
         return "it could not be measured"
     if name == "min_agreement" and found is not None and found.agreement is not None:

@@ -102,7 +102,7 @@ class Judge:
         self._stopwatch: Stopwatch | None = None
         self._original = original if reference.model.folder is None else None
         self._first = None if samples is None else next(iter(samples.batches(limit=1)))
-        self.before = self._priced(reference.stored)
+        self.before = self.priced(reference.stored)
         self.budgets = Budgets.of(config, self.before, wanted)
 
     # ---- size and time -----------------------------------------------------------------------------------------
@@ -114,9 +114,10 @@ class Judge:
 
     def cost(self, model: Model) -> Cost:
         """What a result costs as it is written."""
-        return self._priced(self.stored(model))
+        return self.priced(self.stored(model))
 
-    def _priced(self, model: Model) -> Cost:
+    def priced(self, model: Model) -> Cost:
+        """What a model costs as it is."""
         return cost(model, self.shapes, 1 if self._first is None else self._first.size)
 
     def stored(self, model: Model) -> Model:

@@ -22,7 +22,7 @@ from lindep_onnx.model.cost import Cost
 from lindep_onnx.moves.kinds import MOVES
 from lindep_onnx.moves.prices import savings
 from lindep_onnx.options import Config
-from lindep_onnx.planning.values import Result
+from lindep_onnx.planning.values import Evaluation, Result
 from lindep_onnx.proofs.traced import TracedModel
 from lindep_onnx.report.data_support import sentences, support
 from lindep_onnx.report.figures import layers, next_step, spectra
@@ -118,14 +118,7 @@ def build_report(
         ),
         budget=tuple(BudgetReport(kind, float(getattr(config, kind)), reached) for kind, reached in achieved),
         seconds=log.seconds,
-        versions={
-            "lindep_onnx": __version__,
-            "onnx": onnx.__version__,
-            "onnxruntime": backend.version(),
-            "numpy": np.__version__,
-            "scipy": scipy.__version__,
-            "python": platform.python_version(),
-        },
+        versions=_versions(),
         options=finished.options,
         notes=(*([RANDOM] if random else []), *read, *(samples.notes if samples is not None else ()), *notes),
         mode=finished.mode,
@@ -138,6 +131,67 @@ def build_report(
         layer_times=finished.layer_times,
         next_step=_next_step(finished),
     )
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Two models that were compared.
+
+    Attributes:
+        traced: the original.
+        before: what it costs.
+        evaluation: of the other model.
+        latency: of the other beside the original; None if not measured.
+        verdict: what may be said of the other.
+        notes: what the user should know.
+    """
+
+    traced: TracedModel
+    before: Cost
+    evaluation: Evaluation
+    latency: Timing | None
+    verdict: Verdict
+    notes: tuple[str, ...]
+
+
+def compared_report(compared: Compared, config: Config, log: Log) -> Report:
+    """A report on a model that somebody else made.
+
+    Args:
+        compared: what was measured.
+        config: the options.
+        log: the seconds of its stages are reported.
+    """
+    evaluation, latency = compared.evaluation, None if compared.latency is None else _latency(compared.latency)
+    assert evaluation.comparison is not None
+    return Report(
+        before=_size(compared.before, None if latency is None else latency.before_ms),
+        after=_size(evaluation.cost, None if latency is None else latency.after_ms),
+        verification=verification_of(evaluation.comparison, compared.verdict, "samples"),
+        groups=(),
+        refusals=(),
+        budget=tuple(
+            BudgetReport(kind, float(getattr(config, kind)), reached) for kind, reached in evaluation.achieved.items()
+        ),
+        seconds=log.seconds,
+        versions=_versions(),
+        options=config.described(),
+        notes=compared.notes,
+        mode="compared",
+        model=compared.traced.name,
+        latency=latency,
+    )
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "lindep_onnx": __version__,
+        "onnx": onnx.__version__,
+        "onnxruntime": backend.version(),
+        "numpy": np.__version__,
+        "scipy": scipy.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def _next_step(finished: Finished) -> NextStep | None:

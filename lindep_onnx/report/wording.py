@@ -155,6 +155,8 @@ def operators(report: Report, *, every: bool) -> Iterator[tuple[str, str, str, s
 def headline(report: Report) -> str:
     """What was removed, or why nothing was."""
     removed = sum(group.removed for group in report.changed)
+    if report.mode == "compared":
+        return f"Compared with {safe(report.model) or 'the original'}:"
     if removed:
         way = {"lossless": "Lossless mode", "proven": "Proven-only mode"}.get(report.mode, "Budgeted mode")
         channels = sum(group.channels_before for group in report.groups)
@@ -205,7 +207,8 @@ def _status(found: Verification) -> str:
 def slowdown(report: Report) -> str | None:
     """By how much the result is slower, where the measurement leaves no doubt; None else."""
     found = report.latency
-    if found is None or not found.differs or found.low <= SLOWER or not report.changed:
+    changed = report.changed or report.mode == "compared"
+    if found is None or not found.differs or found.low <= SLOWER or not changed:
         return None
     return slower(found.ratio, smaller=report.after.bytes < report.before.bytes)
 

@@ -106,9 +106,11 @@ def test_a_block_that_fails_is_noticed(folder: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_options_and_tools_that_a_page_names_exist(page: Path) -> None:
-    from lindep_onnx.cli import parser
+    from lindep_onnx.arguments import parser
+from lindep_onnx.commands import COMMANDS, command_parser
 
-    flags = {flag for action in parser()._actions for flag in action.option_strings}
+    parsers = [parser(), *map(command_parser, COMMANDS)]
+    flags = {flag for one in parsers for action in one._actions for flag in action.option_strings}
     text = page.read_text("utf-8")
     for line in re.findall(r"^lindep-onnx .*$|`--[^`]*`", text, flags=re.M):
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", line)) <= flags, line
@@ -130,7 +132,7 @@ def test_figures_name_cases_that_exist(page: Path) -> None:
 
 
 def test_the_reference_of_the_command_line_is_made_from_the_options() -> None:
-    from lindep_onnx.cli import reference
+    from lindep_onnx.commands import reference
 
     assert (DOCS / "cli.md").read_text("utf-8") == reference()
 

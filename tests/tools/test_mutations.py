@@ -53,7 +53,7 @@ def test_copies_are_channels_that_can_go(case: Case) -> None:
 
 @pytest.mark.parametrize("seed", (2, 4))
 def test_a_try_on_the_demonstration_model(seed: int) -> None:
-    found = mutate.attempt(seed, ROOT / "models" / "demo.onnx", None)
+    found = mutate.attempt(seed, ROOT / "models" / "demo.onnx", None, "lossless")
     assert (found.outcome, found.gone[1] > 100) == ("fine", True), found.text
 
 
@@ -67,7 +67,7 @@ def test_a_result_that_differs_is_called_wrong(monkeypatch: pytest.MonkeyPatch) 
         return result
 
     monkeypatch.setattr(mutate, "compress", lies)
-    assert mutate.attempt(3, ROOT / "models" / "demo.onnx", None).outcome == "wrong"
+    assert mutate.attempt(3, ROOT / "models" / "demo.onnx", None, "lossless").outcome == "wrong"
 
 
 def test_channels_lost_without_a_reason_are_found() -> None:

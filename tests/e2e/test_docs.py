@@ -107,7 +107,7 @@ def test_a_block_that_fails_is_noticed(folder: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_options_and_tools_that_a_page_names_exist(page: Path) -> None:
     from lindep_onnx.arguments import parser
-from lindep_onnx.commands import COMMANDS, command_parser
+    from lindep_onnx.commands import COMMANDS, command_parser
 
     parsers = [parser(), *map(command_parser, COMMANDS)]
     flags = {flag for one in parsers for action in one._actions for flag in action.option_strings}

@@ -19,7 +19,7 @@ from lindep_onnx.planning.path import Path
 from lindep_onnx.planning.round import Round
 from lindep_onnx.planning.search import first_small_enough, last_good_enough
 from lindep_onnx.planning.values import Result
-from lindep_onnx.runtime.timing import Stopwatch
+from lindep_onnx.runtime.timing import Stopwatch, Timing
 from lindep_onnx.structure.steps import ChannelSteps, Curves
 from lindep_onnx.verify.metrics import Comparison
 from lindep_onnx.verify.verdict import near_chance
@@ -51,6 +51,10 @@ class _Clock:
             self.known[count] = self.watch.glance(self.round_.judge.stored(self.round_.bare(self.path, count)))
             self.round_.log.progress("search", len(self.known), max(MEASURED, len(self.known)))
         return self.known[count]
+
+    def timing(self, count: int) -> Timing:
+        """A whole comparison of a plan without any fit."""
+        return self.watch.compare(self.round_.judge.stored(self.round_.bare(self.path, count)))
 
     def between(self, low: int, high: int, wanted: float) -> int:
         """The count between two that were measured where a share of the time is expected."""
@@ -180,6 +184,8 @@ def _next(clock: _Clock, count: int, allowed: float) -> int | None:
 
 def _bisected(clock: _Clock, low: int, high: int, allowed: float, most: int = MEASURED) -> int | None:
     """The first count that is fast enough, as far as `most` measurements tell; None where none is."""
+    if allowed < clock.ratio(low) <= allowed + CLOSE:  # what costs least is not given up for a glance
+        clock.known[low] = clock.timing(low).ratio
     if clock.ratio(low) <= allowed:
         return low
     if clock.ratio(high) > allowed:

@@ -38,6 +38,9 @@ from lindep_onnx.report.terminal import render
 from lindep_onnx.report.writing import check_path, write_report
 
 OK, FAILURE = 0, 1
+#: Options of the commands beside `compress` that name files.
+READ = ("model", "original", "other", "calib", "load_moments")
+WRITTEN = ("out", "json", "report", "save_moments")
 #: Names that nobody gives a model: whoever writes one in its place means data.
 NO_MODELS = (".npz", ".npy", ".py", ".json", ".html", ".csv", ".jpg", ".jpeg", ".png")
 #: A message is never longer.
@@ -110,9 +113,11 @@ def _shortened(message: str) -> str:
 
 def _other(command: Command, options: argparse.Namespace, errors: Console) -> int:
     config = Config(**{name: value for name, value in _changed(options).items() if name not in command.own})
-    for path in (getattr(options, name, None) for name in ("model", "original", "other", "out", "calib", "json")):
-        if path is not None:
-            _check_name(str(path))
+    given = {name: str(value) for name, value in vars(options).items() if isinstance(value, str) and value != "-"}
+    read, written = ([given[name] for name in names if name in given] for names in (READ, WRITTEN))
+    for path in (*read, *written):
+        _check_name(path)
+    _check_written([Path(path) for path in written], read)
     with _progress(errors, bool(options.quiet)) as progress:
         answer = command.run(options, config, Log(progress))
     write_answer(answer, options)

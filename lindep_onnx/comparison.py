@@ -10,6 +10,7 @@ from typing import Any
 
 import onnx
 
+from lindep_onnx.data.split import Part
 from lindep_onnx.errors import BudgetError, CalibrationError, LindepError, ModelError, TimingError
 from lindep_onnx.log import Log
 from lindep_onnx.model.ir import Model, load
@@ -69,7 +70,10 @@ def compare_models(
                 timing, notes = stopwatch.compare(second), samples.notes
         except TimingError as error:
             timing, notes = None, (*samples.notes, f"No latency was measured. {error}")
-        verdict = replace(judge.budgets, mode="budgeted", holdout=2.0).verdict(found, evaluation.failure)
+        different = sum(map(samples.different, Part))
+        # All samples judge: it is as if twice of them were held out, of which half verify.
+        judging = replace(judge.budgets, mode="budgeted", holdout=2.0)
+        verdict = judging.verdict(found, evaluation.failure, different=different)
         compared = Compared(traced, judge.before, evaluation, timing, verdict, notes)
         report = compared_report(compared, config, log)
     return report, evaluation.failure or strict_failure(verdict, config)
@@ -79,7 +83,8 @@ def _failure(budgets: Budgets, achieved: Mapping[str, float | None], found: Comp
     """The first limit on quality that does not hold; None if all do."""
     for name, value in achieved.items():
         if not budgets.holds(name, value):
-            return BudgetError(f"{flag(name)} {budgets.limits[name]:g} does not hold: {reached(name, value, found)}.")
+            clause = reached(name, value, found, data="these samples")
+            return BudgetError(f"{flag(name)} {budgets.limits[name]:g} does not hold: {clause}.")
     return None
 
 

@@ -10,10 +10,10 @@ import onnx
 
 from lindep_onnx.log import Log
 from lindep_onnx.model.cost import cost
-from lindep_onnx.moves.kinds import MOVES
 from lindep_onnx.moves.prices import savings
 from lindep_onnx.options import Config
 from lindep_onnx.proofs.traced import TracedModel, load_and_trace
+from lindep_onnx.report.build import refusal_reports
 from lindep_onnx.report.values import RefusalReport, Size
 
 
@@ -81,7 +81,7 @@ def inspect_model(source: str | Path | onnx.ModelProto, config: Config, log: Log
         size=Size(found.parameters, found.macs, found.bytes, found.channels, None, found.operators),
         removable=found.parameters - left,
         groups=_groups(traced),
-        refusals=tuple(sorted(_refusals(traced), key=lambda entry: -entry.channels)),
+        refusals=tuple(sorted(refusal_reports(structure), key=lambda entry: -entry.channels)),
         notes=stored.notes,
     )
 
@@ -100,11 +100,3 @@ def _groups(traced: TracedModel) -> tuple[RemovableGroup, ...]:
         for group in structure.groups
     ]
     return tuple(sorted(found, key=lambda group: -group.parameters))
-
-
-def _refusals(traced: TracedModel) -> list[RefusalReport]:
-    return [
-        RefusalReport(refusal.reason.code, refusal.nodes, refusal.channels, refusal.reason.message)
-        for move in MOVES
-        for refusal in move.refusals(traced.structure)
-    ]

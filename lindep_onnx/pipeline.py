@@ -207,7 +207,7 @@ def run(request: Request, config: Config, log: Log) -> Outcome:
         if config.save_moments is not None:
             calibrated.save_moments(config.save_moments, result.prices)
         result = replace(result, notes=(*result.notes, *refused))
-        model, finished = _verified(calibrated, round_, result, log)
+        model, finished = verified(calibrated, round_, result, log)
         failure = finished.result.failure or strict_failure(finished.verdict, config)
         if stressing is not None:
             finished, failed = _stressed(finished, round_, stressing, log)
@@ -408,7 +408,7 @@ def _decided(
     return decide(traced.structure, config)
 
 
-def _verified(calibrated: Calibrated, round_: Round, result: Result, log: Log) -> tuple[Model, Finished]:
+def verified(calibrated: Calibrated, round_: Round, result: Result, log: Log) -> tuple[Model, Finished]:
     """The model as it is written, checked in every way that it may be run."""
     traced, samples, judge = calibrated.traced, calibrated.samples, round_.judge
     structure, model = traced.structure, result.candidate.model

@@ -26,6 +26,7 @@ from lindep_onnx.pipeline import (
     open_data,
     open_round,
     strict_failure,
+    verified,
     write,
 )
 from lindep_onnx.planning.loadable import check_opens, without_refused
@@ -161,10 +162,10 @@ def _point(
 ) -> tuple[SweepPoint, Model | None, Prices]:
     """One budget: what it comes to, its model if that may be used, and the curves that it was priced with."""
     round_ = open_round(calibrated, options, runtime, log)
-    result = choose(round_)
-    verdict = round_.judge.verdict(result.evaluation)
+    model, finished = verified(calibrated, round_, choose(round_), log)
+    result, verdict = finished.result, finished.verdict
     failure: LindepError | None = result.failure or strict_failure(verdict, options)
-    before, after = round_.judge.before, result.evaluation.cost
+    before, after = finished.before, result.evaluation.cost
     point = SweepPoint(
         asked=float(getattr(options, over)),
         parameters=after.parameters / max(1, before.parameters),
@@ -175,8 +176,7 @@ def _point(
         status="failed" if failure is not None else verdict.status,
         reason=str(failure) if failure is not None else verdict.reason,
     )
-    model = round_.judge.stored(result.candidate.model) if failure is None else None
-    return point, model, dict(result.prices)
+    return point, model if failure is None else None, dict(result.prices)
 
 
 def _size(point: SweepPoint, over: str) -> float:

@@ -221,8 +221,8 @@ def _judging(found: Comparison) -> str:
     return "--max-error" if found.agreement is None else "--min-agreement or --max-error"
 
 
-def reached(name: str, value: float | None, found: Comparison | None) -> str:
-    """A clause on how far a result is from the limit of that name."""
+def reached(name: str, value: float | None, found: Comparison | None, data: str = "held-out samples") -> str:
+    """A clause on how far a result is from the limit of that name, on what `data` names."""
     if value is None or math.isnan(value):
         return "it could not be measured"
     if name == "min_agreement" and found is not None and found.agreement is not None:
@@ -234,4 +234,4 @@ def reached(name: str, value: float | None, found: Comparison | None) -> str:
             f"output {differs.name!r} has another shape on {differs.shapes_differ:,} of {found.samples:,} held-out "
             "samples, which counts as an infinite error"
         )
-    return f"on held-out samples it is {value:.4g}"
+    return f"on {data} it is {value:.4g}"

@@ -19,7 +19,7 @@ from lindep_onnx.planning.path import Path
 from lindep_onnx.planning.round import Round
 from lindep_onnx.planning.search import first_small_enough, last_good_enough
 from lindep_onnx.planning.values import Result
-from lindep_onnx.runtime.timing import Stopwatch, Timing
+from lindep_onnx.runtime.timing import Stopwatch
 from lindep_onnx.structure.steps import ChannelSteps, Curves
 from lindep_onnx.verify.metrics import Comparison
 from lindep_onnx.verify.verdict import near_chance
@@ -51,10 +51,6 @@ class _Clock:
             self.known[count] = self.watch.glance(self.round_.judge.stored(self.round_.bare(self.path, count)))
             self.round_.log.progress("search", len(self.known), max(MEASURED, len(self.known)))
         return self.known[count]
-
-    def timing(self, count: int) -> Timing:
-        """A whole comparison of a plan without any fit."""
-        return self.watch.compare(self.round_.judge.stored(self.round_.bare(self.path, count)))
 
     def between(self, low: int, high: int, wanted: float) -> int:
         """The count between two that were measured where a share of the time is expected."""
@@ -106,15 +102,15 @@ def _best(round_: Round, clocks: Sequence[_Clock], allowed: float) -> tuple[_Clo
     """The path on which what is fast enough errs least, and its first count; the fastest path where none is."""
     found: list[tuple[float, int, int]] = []
     ways: list[_Clock] = []
-    for place, clock in enumerate(clocks):
-        least = _small(clock)
+    for clock in clocks:
+        least, begun = _small(clock), len(ways)
         with round_.log.stage("search"):
             count = None if least is None else _bisected(clock, least, len(clock.path), allowed)
         while count is not None:
             found.append((_error(clock, count), len(ways), count))
             ways.append(clock)
             with round_.log.stage("search"):
-                around = _around(clock, count, allowed) if len(ways) < WAYS * (place + 1) else None
+                around = _around(clock, count, allowed) if len(ways) < begun + WAYS else None
                 clock, count = around or (clock, None)
     if not found:
         return min(clocks, key=lambda clock: clock.ratio(len(clock.path))), None
@@ -185,7 +181,7 @@ def _next(clock: _Clock, count: int, allowed: float) -> int | None:
 def _bisected(clock: _Clock, low: int, high: int, allowed: float, most: int = MEASURED) -> int | None:
     """The first count that is fast enough, as far as `most` measurements tell; None where none is."""
     if allowed < clock.ratio(low) <= allowed + CLOSE:  # what costs least is not given up for a glance
-        clock.known[low] = clock.timing(low).ratio
+        clock.known[low] = clock.watch.compare(clock.round_.judge.stored(clock.round_.bare(clock.path, low))).ratio
     if clock.ratio(low) <= allowed:
         return low
     if clock.ratio(high) > allowed:

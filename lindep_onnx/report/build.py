@@ -42,6 +42,7 @@ from lindep_onnx.runtime import backend
 from lindep_onnx.runtime.node_times import LayerTime
 from lindep_onnx.runtime.timing import Timing
 from lindep_onnx.structure.steps import KINDS, ChannelSteps
+from lindep_onnx.structure.types import Structure
 from lindep_onnx.verify.metrics import Comparison
 from lindep_onnx.verify.variants import Variant
 from lindep_onnx.verify.verdict import Verdict
@@ -111,11 +112,7 @@ def build_report(
         verification=_verification(finished, random),
         stress=finished.stressed,
         groups=tuple(_group_reports(finished, found, curves)),
-        refusals=tuple(
-            RefusalReport(refusal.reason.code, refusal.nodes, refusal.channels, refusal.reason.message)
-            for move in MOVES
-            for refusal in move.refusals(traced.structure)
-        ),
+        refusals=refusal_reports(traced.structure),
         budget=tuple(BudgetReport(kind, float(getattr(config, kind)), reached) for kind, reached in achieved),
         seconds=log.seconds,
         versions=_versions(),
@@ -180,6 +177,15 @@ def compared_report(compared: Compared, config: Config, log: Log) -> Report:
         mode="compared",
         model=compared.traced.name,
         latency=latency,
+    )
+
+
+def refusal_reports(structure: Structure) -> tuple[RefusalReport, ...]:
+    """What every kind of change leaves alone, and why."""
+    return tuple(
+        RefusalReport(refusal.reason.code, refusal.nodes, refusal.channels, refusal.reason.message)
+        for move in MOVES
+        for refusal in move.refusals(structure)
     )
 
 

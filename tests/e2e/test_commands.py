@@ -113,6 +113,25 @@ def test_python_says_the_same(files: Path) -> None:
         lindep_onnx.compare(net(), net(copies=3), files / "x.npz", min_agreement=1.0, benchmark=0.05)
 
 
+@pytest.mark.parametrize("command", ["inspect", "compare"])
+def test_what_is_read_is_not_overwritten(files: Path, command: str, capsys) -> None:
+    kept = (files / "net.onnx").read_bytes()
+    models = [str(files / "net.onnx")] * (2 if command == "compare" else 1)
+    calib = ["--calib", str(files / "x.npz")] if command == "compare" else []
+    assert main([command, *models, *calib, "--json", models[0]]) == 2
+    assert (files / "net.onnx").read_bytes() == kept and "name another file" in capsys.readouterr().err
+
+
+def test_copies_of_a_sample_judge_no_limit(files: Path) -> None:
+    one = np.load(files / "x.npz")["x"][:1]
+    copies, many = (
+        lindep_onnx.compare(net(), net(), {"x": x}, max_error=0.1, benchmark=0.05).verification
+        for x in (np.repeat(one, 400, 0), np.load(files / "x.npz")["x"])
+    )
+    assert copies is not None and many is not None
+    assert (copies.status, many.status) == ("unchecked", "passed")
+
+
 def test_compress_may_be_said(files: Path) -> None:
     assert main(["compress", str(files / "net.onnx"), str(files / "out.onnx"), "--proven-only", "-q"]) == 0
     assert (files / "out.onnx").exists()
